@@ -1,0 +1,112 @@
+"""The data types that travel between the data plane, the teachers, the model and the engine.
+
+Shape letters of the whole project: T patch tokens of a pack, N image slots of a pack, D width, H heads, K head dim,
+L caption tokens of a pack, M masked tokens of a pack, C teacher channels, P patch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedImages:
+    """Whole images end to end in one row of exactly T patch tokens; T and N are static for a run."""
+
+    patches: Tensor  # [T, 3 * P * P] uint8 (normalized on the device) or float, channel-major as a Conv2d weight is
+    row_col: Tensor  # [T, 2] int32, patch position inside its own image
+    cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding; cu_seqlens[-1] == T
+    grid_hw: Tensor  # [N, 2] int32, (0, 0) where absent
+    key: Tensor  # [N] int64, seed of every random draw for this image
+    weight: Tensor  # [N] float32, 0 for an image that is absent or failed to decode
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return int(self.patches.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        """N, absent images included."""
+        return int(self.grid_hw.shape[0])
+
+    def segment(self) -> Tensor:
+        """[T] int64: the slot each token belongs to; N for padding."""
+        index_T = torch.arange(self.num_tokens, device=self.cu_seqlens.device, dtype=torch.int32)
+        return torch.searchsorted(self.cu_seqlens[1:-1].contiguous(), index_T, right=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedText:
+    """Whole captions end to end in one row of exactly L tokens; slot n belongs to image slot n of the same batch."""
+
+    ids: Tensor  # [L] int64
+    position: Tensor  # [L] int32, position inside its own caption
+    cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding
+    caption_id: Tensor  # [N] int64, hash of the caption: equal captions are not negatives of each other
+    weight: Tensor  # [N] float32, 0 where absent
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where a sample's image lies: enough for any process to read and decode it by itself."""
+
+    sample_id: int  # signed 64-bit hash of source, shard name and key
+    shard: str  # path or fsspec URL
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTargets:
+    """Features of the masked tokens only, in pack order, standardized per channel."""
+
+    features: dict[str, Tensor]  # teacher name -> [M, C] float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One microbatch: one pack of images with what belongs to it."""
+
+    images: PackedImages
+    text: PackedText | None
+    targets: TeacherTargets | None
+    samples: tuple[SampleRef | None, ...]  # N, in slot order
+
+
+@dataclass(frozen=True, slots=True)
+class DataPosition:
+    """Where the data plane stands: the plan is a pure function, so its hash and the next step say everything."""
+
+    plan_hash: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one rank trains on in one optimizer step, with the position after it."""
+
+    micro: tuple[Batch, ...]
+    position: DataPosition
+
+
+Packed = TypeVar("Packed", PackedImages, PackedText)
+
+
+def to_device(packed: Packed, device: torch.device) -> Packed:
+    """Move every tensor of a pack to a device."""
+    moved = {f.name: getattr(packed, f.name).to(device, non_blocking=True) for f in fields(packed)}
+    return replace(packed, **moved)
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Move everything of a microbatch to a device."""
+    text = None if batch.text is None else to_device(batch.text, device)
+    targets = batch.targets
+    if targets is not None:
+        targets = TeacherTargets({name: x.to(device, non_blocking=True) for name, x in targets.features.items()})
+    return replace(batch, images=to_device(batch.images, device), text=text, targets=targets)

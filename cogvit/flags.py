@@ -1,0 +1,182 @@
+"""The trainer's flags, generated from the RunConfig tree, and presets by name.
+
+A field's flag is its dotted path: `data.global_batch_images` is `--data.global-batch-images N` or `...=N`. A bare
+boolean means true, None is written `none`, tuples are JSON. A member of a tuple of named dataclasses is addressed by
+its name: `--teachers.members.dinov3.path DIR`. Flags are read from left to right; the last one wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+import runpy
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cogvit.config import RunConfig, coerce, from_json, load_config, to_json
+from cogvit.errors import ConfigError
+
+PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
+_TRUTH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A settable place in the JSON form of a configuration."""
+
+    path: str  # dotted, as fields are spelt
+    values: dict[str, Any]  # the JSON object that holds it
+    key: str
+    hint: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """How the command line spells it."""
+        return "--" + self.path.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """How values of one type are written."""
+
+    read: Callable[[str], Any]  # ValueError or KeyError when the text is not of the type
+    word: str  # in --help
+    expects: str  # in errors
+
+
+def parse(preset: RunConfig, argv: list[str]) -> RunConfig:
+    """Return the preset with the flags applied.
+
+    Errors: ConfigError for an unknown flag, a missing value, a value of another type, or one that the field refuses.
+    """
+    values = to_json(preset)
+    words = list(argv)
+    while words:
+        flag, equals, text = words.pop(0).partition("=")
+        slot = _find(flag, values)
+        if not equals:
+            text = _take_value(slot, words)
+        slot.values[slot.key] = _read(slot, text)
+    return from_json(RunConfig, values)
+
+
+def help_text(preset: RunConfig | None = None) -> str:
+    """List every flag with its type, default and meaning, one group per part of the configuration."""
+    groups: dict[str, list[str]] = {}
+    for slot in _slots(RunConfig, to_json(preset or RunConfig()), ""):
+        group = slot.path.partition(".")[0] if "." in slot.path else "run"
+        usage = f"{slot.flag} {_syntax(slot.hint).word}"
+        value = slot.values[slot.key]
+        default = "none" if value is None else value if isinstance(value, str) and value else json.dumps(value)
+        groups.setdefault(group, []).append(f"  {usage:<50} {slot.help}{' ' if slot.help else ''}[{default}]")
+    return "\n\n".join(f"{group}:\n" + "\n".join(lines) for group, lines in groups.items())
+
+
+def load_preset(name: str) -> RunConfig:
+    """Return the configuration that configs/NAME.py, a path to such a file, or a path to a config.json describes.
+
+    Errors: ConfigError when there is none, with the names of those that exist.
+    """
+    if name.endswith(".json"):
+        return load_config(Path(name))
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ConfigError(f"preset file {name} does not exist")
+        module = runpy.run_path(name)
+    elif name in (names := preset_names()):
+        module = vars(importlib.import_module(f"configs.{name}"))
+    else:
+        raise ConfigError(f"there is no preset {name!r}{_suggestion(name, names)}; presets: {', '.join(names)}")
+    if "config" not in module:
+        raise ConfigError(f"preset {name} has no function config() -> RunConfig")
+    return typing.cast(RunConfig, module["config"]())
+
+
+def preset_names() -> list[str]:
+    """Return the names of the files in configs/ that define a preset."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.py") if "\ndef config(" in path.read_text())
+
+
+def _slots(kind: Any, values: dict[str, Any], prefix: str) -> Iterator[Slot]:
+    """Yield the leaves of a dataclass in the order of its fields, then those of named members."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        path, hint, value = prefix + field.name, hints[field.name], values[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _slots(hint, value, path + ".")
+            continue
+        yield Slot(path, values, field.name, hint, field.metadata.get("help", ""))
+        member = next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), None)
+        if member is not None:
+            for one in value:
+                yield from _slots(member, one, f"{path}.{one['name']}.")
+
+
+def _find(flag: str, values: dict[str, Any]) -> Slot:
+    if not flag.startswith("--"):
+        raise ConfigError(f"unexpected argument {flag!r}; flags are written --part.name VALUE")
+    slots = {slot.flag: slot for slot in _slots(RunConfig, values, "")}
+    found = slots.get(flag.replace("_", "-"))
+    if found is None:
+        raise ConfigError(f"unknown flag {flag}{_suggestion(flag, list(slots))}; --help lists all")
+    return found
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    """Return "; did you mean X?" for the known name that shares most words with this one, or looks most like it."""
+    parts = set(re.split(r"[._-]+", word))
+
+    def likeness(name: str) -> tuple[int, float]:
+        own_parts = re.split(r"[._-]+", name.rpartition(".")[2])
+        return len(parts & set(own_parts) - {""}), difflib.SequenceMatcher(None, word, name).ratio()
+
+    nearest = max(known, key=likeness, default="")
+    return f"; did you mean {nearest}?" if likeness(nearest) > (0, 0.6) else ""
+
+
+def _take_value(slot: Slot, words: list[str]) -> str:
+    """Take the flag's value off the words that follow it; a boolean may stand alone."""
+    if slot.hint is bool and not (words and words[0].lower() in _TRUTH):
+        return "true"
+    if not words or words[0].startswith("--"):
+        raise ConfigError(f"{slot.flag} needs a value: {_syntax(slot.hint).expects}")
+    return words.pop(0)
+
+
+def _read(slot: Slot, text: str) -> Any:
+    """Return a flag's text as the JSON value of its field."""
+    syntax = _syntax(slot.hint)
+    try:
+        value = syntax.read(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{slot.flag} {text}: must be {syntax.expects}") from None
+    return json.loads(json.dumps(coerce(slot.hint, value, slot.path), default=dataclasses.asdict))
+
+
+def _syntax(hint: Any) -> Syntax:
+    """Return how a field's type is written on the command line."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = _syntax(next(arg for arg in args if arg is not types.NoneType))
+        return Syntax(
+            lambda text: None if text.lower() == "none" else inner.read(text),
+            f"{inner.word}|none",
+            f"{inner.expects} or none",
+        )
+    if origin is Literal:
+        legal = {str(arg): arg for arg in args}
+        return Syntax(legal.__getitem__, "|".join(legal), f"one of {', '.join(legal)}")
+    if origin is tuple:
+        return Syntax(json.loads, "JSON", "a JSON list")
+    if hint is bool:
+        return Syntax(lambda text: _TRUTH[text.lower()], "[true|false]", "true or false")
+    word, expects = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "text")}[hint]
+    return Syntax(hint, word, expects)

@@ -1,0 +1,1 @@
+"""The plain PyTorch model: what users import, export and evaluate."""

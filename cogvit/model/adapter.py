@@ -1,0 +1,133 @@
+"""From vision tokens to a language model: the MLP adapter and the splice at the image placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvit.model.packing import Grid
+
+
+class MLPAdapter(nn.Module):
+    """Merges s x s neighboring patches by pixel shuffle and maps them to the language model's width by a two-layer MLP.
+
+    Args:
+        vision_dim: D of the patch tokens.
+        llm_dim: width of the language model.
+        hidden_dim: of the MLP; llm_dim if None.
+        spatial_pool: s; 1 keeps every patch.
+
+    Errors: ValueError when spatial_pool is below 1.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
+        super().__init__()
+        if spatial_pool < 1:
+            raise ValueError(f"spatial_pool={spatial_pool} must be at least 1")
+        self.spatial_pool = spatial_pool
+        hidden_dim = llm_dim if hidden_dim is None else hidden_dim
+        self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, llm_dim)
+
+    def forward(
+        self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
+
+        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch is
+        zero and false in `valid_groups`.
+
+        Args:
+            patch_tokens: [B, N, D].
+            grid: rows and columns of the batch, or of each image of a batch of sequences, as in the encoder's output.
+            valid_mask: bool [B, N], as given to the encoder.
+
+        Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
+        """
+        index_BVG = self._group_index(patch_tokens, grid, valid_mask)
+        batch, num_groups, group_size = index_BVG.shape
+        padded = F.pad(patch_tokens, (0, 0, 0, 1))  # one zero token that absent patches point at
+        image_B11 = torch.arange(batch, device=padded.device)[:, None, None]
+        x = padded[image_B11, index_BVG].reshape(batch, num_groups, group_size * patch_tokens.shape[2])
+        present_BV1 = (index_BVG < patch_tokens.shape[1]).any(2, keepdim=True)
+        return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
+
+    def valid_groups(
+        self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
+        return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
+
+    def _group_index(self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None) -> Tensor:
+        """[B, V, s * s] int64: the patch in each place of each group; N where there is none."""
+        batch, num_tokens = patch_tokens.shape[:2]
+        if valid_mask is not None and valid_mask.shape != (batch, num_tokens):
+            raise ValueError(f"valid_mask has shape {tuple(valid_mask.shape)}; expected {(batch, num_tokens)}")
+        if isinstance(grid[0], int):
+            if grid[0] * grid[1] != num_tokens:
+                raise ValueError(f"grid {grid} does not match the {num_tokens} patch tokens of an image")
+            index_BVG = _groups(grid, self.spatial_pool, num_tokens).expand(batch, -1, -1)
+        else:
+            if len(grid) != batch or max(rows * columns for rows, columns in grid) > num_tokens:
+                raise ValueError(f"grids {list(grid)} do not match {batch} images of up to {num_tokens} patch tokens")
+            groups = [_groups(each, self.spatial_pool, num_tokens) for each in grid]
+            index_BVG = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=num_tokens)
+        index_BVG = index_BVG.to(patch_tokens.device)
+        if valid_mask is None:
+            return index_BVG
+        valid = F.pad(valid_mask.bool(), (0, 1))
+        present = valid.gather(1, index_BVG.flatten(1)).view_as(index_BVG)
+        return torch.where(present, index_BVG, num_tokens)
+
+
+def _groups(grid: Grid, pool: int, absent: int) -> Tensor:
+    """[V, s * s]: patches of each s x s group of one grid, groups and patches in raster order."""
+    rows, columns = grid
+    index = torch.arange(rows * columns).view(rows, columns)
+    index = F.pad(index, (0, -columns % pool, 0, -rows % pool), value=absent)
+    return index.unfold(0, pool, pool).unfold(1, pool, pool).reshape(-1, pool * pool)
+
+
+def insert_visual_tokens_mmtp(
+    text_embeds: Tensor,
+    visual_embeds: Tensor | Sequence[Tensor],
+    image_token_id: int,
+    input_ids: Tensor,
+    visual_mask: Tensor | None = None,
+) -> Tensor:
+    """Return text_embeds with the visual embeddings at the `<|image|>` placeholders, in reading order, [B, T, D].
+
+    input_ids stays as it is: the multi-token-prediction heads see the shared placeholder token (paper section 2.2, Figure
+    2, option 3). Rows without a placeholder take no embedding.
+
+    Args:
+        text_embeds: [B, T, D].
+        visual_embeds: [B, V, D], each row with an image having V placeholders; or one [V_b, D] for each row.
+        image_token_id: of the placeholder.
+        input_ids: [B, T].
+        visual_mask: bool [B, V], which embeddings of a row are real (`MLPAdapter.valid_groups`); all if None.
+
+    Errors: ValueError when shapes differ or a row's placeholders are not as many as its embeddings.
+    """
+    if text_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"text_embeds {tuple(text_embeds.shape)} and input_ids {tuple(input_ids.shape)} must share (B, T)"
+        )
+    if len(visual_embeds) != len(input_ids):
+        raise ValueError(f"visual_embeds has {len(visual_embeds)} rows; expected {len(input_ids)}, one for each of input_ids")
+    rows = list(visual_embeds)
+    if visual_mask is not None:
+        rows = [row[real] for row, real in zip(rows, visual_mask, strict=True)]
+    placeholder = input_ids == image_token_id
+    counts = placeholder.sum(dim=1).tolist()
+    sizes = [len(row) for row in rows]
+    if any(count not in (0, size) for count, size in zip(counts, sizes, strict=True)):
+        raise ValueError(
+            f"rows have {counts} <|image|> placeholders for {sizes} visual embeddings; give each row as many as it has"
+            " placeholders (a list of tensors, or visual_mask)"
+        )
+    visual = torch.cat([row for row, count in zip(rows, counts, strict=True) if count] or [text_embeds.flatten(0, 1)[:0]])
+    return text_embeds.masked_scatter(placeholder.unsqueeze(-1), visual.to(text_embeds.dtype))

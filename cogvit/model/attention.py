@@ -1,0 +1,132 @@
+"""Attention inside each segment of a packed row, without padding and without a mask.
+
+What lives here: the segments of a pack and the attention over them, for every device. It has no parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How segments are batched: (count, length) of each batch, over tokens taken in `order` (as they lie where None)."""
+
+    batches: tuple[tuple[int, int], ...]
+    order: Tensor | None  # [tokens] int64
+    inverse: Tensor | None  # [tokens] int64
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where each image or caption lies in a packed row; built once per pack, read by every layer without a device sync."""
+
+    cu_seqlens: Tensor  # [num_valid + 2] int32; the last segment is padding
+    lengths: tuple[int, ...]  # of all segments, in tokens
+    num_valid: int  # leading segments that are attended; the padding's output is zero
+
+    @property
+    def num_valid_tokens(self) -> int:
+        """Tokens before the padding."""
+        return sum(self.lengths[: self.num_valid])
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Equal lengths batched together: neighbors as they lie, or sorted where that halves the number of batches."""
+        valid = self.lengths[: self.num_valid]
+        neighbors = tuple((len(list(run)), length) for length, run in groupby(valid) if length)
+        by_length = sorted(range(len(valid)), key=valid.__getitem__)
+        batches = tuple((len(list(run)), length) for length, run in groupby(valid[i] for i in by_length) if length)
+        if 2 * len(batches) > len(neighbors):
+            return Runs(neighbors, None, None)
+        start = torch.tensor((0, *valid)).cumsum(0)[:-1]
+        length = torch.tensor(valid)
+        rank = torch.tensor(by_length)
+        shift = start[rank] - (length[rank].cumsum(0) - length[rank])
+        order = torch.arange(self.num_valid_tokens) + shift.repeat_interleave(length[rank])
+        order = torch.cat([order, torch.arange(self.num_valid_tokens, sum(self.lengths))])
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        device = self.cu_seqlens.device
+        return Runs(batches, order.to(device), inverse.to(device))
+
+
+def segments_of(cu_seqlens: Tensor) -> Segments:
+    """Build segments from cumulative lengths [S + 1] whose last segment is padding; waits for the device once."""
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    return Segments(cu_seqlens, lengths, len(lengths) - 1)
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder rows by a permutation; the gradient is a gather by its inverse, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0].index_select(0, inverse), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return x[order] for a permutation and its inverse, both [len(x)] int64."""
+    return _Permute.apply(x, order, inverse)
+
+
+def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+    """Softmax attention of every token over its own segment, scaled by K ** -0.5; [T, H, K] in and out.
+
+    The padding's output is zero. A pack that is all padding gives zeros that still carry (zero) gradients to q, k and v.
+
+    Errors: ValueError when the shapes differ or are not those of the segments.
+    """
+    num_tokens = sum(segments.lengths)
+    if not q_THK.shape == k_THK.shape == v_THK.shape or len(q_THK) != num_tokens:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q_THK, k_THK, v_THK))
+        raise ValueError(f"q, k and v have shapes {shapes}; expected three of ({num_tokens}, heads, head_dim)")
+    if not segments.num_valid_tokens:
+        return (q_THK + k_THK + v_THK) * 0.0
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_attention(q_THK, k_THK, v_THK, segments)
+    return _batched_attention(q_THK, k_THK, v_THK, segments)
+
+
+def _batched_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+    runs = segments.runs
+    qkv = [q_THK, k_THK, v_THK]
+    if runs.order is not None and runs.inverse is not None:
+        qkv = [permute_rows(x, runs.order, runs.inverse) for x in qkv]
+    padding = len(q_THK) - segments.num_valid_tokens
+    sizes = [count * length for count, length in runs.batches] + [padding]
+    outputs = []
+    # split, not slices: its gradient is one concatenation
+    for (count, length), *parts in zip(runs.batches, *(x.split(sizes)[:-1] for x in qkv), strict=True):
+        batch = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
+        out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    if padding:
+        outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
+    out_THK = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if runs.order is not None and runs.inverse is not None:
+        return permute_rows(out_THK, runs.inverse, runs.order)
+    return out_THK
+
+
+def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+    valid, longest = segments.num_valid_tokens, max(segments.lengths[: segments.num_valid])
+    bounds = segments.cu_seqlens[: segments.num_valid + 1]
+    out = varlen_attn(q_THK[:valid], k_THK[:valid], v_THK[:valid], bounds, bounds, longest, longest)
+    assert isinstance(out, Tensor)
+    return F.pad(out, (0, 0, 0, 0, 0, len(q_THK) - valid))

@@ -1,0 +1,112 @@
+"""Shapes and options of the vision and text towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class CogViTConfig:
+    """Shape and options of the vision encoder.
+
+    The names and defaults of the first block are those of the reference build; the options below choose the block family
+    (`reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR).
+
+    Errors: ValueError when a size is not positive, the heads do not divide the width or an option is unknown.
+    """
+
+    image_size: int = 224  # px, the square the learned position table is sized for
+    patch_size: int = 14  # px
+    in_chans: int = 3
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    use_qk_norm: bool = True
+    use_cls_token: bool = True
+    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    layer_scale_init: float | None = None
+    naflex_max_tokens: int = 1024
+    eps: float = 1e-6
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of blocks, QK-norm and the final norm
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    position: Literal["learned", "rotary"] = "learned"  # 2-D table added to the tokens, or 2-D rotary inside attention
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "naflex_max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.position == "rotary" and self.head_dim % 4:
+            raise ValueError(f"2-D rotary positions need a head_dim that 4 divides, not {self.head_dim}")
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+        for name, legal in (
+            ("norm", ("layernorm", "rmsnorm")),
+            ("mlp", ("gelu", "swiglu")),
+            ("position", ("learned", "rotary")),
+        ):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
+
+    @property
+    def head_dim(self) -> int:
+        """K, channels per head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        """Patches of the square image: rows, columns."""
+        side_patches = self.image_size // self.patch_size
+        return side_patches, side_patches
+
+    @property
+    def mlp_dim(self) -> int:
+        """F, hidden width of the MLP (of one of the two branches for swiglu)."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+@dataclass
+class TextConfig:
+    """Shape of the text tower: the vision tower's blocks over a token embedding with learned 1-D positions.
+
+    Errors: ValueError when the heads do not divide the width.
+    """
+
+    vocab_size: int = 384  # ByT5Tokenizer: 256 bytes, 3 specials and 125 sentinels
+    max_tokens: int = 64  # longer captions are truncated
+    embed_dim: int = 512
+    depth: int = 12
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    use_qk_norm: bool = True
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    drop_path_rate: float = 0.0
+    layer_scale_init: float | None = None
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+        if min(self.vocab_size, self.max_tokens, self.depth) < 1:
+            raise ValueError("vocab_size, max_tokens and depth must be at least 1")
+
+    @property
+    def head_dim(self) -> int:
+        """K, channels per head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """F, hidden width of the MLP (of one of the two branches for swiglu)."""
+        return int(self.embed_dim * self.mlp_ratio)

@@ -1,0 +1,183 @@
+"""Stage 2 in plain PyTorch: the sigmoid loss over the batch of all ranks and the two-tower model (the reference's classes)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from cogvit.model.vit import CogViT
+
+_CHUNK_TEXTS = 4096  # texts per block of logits
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    """Concatenate every rank's tensor of one shape; no gradient."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _all_reduce(x: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """Sum over all pairs of the global batch of -log sigmoid(+-logit), with its gradients, one block of logits at a time.
+
+    A rank computes the rows of its own images against everybody's texts. Gradients are multiplied by the number of ranks,
+    because DistributedDataParallel averages them over the ranks while the loss is already that of all.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, image_nE: Tensor, text_nE: Tensor, log_t: Tensor, bias: Tensor) -> Tensor:
+        texts_GE = _all_gather(text_nE)
+        num_local, num_ranks = len(image_nE), len(texts_GE) // len(text_nE)
+        first = num_local * (dist.get_rank() if num_ranks > 1 else 0)
+        own_n1 = torch.arange(first, first + num_local, device=image_nE.device).unsqueeze(1)
+        scale = log_t.exp()
+        loss, d_log_t, d_bias = torch.zeros(3, device=image_nE.device).unbind()
+        d_image, d_texts = torch.zeros_like(image_nE), torch.empty_like(texts_GE)
+        for start in range(0, len(texts_GE), _CHUNK_TEXTS):
+            text_cE = texts_GE[start : start + _CHUNK_TEXTS]
+            column_c = torch.arange(start, start + len(text_cE), device=image_nE.device)
+            sign_nc = torch.where(own_n1 == column_c, 1.0, -1.0)
+            scaled_nc = scale * (image_nE @ text_cE.T)
+            margin_nc = sign_nc * (scaled_nc + bias)
+            loss = loss + F.softplus(-margin_nc).sum()
+            d_logit = -sign_nc * torch.sigmoid(-margin_nc)
+            d_image += scale * (d_logit @ text_cE)
+            d_texts[start : start + len(text_cE)] = scale * (d_logit.T @ image_nE)
+            d_log_t = d_log_t + (d_logit * scaled_nc).sum()
+            d_bias = d_bias + d_logit.sum()
+        d_text = _all_reduce(d_texts)[first : first + num_local]
+        ctx.save_for_backward(*(g * num_ranks for g in (d_image, d_text, d_log_t.view_as(log_t), d_bias.view_as(bias))))
+        return _all_reduce(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad * saved for saved in ctx.saved_tensors)
+
+
+class SigLIPLoss(nn.Module):
+    """The sigmoid loss with learned temperature and bias (Zhai et al. 2023, arXiv 2303.15343), over all ranks' pairs.
+
+    Under torch.distributed every rank returns the loss of the global batch, and gradients averaged over the ranks (as
+    DistributedDataParallel does) are those of one process with the whole batch. No rank holds more logits than its own
+    images by a block of texts.
+
+    Args:
+        init_t: temperature at the start; kept as its logarithm.
+        init_b: bias at the start.
+        normalization: "images" divides by the n pairs on the diagonal, as the paper; "pairs" by all n^2, as the reference.
+
+    Errors: ValueError when init_t is not positive or the normalization is unknown.
+    """
+
+    def __init__(
+        self, init_t: float = 10.0, init_b: float = -10.0, normalization: Literal["images", "pairs"] = "images"
+    ) -> None:
+        super().__init__()
+        if init_t <= 0.0:
+            raise ValueError(f"init_t={init_t} must be positive")
+        if normalization not in ("images", "pairs"):
+            raise ValueError(f"normalization={normalization!r} must be 'images' or 'pairs'")
+        self.normalization = normalization
+        self.log_t = nn.Parameter(torch.tensor(math.log(init_t)))
+        self.bias = nn.Parameter(torch.tensor(float(init_b)))
+
+    def forward(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:
+        """Return the loss in fp32; row i of each [B, E] belongs together, any length, the same B on every rank.
+
+        Errors: ValueError when the shapes differ, between the two or between ranks.
+        """
+        if image_embed.shape != text_embed.shape or image_embed.ndim != 2 or not len(image_embed):
+            raise ValueError(
+                f"image embeddings {tuple(image_embed.shape)} and text embeddings {tuple(text_embed.shape)} must share"
+                " the shape (B, E), B at least 1"
+            )
+        sizes = _all_gather(torch.tensor([len(image_embed)], device=image_embed.device)).tolist()
+        if len(set(sizes)) > 1:
+            raise ValueError(f"ranks bring {sizes} pairs; the loss needs the same number on each")
+        with torch.autocast(image_embed.device.type, enabled=False):
+            image_BE = F.normalize(image_embed.float(), dim=-1)
+            text_BE = F.normalize(text_embed.float(), dim=-1)
+            total = _SigmoidLoss.apply(image_BE, text_BE, self.log_t.float(), self.bias.float())
+        num_images = sum(sizes)
+        return total / (num_images if self.normalization == "images" else num_images**2)
+
+
+class Projection(nn.Linear):
+    """A tower's map into the shared space; it knows the loss whose temperature and bias train with it.
+
+    `build_param_groups` over towers and projections, as in the reference's recipe, therefore trains these too.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, loss: SigLIPLoss) -> None:
+        super().__init__(in_dim, out_dim, bias=False)
+        self.trains_with = (loss,)  # in a tuple, lest it become a submodule and enter the state dict twice
+
+
+class ContrastiveOutput(TypedDict):
+    """What the two-tower model returns."""
+
+    loss: Tensor
+    image_embed: Tensor  # [B, E], not normalized
+    text_embed: Tensor  # [B, E], not normalized
+
+
+class CogViTForContrastive(nn.Module):
+    """Vision and text towers with projections into one space and the sigmoid loss.
+
+    Args:
+        vision: the vision tower.
+        text_encoder: maps (input_ids, attention_mask) to pooled features [B, text_dim]; `TextTower` is one.
+        text_dim: width of the text features.
+        proj_dim: E.
+        loss: with its start values; SigLIPLoss() if None.
+    """
+
+    def __init__(
+        self,
+        vision: CogViT,
+        text_encoder: nn.Module,
+        text_dim: int,
+        proj_dim: int = 768,
+        loss: SigLIPLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.text_encoder = text_encoder
+        self.loss_fn = SigLIPLoss() if loss is None else loss
+        self.vision_proj = Projection(vision.cfg.embed_dim, proj_dim, self.loss_fn)
+        self.text_proj = Projection(text_dim, proj_dim, self.loss_fn)
+
+    def encode_image(self, x: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+        """Return [B, E] of the mean over each image's valid patches; the arguments are `CogViT`'s."""
+        patch_tokens = self.vision(x, valid_mask=valid_mask)["patch_tokens"]
+        if valid_mask is None:
+            return self.vision_proj(patch_tokens.mean(dim=1))
+        return self.vision_proj(patch_tokens.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return [B, E] of token ids and their mask [B, L]."""
+        return self.text_proj(self.text_encoder(input_ids, attention_mask))
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, valid_mask: Tensor | None = None
+    ) -> ContrastiveOutput:
+        """Return the loss over all ranks' pairs and this rank's embeddings; image i belongs to text i."""
+        image_embed = self.encode_image(images, valid_mask=valid_mask)
+        text_embed = self.encode_text(input_ids, attention_mask)
+        loss = self.loss_fn(image_embed, text_embed)
+        return ContrastiveOutput(loss=loss, image_embed=image_embed, text_embed=text_embed)

@@ -1,0 +1,224 @@
+"""CogViT: the vision encoder, on packs of images and on the reference's dense batches.
+
+A dense batch is a pack too: padding patches are left out, so there is one path and no image can see its neighbors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvit.batch import PackedImages
+from cogvit.model.attention import Segments, permute_rows, segments_of
+from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
+from cogvit.model.config import CogViTConfig
+from cogvit.model.init import init_model
+from cogvit.model.interop import load_checked, read_model, write_model
+from cogvit.model.packing import Grid, pack_batch
+from cogvit.model.position import PositionTable, rotary_2d
+from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens
+
+
+def _cls_places(images: PackedImages) -> Tensor:
+    """[T + N] int64: where each patch and then each image's CLS token goes; absent images' go behind the padding."""
+    length_N = images.cu_seqlens[:-1].diff().to(torch.int64)
+    present_N = length_N > 0
+    before_N = present_N.cumsum(0) - present_N.to(torch.int64)  # CLS tokens of earlier images
+    num_present = present_N.sum()
+    shift_S = torch.cat([before_N + 1, num_present.unsqueeze(0)])
+    index_T = torch.arange(images.num_tokens, device=length_N.device)
+    patch_T = index_T + shift_S[images.segment()]
+    absent_N = images.num_tokens + num_present + (~present_N).cumsum(0) - 1
+    cls_N = torch.where(present_N, images.cu_seqlens[:-2] + before_N, absent_N)
+    return torch.cat([patch_T, cls_N])
+
+
+def _invert(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+def _cls_segments(segments: Segments, num_tokens: int) -> Segments:
+    """One token more in each image that is there, all the others in the padding."""
+    lengths = [length + 1 if length else 0 for length in segments.lengths[:-1]]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist() + [num_tokens]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=segments.cu_seqlens.device)
+    return Segments(cu_seqlens, (*lengths, num_tokens - bounds[-2]), segments.num_valid)
+
+
+def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
+    """Return the layout of a pack's S tokens: S = T, or T + N where the tower has a CLS token (first in each image)."""
+    segments, slot_S, row_col_S2 = segments_of(images.cu_seqlens), images.segment(), images.row_col
+    if cfg.use_cls_token:
+        num_slots = images.num_slots
+        source = _invert(_cls_places(images))
+        present_N = images.cu_seqlens[:-1].diff() > 0
+        slot_N = torch.where(present_N, torch.arange(num_slots, device=slot_S.device), num_slots)
+        slot_S = torch.cat([slot_S, slot_N])[source]
+        row_col_S2 = F.pad(row_col_S2, (0, 0, 0, num_slots))[source]
+        segments = _cls_segments(segments, len(source))
+    cos_SK = sin_SK = None
+    if cfg.position == "rotary":
+        cos_SK, sin_SK = rotary_2d(row_col_S2, cfg.head_dim)
+    return PackedLayout(segments, cos_SK, sin_SK, slot_S, images.key)
+
+
+def split_packed(x_SD: Tensor, images: PackedImages, cfg: CogViTConfig) -> PackedFeatures:
+    """Return the tokens of `vision_layout` to the pack's order: patches, and CLS tokens by slot."""
+    if not cfg.use_cls_token:
+        return PackedFeatures(x_SD, None)
+    places = _cls_places(images)
+    x_SD = permute_rows(x_SD, places, _invert(places))
+    patch_TD, cls_ND = x_SD.split([images.num_tokens, images.num_slots])
+    return PackedFeatures(patch_TD, cls_ND)
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of each P x P patch, kept as the strided convolution that it is in the reference's checkpoints."""
+
+    def __init__(self, cfg: CogViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(cfg.in_chans, cfg.embed_dim, kernel_size=cfg.patch_size, stride=cfg.patch_size)
+
+    def forward(self, patches_TE: Tensor) -> Tensor:
+        """Embed channel-major patches [T, C * P * P] to [T, D]; uint8 is normalized to [-1, 1] first."""
+        if patches_TE.dtype == torch.uint8:
+            patches_TE = patches_TE.to(self.proj.weight.dtype) / 127.5 - 1.0
+        return F.linear(patches_TE, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionEmbedding(nn.Module):
+    """What the vision tower has outside its blocks."""
+
+    def __init__(self, cfg: CogViTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = PositionTable(cfg.embed_dim, cfg.base_grid) if cfg.position == "learned" else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim)) if cfg.use_cls_token else None
+        self.norm = make_norm(cfg, cfg.embed_dim)
+
+    def embed_packed(self, images: PackedImages, mask_T: Tensor | None = None) -> PackedTokens:
+        """Embed a pack; patches where the bool mask [T] is true become the mask token before positions are added."""
+        layout = vision_layout(images, self.cfg)
+        x_SD = self.patch_embed(images.patches)
+        if mask_T is not None:
+            x_SD = torch.where(mask_T.unsqueeze(1), self.mask_token[0].to(x_SD.dtype), x_SD)
+        if self.pos_embed is not None:
+            grids = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
+            x_SD = x_SD + self.pos_embed(grids, images.row_col, images.segment())
+        if self.cls_token is not None:
+            cls_ND = self.cls_token[0].expand(images.num_slots, -1)
+            places = _cls_places(images)
+            x_SD = permute_rows(torch.cat([x_SD, cls_ND]), _invert(places), places)
+        return PackedTokens(layout.segments, layout.cos_SK, layout.sin_SK, layout.slot_S, layout.key_N, x_SD)
+
+
+class EncoderOutput(TypedDict):
+    """What the encoder returns for a dense batch."""
+
+    patch_tokens: Tensor  # [B, N, D], zeros at padding
+    cls_token: Tensor | None  # [B, D]
+    grid: Grid | list[Grid]  # rows and columns of the batch; of each image for a batch of sequences
+
+
+class CogViT(VisionEmbedding):
+    """The CogViT vision encoder (arXiv 2604.26752, section 2.1); names and state-dict keys are the reference build's.
+
+    Initial weights follow torch's default generator (`torch.manual_seed`). Set `recompute` to trade time for memory.
+    """
+
+    def __init__(self, cfg: CogViTConfig) -> None:
+        super().__init__(cfg)
+        self.recompute = False
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
+        init_model(self, int(torch.randint(2**62, ())), layer_scale=cfg.layer_scale_init)
+
+    def split_packed(self, x_SD: Tensor, images: PackedImages) -> PackedFeatures:
+        """Return normalized tokens to the pack's order."""
+        return split_packed(x_SD, images, self.cfg)
+
+    def forward_packed(self, images: PackedImages, mask_T: Tensor | None = None) -> PackedFeatures:
+        """Encode a pack; its features are those of its images one by one.
+
+        Args:
+            images: the pack.
+            mask_T: bool [T], true where a patch is replaced by the mask token.
+
+        Errors: ValueError when the patches are not [T, C * P * P] or the mask is not [T].
+        """
+        patch_dim = self.patch_embed.proj.weight[0].numel()
+        if images.patches.shape[1:] != (patch_dim,):
+            raise ValueError(f"patches have shape {tuple(images.patches.shape)}; expected (T, {patch_dim})")
+        if mask_T is not None and mask_T.shape != (images.num_tokens,):
+            raise ValueError(f"mask has shape {tuple(mask_T.shape)}; expected ({images.num_tokens},)")
+        tokens = self.embed_packed(images, mask_T)
+        x_SD = run_blocks(self.blocks, tokens, self.recompute and torch.is_grad_enabled())
+        return self.split_packed(self.norm(x_SD), images)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, valid_mask: Tensor | None = None) -> EncoderOutput:
+        """Encode a dense batch; padding is left out, so an image's features do not depend on its batch.
+
+        Args:
+            x: images [B, C, H, W], both sides multiples of the patch; or the sequences of `naflex_collate`.
+            mask: bool [B, N], true where a patch is replaced by the mask token.
+            valid_mask: bool [B, N], true where a patch belongs to its image; its grid is the smallest that holds them.
+
+        Errors: ValueError when a shape is wrong, the input is not finite or an image has no valid patch.
+        """
+        grid, num_patches = self._check_batch(x)
+        for name, given in (("mask", mask), ("valid_mask", valid_mask)):
+            if given is not None and given.shape != (len(x), num_patches):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {(len(x), num_patches)}")
+        valid = None if valid_mask is None else valid_mask.bool()
+        drawn = self.training and self.cfg.drop_path_rate > 0.0
+        key_B = random_keys(len(x), x.device) if drawn else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        images = pack_batch(x, valid, self.cfg.patch_size, key_B)
+        mask_T = mask if mask is None else mask.flatten() if valid is None else mask[valid]
+        features = self.forward_packed(images, mask_T)
+        if valid is None:
+            patch_tokens = features.patch_TD.unflatten(0, (len(x), num_patches))
+        else:
+            patch_tokens = features.patch_TD.new_zeros(*valid.shape, self.cfg.embed_dim)
+            patch_tokens[valid] = features.patch_TD
+        if grid is None:
+            grid = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
+        return EncoderOutput(patch_tokens=patch_tokens, cls_token=features.cls_ND, grid=grid)
+
+    def _check_batch(self, x: Tensor) -> tuple[Grid | None, int]:
+        """The common grid of images (None for sequences) and N."""
+        cfg = self.cfg
+        patch_dim = cfg.in_chans * cfg.patch_size**2
+        images = x.ndim == 4 and x.shape[1] == cfg.in_chans
+        if not len(x) or not (images or (x.ndim == 3 and x.shape[2] == patch_dim + 2)):
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; expected images (B, {cfg.in_chans}, H, W), B at least 1, or"
+                f" sequences (B, N, {patch_dim + 2})"
+            )
+        if x.is_floating_point() and not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            raise ValueError("the input holds NaN or infinite values")
+        if not images:
+            return None, x.shape[1]
+        rows, columns = x.shape[2] // cfg.patch_size, x.shape[3] // cfg.patch_size
+        return (rows, columns), rows * columns
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors into a directory, which is made."""
+        write_model(Path(directory), self.cfg, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> CogViT:
+        """Read what `save_pretrained` wrote.
+
+        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
+        """
+        cfg, weights = read_model(Path(directory))
+        model = cls(cfg)
+        load_checked(model, weights)
+        return model

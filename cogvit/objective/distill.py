@@ -1,0 +1,98 @@
+"""Stage 1: regress the frozen teachers' features at the masked patches.
+
+Source: paper section 2.1. Smooth-L1 and one linear head per teacher follow the reference; the loss of a step is the mean
+over all masked tokens of the global batch, so neither packing nor layout weighs an image differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvit.batch import Batch
+from cogvit.model.tokens import PackedFeatures
+from cogvit.objective.masking import mask_tokens
+from cogvit.parallel.encoder import VisionStage
+from cogvit.parallel.schedule import Schedule
+
+
+class DistillModel(nn.Module):
+    """This rank's stage of the student, with one linear head per teacher on the last stage."""
+
+    def __init__(self, vision: VisionStage, teacher_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.vision = vision
+        self.heads = nn.ModuleDict()
+        if vision.trunk.mesh.is_last_stage:
+            for name, dim in teacher_dims.items():
+                self.heads[name] = nn.Linear(vision.cfg.embed_dim, dim)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Masked distillation of several teachers; weights are the teachers' shares of the loss."""
+
+    weights: Mapping[str, float]
+    mask_ratio: float
+
+    def train(self, model: DistillModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Leave the gradients of one step on the parameters; returns the global loss terms (0-dim tensors)."""
+        return self._run(model, micro, schedule, train=True)
+
+    def evaluate(self, model: DistillModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Return the loss terms without gradients."""
+        return self._run(model, micro, schedule, train=False)
+
+    def _run(
+        self, model: DistillModel, micro: Sequence[Batch], schedule: Schedule, *, train: bool
+    ) -> dict[str, Tensor]:
+        mesh = schedule.mesh
+        masks = [mask_tokens(batch.images, self.mask_ratio) for batch in micro]
+        weights = [
+            torch.cat([b.images.weight, b.images.weight.new_zeros(1)])[b.images.segment()[m]]
+            for b, m in zip(micro, masks, strict=True)
+        ]
+        count = sum_over_data(torch.stack([weight_M.sum() for weight_M in weights]).sum(), schedule).clamp(min=1.0)
+
+        def forward(index: int) -> Tensor | PackedFeatures:
+            return model.vision(micro[index].images, masks[index])
+
+        def loss(features: PackedFeatures, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            targets = micro[index].targets
+            assert targets is not None, "stage 1 needs teacher targets"
+            x_MD = features.patch_TD[masks[index]].float()
+            terms = {}
+            for name in self.weights:
+                error_MC = F.smooth_l1_loss(model.heads[name](x_MD), targets.features[name], reduction="none")
+                terms[name] = (error_MC.mean(dim=1) * weights[index]).sum() / count
+            total = sum(self.weights[name] * term for name, term in terms.items())
+            return total, {name: term.detach() for name, term in terms.items()}
+
+        if train:
+            reports = schedule.forward_backward(model.vision.trunk, forward, len(micro), loss)
+        else:
+            reports = schedule.forward_only(model.vision.trunk, forward, len(micro), lambda out, index: loss(out, index)[1])
+        zero = torch.zeros((), device=mesh.device)
+        local = torch.stack([sum((report[name] for report in reports), zero) for name in self.weights])
+        terms = dict(zip(self.weights, reduce_terms(local, schedule), strict=True))
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()}
+
+
+def sum_over_data(value: Tensor, schedule: Schedule) -> Tensor:
+    """Sum a local scalar over the dp ranks; every tensor and pipeline rank of a replica brings the same value."""
+    mesh = schedule.mesh
+    total = value.reshape(1).clone()
+    torch.distributed.all_reduce(total, group=mesh.dp_group)
+    return total[0]
+
+
+def reduce_terms(local: Tensor, schedule: Schedule) -> Tensor:
+    """Sum the last stage's loss shares over dp and hand them to every rank."""
+    mesh = schedule.mesh
+    counted = local if mesh.is_last_stage and mesh.tp_rank == 0 else torch.zeros_like(local)
+    return mesh.all_reduce(counted.clone())

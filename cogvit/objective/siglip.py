@@ -1,0 +1,202 @@
+"""Stage 2: the sigmoid loss over every image-text pair of the global batch.
+
+Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343): divided by the number of pairs on
+the diagonal. Pairs whose captions are equal are not negatives of each other and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvit.batch import Batch
+from cogvit.model.tokens import PackedFeatures, pool_mean
+from cogvit.objective.distill import reduce_terms, sum_over_data
+from cogvit.parallel.encoder import TextStage, VisionStage
+from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.schedule import Schedule
+
+_CHUNK = 4096  # texts per block of logits
+
+
+class ContrastModel(nn.Module):
+    """This rank's stages of both towers; projections, temperature and bias live on the last stage."""
+
+    def __init__(self, vision: VisionStage, text: TextStage, proj_dim: int) -> None:
+        super().__init__()
+        self.vision, self.text = vision, text
+        if vision.trunk.mesh.is_last_stage:
+            self.vision_proj = nn.Linear(vision.cfg.embed_dim, proj_dim)
+            self.text_proj = nn.Linear(text.cfg.embed_dim, proj_dim)
+            # Shape [1]: DeepSpeed's broadcast cannot take 0-dim parameters.
+            self.log_t = nn.Parameter(torch.zeros(1))
+            self.bias = nn.Parameter(torch.zeros(1))
+
+    def embed_image(self, features: PackedFeatures, batch: Batch) -> Tensor:
+        """[N, E] unit vectors, mean-pooled over each image's patches."""
+        images = batch.images
+        pooled_ND = pool_mean(features.patch_TD, images.segment(), images.num_slots)
+        return F.normalize(self.vision_proj(pooled_ND.float()), dim=-1)
+
+    def embed_text(self, pooled_ND: Tensor) -> Tensor:
+        """[N, E] unit vectors."""
+        return F.normalize(self.text_proj(pooled_ND.float()), dim=-1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the loss needs to know of this rank's pairs beside their embeddings."""
+
+    caption_id: Tensor  # [n] int64
+    weight: Tensor  # [n] float32
+
+
+@dataclass(frozen=True)
+class SigmoidGradients:
+    """This rank's share of the loss, and the global loss's gradient with respect to what this rank brought."""
+
+    loss: Tensor  # 0-dim, summed over dp it is the global loss
+    image: Tensor  # [n, E]
+    text: Tensor  # [n, E]
+    log_t: Tensor  # [1], this rank's share
+    bias: Tensor  # [1], this rank's share
+
+
+def sigmoid_gradients(
+    image_nE: Tensor, text_nE: Tensor, pairs: Pairs, log_t: Tensor, bias: Tensor, mesh: Mesh
+) -> SigmoidGradients:
+    """Return the exact loss and gradients over the global batch; every dp rank brings the same number of slots.
+
+    A rank computes the rows of its own images against all texts, in blocks, in fp32.
+    """
+    image_nE, text_nE = image_nE.detach().float(), text_nE.detach().float()
+    texts_GE = _gather(text_nE, mesh)
+    captions_G, weights_G = _gather(pairs.caption_id, mesh), _gather(pairs.weight, mesh)
+    num_pairs = weights_G.sum().clamp(min=1.0)
+    temperature, offset = log_t.detach().float().exp(), bias.detach().float()
+    first = mesh.dp_rank * len(image_nE)
+    row_n1 = torch.arange(first, first + len(image_nE), device=image_nE.device).unsqueeze(1)
+    loss = image_nE.new_zeros(())
+    d_image, d_texts = torch.zeros_like(image_nE), torch.zeros_like(texts_GE)
+    d_log_t, d_bias = torch.zeros_like(temperature), torch.zeros_like(offset)
+    for start in range(0, len(texts_GE), _CHUNK):
+        stop = min(start + _CHUNK, len(texts_GE))
+        text_cE = texts_GE[start:stop]
+        positive = row_n1 == torch.arange(start, stop, device=image_nE.device)
+        same = (pairs.caption_id.unsqueeze(1) == captions_G[start:stop]) & ~positive
+        weight = pairs.weight.unsqueeze(1) * weights_G[start:stop] * (~same)
+        scaled = temperature * (image_nE @ text_cE.T)
+        signed = torch.where(positive, 1.0, -1.0)
+        margin = signed * (scaled + offset)
+        loss = loss + (F.softplus(-margin) * weight).sum() / num_pairs
+        d_logit = -signed * torch.sigmoid(-margin) * weight / num_pairs
+        d_image += temperature * (d_logit @ text_cE)
+        d_texts[start:stop] = temperature * (d_logit.T @ image_nE)
+        d_log_t += (d_logit * scaled).sum()
+        d_bias += d_logit.sum()
+    dist.all_reduce(d_texts, group=mesh.dp_group)
+    return SigmoidGradients(loss, d_image, d_texts[first : first + len(text_nE)], d_log_t, d_bias)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The sigmoid objective on two towers: one pass where one microbatch meets one stage, else two.
+
+    Two passes: the first computes all embeddings without gradients, the loss turns them into embedding gradients, the
+    second backs those through the towers, so the result is that of the global batch for any number of microbatches.
+    """
+
+    def train(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Leave the gradients of one step on the parameters; returns the global loss (0-dim tensor)."""
+        if schedule.mesh.pp_size == 1 and len(micro) == 1:
+            local = _one_pass(model, micro[0], schedule)
+        else:
+            local = _two_passes(model, micro, schedule)
+        return _terms(model, local, schedule)
+
+    def evaluate(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Return the loss without gradients."""
+        gradients = _embed_and_compare(model, micro, schedule)
+        local = torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
+        return _terms(model, local, schedule)
+
+
+def _pairs(micro: Sequence[Batch]) -> Pairs:
+    texts = [batch.text for batch in micro]
+    assert all(text is not None for text in texts), "stage 2 needs captions"
+    return Pairs(
+        torch.cat([text.caption_id for text in texts]),
+        torch.cat([b.images.weight * text.weight for b, text in zip(micro, texts, strict=True)]),
+    )
+
+
+def _surrogate(gradients: SigmoidGradients, model: ContrastModel) -> Tensor:
+    """A scalar whose gradient is that of the temperature and bias."""
+    return (model.log_t * gradients.log_t).sum() + (model.bias * gradients.bias).sum()
+
+
+def _one_pass(model: ContrastModel, batch: Batch, schedule: Schedule) -> Tensor:
+    def forward(index: int) -> tuple[PackedFeatures, Tensor]:
+        return model.vision(batch.images), model.text(batch.text, batch.images.key)
+
+    def loss(towers: tuple[PackedFeatures, Tensor], index: int) -> tuple[Tensor, Tensor]:
+        image, text = model.embed_image(towers[0], batch), model.embed_text(towers[1])
+        g = sigmoid_gradients(image, text, _pairs([batch]), model.log_t, model.bias, schedule.mesh)
+        return (image * g.image).sum() + (text * g.text).sum() + _surrogate(g, model), g.loss
+
+    return schedule.forward_backward(model.vision.trunk, forward, 1, loss)[0]
+
+
+def _embed_and_compare(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> SigmoidGradients | None:
+    """The first pass; None on stages that hold no loss."""
+    images = schedule.forward_only(
+        model.vision.trunk, lambda i: model.vision(micro[i].images), len(micro), lambda out, i: model.embed_image(out, micro[i])
+    )
+    texts = schedule.forward_only(
+        model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), lambda out, i: model.embed_text(out)
+    )
+    if not schedule.mesh.is_last_stage:
+        return None
+    return sigmoid_gradients(torch.cat(images), torch.cat(texts), _pairs(micro), model.log_t, model.bias, schedule.mesh)
+
+
+def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> Tensor:
+    gradients = _embed_and_compare(model, micro, schedule)
+    slots = micro[0].images.num_slots
+
+    def image_loss(features: PackedFeatures, index: int) -> tuple[Tensor, None]:
+        assert gradients is not None
+        d_image = gradients.image[index * slots : (index + 1) * slots]
+        value = (model.embed_image(features, micro[index]) * d_image).sum()
+        return (value + _surrogate(gradients, model) if index == 0 else value), None
+
+    def text_loss(pooled_ND: Tensor, index: int) -> tuple[Tensor, None]:
+        assert gradients is not None
+        d_text = gradients.text[index * slots : (index + 1) * slots]
+        return (model.embed_text(pooled_ND) * d_text).sum(), None
+
+    schedule.forward_backward(model.vision.trunk, lambda i: model.vision(micro[i].images), len(micro), image_loss)
+    schedule.forward_backward(model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), text_loss)
+    return torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
+
+
+def _terms(model: ContrastModel, local: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+    mesh = schedule.mesh
+    share = torch.stack([local, torch.zeros_like(local), torch.zeros_like(local)])
+    if mesh.is_last_stage and mesh.dp_rank == 0:
+        share[1], share[2] = model.log_t.detach().exp()[0], model.bias.detach()[0]
+    loss, temperature, bias = reduce_terms(share, schedule)
+    return {"loss": loss, "temperature": temperature, "bias": bias}
+
+
+def _gather(local: Tensor, mesh: Mesh) -> Tensor:
+    if mesh.dp_size == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(mesh.dp_size)]
+    dist.all_gather(parts, local.contiguous(), group=mesh.dp_group)
+    return torch.cat(parts)

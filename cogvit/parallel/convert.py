@@ -1,0 +1,125 @@
+"""Maps weights between Megatron's shards and the plain model, exactly and both ways.
+
+The plain model's names and full tensors are what is stored, exported and initialized; a shard is a view of them. Megatron
+fuses and reorders two matrices: attention's qkv is interleaved by head, and a rank's SwiGLU fc1 is [gate_r; up_r], so a
+concatenation over ranks would be neither plain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cogvit.parallel.mesh import Mesh
+
+
+class Split(Enum):
+    """How a plain tensor is laid out over the tensor ranks."""
+
+    REPLICATED = "replicated"
+    ROWS = "rows"
+    COLUMNS = "columns"
+    QKV = "qkv"  # rows, [3, H, K] in the plain model, [H, 3, K] in Megatron
+    GATE_UP = "gate_up"  # rows, [2, F] in the plain model, [gate_r; up_r] on each rank
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A local parameter, the plain name it has in every layout, and how it is split."""
+
+    name: str
+    parameter: nn.Parameter
+    split: Split
+    num_heads: int  # of its tower; used by QKV
+
+    def plain_shape(self, tp_size: int) -> tuple[int, ...]:
+        """The shape of the full tensor."""
+        shape = list(self.parameter.shape)
+        if self.split is not Split.REPLICATED:
+            shape[1 if self.split is Split.COLUMNS else 0] *= tp_size
+        return tuple(shape)
+
+
+_LAYER = re.compile(r"^(?P<tower>.*?)trunk\.layers\.layers\.(?P<index>\d+)\.(?P<rest>.*)$")
+_RENAMES = (
+    ("input_layernorm.", "norm1.", Split.REPLICATED),
+    ("pre_mlp_layernorm.", "norm2.", Split.REPLICATED),
+    ("self_attention.q_layernorm.", "attn.q_norm.", Split.REPLICATED),
+    ("self_attention.k_layernorm.", "attn.k_norm.", Split.REPLICATED),
+    ("self_attention.linear_qkv.", "attn.qkv.", Split.QKV),
+    ("self_attention.linear_proj.weight", "attn.proj.weight", Split.COLUMNS),
+    ("self_attention.linear_proj.bias", "attn.proj.bias", Split.REPLICATED),
+    ("mlp.linear_fc1.", "mlp.fc1.", Split.ROWS),
+    ("mlp.linear_fc2.weight", "mlp.fc2.weight", Split.COLUMNS),
+    ("mlp.linear_fc2.bias", "mlp.fc2.bias", Split.REPLICATED),
+    ("self_attn_bda.", "ls1.", Split.REPLICATED),
+    ("mlp_bda.", "ls2.", Split.REPLICATED),
+)
+
+
+def plain_tensors(module: nn.Module) -> Iterator[PlainTensor]:
+    """Yield every parameter of this rank with its plain name, in the module's order."""
+    for local_name, parameter in module.named_parameters():
+        match = _LAYER.match(local_name)
+        if match is None:
+            yield PlainTensor(local_name, parameter, Split.REPLICATED, 0)
+            continue
+        layers = module.get_submodule(f"{match['tower']}trunk.layers.layers")
+        layer = layers[int(match["index"])]
+        old, new, split = next(rule for rule in _RENAMES if match["rest"].startswith(rule[0]))
+        if split is Split.ROWS and layer.config.gated_linear_unit:
+            split = Split.GATE_UP
+        name = f"{match['tower']}blocks.{layer.layer_number - 1}.{new}{match['rest'][len(old) :]}"
+        yield PlainTensor(name, parameter, split, layer.config.num_attention_heads)
+
+
+def to_local(tensor: PlainTensor, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """Cut this rank's shard out of the plain tensor."""
+    if tensor.split is Split.REPLICATED:
+        return full
+    if tensor.split is Split.COLUMNS:
+        return full.chunk(tp_size, dim=1)[tp_rank].contiguous()
+    if tensor.split is Split.ROWS:
+        return full.chunk(tp_size, dim=0)[tp_rank].contiguous()
+    if tensor.split is Split.GATE_UP:
+        return full.unflatten(0, (2, -1)).chunk(tp_size, dim=1)[tp_rank].flatten(0, 1).contiguous()
+    by_head = full.unflatten(0, (3, tensor.num_heads, -1)).transpose(0, 1)
+    return by_head.chunk(tp_size, dim=0)[tp_rank].flatten(0, 2).contiguous()
+
+
+def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
+    """Put the shards of all tensor ranks together again; the inverse of `to_local`."""
+    if tensor.split is Split.REPLICATED:
+        return shards[0]
+    if tensor.split is Split.COLUMNS:
+        return torch.cat(shards, dim=1)
+    if tensor.split is Split.ROWS:
+        return torch.cat(shards, dim=0)
+    if tensor.split is Split.GATE_UP:
+        return torch.cat([shard.unflatten(0, (2, -1)) for shard in shards], dim=1).flatten(0, 1)
+    heads_per_rank = tensor.num_heads // len(shards)
+    by_head = torch.cat([shard.unflatten(0, (heads_per_rank, 3, -1)) for shard in shards])
+    return by_head.transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def gather_plain(tensor: PlainTensor, local: Tensor, mesh: Mesh) -> Tensor:
+    """Return the plain tensor of a local one (a weight, a gradient or a moment); collective over the tensor ranks."""
+    if tensor.split is Split.REPLICATED or mesh.tp_size == 1:
+        return to_plain(tensor, [local])
+    shards = [torch.empty_like(local) for _ in range(mesh.tp_size)]
+    dist.all_gather(shards, local.contiguous(), group=mesh.tp_group)
+    return to_plain(tensor, shards)
+
+
+def fill(module: nn.Module, mesh: Mesh, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    """Set every parameter of this rank from a source of plain tensors, called with plain name and full shape."""
+    with torch.no_grad():
+        for tensor in plain_tensors(module):
+            full = source(tensor.name, tensor.plain_shape(mesh.tp_size))
+            tensor.parameter.copy_(to_local(tensor, full, mesh.tp_rank, mesh.tp_size))

@@ -1,0 +1,107 @@
+"""The towers as pipeline stages: the plain model's embedding and norm around Megatron's layers.
+
+A stage keeps the parts of the plain tower that it owns (embeddings on the first, the norm on the last) under the plain
+names, and its share of the layers under `trunk`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cogvit.batch import PackedImages, PackedText
+from cogvit.config import ParallelConfig
+from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.text import TextEmbedding, text_layout
+from cogvit.model.tokens import PackedFeatures, PackedLayout, pool_mean
+from cogvit.model.vit import VisionEmbedding, split_packed, vision_layout
+from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.trunk import PackedStream, build_trunk, local_layout, megatron_config
+
+from megatron.core.tensor_parallel.mappings import (  # isort: skip
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType  # isort: skip
+
+
+class TrunkStage(nn.Module):
+    """This rank's layers of one tower, with what Megatron's schedule asks of a model."""
+
+    def __init__(self, cfg: CogViTConfig | TextConfig, mesh: Mesh, parallel: ParallelConfig, num_tokens: int) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.num_tokens = num_tokens  # S: the rows that travel between stages
+        self.config = megatron_config(cfg, mesh, sequence=parallel.sequence, recompute=parallel.recompute)
+        self.model_type = ModelType.encoder_or_decoder
+        self.layers = build_trunk(cfg, self.config, mesh)
+
+    def set_input_tensor(self, received: list[Tensor | None]) -> None:
+        """Take the previous stage's output (the schedule calls it before each forward)."""
+        self.layers.set_input_tensor(received[0])
+
+    def run(self, x_SD: Tensor | None, layout: PackedLayout) -> Tensor:
+        """Run the layers on the embedded tokens, or on the previous stage's output where x_SD is None.
+
+        Returns [S, 1, D] for the next stage (a share of S under sequence parallelism), or [S, D] on the last.
+        """
+        stream = PackedStream(
+            qkv_format="thd", layout=layout, local=local_layout(layout, self.mesh, self.config.sequence_parallel)
+        )
+        x_S1D = None if x_SD is None else x_SD.unsqueeze(1)
+        if x_S1D is not None and self.config.sequence_parallel:
+            x_S1D = scatter_to_sequence_parallel_region(x_S1D)
+        x_S1D = self.layers(hidden_states=x_S1D, attention_mask=None, packed_seq_params=stream)
+        if not self.mesh.is_last_stage:
+            return x_S1D
+        if self.config.sequence_parallel:
+            x_S1D = gather_from_sequence_parallel_region(x_S1D, tensor_parallel_output_grad=False)
+        return x_S1D.squeeze(1)
+
+
+class VisionStage(VisionEmbedding):
+    """This rank's stage of the vision tower, for packs of num_tokens patches and num_slots images."""
+
+    def __init__(
+        self, cfg: CogViTConfig, mesh: Mesh, parallel: ParallelConfig, *, num_tokens: int, num_slots: int
+    ) -> None:
+        super().__init__(cfg)
+        if not mesh.is_first_stage:
+            self.patch_embed = self.pos_embed = self.mask_token = self.cls_token = None
+        if not mesh.is_last_stage:
+            self.norm = None
+        self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens + (num_slots if cfg.use_cls_token else 0))
+
+    def forward(self, images: PackedImages, mask_T: Tensor | None = None) -> Tensor | PackedFeatures:
+        """Return the features on the last stage, hidden states for the next one elsewhere."""
+        if self.trunk.mesh.is_first_stage:
+            tokens = self.embed_packed(images, mask_T)
+            x = self.trunk.run(tokens.x_SD, tokens)
+        else:
+            x = self.trunk.run(None, vision_layout(images, self.cfg))
+        return split_packed(self.norm(x), images, self.cfg) if self.trunk.mesh.is_last_stage else x
+
+
+class TextStage(TextEmbedding):
+    """This rank's stage of the text tower, for packs of num_tokens caption tokens."""
+
+    def __init__(self, cfg: TextConfig, mesh: Mesh, parallel: ParallelConfig, *, num_tokens: int) -> None:
+        super().__init__(cfg)
+        if not mesh.is_first_stage:
+            self.token_embed = self.pos_embed = None
+        if not mesh.is_last_stage:
+            self.norm = None
+        self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens)
+
+    def forward(self, text: PackedText, key_N: Tensor) -> Tensor:
+        """Return each caption's mean token [N, D] on the last stage, hidden states for the next one elsewhere.
+
+        key_N: `PackedImages.key`, the seeds of stochastic depth.
+        """
+        if self.trunk.mesh.is_first_stage:
+            tokens = self.embed_packed(text, key_N)
+            layout: PackedLayout = tokens
+            x = self.trunk.run(tokens.x_SD, tokens)
+        else:
+            layout = text_layout(text, key_N)
+            x = self.trunk.run(None, layout)
+        return pool_mean(self.norm(x), layout.slot_S, len(text.caption_id)) if self.trunk.mesh.is_last_stage else x

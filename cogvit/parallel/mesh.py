@@ -1,0 +1,163 @@
+"""The process mesh: which rank is where on the tp, pp and dp axes, and the groups that talk.
+
+Order of axes: tp fastest, then dp, then pp (Megatron-core's default), so tensor ranks are neighbors on a node.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cogvit.config import ParallelConfig
+from cogvit.parallel.cpu import prepare_process
+
+prepare_process()
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+
+class MegatronGroups:
+    """What DeepSpeed asks of an `mpu`, answered by Megatron's parallel_state.
+
+    "Model parallel" is the tp x pp group: DeepSpeed reduces the gradient norm over it.
+    """
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place and its groups; made once by `start_mesh`."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes the run's logs and reports."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank embeds."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank computes losses."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that share one layer."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """Ranks that share one model replica's depth."""
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard of the model and see other data."""
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def model_group(self) -> dist.ProcessGroup:
+        """The tp x pp ranks of one replica: they train on the same batch."""
+        return parallel_state.get_model_parallel_group()
+
+    @property
+    def mpu(self) -> type[MegatronGroups]:
+        """The adapter that DeepSpeed takes."""
+        return MegatronGroups
+
+    def all_reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce in place over every rank and return the tensor."""
+        dist.all_reduce(values, op=op)
+        return values
+
+    def agree_max(self, value: int) -> int:
+        """Return the largest value any rank brings; the same answer everywhere."""
+        return int(self.all_reduce(torch.tensor([value], device=self.device), dist.ReduceOp.MAX))
+
+
+def start_mesh(layout: ParallelConfig, *, timeout_s: float = 600.0) -> Mesh:
+    """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset) and split it into axes.
+
+    A process group that already exists is used as it is. gloo on CPU, nccl on CUDA.
+    """
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # DeepSpeed insists on it
+    device = _local_device()
+    if not dist.is_initialized():
+        _join_world(device, timeout_s)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    # Recompute saves and restores Megatron's tracked RNG states, so they must exist; no draw of ours uses them.
+    tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
+    return Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=layout.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=layout.pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def stop_mesh() -> None:
+    """Leave the world; the counterpart of `start_mesh`."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join_world(device: torch.device, timeout_s: float) -> None:
+    if "RANK" not in os.environ:
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+        )
+        return
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))

@@ -1,0 +1,187 @@
+"""From teachers to batches: what is asked, who answers, and how the answers join the stream of batches.
+
+A FeatureSource answers requests; there is one in this process (LocalFeatures), one behind Ray (actors.py) and one on
+disk (store.py), and all give the same bits for the same request. Shared and standardize.Standardized wrap any of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvit.batch import Batch, SampleRef, StepBatch, TeacherTargets
+from cogvit.errors import CogViTError
+from cogvit.objective.masking import mask_image, num_masked
+
+Grid = tuple[int, int]  # rows, columns, in patches
+Item = TypeVar("Item")
+Features = dict[str, Tensor]  # teacher name -> [M, C] float32
+
+# Returns the image of a sample as uint8 [H, W, 3], or None when its bytes do not decode; the int is the image's key, for
+# augmentation that the student sees too. It runs inside the actors, so it must be importable there.
+DecodeImage = Callable[[SampleRef, int], Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRequest:
+    """One forward batch of the teachers: the images of one pack, in slot order."""
+
+    samples: tuple[SampleRef | None, ...]
+    grids: tuple[Grid, ...]  # the student's
+    keys: tuple[int, ...]  # seeds of the masks
+    mask_ratio: float  # 1.0 asks for every token
+
+
+class FeatureSource(Protocol):
+    """Answers requests; `submit` returns at once, and `result` takes what `submit` returned."""
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """C of each teacher, by name."""
+
+    def submit(self, request: FeatureRequest) -> Any:
+        """Begin to answer a request."""
+
+    def result(self, handle: Any) -> Features:
+        """Wait for the masked tokens' features, all images of the request end to end.
+
+        Errors: TeacherUnavailable when they do not come in time.
+        """
+
+
+class PatchTeacher(Protocol):
+    """What a teacher must be able to do; zoo.Teacher does."""
+
+    @property
+    def dim(self) -> int:
+        """C, channels of a feature."""
+
+    def features(self, images: list[Tensor], grids: list[Grid]) -> list[Tensor]:
+        """Return the [rows * columns, C] features of each image."""
+
+
+def request_of(batch: Batch, mask_ratio: float) -> FeatureRequest:
+    """Ask for the targets of one microbatch."""
+    images = batch.images
+    grids = tuple((int(rows), int(columns)) for rows, columns in images.grid_hw.tolist())
+    return FeatureRequest(batch.samples, grids, tuple(images.key.tolist()), mask_ratio)
+
+
+def masked_features(teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage) -> Tensor:
+    """Answer a request with one teacher: [M, C] in the teacher's precision.
+
+    The masked tokens of an image that does not decode are zeros, so that the order of the others stands.
+    """
+    present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
+    decoded = {slot: decode(request.samples[slot], request.keys[slot]) for slot in present}
+    images = {slot: image for slot, image in decoded.items() if image is not None}
+    found = teacher.features(list(images.values()), [request.grids[slot] for slot in images])
+    feature_of = dict(zip(images, found, strict=True))
+    dtype = found[0].dtype if found else torch.float32
+    rows = [torch.zeros(0, teacher.dim, dtype=dtype)]
+    for slot in present:
+        num_patches = request.grids[slot][0] * request.grids[slot][1]
+        if slot in feature_of:
+            rows.append(feature_of[slot][mask_image(request.keys[slot], num_patches, request.mask_ratio)])
+        else:
+            rows.append(torch.zeros(num_masked(num_patches, request.mask_ratio), teacher.dim, dtype=dtype))
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class LocalFeatures:
+    """Teachers in this process, for evaluation, tools and tests."""
+
+    teachers: Mapping[str, PatchTeacher]
+    decode: DecodeImage
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """C of each teacher, by name."""
+        return {name: teacher.dim for name, teacher in self.teachers.items()}
+
+    def submit(self, request: FeatureRequest) -> FeatureRequest:
+        """Keep the request; the work is done when the result is asked for."""
+        return request
+
+    def result(self, handle: FeatureRequest) -> Features:
+        """Compute the features."""
+        return {
+            name: masked_features(teacher, handle, self.decode).float() for name, teacher in self.teachers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One rank of a group asks and all of them receive: the ranks of a group train on the same packs.
+
+    `source` is None on every rank but the leader. An error of the leader is raised on all of them, so that none waits
+    for a peer that has left.
+    """
+
+    source: FeatureSource | None
+    dims: Mapping[str, int]
+    group: dist.ProcessGroup
+    leader: int  # rank inside the group
+    device: torch.device  # where the group's backend communicates
+
+    def submit(self, request: FeatureRequest) -> Any:
+        """Ask the source, on the leader."""
+        return None if self.source is None else self.source.submit(request)
+
+    def result(self, handle: Any) -> Features:
+        """Broadcast what the leader's source answers. Collective: every rank of the group calls it."""
+        features: Features = {}
+        header: list[Any] = [None]
+        if self.source is not None:
+            try:
+                features = self.source.result(handle)
+                header[0] = {name: tuple(tensor.shape) for name, tensor in features.items()}
+            except CogViTError as error:
+                header[0] = error
+        dist.broadcast_object_list(header, group=self.group, group_src=self.leader, device=self.device)
+        if isinstance(header[0], CogViTError):
+            raise header[0]
+        for name, shape in header[0].items():
+            if self.source is None:
+                features[name] = torch.empty(shape, device=self.device)
+            features[name] = features[name].to(self.device)
+            dist.broadcast(features[name], group=self.group, group_src=self.leader)
+        return features
+
+
+def attach_targets(
+    batches: Iterable[StepBatch], source: FeatureSource, *, mask_ratio: float, in_flight_steps: int
+) -> Iterator[StepBatch]:
+    """Yield the same batches in the same order with their targets, keeping in_flight_steps of requests ahead.
+
+    Errors: TeacherUnavailable as FeatureSource.result.
+    """
+
+    def submit(step: StepBatch) -> list[Any]:
+        return [source.submit(request_of(batch, mask_ratio)) for batch in step.micro]
+
+    for step, handles in submit_ahead(batches, submit, in_flight_steps):
+        micro = tuple(
+            replace(batch, targets=TeacherTargets(source.result(handle)))
+            for batch, handle in zip(step.micro, handles, strict=True)
+        )
+        yield replace(step, micro=micro)
+
+
+def submit_ahead(
+    items: Iterable[Item], submit: Callable[[Item], Any], in_flight: int
+) -> Iterator[tuple[Item, Any]]:
+    """Yield (item, what submit returned for it) in order, with up to in_flight later items submitted already."""
+    waiting: deque[tuple[Item, Any]] = deque()
+    for item in items:
+        waiting.append((item, submit(item)))
+        if len(waiting) > in_flight:
+            yield waiting.popleft()
+    yield from waiting

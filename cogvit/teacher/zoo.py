@@ -1,0 +1,273 @@
+"""Frozen teachers from transformers checkpoints: SigLIP2 (NaFlex and fixed size), SigLIP and DINOv3.
+
+A teacher sees the image at (grid of the student) x (its own patch size), so that both grids match and nothing is
+interpolated; one that knows a single grid sees its own square and its features are resampled. This is the only module
+of the package that imports transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cogvit.errors import ConfigError
+
+Grid = tuple[int, int]  # rows, columns, in patches
+Family = Literal["siglip2", "siglip", "dinov3"]
+
+_FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
+    "siglip2": "siglip2",
+    "siglip2_vision_model": "siglip2",
+    "siglip": "siglip",  # the fixed-size SigLIP2 checkpoints too
+    "siglip_vision_model": "siglip",
+    "dinov3_vit": "dinov3",
+}
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CHECKPOINT_FILES = ["*.json", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a checkpoint says about its teacher, read without loading weights."""
+
+    directory: Path
+    family: Family
+    dim: int  # C
+    patch_size_px: int
+    fixed_grid: Grid | None  # None: any grid
+    image_mean: tuple[float, ...]  # of channels in [0, 1]
+    image_std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen vision tower whose patch features are regressed.
+
+    `features` of the same images, grids and order are the same bits on the same machine and number of threads.
+    """
+
+    spec: TeacherSpec
+    model: nn.Module
+    forward: Callable[[nn.Module, list[Tensor], Sequence[Grid]], list[Tensor]]
+
+    @property
+    def dim(self) -> int:
+        """C, channels of a feature."""
+        return self.spec.dim
+
+    @property
+    def patch_size_px(self) -> int:
+        """Side of the teacher's own patches."""
+        return self.spec.patch_size_px
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+        """Return the last layer's patch features of images (uint8 [H, W, 3] of any size) as one forward batch.
+
+        Each is [rows * columns, C] in the row-major order of its grid and in the precision of the teacher.
+        """
+        if not images:
+            return []
+        pixels = [self._prepare(image, grid) for image, grid in zip(images, grids, strict=True)]
+        return self.forward(self.model, pixels, grids)
+
+    def _prepare(self, image: Tensor, grid: Grid) -> Tensor:
+        """Resize to this teacher's pixels and normalize: float32 [3, H, W]."""
+        rows, columns = self.spec.fixed_grid or grid
+        size_px = (rows * self.patch_size_px, columns * self.patch_size_px)
+        pixels = image.permute(2, 0, 1)
+        if pixels.shape[1:] != size_px:
+            pixels = F.interpolate(pixels[None], size_px, mode="bilinear", antialias=True)[0]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.spec.image_mean, self.spec.image_std))
+        return (pixels / 255 - mean) / std
+
+
+def inspect_teacher(path: str) -> TeacherSpec:
+    """Read what a checkpoint (local directory or hub name) is. Errors: ConfigError when it is none that we know."""
+    directory = _resolve(path)
+    try:
+        model_type = json.loads((directory / "config.json").read_text())["model_type"]
+    except FileNotFoundError:
+        raise ConfigError(f"teacher {path} is not a transformers checkpoint: it has no config.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"teacher {path} is not a transformers checkpoint: config.json has no model_type") from None
+    if model_type not in _FAMILY_OF_MODEL_TYPE:
+        raise ConfigError(
+            f"teacher {path} is a {model_type!r}; known model types are {', '.join(_FAMILY_OF_MODEL_TYPE)}"
+        )
+    weight_files(directory)
+    family = _FAMILY_OF_MODEL_TYPE[model_type]
+    config = _read_config(directory, family)
+    if not isinstance(config.patch_size, int) or config.num_channels != 3:
+        raise ConfigError(f"teacher {path} has no square patches of three channels, which is all that is supported")
+    side_patches = config.image_size // config.patch_size if family == "siglip" else 0
+    mean, std = (_IMAGENET_MEAN, _IMAGENET_STD) if family == "dinov3" else (_HALF, _HALF)
+    stated = _preprocessing(directory)
+    return TeacherSpec(
+        directory=directory,
+        family=family,
+        dim=config.hidden_size,
+        patch_size_px=config.patch_size,
+        fixed_grid=(side_patches, side_patches) if family == "siglip" else None,
+        image_mean=tuple(stated.get("image_mean", mean)),
+        image_std=tuple(stated.get("image_std", std)),
+    )
+
+
+def load_teacher(path: str, precision: Literal["fp32", "bf16"]) -> Teacher:
+    """Load a teacher, frozen and in eval mode, from safetensors and without remote code.
+
+    Errors: ConfigError when the directory is not a complete checkpoint of a known model.
+    """
+    spec = inspect_teacher(path)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    match spec.family:
+        case "siglip2":
+            return Teacher(spec, _load(transformers.Siglip2VisionModel, spec, dtype), _siglip2_features)
+        case "siglip":
+            return Teacher(spec, _load(transformers.SiglipVisionModel, spec, dtype), _siglip_features)
+        case "dinov3":
+            return Teacher(spec, _load(transformers.DINOv3ViTModel, spec, dtype), _dinov3_features)
+
+
+def fingerprint(spec: TeacherSpec) -> str:
+    """Return a hash of everything that decides the features: weights, configuration, preprocessing, layer."""
+    digest = hashlib.sha256(f"last_hidden_state {spec.image_mean} {spec.image_std}".encode())
+    for path in [spec.directory / "config.json", *weight_files(spec.directory)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the weights of a checkpoint. Errors: ConfigError when there are none in safetensors."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"teacher {directory} has no *.safetensors; other weight formats can run code and are refused")
+    return files
+
+
+def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    """NaFlex: images of any grid, padded to the longest of the batch."""
+    patches = [_patchify(image, grid) for image, grid in zip(pixels, grids, strict=True)]
+    lengths = [len(patch) for patch in patches]
+    output = model(
+        pixel_values=pad_sequence(patches, batch_first=True),
+        pixel_attention_mask=pad_sequence([torch.ones(length, dtype=torch.int64) for length in lengths], True),
+        spatial_shapes=torch.tensor(grids),
+    ).last_hidden_state
+    return [feature[:length] for feature, length in zip(output, lengths, strict=True)]
+
+
+def _patchify(image: Tensor, grid: Grid) -> Tensor:
+    """Cut [3, H, W] into [rows * columns, P * P * 3]; SigLIP2 keeps channels last inside a patch."""
+    rows, columns = grid
+    return image.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+
+
+def _siglip_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    """One fixed square; features are resampled to grids that differ from the teacher's."""
+    output = model(pixel_values=torch.stack(pixels)).last_hidden_state
+    side = int(output.shape[1] ** 0.5)
+    return [
+        feature if grid == (side, side) else _resample(feature, (side, side), grid)
+        for feature, grid in zip(output, grids, strict=True)
+    ]
+
+
+def _resample(feature: Tensor, source: Grid, target: Grid) -> Tensor:
+    field = feature.T.unflatten(1, source)[None].float()
+    resampled = F.interpolate(field, target, mode="bilinear", antialias=True)
+    return resampled[0].flatten(1).T.to(feature.dtype)
+
+
+def _dinov3_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    """Rotary positions take any grid, so images of one grid form a batch; class and register tokens are dropped."""
+    found: dict[int, Tensor] = {}
+    for grid in dict.fromkeys(grids):
+        members = [index for index, other in enumerate(grids) if other == grid]
+        output = model(pixel_values=torch.stack([pixels[index] for index in members])).last_hidden_state
+        num_patches = grid[0] * grid[1]
+        found.update(zip(members, output[:, -num_patches:], strict=True))
+    return [found[index] for index in range(len(pixels))]
+
+
+def _read_config(directory: Path, family: Family) -> transformers.PreTrainedConfig:
+    """Return the configuration of the vision tower, without the pooling head that we never read."""
+    config_class = {
+        "siglip2": transformers.Siglip2VisionConfig,
+        "siglip": transformers.SiglipVisionConfig,
+        "dinov3": transformers.DINOv3ViTConfig,
+    }[family]
+    with _quiet():
+        config = config_class.from_pretrained(directory)
+    if family != "dinov3":
+        config.vision_use_head = False
+    return config
+
+
+def _load(model_class: type[transformers.PreTrainedModel], spec: TeacherSpec, dtype: torch.dtype) -> nn.Module:
+    config = _read_config(spec.directory, spec.family)
+    with _quiet():
+        try:
+            model, report = model_class.from_pretrained(
+                spec.directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"teacher {spec.directory} does not load: {reason}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"teacher {spec.directory} lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} first"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _preprocessing(directory: Path) -> dict[str, list[float]]:
+    path = directory / "preprocessor_config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _resolve(path: str) -> Path:
+    """Return the directory of a checkpoint, downloading it when it is a hub name."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ConfigError(f"teacher {path!r} does not exist; pass a checkpoint directory or a hub name")
+    from huggingface_hub import snapshot_download  # a network client that local runs need not load
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_CHECKPOINT_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"teacher {path} is no directory here, and the hub did not give it: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep load reports and progress bars of transformers off the terminal; we check the reports ourselves."""
+    log = transformers.utils.logging
+    verbosity, progress = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if progress:
+            log.enable_progress_bar()

@@ -1,0 +1,127 @@
+"""The training loop: take a global batch, step, record, and save when it is due or somebody asked to leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cogvit.batch import Batch, StepBatch, move
+from cogvit.parallel.mesh import Mesh
+from cogvit.training.checkpoint import Checkpoints
+from cogvit.training.engine import Engine, Objective, StepReport
+from cogvit.training.meter import Meter
+from cogvit.training.signals import StopRequest
+from cogvit.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a global batch held, over all dp ranks."""
+
+    images: int
+    tokens: int  # valid patch tokens
+    slots: int  # patch tokens, padding included
+    failed: int  # images that were planned and did not decode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluation during training: held-out global batches, made anew for each pass."""
+
+    every_steps: int
+    batches: Callable[[], Iterator[StepBatch]]
+
+    def due(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation."""
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+
+def train(
+    engine: Engine,
+    objective: Objective,
+    batches: Iterable[StepBatch],
+    state: TrainState,
+    *,
+    steps: int,
+    checkpoints: Checkpoints,
+    evaluation: Evaluation,
+    meter: Meter,
+    stop: StopRequest,
+) -> TrainState:
+    """Train until `steps` or until the ranks agree to stop; the returned state is saved.
+
+    Errors: NonFiniteStep, DataError and TeacherUnavailable pass through after the loop leaves the last checkpoint as it is.
+    """
+    mesh = engine.mesh
+    source = iter(batches)
+    while state.step < steps:
+        start_s = time.perf_counter()
+        batch = next(source)
+        micro = tuple(move(one, mesh.device) for one in batch.micro)
+        data_s = time.perf_counter() - start_s
+        report = engine.step(objective, micro, state.step)
+        work = measure(micro, mesh)
+        seconds = time.perf_counter() - start_s
+        state = state.after(batch.position, images=work.images, tokens=work.tokens, seconds=seconds)
+        values = step_values(report, work, seconds=seconds, data_s=data_s)
+        if evaluation.due(state.step):
+            losses = evaluate(engine, objective, evaluation)
+            state = state.with_evaluation(losses["eval_loss"])
+            values |= losses
+        meter.record(state.step, values)
+        leaving = stop.agreed(mesh.agree_max)
+        if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
+            checkpoints.save(state, engine)
+        if leaving:
+            break
+    return state
+
+
+def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
+    """Return the mean loss terms over the held-out batches, named eval_*."""
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in evaluation.batches():
+        micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
+        for name, value in engine.evaluate(objective, micro).items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += 1
+    return {f"eval_{name}": value / count for name, value in sums.items()}
+
+
+def measure(micro: tuple[Batch, ...], mesh: Mesh) -> Workload:
+    """Count a step's images and tokens over the dp ranks."""
+    counts = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    for batch in micro:
+        images = batch.images
+        planned = sum(sample is not None for sample in batch.samples)
+        valid = images.weight.sum()
+        counts += torch.stack(
+            [valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]
+        ).to(counts)
+    dist.all_reduce(counts, group=mesh.dp_group)
+    return Workload(*(int(count) for count in counts))
+
+
+def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: float) -> dict[str, float]:
+    """Return one line of metrics.jsonl."""
+    return {
+        **report.terms,
+        "grad_norm": report.grad_norm,
+        **{f"grad_norm_{name}": norm for name, norm in report.grad_norms.items()},
+        "lr": report.lr,
+        "images": float(work.images),
+        "tokens": float(work.tokens),
+        "valid_fraction": work.tokens / work.slots,
+        "failed_images": float(work.failed),
+        "images_per_s": work.images / seconds,
+        "tokens_per_s": work.tokens / seconds,
+        "seconds": seconds,
+        "data_s": data_s,
+        "forward_backward_s": report.forward_backward_s,
+        "optimizer_s": report.optimizer_s,
+    }

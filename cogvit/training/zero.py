@@ -1,0 +1,228 @@
+"""DeepSpeed ZeRO behind one small class: the only file where its configuration keys and its internals are spelt.
+
+Parameters are fp32 (bf16 is autocast around the model); gradients are summed over microbatches and reduced once.
+Verified against deepspeed 0.19.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from cogvit.config import RunConfig
+from cogvit.errors import CheckpointError, NonFiniteStep
+from cogvit.parallel.cpu import prepare_process
+from cogvit.parallel.mesh import MegatronGroups
+from cogvit.training.muon import MOMENTS, InnerOptimizer, MatrixSpan, Partition
+from cogvit.training.optim import Module, ParamGroup, lr_at
+
+prepare_process()
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+MASTER = "master"  # kind of the fp32 parameter beside its moments
+_REDUCE_BUCKET_ELEMENTS = 50_000_000  # 200 MB; DeepSpeed's default allocates 2 GB in every step
+
+
+class StateTensor(NamedTuple):
+    """One tensor of the training state: whole over dp, this rank's shard over tp."""
+
+    name: str
+    kind: str  # MASTER or a moment of cogvit.training.muon.MOMENTS
+    tensor: Tensor
+
+
+def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run.
+
+    The batch keys only have to agree with each other: microbatches are ours, so DeepSpeed sees one per step.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": dp_size,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_allow_untested_optimizer": True,  # InnerOptimizer
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "overlap_comm": False,  # there is one reduction, after the last backward
+            "reduce_bucket_size": _REDUCE_BUCKET_ELEMENTS,
+        },
+    }
+
+
+class _Trainee(nn.Module):
+    """What DeepSpeed is given: the model, and a placeholder parameter for each group that is empty on this stage.
+
+    DeepSpeed runs collectives group by group, so every pipeline stage needs every group. A placeholder is 0, gets a
+    gradient of 0 and so stays 0.
+    """
+
+    def __init__(self, model: nn.Module, num_placeholders: int) -> None:
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.placeholders = nn.ParameterList(torch.zeros(1, device=device) for _ in range(num_placeholders))
+
+
+def initialize(
+    module: nn.Module, groups: list[ParamGroup], config: RunConfig, mpu: type[MegatronGroups], dp_size: int
+) -> ZeroEngine:
+    """Partition the optimizer over dp and return the engine; `module` itself stays the one to run.
+
+    groups: the list of `param_groups`, of one length and order on all ranks. Parameters are broadcast from dp rank 0.
+    """
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist.get_backend())
+    trainee = _Trainee(module, sum(not group.params for group in groups))
+    placeholders = iter(trainee.placeholders)
+    filled = [group if group.params else replace(group, params=(next(placeholders),)) for group in groups]
+    inner = InnerOptimizer(filled, config.optim)
+    engine, zero_optimizer, _, _ = deepspeed.initialize(
+        model=trainee, optimizer=inner, config=deepspeed_config(config, dp_size), mpu=mpu, dist_init_required=False
+    )
+    partitions = {flat: _partition(zero_optimizer, index) for index, flat in enumerate(_flat_params(zero_optimizer))}
+    inner.bind_partitions(partitions, mpu.get_data_parallel_group(), mpu.get_tensor_model_parallel_group())
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
+    return ZeroEngine(engine, inner, filled, config)
+
+
+def _flat_params(zero_optimizer: Any) -> list[Tensor]:
+    return zero_optimizer.single_partition_of_fp32_groups
+
+
+def _partition(zero_optimizer: Any, index: int) -> Partition:
+    """Describe the slice of a group's flat buffer that this rank owns, and where the group's matrices lie in it."""
+    params, starts = zero_optimizer.round_robin_bit16_groups[index], zero_optimizer.round_robin_bit16_offsets[index]
+    size = _flat_params(zero_optimizer)[index].numel()
+    matrices = tuple(
+        MatrixSpan(start, tuple(param.shape), param.partition_dim if _is_sharded(param) else None)
+        for param, start in zip(params, starts, strict=True)
+        if param.ndim == 2
+    )
+    return Partition(dist.get_rank(zero_optimizer.real_dp_process_group[index]) * size, size, matrices)
+
+
+def _is_sharded(param: Tensor) -> bool:
+    return getattr(param, "tensor_model_parallel", False)
+
+
+class ZeroEngine:
+    """One optimizer step: reduce, look at the gradients, update; and the state, parameter by parameter."""
+
+    def __init__(self, engine: Any, inner: InnerOptimizer, groups: list[ParamGroup], config: RunConfig) -> None:
+        self.inner = inner
+        self._engine = engine
+        self._zero = engine.optimizer
+        self._groups = groups
+        self._schedule = config.schedule
+        self._kinds = {param: (MASTER, *MOMENTS[group.kind]) for group in groups for param in group.params}
+        self._group_norms: list[float] = []
+        self._overflow = False
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """Collect gradients of any number of backward passes inside; average them over dp once, on leaving.
+
+        A parameter that got no gradient on this rank takes part with zeros: a rank that skipped it would hang the
+        others. A body that raises gives up its gradients and talks to no one.
+        """
+        with self._engine.coalesce_grad_reduction():
+            try:
+                yield
+            except BaseException:
+                self._engine.optimizer.zero_grad()
+                raise
+            for param in self._kinds:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+        self._measure_gradients()
+
+    def _measure_gradients(self) -> None:
+        """Take every group's norm (DeepSpeed says -1 for one that is not finite) and look for NaN and infinity."""
+        zero = self._zero
+        norms = torch.stack(
+            [
+                zero.get_grad_norm_direct(zero.averaged_gradients[index], zero.params_in_partition[index])
+                for index in range(len(self._groups))
+            ]
+        ).tolist()
+        self._group_norms = [norm if norm >= 0.0 else math.inf for norm in norms]
+        self._overflow = zero.has_overflow()
+
+    def has_non_finite_gradient(self) -> bool:
+        """Say, after the reduction and before the update, whether any rank's gradients are NaN or infinite.
+
+        The answer is the same on every rank.
+        """
+        return self._overflow or not math.isfinite(self.grad_norm())
+
+    def grad_norm(self) -> float:
+        """Return the global norm of the last reduced gradients, before clipping, over all parameters and ranks."""
+        return math.hypot(*self._group_norms)
+
+    def grad_norms_by_module(self) -> dict[Module, float]:
+        """Return the norm of each module's part of the same gradients."""
+        norms: dict[Module, float] = {}
+        for group, norm in zip(self._groups, self._group_norms, strict=True):
+            norms[group.module] = math.hypot(norms.get(group.module, 0.0), norm)
+        return norms
+
+    def set_lr(self, step: int) -> float:
+        """Set the rates of the update with this index (from 0) and return the schedule's factor."""
+        factor = lr_at(self._schedule, step)
+        self.inner.set_lr_factor(factor)
+        return factor
+
+    def step(self) -> None:
+        """Clip, update, and gather the parameters. Errors: NonFiniteStep, before anything is changed."""
+        if self.has_non_finite_gradient():
+            raise NonFiniteStep(f"the gradient norm is {self.grad_norm()}; nothing was updated")
+        self._engine.step()
+
+    def kinds_of(self, param: Parameter) -> tuple[str, ...]:
+        """Return the kinds of state a parameter has: MASTER and its moments."""
+        return self._kinds[param]
+
+    def full_tensors(self, named: Mapping[str, Parameter]) -> Iterator[StateTensor]:
+        """Yield the fp32 state of each parameter in turn, whole over dp; holds one tensor at a time.
+
+        Collective over dp: every dp rank iterates to the end over the same names in the same order.
+        """
+        for name, param in named.items():
+            for kind in self._kinds[param]:
+                if kind == MASTER:
+                    yield StateTensor(name, kind, safe_get_full_fp32_param(param))
+                else:
+                    yield StateTensor(name, kind, safe_get_full_optimizer_state(param, kind))
+
+    @torch.no_grad()
+    def load_tensor(self, param: Parameter, kind: str, tensor: Tensor) -> None:
+        """Put back what `full_tensors` gave; MASTER sets the module parameter too. Errors: CheckpointError (shape)."""
+        if tensor.shape != param.shape:
+            raise CheckpointError(f"{kind} of shape {tuple(tensor.shape)} does not fit {tuple(param.shape)}")
+        value = tensor.to(device=param.device, dtype=torch.float32)
+        if kind == MASTER:
+            safe_set_full_fp32_param(param, value)
+            param.copy_(value)
+        else:
+            safe_set_full_optimizer_state(param, value, kind)
+
+    def load_update_count(self, count: int) -> None:
+        """Set how many updates the optimizer has made; with the tensors, this is its whole state."""
+        for group in self.inner.param_groups:
+            group["updates"] = count

@@ -1,0 +1,152 @@
+"""Encoded image bytes to pixels and patches: the one decoder that students, teachers and evaluation share.
+
+Whatever goes wrong with foreign bytes becomes a DataError; callers give the image weight 0. Nothing is decoded before its
+header's size is accepted.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from cogvit.errors import DataError
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
+_EXIF_MARK = b"Exif\0\0"
+_JPEG_MARK = b"\xff\xd8\xff"
+
+
+def image_size_px(data: bytes) -> tuple[int, int]:
+    """Return (height, width) from the header alone, EXIF orientation applied.
+
+    Errors: DataError when it is no image or has more than MAX_PIXELS.
+    """
+    try:
+        image = _open(data)
+        orientation = _orientation(image)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's parsers raise about anything on foreign bytes
+        raise DataError(f"the header does not parse: {error}") from error
+    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+
+
+def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pixels:
+    """Decode to uint8 [H, W, 3]: first frame, orientation applied, transparency on white, deep samples cut to 8 bits.
+
+    With at_least_hw_px a JPEG may be decoded at a fraction of its size (in the DCT), never below that size.
+    Errors: DataError when it does not decode.
+    """
+    try:
+        pixels = _read_jpeg(data, at_least_hw_px or (0, 0)) if data.startswith(_JPEG_MARK) else None
+        return _read_with_pillow(data) if pixels is None else pixels
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"does not decode: {error}") from error
+
+
+def resize_image(pixels: Pixels, size_hw_px: tuple[int, int]) -> Pixels:
+    """Resize with antialiased bilinear interpolation; an image of that size is returned as it is."""
+    if pixels.shape[:2] == size_hw_px:
+        return pixels
+    image_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(image_1CHW, size=size_hw_px, mode="bilinear", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def read_image_at(data: bytes, size_hw_px: tuple[int, int]) -> Pixels:
+    """Decode and resize to uint8 [height, width, 3]. Errors: DataError when it does not decode."""
+    # Twice the target leaves the antialiasing filter its full support.
+    return resize_image(read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1])), size_hw_px)
+
+
+def patchify(pixels: Pixels, patch_size_px: int) -> NDArray[np.uint8]:
+    """Cut [H, W, 3] into [n, 3 * P * P] patches, row by row, each channel-major as a flattened Conv2d weight is."""
+    height_px, width_px, channels = pixels.shape
+    rows, columns = height_px // patch_size_px, width_px // patch_size_px
+    blocks = pixels.reshape(rows, patch_size_px, columns, patch_size_px, channels)
+    return blocks.transpose(0, 2, 4, 1, 3).reshape(rows * columns, channels * patch_size_px * patch_size_px)
+
+
+def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int) -> NDArray[np.uint8]:
+    """Decode, resize to a grid of patches and cut: uint8 [n, 3 * P * P]. Errors: DataError when it does not decode."""
+    size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
+    return patchify(read_image_at(data, size_hw_px), patch_size_px)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Parse a header with Pillow. Errors: DataError for an unknown format or too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise DataError("no known image format, or a damaged header") from None
+    _check_pixels(image.height, image.width)
+    return image
+
+
+def _read_jpeg(data: bytes, at_least_hw_px: tuple[int, int]) -> Pixels | None:
+    """Decode a JPEG with simplejpeg; None where it gives up (CMYK, oddities), which Pillow may still read."""
+    orientation = _orientation(_open(data)) if _EXIF_MARK in data else 1
+    min_height, min_width = at_least_hw_px if orientation < 5 else at_least_hw_px[::-1]
+    try:
+        height_px, width_px, _, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(height_px, width_px)
+        pixels = simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
+    except ValueError:
+        return None
+    return _turn_upright(pixels, orientation)
+
+
+def _read_with_pillow(data: bytes) -> Pixels:
+    image = _open(data)
+    orientation = _orientation(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    return _turn_upright(np.array(image.convert("RGB")), orientation)
+
+
+def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Undo an EXIF orientation: 5..8 are stored transposed, and each of the four flips occurs with and without."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Cut deep gray samples: 16-bit integers by their high byte, floats as [0, 1]."""
+    samples = np.asarray(image)
+    scaled = samples * 255.0 if samples.dtype.kind == "f" else samples / 257.0
+    return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation (1..8). Only what lies before the pixels counts, so that no header read decodes."""
+    raw = image.info.get("exif")
+    if not raw:
+        return 1
+    exif = Image.Exif()
+    exif.load(raw)
+    return int(exif.get(ExifTags.Base.Orientation, 1))
+
+
+def _check_pixels(height_px: int, width_px: int) -> None:
+    if height_px * width_px > MAX_PIXELS:
+        raise DataError(f"{width_px} x {height_px} pixels exceed the limit of {MAX_PIXELS}; shrink the image")
+    if min(height_px, width_px) < 1:
+        raise DataError("the image has no pixels")

@@ -1,0 +1,59 @@
+"""What every test shares: the worker pool, a time limit, and an environment without network or surprises."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+from hypothesis import settings
+
+from tests.pool import Pool
+
+# Before anything imports torch, transformers or wandb.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+settings.register_profile("project", deadline=None)  # the machine is shared: wall time of one example says nothing
+settings.load_profile("project")
+
+DEFAULT_TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="session")
+def pool() -> Pool:
+    """The gloo workers of the whole run."""
+    return Pool()
+
+
+@contextmanager
+def time_limit(item: pytest.Item) -> Iterator[None]:
+    """Fail the test when it runs longer than its `timeout` marker or the default allows."""
+    marker = item.get_closest_marker("timeout")
+    limit_s = float(marker.args[0]) if marker else DEFAULT_TIMEOUT_S
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        pytest.fail(f"took longer than {limit_s} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Limit the fixtures."""
+    with time_limit(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Limit the test."""
+    with time_limit(item):
+        return (yield)

@@ -1,0 +1,167 @@
+"""The configuration tree: strict JSON both ways, and a clear refusal for what cannot run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, from_json, load_config, recipe_differences, to_json
+from cogvit.errors import ConfigError
+from cogvit.flags import parse
+
+DISTILL = RunConfig(teachers=TeachersConfig(members=(TeacherConfig("siglip2"), TeacherConfig("dinov3"))))
+CONTRAST = RunConfig(objective="contrast")
+
+
+@given(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(),
+    st.text(),
+    st.lists(st.tuples(st.text(), st.floats(0, 1)), max_size=3),
+    st.none() | st.floats(0, 1),
+)
+def test_json_round_trip_is_exact(
+    lr: float, seed: int, shards: str, mixture: list[tuple[str, float]], layer_scale: float | None
+) -> None:
+    config = replace(
+        DISTILL,
+        seed=seed,
+        optim=replace(DISTILL.optim, lr=lr),
+        data=replace(DISTILL.data, shards=shards, mixture=tuple(mixture)),
+        vision=replace(DISTILL.vision, layer_scale_init=layer_scale),
+    )
+    assert from_json(RunConfig, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert from_json(RunConfig, {}) == RunConfig()
+    assert from_json(RunConfig, {"parallel": {"tp": 2}}).parallel.pp == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "unknown configuration field sed"),
+        ({"optim": {"learning_rate": 1}}, r"unknown configuration field optim\.learning_rate"),
+        ({"teachers": {"members": [{"nam": "x"}]}}, r"unknown configuration field teachers\.members\[0\]\.nam"),
+        ({"seed": "1"}, "seed='1' is not of type int"),
+        ({"seed": True}, "seed=True is not of type int"),
+        ({"seed": 1.0}, r"seed=1\.0 is not of type int"),
+        ({"seed": None}, "seed=None is not of type int"),
+        ({"parallel": {"sequence": 1}}, r"parallel\.sequence=1 is not of type bool"),
+        ({"optim": {"lr": "1e-3"}}, r"optim\.lr='1e-3' is not of type float"),
+        ({"optim": {"name": "lion"}}, r"optim\.name='lion' must be one of muon, adamw, sgd"),
+        ({"data": {"mixture": [["web"]]}}, r"data\.mixture\[0\]=\['web'\] is not of type"),
+        ({"data": []}, r"data\. must be an object, not \[\]"),
+        ({"vision": {"patch_size": 15}}, "vision: patch_size=15 does not divide image_size=224"),
+    ],
+)
+def test_json_is_read_strictly(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_json(RunConfig, values)
+
+
+def test_whole_numbers_are_accepted_for_floats() -> None:
+    lr = from_json(RunConfig, {"optim": {"lr": 1}}).optim.lr
+    assert lr == 1.0 and type(lr) is float
+
+
+def test_config_file_that_is_missing_or_damaged_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist; is .* a run directory\?"):
+        load_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "world_size"),
+    [
+        (DISTILL, [], 1),
+        (DISTILL, ["--parallel.tp", "2", "--parallel.pp=2", "--parallel.sequence"], 8),
+        (DISTILL, ["--zero.stage", "2", "--teachers.source", "store", "--teachers.store", "features"], 3),
+        (CONTRAST, ["--parallel.tp", "4", "--parallel.pp=4"], 16),
+    ],
+)
+def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size: int) -> None:
+    parse(config, argv).check(world_size)
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "world_size", "message"),
+    [
+        (DISTILL, ["--parallel.tp", "0"], 1, r"--parallel\.tp 0 .* must be at least 1"),
+        (DISTILL, ["--parallel.pp=-1"], 1, r"--parallel\.pp -1 must be at least 1"),
+        (DISTILL, ["--parallel.tp=2", "--parallel.pp=2"], 6, "6 processes .* tp=2 x pp=2; start a multiple of 4"),
+        (DISTILL, ["--parallel.tp", "3"], 3, r"--parallel\.tp 3 does not divide vision\.num_heads=16"),
+        (CONTRAST, ["--parallel.tp", "16"], 16, r"--parallel\.tp 16 does not divide text\.num_heads=8"),
+        (
+            DISTILL,
+            ["--parallel.tp=2", "--vision.embed-dim=128", "--vision.mlp-ratio=1.0078125"],
+            2,
+            r"--parallel\.tp 2 does not divide the vision MLP width 129",
+        ),
+        (DISTILL, ["--parallel.pp", "5"], 5, r"--parallel\.pp 5 does not divide vision\.depth=24"),
+        (CONTRAST, ["--parallel.pp", "8"], 8, r"--parallel\.pp 8 does not divide text\.depth=12"),
+        (DISTILL, ["--zero.stage", "0"], 1, r"--zero\.stage 0 is refused.*use 1 or 2"),
+        (DISTILL, ["--zero.stage", "3"], 1, r"--zero\.stage 3 is refused.*use 1 or 2"),
+        (DISTILL, ["--parallel.sequence"], 1, r"--parallel\.sequence needs --parallel\.tp of 2 or more"),
+        (
+            DISTILL,
+            ["--parallel.sequence", "--parallel.tp=2", "--data.tokens-per-pack=1023"],
+            2,
+            "sequence parallelism splits data.tokens_per_pack: 1087 tokens over tp=2 do not divide",
+        ),
+        (
+            DISTILL,
+            ["--parallel.sequence", "--parallel.tp=2", "--data.text-tokens-per-pack=1023"],
+            2,
+            "sequence parallelism splits data.text_tokens_per_pack: 1023 tokens over tp=2 do not divide",
+        ),
+        (DISTILL, ["--data.global-batch-images=0"], 1, r"data\.global_batch_images=0 must be at least 1"),
+        (DISTILL, ["--data.canonical-shares=0"], 1, r"data\.canonical_shares=0 must be at least 1"),
+        (DISTILL, ["--data.tokens-per-pack=255"], 1, r"256 patches does not fit data\.tokens_per_pack=255"),
+        (
+            DISTILL,
+            ["--data.sizing=square", "--data.tokens-per-pack=255", "--data.max-patches=1"],
+            1,
+            "image of 256 patches does not fit",
+        ),
+        (CONTRAST, ["--data.text-tokens-per-pack=63"], 1, r"text\.max_tokens=64 does not fit .*=63"),
+        (DISTILL, ["--data.zh-fraction=1.5"], 1, r"data\.zh_fraction=1\.5 must be in \[0, 1\]"),
+        (DISTILL, ["--data.max-bad-fraction=1"], 1, r"data\.max_bad_fraction=1\.0 must be in \[0, 1\)"),
+        (DISTILL, ["--optim.lr=-1"], 1, r"optim\.lr=-1\.0 must not be negative"),
+        (DISTILL, ["--optim.lr=nan"], 1, r"optim\.lr=nan must not be negative"),
+        (DISTILL, ["--optim.beta2=1"], 1, r"optim\.beta2=1\.0 must be in \[0, 1\)"),
+        (DISTILL, ["--schedule.steps=0"], 1, r"--schedule\.steps 0 must be at least 1"),
+        (DISTILL, ["--schedule.warmup-steps=-1"], 1, r"schedule\.warmup_steps=-1 must not be negative"),
+        (RunConfig(), [], 1, r"stage 1 needs teachers\.members"),
+        (DISTILL, ["--teachers.members.dinov3.name=siglip2"], 1, "teacher names must be set and differ"),
+        (DISTILL, ["--teachers.members.dinov3.name="], 1, "teacher names must be set and differ"),
+        (DISTILL, ["--teachers.mask-ratio=0"], 1, r"teachers\.mask_ratio=0\.0 must be in \(0, 1\)"),
+        (DISTILL, ["--teachers.source=store"], 1, r"--teachers\.source store needs --teachers\.store DIR"),
+    ],
+)
+def test_what_cannot_run_is_refused(config: RunConfig, argv: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as failure:
+        parse(config, argv).check(world_size)
+    assert "\n" not in str(failure.value)
+
+
+def test_text_tower_is_not_checked_in_stage_1() -> None:
+    parse(DISTILL, ["--parallel.tp", "16", "--data.text-tokens-per-pack=32"]).check(16)
+
+
+def test_layout_may_change_on_resume_and_the_recipe_may_not() -> None:
+    other_layout = parse(DISTILL, ["--parallel.tp=2", "--zero.stage=2", "--log.every-steps=10", "--out=elsewhere"])
+    assert recipe_differences(DISTILL, other_layout) == []
+    other_recipe = parse(DISTILL, ["--seed=1", "--teachers.members.dinov3.weight=2", "--optim.lr=0.5"])
+    differences = recipe_differences(DISTILL, other_recipe)
+    assert [line.partition(":")[0] for line in differences] == ["optim.lr", "seed", "teachers.members"]
+    assert "0.001 -> 0.5" in differences[0]

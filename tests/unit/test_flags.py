@@ -1,0 +1,164 @@
+"""Flags of the trainer: every field has one, values are typed, mistakes are explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, to_json
+from cogvit.errors import ConfigError
+from cogvit.flags import help_text, load_preset, parse, preset_names
+
+PRESET = RunConfig(teachers=TeachersConfig(members=(TeacherConfig("siglip2"), TeacherConfig("dinov3", weight=0.5))))
+
+
+def leaves(values: dict, prefix: str = "") -> dict[str, object]:
+    """Flatten the JSON form of a configuration to dotted paths, lists whole."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+DEFAULTS = leaves(to_json(RunConfig()))
+
+
+def spell(value: object) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def test_no_flags_change_nothing() -> None:
+    assert parse(PRESET, []) == PRESET
+
+
+@given(st.lists(st.sampled_from(sorted(DEFAULTS))), st.booleans())
+def test_writing_out_defaults_changes_nothing(paths: list[str], equals: bool) -> None:
+    argv: list[str] = []
+    for path in paths:
+        flag, text = "--" + path.replace("_", "-"), spell(DEFAULTS[path])
+        argv += [f"{flag}={text}"] if equals else [flag, text]
+    assert parse(RunConfig(), argv) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "path", "expected"),
+    [
+        (["--data.global-batch-images", "64"], "data.global_batch_images", 64),
+        (["--data.global-batch-images=64"], "data.global_batch_images", 64),
+        (["--data.global_batch_images", "64"], "data.global_batch_images", 64),
+        (["--optim.lr", "3e-4"], "optim.lr", 3e-4),
+        (["--init-bias", "-3"], "init_bias", -3.0),
+        (["--parallel.sequence"], "parallel.sequence", True),
+        (["--parallel.sequence", "--parallel.tp", "2"], "parallel.sequence", True),
+        (["--parallel.sequence", "false"], "parallel.sequence", False),
+        (["--parallel.sequence=true"], "parallel.sequence", True),
+        (["--optim.name", "sgd"], "optim.name", "sgd"),
+        (["--vision.layer-scale-init", "1e-5"], "vision.layer_scale_init", 1e-5),
+        (["--vision.layer-scale-init", "none"], "vision.layer_scale_init", None),
+        (["--data.mixture", '[["web", 1], ["charts", 2.5]]'], "data.mixture", [["web", 1.0], ["charts", 2.5]]),
+        (["--data.shards", "s3://b/{00..09}.tar"], "data.shards", "s3://b/{00..09}.tar"),
+        (["--out="], "out", ""),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_one_flag_sets_one_field(argv: list[str], path: str, expected: object) -> None:
+    changed = leaves(to_json(parse(PRESET, argv)))
+    assert changed[path] == expected
+    assert type(changed[path]) is type(expected)
+
+
+def test_sizes_that_only_fit_together_may_come_in_any_order() -> None:
+    config = parse(RunConfig(), ["--vision.num-heads", "6", "--vision.embed-dim", "48"])
+    assert (config.vision.num_heads, config.vision.embed_dim) == (6, 48)
+
+
+def test_members_are_addressed_by_name() -> None:
+    config = parse(PRESET, ["--teachers.members.dinov3.path", "weights/d", "--teachers.members.siglip2.weight=2"])
+    assert config.teachers.members == (TeacherConfig("siglip2", "", 2.0), TeacherConfig("dinov3", "weights/d", 0.5))
+
+
+def test_members_given_as_json_have_flags_too() -> None:
+    argv = ["--teachers.members", '[{"name": "my_own"}]', "--teachers.members.my_own.path", "here"]
+    assert parse(PRESET, argv).teachers.members == (TeacherConfig("my_own", "here"),)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "1"], r"unknown flag --lr; did you mean --optim\.lr\?"),
+        (["--zro.stage", "1"], r"did you mean --zero\.stage\?"),
+        (["--data.batch", "1"], r"did you mean --data\.global-batch-images\?"),
+        (["--teachers.members.dino.path", "x"], r"did you mean --teachers\.members\.dinov3\.path\?"),
+        (["--xyzzy"], r"unknown flag --xyzzy; --help lists all"),
+        (["steps", "3"], "unexpected argument 'steps'"),
+        (["--schedule.steps"], r"--schedule\.steps needs a value: a whole number"),
+        (["--schedule.steps", "--seed", "1"], r"--schedule\.steps needs a value"),
+        (["--schedule.steps", "1.5"], r"--schedule\.steps 1\.5: must be a whole number"),
+        (["--optim.lr", "fast"], r"--optim\.lr fast: must be a number"),
+        (["--vision.layer-scale-init", "x"], r"must be a number or none"),
+        (["--parallel.sequence=maybe"], r"must be true or false"),
+        (["--optim.name", "lion"], r"--optim\.name lion: must be one of muon, adamw, sgd"),
+        (["--data.mixture", "web"], r"--data\.mixture web: must be a JSON list"),
+        (["--data.mixture", '[["web"]]'], r"data\.mixture\[0\]"),
+        (["--teachers.members", '[{"nme": "x"}]'], r"unknown configuration field teachers\.members\[0\]\.nme"),
+        (["--vision.num-heads", "7"], "num_heads=7 does not divide embed_dim=1024"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as failure:
+        parse(PRESET, argv)
+    assert "\n" not in str(failure.value)
+
+
+def test_help_lists_every_flag_with_default_and_meaning() -> None:
+    text = help_text()
+    for path in DEFAULTS:
+        assert f"  --{path.replace('_', '-')} " in text
+    assert "--schedule.steps N" in text and "optimizer steps of the run [1000]" in text
+    assert "--optim.name muon|adamw|sgd" in text
+    assert "--teachers.members.dinov3.path TEXT" in help_text(PRESET)
+
+
+def test_preset_from_a_python_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from cogvit.config import RunConfig\n\n\ndef config() -> RunConfig:\n    return RunConfig(seed=7)\n"
+    )
+    assert load_preset(str(path)) == RunConfig(seed=7)
+
+
+def test_preset_from_the_config_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(dataclasses.replace(PRESET, seed=3))))
+    assert load_preset(str(path)) == dataclasses.replace(PRESET, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("missing.py", "preset file missing.py does not exist"), ("missing/config.json", "is missing a run directory?")],
+)
+def test_missing_preset_files_are_told(source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_preset(source)
+
+
+def test_preset_file_without_a_config_function_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"has no function config\(\)"):
+        load_preset(str(tmp_path / "empty.py"))
+
+
+def test_missing_preset_is_told_with_those_that_exist() -> None:
+    assert "models" not in preset_names()
+    with pytest.raises(ConfigError, match=r"no preset 'demo_stage'; did you mean demo_stage[12]\?; presets: demo_"):
+        load_preset("demo_stage")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_presets_load(name: str) -> None:
+    assert isinstance(load_preset(name), RunConfig)

@@ -1,0 +1,184 @@
+"""Groups, schedule and update rules, in one process without DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+from cogvit.config import OptimConfig, ScheduleConfig
+from cogvit.training.muon import InnerOptimizer, newton_schulz, rms_matched_scale
+from cogvit.training.optim import ParamGroup, lr_at, param_groups, role_of
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def group_of(param: Parameter, kind: str, weight_decay: float = 0.0) -> ParamGroup:
+    return ParamGroup("vision", kind, base_lr=0.02, lr_mult=0.5, weight_decay=weight_decay, params=(param,))
+
+
+def run_steps(optimizer: torch.optim.Optimizer, param: Parameter, steps: int) -> torch.Tensor:
+    for step in range(steps):
+        param.grad = rand(*param.shape, seed=step + 1)
+        optimizer.step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 24), (16, 80)])
+def test_newton_schulz_keeps_singular_vectors_and_moves_values_to_one(shape: tuple[int, int]) -> None:
+    u, _, vh = torch.linalg.svd(rand(*shape), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(0.05, 3.0, min(shape))) @ vh
+    in_own_basis = u.mT @ newton_schulz(matrix) @ vh.mT
+    values = in_own_basis.diagonal()
+    assert (in_own_basis - torch.diag(values)).abs().max() < 1e-4
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
+def test_newton_schulz_follows_row_order() -> None:
+    matrix, order = rand(48, 16), torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(newton_schulz(matrix[order]), newton_schulz(matrix)[order], atol=1e-5, rtol=0)
+
+
+def test_newton_schulz_of_zeros_is_zeros() -> None:
+    assert not newton_schulz(torch.zeros(4, 3)).any()
+
+
+@pytest.mark.parametrize("shape", [(128, 32), (32, 128), (64, 64)])
+def test_scale_gives_the_rms_of_adamw(shape: tuple[int, int]) -> None:
+    update = newton_schulz(rand(*shape)) * rms_matched_scale(*shape)
+    assert 0.12 < update.square().mean().sqrt() < 0.25
+
+
+def test_adamw_kind_equals_torch() -> None:
+    ours, theirs = Parameter(rand(7, 5)), Parameter(rand(7, 5))
+    config = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-6)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    ours_after = run_steps(InnerOptimizer([group_of(ours, "adamw", 0.3)], config), ours, 5)
+    torch.testing.assert_close(ours_after, run_steps(reference, theirs, 5), atol=1e-7, rtol=1e-6)
+
+
+def test_sgd_kind_equals_torch() -> None:
+    ours, theirs = Parameter(rand(7, 5)), Parameter(rand(7, 5))
+    reference = torch.optim.SGD([theirs], lr=0.01, momentum=0.8)
+    ours_after = run_steps(InnerOptimizer([group_of(ours, "sgd")], OptimConfig(momentum=0.8)), ours, 5)
+    torch.testing.assert_close(ours_after, run_steps(reference, theirs, 5), atol=1e-7, rtol=1e-6)
+
+
+def test_muon_kind_is_nesterov_then_newton_schulz() -> None:
+    param = Parameter(rand(6, 4))
+    optimizer = InnerOptimizer([group_of(param, "muon", 0.5)], OptimConfig(momentum=0.9))
+    expected, momentum = param.detach().clone(), torch.zeros(6, 4)
+    for step in range(3):
+        grad = rand(6, 4, seed=step + 1)
+        momentum = 0.9 * momentum + 0.1 * grad
+        direction = newton_schulz(0.1 * grad + 0.9 * momentum) * 0.2 * math.sqrt(6)
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * direction
+    torch.testing.assert_close(run_steps(optimizer, param, 3), expected, atol=1e-6, rtol=1e-5)
+    assert optimizer.newton_schulz_calls == 3
+
+
+def test_rates_follow_the_factor() -> None:
+    param = Parameter(torch.zeros(3))
+    optimizer = InnerOptimizer([group_of(param, "sgd")], OptimConfig())
+    optimizer.set_lr_factor(0.25)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), -0.02 * 0.5 * 0.25))
+
+
+def test_deepspeed_will_not_take_the_optimizer_for_its_own() -> None:
+    assert "muon" not in InnerOptimizer.__name__.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "role"),
+    [
+        ("vision.blocks.0.attn.qkv.weight", (24, 8), "block_matrix"),
+        ("vision.decoder.layers.3.mlp.linear_fc1.weight", (32, 8), "block_matrix"),
+        ("vision.blocks.0.attn.qkv.bias", (24,), "vector"),
+        ("vision.blocks.0.ls1.gamma", (8,), "vector"),
+        ("vision.blocks.0.attn.q_norm.weight", (4,), "vector"),
+        ("vision.patch_embed.proj.weight", (8, 3, 4, 4), "matrix"),
+        ("vision.pos_embed.embed", (1, 8, 4, 4), "matrix"),
+        ("vision.cls_token", (1, 1, 8), "vector"),
+        ("vision.mask_token", (1, 1, 8), "vector"),
+        ("text.token_embed.weight", (100, 8), "matrix"),
+        ("heads.siglip.weight", (16, 8), "matrix"),
+        ("player.weight", (16, 8), "matrix"),
+        ("log_t", (), "vector"),
+    ],
+)
+def test_roles(name: str, shape: tuple[int, ...], role: str) -> None:
+    assert role_of(name, Parameter(torch.zeros(shape))) == role
+
+
+NAMED = [
+    ("vision.blocks.0.mlp.fc1.weight", Parameter(torch.zeros(4, 2)), "vision"),
+    ("vision.norm.weight", Parameter(torch.zeros(2)), "vision"),
+    ("text.token_embed.weight", Parameter(torch.zeros(9, 2)), "text"),
+    ("proj.weight", Parameter(torch.zeros(3, 2)), "projection"),
+    ("log_t", Parameter(torch.zeros(())), "temperature"),
+]
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
+def test_groups_are_the_same_list_for_every_stage(name: str) -> None:
+    def shape_of(groups: list[ParamGroup]) -> list[ParamGroup]:
+        return [replace(group, params=()) for group in groups]
+
+    config = OptimConfig(name=name)
+    whole = param_groups(NAMED, config)
+    assert shape_of(whole) == shape_of(param_groups(NAMED[:2], config)) == shape_of(param_groups([], config))
+    assert [id(p) for g in whole for p in g.params] == [id(p) for _, p, _ in NAMED]
+
+
+def test_groups_carry_kind_rate_and_decay() -> None:
+    config = OptimConfig(
+        lr=0.3, adamw_lr=0.01, weight_decay=0.1, vision_lr_mult=2.0, text_lr_mult=3.0, temperature_lr_mult=5.0
+    )
+    groups = [g for g in param_groups(NAMED, config) if g.params]
+    assert [(g.module, g.kind, round(g.peak_lr, 6), g.weight_decay) for g in groups] == [
+        ("vision", "muon", 0.6, 0.1),
+        ("vision", "adamw", 0.02, 0.0),
+        ("text", "adamw", 0.03, 0.1),
+        ("projection", "adamw", 0.01, 0.1),
+        ("temperature", "adamw", 0.05, 0.0),
+    ]
+    assert {g.kind for g in param_groups(NAMED, replace(config, name="sgd"))} == {"sgd"}
+    assert {g.base_lr for g in param_groups(NAMED, replace(config, name="adamw"))} == {0.3}
+
+
+@pytest.mark.parametrize(("kind", "middle"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
+def test_schedule_values(kind: str, middle: float) -> None:
+    schedule = ScheduleConfig(steps=110, warmup_steps=10, kind=kind, final_fraction=0.1)
+    assert [lr_at(schedule, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert lr_at(schedule, 60) == pytest.approx(middle)
+    assert lr_at(schedule, 110) == lr_at(schedule, 500) == pytest.approx(1.0 if kind == "constant" else 0.1)
+
+
+def test_cosine_is_a_cosine() -> None:
+    schedule = ScheduleConfig(steps=100, warmup_steps=0, kind="cosine")
+    assert lr_at(schedule, 25) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+
+
+@given(
+    steps=st.integers(1, 50),
+    warmup_steps=st.integers(0, 60),
+    kind=st.sampled_from(["cosine", "linear", "constant"]),
+    final_fraction=st.floats(0.0, 1.0),
+)
+def test_schedule_rises_then_falls_within_bounds(
+    steps: int, warmup_steps: int, kind: str, final_fraction: float
+) -> None:
+    schedule = ScheduleConfig(steps, warmup_steps, kind, final_fraction)
+    factors = [lr_at(schedule, step) for step in range(steps + warmup_steps + 2)]
+    assert all(0.0 <= factor <= 1.0 + 1e-12 for factor in factors)
+    rising, falling = factors[:warmup_steps], factors[warmup_steps:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
