@@ -51,22 +51,16 @@ class Tokenizer(Protocol):
         ...
 
 
-def parse_captions(data: bytes, extension: str) -> Captions:
-    """Read the captions of a sample's `json` or `txt` member; one without a language counts as English.
+def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
+    """Read a sample's `json` member; a `txt` member counts as {"caption": ...}.
 
-    A json holds {"captions": {"en": [...], "zh": [...]}} or, as img2dataset writes it, {"caption": ...}.
     Errors: DataError when the bytes are not UTF-8 or not a JSON object.
     """
-    if extension == "json":
-        return captions_of(parse_metadata(data))
-    try:
-        return captions_of({"caption": data.decode()})
-    except UnicodeDecodeError as error:
-        raise DataError(f"a caption is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def parse_metadata(data: bytes) -> dict[str, Any]:
-    """Read a sample's `json` member. Errors: DataError when it is not a JSON object in UTF-8."""
+    if extension != "json":
+        try:
+            return {"caption": data.decode()}
+        except UnicodeDecodeError as error:
+            raise DataError(f"a caption is not UTF-8: {error.reason}") from None
     try:
         metadata = json.loads(data)
     except ValueError as error:
@@ -77,7 +71,10 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 
 
 def captions_of(metadata: dict[str, Any]) -> Captions:
-    """Return the captions that a sample's metadata holds, in every language of LANGUAGES, stripped, none empty."""
+    """Return the captions in every language of LANGUAGES, stripped, none empty.
+
+    They are {"captions": {"en": [...], "zh": [...]}} or, as img2dataset writes it, {"caption": ...}, which counts as English.
+    """
     by_language = metadata.get("captions")
     if not isinstance(by_language, dict):
         by_language = {"en": metadata.get("caption")}

@@ -13,8 +13,11 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
 from cogvit.errors import DataError
+from cogvit.model.naflex import resize_to_grid
+from cogvit.model.packing import patchify
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
@@ -53,33 +56,23 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
         raise DataError(f"does not decode: {error}") from error
 
 
-def resize_image(pixels: Pixels, size_hw_px: tuple[int, int]) -> Pixels:
-    """Resize with antialiased bilinear interpolation; an image of that size is returned as it is."""
-    if pixels.shape[:2] == size_hw_px:
-        return pixels
-    image_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(image_1CHW, size=size_hw_px, mode="bilinear", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-
-
 def read_image_at(data: bytes, size_hw_px: tuple[int, int]) -> Pixels:
-    """Decode and resize to uint8 [height, width, 3]. Errors: DataError when it does not decode."""
+    """Decode and resize, bilinear and antialiased, to [height, width, 3]. Errors: DataError when it does not decode."""
     # Twice the target leaves the antialiasing filter its full support.
-    return resize_image(read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1])), size_hw_px)
+    pixels = read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1]))
+    resized = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
+    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
 
 
-def patchify(pixels: Pixels, patch_size_px: int) -> NDArray[np.uint8]:
-    """Cut [H, W, 3] into [n, 3 * P * P] patches, row by row, each channel-major as a flattened Conv2d weight is."""
-    height_px, width_px, channels = pixels.shape
-    rows, columns = height_px // patch_size_px, width_px // patch_size_px
-    blocks = pixels.reshape(rows, patch_size_px, columns, patch_size_px, channels)
-    return blocks.transpose(0, 2, 4, 1, 3).reshape(rows * columns, channels * patch_size_px * patch_size_px)
+def cut_patches(pixels: Pixels, patch_size_px: int) -> Tensor:
+    """Cut an image into uint8 [n, 3 * P * P] patches, row by row, each channel-major as a flattened Conv2d weight is."""
+    return patchify(torch.from_numpy(pixels).permute(2, 0, 1), patch_size_px)
 
 
-def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int) -> NDArray[np.uint8]:
+def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int) -> Tensor:
     """Decode, resize to a grid of patches and cut: uint8 [n, 3 * P * P]. Errors: DataError when it does not decode."""
     size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
-    return patchify(read_image_at(data, size_hw_px), patch_size_px)
+    return cut_patches(read_image_at(data, size_hw_px), patch_size_px)
 
 
 def _open(data: bytes) -> Image.Image:

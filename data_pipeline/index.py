@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,15 +19,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cogvit.batch import SampleRef
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.caption import LANGUAGES, CaptionChoice, Captions, captions_of, parse_captions, parse_metadata
+from data_pipeline.caption import LANGUAGES, CaptionChoice, captions_of, parse_metadata
 from data_pipeline.decode import image_size_px
-from data_pipeline.shards import Member, ShardStat, expand_shards, is_remote, read_members, retry, stat_shard
+from data_pipeline.shards import Member, expand_shards, read_members, retry, stat_shard
 
 VERSION = 1
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
@@ -146,22 +147,164 @@ def build_index(pattern: str, index_dir: str = "", source: str = DEFAULT_SOURCE)
     name in an index_dir, or a shard that is not a sound tar.
     """
     shards = expand_shards(pattern)
-    paths = [index_path(shard, index_dir) for shard in shards]
-    if len(set(paths)) != len(paths):
+    if len({index_path(shard, index_dir) for shard in shards}) != len(shards):
         raise DataError(f"--index-dir {index_dir}: shards of {pattern!r} share a file name; index each directory apart")
-    for shard, path in zip(shards, paths, strict=True):
-        stat = stat_shard(shard)
-        facts = {"version": VERSION, "default_source": source, **asdict(stat)}
-        stored = _read_facts(path)
-        if stored is not None and {**stored, "problems": None, "num_images": None} == {
-            **facts,
-            "problems": None,
-            "num_images": None,
-        }:
-            yield ShardReport(shard, stored["num_images"], stored["problems"], reused=True)
+    for shard in shards:
+        path = index_path(shard, index_dir)
+        identity = {"version": VERSION, "default_source": source, **asdict(stat_shard(shard))}
+        stored = _read_table(path) if _exists(path) else None
+        if stored is not None and _facts(stored)["identity"] == identity:
+            yield ShardReport(shard, stored.num_rows, _facts(stored)["problems"], reused=True)
             continue
         problems: Counter[str] = Counter()
-        table = _read_shard(shard, source, problems)
-        facts |= {"num_images": table.num_rows, "problems": dict(problems)}
+        table = _scan_shard(shard, source, problems)
+        facts = {"identity": identity, "problems": dict(problems)}
         _write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)}), path)
         yield ShardReport(shard, table.num_rows, dict(problems), reused=False)
+
+
+def load_index(pattern: str, index_dir: str = "") -> Index:
+    """Load the index of a pattern's shards.
+
+    Errors: DataError, which names the command to run, when a shard has no index or changed since; when two samples
+    share an id; when there is no sample at all.
+    """
+    shards = expand_shards(pattern)
+    command = f"run python -m tools.index_shards '{pattern}'" + (f" --index-dir {index_dir}" if index_dir else "")
+
+    def load(shard: str) -> pa.Table:
+        path = index_path(shard, index_dir)
+        if not _exists(path):
+            raise DataError(f"{shard} has no index {path}; {command}")
+        table, stat = _read_table(path), asdict(stat_shard(shard))
+        identity = _facts(table)["identity"]
+        if identity["version"] != VERSION:
+            raise DataError(f"{path} has version {identity['version']}, this program reads {VERSION}; {command}")
+        if any(identity[name] != value for name, value in stat.items()):
+            raise DataError(f"{shard} changed after it was indexed ({stat} now); {command}")
+        return table
+
+    with ThreadPoolExecutor(_LOAD_THREADS) as pool:
+        index = _join(shards, list(pool.map(load, shards)))
+    if not len(index):
+        raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; the indexing printed why")
+    ids, first = np.unique(index.rows["sample_id"], return_index=True)
+    if len(ids) != len(index):
+        twin = int(np.setdiff1d(np.arange(len(index)), first)[0])
+        raise DataError(
+            f"{index.name(twin)} has the source, shard name and key of another sample; rename the shard, or index its"
+            " directory with another --source"
+        )
+    return index
+
+
+def _join(shards: tuple[str, ...], tables: list[pa.Table]) -> Index:
+    table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+    rows = np.empty(table.num_rows, ROW)
+    for name in _STORED:
+        rows[name] = table[name].to_numpy()
+    rows["shard"] = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
+    sources = table["source"].unique().sort()
+    rows["source"] = pa.compute.index_in(table["source"], sources).to_numpy()
+    flat = []
+    for number, language in enumerate(LANGUAGES):
+        column = table[f"{language}_bytes"]
+        count = pa.compute.list_value_length(column).to_numpy()
+        rows["num_captions"][:, number] = count
+        rows["caption_start"][:, number] = np.cumsum(count) - count
+        flat.append(pa.compute.list_flatten(column).to_numpy().astype(np.int32))
+    return Index(shards, tuple(sources.to_pylist()), table["key"], rows, tuple(flat))
+
+
+def _scan_shard(shard: str, default_source: str, problems: Counter[str]) -> pa.Table:
+    """Read a shard once and return its table; what cannot be used is counted in problems."""
+    images: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, Member]] = {}
+    for member in read_members(shard):
+        if not member.name.isprintable():
+            problems["a name is not printable UTF-8"] += 1
+        elif member.extension in CAPTION_EXTENSIONS:
+            texts.setdefault(member.key, {})[member.extension] = member
+        elif member.extension in IMAGE_EXTENSIONS and member.key in images:
+            problems["a second image of the same key"] += 1
+        elif member.extension in IMAGE_EXTENSIONS:
+            try:
+                images[member.key] = _image_columns(member)
+            except DataError as error:
+                problems[str(error)] += 1
+    problems["captions without an image"] += len(texts.keys() - images.keys())
+    shard_name = shard.rpartition("/")[2]
+    for key, row in images.items():
+        row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
+        row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name}/{key}")
+    problems += Counter()  # drops what was counted zero times
+    return pa.Table.from_pylist(list(images.values()), schema=SCHEMA)
+
+
+def _image_columns(member: Member) -> dict[str, Any]:
+    height_px, width_px = image_size_px(member.data)
+    return {
+        "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
+        "offset_bytes": member.offset_bytes,
+        "size_bytes": len(member.data),
+        "height_px": height_px,
+        "width_px": width_px,
+    }
+
+
+def _caption_columns(texts: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
+    """Return the source, if the json names one, and where the captions lie: in the json, or else in the txt."""
+    columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
+    columns |= {f"{language}_bytes": [] for language in LANGUAGES}
+    for number, extension in enumerate(CAPTION_EXTENSIONS):
+        if extension not in texts:
+            continue
+        member = texts[extension]
+        try:
+            metadata = parse_metadata(member.data, extension)
+        except DataError as error:
+            problems[str(error)] += 1
+            continue
+        if isinstance(source := metadata.get("source"), str) and source:
+            columns["source"] = source
+        captions = captions_of(metadata)
+        if any(captions.values()) and columns["caption_member"] < 0:
+            columns |= {f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions}
+            columns["caption_member"] = number
+            columns["caption_offset_bytes"] = member.offset_bytes
+            columns["caption_size_bytes"] = len(member.data)
+    return columns
+
+
+def _exists(path: str) -> bool:
+    fs, bare = fsspec.url_to_fs(path)
+    return retry(lambda: bool(fs.exists(bare)), path)
+
+
+def _read_table(path: str) -> pa.Table:
+    def read() -> bytes:
+        with fsspec.open(path, "rb") as file:
+            return bytes(file.read())
+
+    try:
+        table = pq.read_table(io.BytesIO(retry(read, path)))
+        if table.schema.names == SCHEMA.names and _METADATA_KEY in (table.schema.metadata or {}):
+            return table
+    except pa.ArrowInvalid:
+        pass
+    raise DataError(f"{path} is no index of this program; remove it and run python -m tools.index_shards again")
+
+
+def _facts(table: pa.Table) -> dict[str, Any]:
+    return json.loads(table.schema.metadata[_METADATA_KEY])
+
+
+def _write_table(table: pa.Table, path: str) -> None:
+    """Write all or nothing: a reader never sees half an index."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    fs, bare = fsspec.url_to_fs(path)
+    temporary = f"{bare}.{os.getpid()}.partial"
+    fs.makedirs(bare.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(temporary, buffer.getvalue())
+    fs.mv(temporary, bare)

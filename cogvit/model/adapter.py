@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cogvit.model.packing import Grid
 
@@ -32,17 +33,15 @@ class MLPAdapter(nn.Module):
         self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, llm_dim)
 
-    def forward(
-        self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
         """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
 
-        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch is
-        zero and false in `valid_groups`.
+        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch
+        gives zero and is false in `valid_groups`.
 
         Args:
             patch_tokens: [B, N, D].
-            grid: rows and columns of the batch, or of each image of a batch of sequences, as in the encoder's output.
+            grid: rows and columns of the batch, or a list of each image's for sequences, as in the encoder's output.
             valid_mask: bool [B, N], as given to the encoder.
 
         Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
@@ -55,26 +54,24 @@ class MLPAdapter(nn.Module):
         present_BV1 = (index_BVG < patch_tokens.shape[1]).any(2, keepdim=True)
         return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
 
-    def valid_groups(
-        self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None = None
-    ) -> Tensor:
+    def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
         """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
         return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
 
-    def _group_index(self, patch_tokens: Tensor, grid: Grid | Sequence[Grid], valid_mask: Tensor | None) -> Tensor:
+    def _group_index(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> Tensor:
         """[B, V, s * s] int64: the patch in each place of each group; N where there is none."""
         batch, num_tokens = patch_tokens.shape[:2]
         if valid_mask is not None and valid_mask.shape != (batch, num_tokens):
             raise ValueError(f"valid_mask has shape {tuple(valid_mask.shape)}; expected {(batch, num_tokens)}")
-        if isinstance(grid[0], int):
+        if isinstance(grid, list):
+            if len(grid) != batch or any(rows * columns > num_tokens for rows, columns in grid):
+                raise ValueError(f"grids {grid} do not match {batch} images of up to {num_tokens} patch tokens")
+            groups = [_groups(each, self.spatial_pool, num_tokens) for each in grid]
+            index_BVG = pad_sequence(groups, batch_first=True, padding_value=num_tokens)
+        else:
             if grid[0] * grid[1] != num_tokens:
                 raise ValueError(f"grid {grid} does not match the {num_tokens} patch tokens of an image")
             index_BVG = _groups(grid, self.spatial_pool, num_tokens).expand(batch, -1, -1)
-        else:
-            if len(grid) != batch or max(rows * columns for rows, columns in grid) > num_tokens:
-                raise ValueError(f"grids {list(grid)} do not match {batch} images of up to {num_tokens} patch tokens")
-            groups = [_groups(each, self.spatial_pool, num_tokens) for each in grid]
-            index_BVG = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=num_tokens)
         index_BVG = index_BVG.to(patch_tokens.device)
         if valid_mask is None:
             return index_BVG
@@ -100,8 +97,8 @@ def insert_visual_tokens_mmtp(
 ) -> Tensor:
     """Return text_embeds with the visual embeddings at the `<|image|>` placeholders, in reading order, [B, T, D].
 
-    input_ids stays as it is: the multi-token-prediction heads see the shared placeholder token (paper section 2.2, Figure
-    2, option 3). Rows without a placeholder take no embedding.
+    input_ids stays as it is: the multi-token-prediction heads see the shared placeholder token (paper section 2.2,
+    Figure 2, option 3). Rows without a placeholder take no embedding.
 
     Args:
         text_embeds: [B, T, D].
@@ -117,7 +114,9 @@ def insert_visual_tokens_mmtp(
             f"text_embeds {tuple(text_embeds.shape)} and input_ids {tuple(input_ids.shape)} must share (B, T)"
         )
     if len(visual_embeds) != len(input_ids):
-        raise ValueError(f"visual_embeds has {len(visual_embeds)} rows; expected {len(input_ids)}, one for each of input_ids")
+        raise ValueError(
+            f"visual_embeds has {len(visual_embeds)} rows; expected {len(input_ids)}, one for each of input_ids"
+        )
     rows = list(visual_embeds)
     if visual_mask is not None:
         rows = [row[real] for row, real in zip(rows, visual_mask, strict=True)]
@@ -129,5 +128,7 @@ def insert_visual_tokens_mmtp(
             f"rows have {counts} <|image|> placeholders for {sizes} visual embeddings; give each row as many as it has"
             " placeholders (a list of tensors, or visual_mask)"
         )
-    visual = torch.cat([row for row, count in zip(rows, counts, strict=True) if count] or [text_embeds.flatten(0, 1)[:0]])
+    visual = torch.cat(
+        [row for row, count in zip(rows, counts, strict=True) if count] or [text_embeds.flatten(0, 1)[:0]]
+    )
     return text_embeds.masked_scatter(placeholder.unsqueeze(-1), visual.to(text_embeds.dtype))

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
 class Runs:
-    """How segments are batched: (count, length) of each batch, over tokens taken in `order` (as they lie where None)."""
+    """How segments of equal length are batched."""
 
-    batches: tuple[tuple[int, int], ...]
-    order: Tensor | None  # [tokens] int64
+    batches: tuple[tuple[int, int], ...]  # segments and tokens of each
+    order: Tensor | None  # [tokens] int64, in which the tokens are taken; as they lie where None
     inverse: Tensor | None  # [tokens] int64
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where each image or caption lies in a packed row; built once per pack, read by every layer without a device sync."""
+    """Where each image or caption lies in a packed row; built once per pack, so no layer waits for the device."""
 
     cu_seqlens: Tensor  # [num_valid + 2] int32; the last segment is padding
     lengths: tuple[int, ...]  # of all segments, in tokens
@@ -62,7 +61,7 @@ class Segments:
 def segments_of(cu_seqlens: Tensor) -> Segments:
     """Build segments from cumulative lengths [S + 1] whose last segment is padding; waits for the device once."""
     bounds = cu_seqlens.tolist()
-    lengths = tuple(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    lengths = tuple(stop - start for start, stop in pairwise(bounds))
     return Segments(cu_seqlens, lengths, len(lengths) - 1)
 
 
@@ -82,13 +81,14 @@ class _Permute(torch.autograd.Function):
 
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Return x[order] for a permutation and its inverse, both [len(x)] int64."""
-    return _Permute.apply(x, order, inverse)
+    permuted: Tensor = _Permute.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
 
 
 def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
     """Softmax attention of every token over its own segment, scaled by K ** -0.5; [T, H, K] in and out.
 
-    The padding's output is zero. A pack that is all padding gives zeros that still carry (zero) gradients to q, k and v.
+    The padding's output is zero; a pack that is all padding gives zeros that still carry zero gradients to q, k and v.
 
     Errors: ValueError when the shapes differ or are not those of the segments.
     """
@@ -125,6 +125,8 @@ def _batched_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Se
 
 
 def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # it imports torch's compiler: 2 s that only CUDA users pay
+
     valid, longest = segments.num_valid_tokens, max(segments.lengths[: segments.num_valid])
     bounds = segments.cu_seqlens[: segments.num_valid + 1]
     out = varlen_attn(q_THK[:valid], k_THK[:valid], v_THK[:valid], bounds, bounds, longest, longest)

@@ -10,8 +10,8 @@ from typing import Literal
 class CogViTConfig:
     """Shape and options of the vision encoder.
 
-    The names and defaults of the first block are those of the reference build; the options below choose the block family
-    (`reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR).
+    The names and defaults of the first block are those of the reference build; the options below choose the block
+    family (`reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR).
 
     Errors: ValueError when a size is not positive, the heads do not divide the width or an option is unknown.
     """

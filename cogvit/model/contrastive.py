@@ -1,4 +1,4 @@
-"""Stage 2 in plain PyTorch: the sigmoid loss over the batch of all ranks and the two-tower model (the reference's classes)."""
+"""Stage 2 in plain PyTorch: the sigmoid loss over all ranks and the two-tower model (the reference's classes)."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _all_reduce(x: Tensor) -> Tensor:
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """Sum over all pairs of the global batch of -log sigmoid(+-logit), with its gradients, one block of logits at a time.
+    """Sum over all pairs of the global batch of -log sigmoid(+-logit), with its gradients, a block of logits at a time.
 
-    A rank computes the rows of its own images against everybody's texts. Gradients are multiplied by the number of ranks,
-    because DistributedDataParallel averages them over the ranks while the loss is already that of all.
+    A rank computes the rows of its own images against everybody's texts. Gradients are multiplied by the number of
+    ranks, because DistributedDataParallel averages them over the ranks while the loss is already that of all.
     """
 
     @staticmethod
@@ -79,7 +79,8 @@ class SigLIPLoss(nn.Module):
     Args:
         init_t: temperature at the start; kept as its logarithm.
         init_b: bias at the start.
-        normalization: "images" divides by the n pairs on the diagonal, as the paper; "pairs" by all n^2, as the reference.
+        normalization: "images" divides by the n pairs on the diagonal, as the paper; "pairs" by all n^2, as the
+            reference.
 
     Errors: ValueError when init_t is not positive or the normalization is unknown.
     """
@@ -112,7 +113,9 @@ class SigLIPLoss(nn.Module):
         with torch.autocast(image_embed.device.type, enabled=False):
             image_BE = F.normalize(image_embed.float(), dim=-1)
             text_BE = F.normalize(text_embed.float(), dim=-1)
-            total = _SigmoidLoss.apply(image_BE, text_BE, self.log_t.float(), self.bias.float())
+            total: Tensor = _SigmoidLoss.apply(  # type: ignore[no-untyped-call]
+                image_BE, text_BE, self.log_t.float(), self.bias.float()
+            )
         num_images = sum(sizes)
         return total / (num_images if self.normalization == "images" else num_images**2)
 

@@ -18,8 +18,8 @@ _STD = 0.02
 def init_tensor(name: str, shape: Sequence[int], seed: int, layer_scale: float = 1.0) -> Tensor:
     """Return the full fp32 tensor that a parameter starts from.
 
-    Biases are 0, norm weights 1, LayerScale gammas `layer_scale`; matrices, tables and tokens are normal with a standard
-    deviation of 0.02 (the reference truncates at 2.0, a hundred deviations away).
+    Biases are 0, norm weights 1, LayerScale gammas `layer_scale`; matrices, tables and tokens are normal with a
+    standard deviation of 0.02 (the reference truncates at 2.0, a hundred deviations away).
     """
     if name.endswith("gamma"):
         return torch.full(tuple(shape), layer_scale)

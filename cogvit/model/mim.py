@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class TeacherWrapper(nn.Module):
         self.register_buffer("feature_std", feature_std)
         self.eval()
 
-    def train(self, mode: bool = True) -> TeacherWrapper:
+    def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: a teacher is never trained."""
         return super().train(False)
 
@@ -113,12 +114,12 @@ class CogViTForMIM(nn.Module):
             {name: nn.Linear(encoder.cfg.embed_dim, teacher.feature_dim) for name, teacher in teachers.items()}
         )
         self.teachers = dict(teachers)
-        self.register_load_state_dict_pre_hook(_drop_teacher_weights)
+        self.register_load_state_dict_pre_hook(_drop_teacher_weights)  # type: ignore[no-untyped-call]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CogViTForMIM:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self.teachers.values():
-            teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def random_mask(B: int, N: int, ratio: float, device: torch.device) -> Tensor:
@@ -126,7 +127,7 @@ class CogViTForMIM(nn.Module):
         return draw_mask(torch.ones(B, N, dtype=torch.bool, device=device), ratio)
 
     def forward(self, x: Tensor, valid_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the Smooth-L1 loss at masked patches for each teacher, their weighted sum "total" and the "mask" [B, N].
+        """Return each teacher's Smooth-L1 loss at masked patches, their weighted sum "total" and the "mask" [B, N].
 
         Args:
             x: images [B, 3, H, W] of any grid.

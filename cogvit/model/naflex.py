@@ -57,7 +57,7 @@ def naflex_grid(
 
 
 def naflex_target_size(h: int, w: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
-    """Return the height and width in px that an image of h x w px is resized to: multiples of the patch, within the budget.
+    """Return the height and width in px that an image of h x w px is resized to: whole patches within the budget.
 
     Errors: ValueError when a side is not positive.
     """
@@ -91,11 +91,11 @@ def naflex_resize(image: Tensor, patch_size: int, max_tokens: int) -> Tensor:
 
 
 def naflex_collate(images: Sequence[Tensor], patch_size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return images of any size as one batch and its valid_mask, both for `CogViT`; an image's size depends on itself alone.
+    """Return images of any size as one batch and its valid_mask, both for `CogViT`.
 
-    Where a canvas of the most rows and columns keeps the budget, the batch is that canvas, [B, C, H, W] with the images in
-    its upper left corner, as the reference's. Where it would not (a wide image beside a tall one), the batch is sequences
-    [B, N, C * P * P + 2] of patches followed by their row and column, N <= max_tokens.
+    An image's size depends on itself alone. Where a canvas of the most rows and columns keeps the budget, the batch is
+    [B, C, H, W] with the images in the upper left corner, as the reference's. Where it would not (a wide image beside a
+    tall one), it is sequences [B, N, C * P * P + 2] of patches followed by their row and column, N <= max_tokens.
 
     Args:
         images: each [C, H, W].
@@ -158,9 +158,7 @@ def naflex_pack(
     for image in images:
         if image.ndim != 3:
             raise ValueError(f"an image has shape {tuple(image.shape)}; expected (C, H, W)")
-        grid = naflex_grid(
-            image.shape[1], image.shape[2], patch_size, max_tokens, enlarge=enlarge, multiple=multiple
-        )
+        grid = naflex_grid(image.shape[1], image.shape[2], patch_size, max_tokens, enlarge=enlarge, multiple=multiple)
         patches.append(patchify(resize_to_grid(image, grid, patch_size), patch_size))
         grids.append(grid)
     return pack_images(patches, grids, tokens_per_pack=tokens_per_pack, images_per_pack=images_per_pack)

@@ -24,8 +24,8 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Return a decayed and an undecayed group for each (name, module, learning-rate multiplier).
 
-    Parameters of fewer than two dims are never decayed. Patch and token embeddings are decayed; position tables are not.
-    The temperature and bias of the sigmoid loss get a group "loss.nodecay" where the parts hold a projection of
+    Parameters of fewer than two dims are never decayed. Patch and token embeddings are; position tables are not. The
+    temperature and bias of the sigmoid loss get a group "loss.nodecay" where the parts hold a projection of
     `CogViTForContrastive` but not the loss itself.
 
     Args:

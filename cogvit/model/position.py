@@ -23,7 +23,7 @@ class PositionTable(nn.Module):
 
     def on_grid(self, rows: int, columns: int) -> Tensor:
         """Return the table at one grid, [rows * columns, D] in raster order."""
-        embed = self.embed
+        embed: Tensor = self.embed
         if embed.shape[-2:] != (rows, columns):
             embed = F.interpolate(embed, size=(rows, columns), mode="bicubic", align_corners=False)
         return embed.flatten(2)[0].T
@@ -51,8 +51,9 @@ class PositionTable(nn.Module):
 
 
 def rotary_2d(row_col_T2: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [T, K] of the axial rotation: a quarter of the angles by row, a quarter by column, twice.
+    """Return cosines and sines [T, K] of the axial rotation.
 
+    A quarter of the angles turn by row, a quarter by column, and both again for the second half of the channels.
     Source: GlmOcrVisionRotaryEmbedding of transformers, base 10000.
     """
     half = head_dim // 2

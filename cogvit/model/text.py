@@ -21,8 +21,8 @@ def text_layout(text: PackedText, key_N: Tensor | None = None) -> PackedLayout:
 
     Args:
         text: the pack.
-        key_N: the slots' keys (`PackedImages.key`), which seed stochastic depth; the captions' ids by default, whose draws
-            never change.
+        key_N: the slots' keys (`PackedImages.key`), which seed stochastic depth; by default the captions' ids, whose
+            draws never change.
     """
     segments = segments_of(text.cu_seqlens)
     index_L = torch.arange(len(text.ids), device=text.cu_seqlens.device, dtype=torch.int32)

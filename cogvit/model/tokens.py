@@ -11,7 +11,10 @@ from cogvit.model.attention import Segments
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """What every block needs beside the hidden states of S tokens; has no parameters, so any pipeline stage can make it."""
+    """What every block needs beside the hidden states of S tokens.
+
+    It has no parameters, so every pipeline stage can make its own.
+    """
 
     segments: Segments
     cos_SK: Tensor | None  # rotary positions; None where positions are learned

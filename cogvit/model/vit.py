@@ -5,6 +5,7 @@ A dense batch is a pack too: padding patches are left out, so there is one path 
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
 
@@ -46,7 +47,7 @@ def _invert(order: Tensor) -> Tensor:
 def _cls_segments(segments: Segments, num_tokens: int) -> Segments:
     """One token more in each image that is there, all the others in the padding."""
     lengths = [length + 1 if length else 0 for length in segments.lengths[:-1]]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist() + [num_tokens]
+    bounds = [*accumulate(lengths, initial=0), num_tokens]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=segments.cu_seqlens.device)
     return Segments(cu_seqlens, (*lengths, num_tokens - bounds[-2]), segments.num_valid)
 
@@ -79,7 +80,7 @@ def split_packed(x_SD: Tensor, images: PackedImages, cfg: CogViTConfig) -> Packe
 
 
 class PatchEmbed(nn.Module):
-    """One linear map of each P x P patch, kept as the strided convolution that it is in the reference's checkpoints."""
+    """One linear map of each P x P patch, kept as the strided convolution of the reference's checkpoints."""
 
     def __init__(self, cfg: CogViTConfig) -> None:
         super().__init__()
@@ -187,9 +188,11 @@ class CogViT(VisionEmbedding):
         else:
             patch_tokens = features.patch_TD.new_zeros(*valid.shape, self.cfg.embed_dim)
             patch_tokens[valid] = features.patch_TD
-        if grid is None:
-            grid = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
-        return EncoderOutput(patch_tokens=patch_tokens, cls_token=features.cls_ND, grid=grid)
+        return EncoderOutput(
+            patch_tokens=patch_tokens,
+            cls_token=features.cls_ND,
+            grid=[(rows, columns) for rows, columns in images.grid_hw.tolist()] if grid is None else grid,
+        )
 
     def _check_batch(self, x: Tensor) -> tuple[Grid | None, int]:
         """The common grid of images (None for sequences) and N."""

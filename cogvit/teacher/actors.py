@@ -17,19 +17,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.config import TeacherConfig, TeachersConfig
+from cogvit.config import TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
 from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, masked_features
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RESPAWN_PAUSE_S = 0.1
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +58,186 @@ def connect(cluster: Cluster, num_actors: int) -> Iterator[Cluster]:
     """Join the cluster for the length of the block, from the main thread; yields it with its address.
 
     A cluster of our own is started by the first to connect, has a CPU for each actor, and ends with the block; its
-    processes are bound to this one, so they end when it is killed too. The SIGTERM handler of the process stays.
+    processes are bound to this one, so they end when it is killed too.
 
-    Errors: ConfigError when the cluster cannot be reached; TeacherUnavailable when it does not start.
+    Errors: ConfigError when the cluster cannot be reached.
     """
-    _check_reach(cluster)
+    if cluster.host not in ("", socket.gethostname()):
+        raise ConfigError(
+            f"the teachers' Ray cluster was started on {cluster.host} and does not reach {socket.gethostname()}; start"
+            " Ray on every node and pass --teachers.ray-address"
+        )
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if cluster.token:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster.token}
     import ray
 
     with ExitStack() as stack:
-        stack.enter_context(_kept_sigterm())
-        quiet = {"namespace": cluster.namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+        scratch = tempfile.TemporaryDirectory(prefix="cogvit-ray-", ignore_cleanup_errors=True)
+        directory = "" if cluster.address else stack.enter_context(scratch)
         stack.callback(ray.shutdown)
-        try:
-            if cluster.address:
-                context = ray.init(address=cluster.address, **quiet)
-            else:
-                scratch = tempfile.TemporaryDirectory(prefix="cogvit-ray-", ignore_cleanup_errors=True)
-                context = ray.init(
-                    address="local",
-                    num_cpus=num_actors,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    _temp_dir=stack.enter_context(scratch),
-                    **quiet,
-                )
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at {cluster.address}; check --teachers.ray-address") from error
-        yield replace(cluster, address=context.address_info["gcs_address"])
+        with _kept_sigterm():
+            address = _join(cluster) if cluster.address else _start(cluster, num_actors, directory)
+        yield replace(cluster, address=address)
+
+
+def _start(cluster: Cluster, num_actors: int, directory: str) -> str:
+    """Start a cluster on this machine, with its sockets and logs in a directory; returns its address."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        namespace=cluster.namespace,
+        num_cpus=num_actors,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=directory,
+    )
+    return context.address_info["gcs_address"]
+
+
+def _join(cluster: Cluster) -> str:
+    import ray
+
+    try:
+        ray.init(
+            address=cluster.address,
+            namespace=cluster.namespace,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"cannot join Ray at {cluster.address}: {reason}; check --teachers.ray-address") from error
+    return cluster.address
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Restore the process's own SIGTERM handler: ray.init puts one of its own, which leaves at once, in its place."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, handler)
+
+
+class TeacherActor:
+    """One teacher in a process of its own."""
+
+    def __init__(self, path: str, precision: Literal["fp32", "bf16"], decode: DecodeImage) -> None:
+        torch.set_num_threads(1)
+        self._teacher = load_teacher(path, precision)
+        self._decode = decode
+
+    def features(self, request: FeatureRequest) -> NDArray[Any]:
+        """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for."""
+        features = masked_features(self._teacher, request, self._decode)
+        return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
+
+
+@dataclass(slots=True)
+class Call:
+    """A request under way at one actor."""
+
+    actor: Any
+    reply: Any  # ray.ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request under way at an actor of every teacher."""
+
+    request: FeatureRequest
+    lane: int  # which of a teacher's actors serves it
+    calls: dict[str, Call]
+
+
+class TeacherPool:
+    """The actors of a run as a FeatureSource; every rank that asks has a pool, and all pools share the actors.
+
+    Which actor answers does not matter to the answer, so a dead one is replaced and its requests are sent again.
+    """
+
+    def __init__(self, config: TeachersConfig, decode: DecodeImage) -> None:
+        import ray
+
+        self._config = config
+        self._decode = decode
+        self._members = {member.name: member for member in config.members}
+        self._actor_class = ray.remote(TeacherActor)
+        self._lanes = itertools.cycle(range(config.actors_per_teacher))
+        self._dims = {member.name: inspect_teacher(member.path).dim for member in config.members}
+        self._actors = {
+            (name, lane): self._get_or_start(name, lane)
+            for name in self._members
+            for lane in range(config.actors_per_teacher)
+        }
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """C of each teacher, by name."""
+        return self._dims
+
+    def submit(self, request: FeatureRequest) -> Pending:
+        """Send a request to one actor of every teacher."""
+        lane = next(self._lanes)
+        return Pending(request, lane, {name: self._send(name, lane, request) for name in self._members})
+
+    def result(self, handle: Pending) -> Features:
+        """Wait for the replies; requests of dead actors are sent again.
+
+        Errors: TeacherUnavailable after max_wait_s; ConfigError when a teacher does not load.
+        """
+        deadline_s = time.monotonic() + self._config.max_wait_s
+        return {name: self._collect(name, handle, deadline_s) for name in self._members}
+
+    def _collect(self, name: str, pending: Pending, deadline_s: float) -> Tensor:
+        from ray import get
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
+
+        while True:
+            try:
+                return _from_wire(get(pending.calls[name].reply, timeout=max(0.0, deadline_s - time.monotonic())))
+            except GetTimeoutError:
+                raise self._unavailable(name, "is silent") from None
+            except RayTaskError as error:  # the actor lives; what it ran raised
+                if isinstance(error.cause, CogViTError):
+                    raise error.cause from None
+                raise
+            except RayError as error:  # the actor or its reply is lost
+                if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                    raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
+                if time.monotonic() >= deadline_s:
+                    raise self._unavailable(name, "keeps dying") from error
+                pending.calls[name] = self._send_again(name, pending)
+
+    def _send_again(self, name: str, pending: Pending) -> Call:
+        time.sleep(_RESPAWN_PAUSE_S)  # Ray frees a dead actor's name a moment after it reports the death
+        if self._actors[name, pending.lane] is pending.calls[name].actor:
+            _LOG.warning("an actor of teacher %s died; another one takes over its requests", name)
+            self._actors[name, pending.lane] = self._get_or_start(name, pending.lane)
+        return self._send(name, pending.lane, pending.request)
+
+    def _send(self, name: str, lane: int, request: FeatureRequest) -> Call:
+        actor = self._actors[name, lane]
+        return Call(actor, actor.features.remote(request))
+
+    def _get_or_start(self, name: str, lane: int) -> Any:
+        member = self._members[name]
+        path = os.path.abspath(member.path) if os.path.isdir(member.path) else member.path  # or a hub name
+        named = self._actor_class.options(name=f"{name}-{lane}", get_if_exists=True, num_cpus=1, max_restarts=0)
+        return named.remote(path, self._config.precision, self._decode)
+
+    def _unavailable(self, name: str, state: str) -> TeacherUnavailable:
+        return TeacherUnavailable(
+            f"teacher {name!r} {state}: no features in {self._config.max_wait_s:g} s; look at its memory and CPUs, or"
+            " raise --teachers.max-wait-s"
+        )
+
+
+def _from_wire(array: NDArray[Any]) -> Tensor:
+    """Return [M, C] float32 in memory of its own, so that Ray can free the reply."""
+    features = torch.tensor(array)
+    return features.view(torch.bfloat16).float() if features.dtype == torch.uint16 else features

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvit.errors import ConfigError
-from cogvit.teacher.stream import Features, FeatureRequest, FeatureSource, submit_ahead
+from cogvit.teacher.stream import FeatureRequest, Features, FeatureSource, submit_ahead
 
 _SMALLEST_STD = 1e-6  # a channel that varies less is constant: it becomes 0 instead of amplified rounding noise
 

@@ -7,25 +7,28 @@ disk (store.py), and all give the same bits for the same request. Shared and sta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.batch import Batch, SampleRef, StepBatch, TeacherTargets
 from cogvit.errors import CogViTError
-from cogvit.objective.masking import mask_image, num_masked
+from cogvit.objective.masking import mask_image
 
 Grid = tuple[int, int]  # rows, columns, in patches
+Pixels = NDArray[np.uint8]  # [H, W, 3]
 Item = TypeVar("Item")
 Features = dict[str, Tensor]  # teacher name -> [M, C] float32
 
-# Returns the image of a sample as uint8 [H, W, 3], or None when its bytes do not decode; the int is the image's key, for
-# augmentation that the student sees too. It runs inside the actors, so it must be importable there.
-DecodeImage = Callable[[SampleRef, int], Tensor | None]
+# (sample, key, (height, width) in pixels) -> the image at that size, or None when its bytes do not decode. The key
+# seeds augmentation that the student sees too. It runs inside the actors, so it must be importable there.
+DecodeImage = Callable[[SampleRef, int, tuple[int, int]], Pixels | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,14 @@ class PatchTeacher(Protocol):
     def dim(self) -> int:
         """C, channels of a feature."""
 
-    def features(self, images: list[Tensor], grids: list[Grid]) -> list[Tensor]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its features."""
+
+    def input_px(self, grid: Grid) -> tuple[int, int]:
+        """Return the (height, width) at which it wants an image of a student's grid."""
+
+    def features(self, images: Sequence[Pixels], grids: Sequence[Grid]) -> list[Tensor]:
         """Return the [rows * columns, C] features of each image."""
 
 
@@ -78,19 +88,19 @@ def masked_features(teacher: PatchTeacher, request: FeatureRequest, decode: Deco
 
     The masked tokens of an image that does not decode are zeros, so that the order of the others stands.
     """
-    present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
-    decoded = {slot: decode(request.samples[slot], request.keys[slot]) for slot in present}
-    images = {slot: image for slot, image in decoded.items() if image is not None}
-    found = teacher.features(list(images.values()), [request.grids[slot] for slot in images])
-    feature_of = dict(zip(images, found, strict=True))
-    dtype = found[0].dtype if found else torch.float32
-    rows = [torch.zeros(0, teacher.dim, dtype=dtype)]
-    for slot in present:
-        num_patches = request.grids[slot][0] * request.grids[slot][1]
-        if slot in feature_of:
-            rows.append(feature_of[slot][mask_image(request.keys[slot], num_patches, request.mask_ratio)])
-        else:
-            rows.append(torch.zeros(num_masked(num_patches, request.mask_ratio), teacher.dim, dtype=dtype))
+    slots = [
+        (sample, grid, key)
+        for sample, grid, key in zip(request.samples, request.grids, request.keys, strict=True)
+        if sample is not None
+    ]
+    images = [decode(sample, key, teacher.input_px(grid)) for sample, grid, key in slots]
+    readable = [(image, grid) for image, (_, grid, _) in zip(images, slots, strict=True) if image is not None]
+    found = iter(teacher.features([image for image, _ in readable], [grid for _, grid in readable]))
+    rows = [torch.zeros(0, teacher.dim, dtype=teacher.dtype)]
+    for image, (_, grid, key) in zip(images, slots, strict=True):
+        num_patches = grid[0] * grid[1]
+        feature = torch.zeros(num_patches, teacher.dim, dtype=teacher.dtype) if image is None else next(found)
+        rows.append(feature[mask_image(key, num_patches, request.mask_ratio)])
     return torch.cat(rows)
 
 
@@ -112,9 +122,7 @@ class LocalFeatures:
 
     def result(self, handle: FeatureRequest) -> Features:
         """Compute the features."""
-        return {
-            name: masked_features(teacher, handle, self.decode).float() for name, teacher in self.teachers.items()
-        }
+        return {name: masked_features(teacher, handle, self.decode).float() for name, teacher in self.teachers.items()}
 
 
 @dataclass(frozen=True)
@@ -175,9 +183,7 @@ def attach_targets(
         yield replace(step, micro=micro)
 
 
-def submit_ahead(
-    items: Iterable[Item], submit: Callable[[Item], Any], in_flight: int
-) -> Iterator[tuple[Item, Any]]:
+def submit_ahead(items: Iterable[Item], submit: Callable[[Item], Any], in_flight: int) -> Iterator[tuple[Item, Any]]:
     """Yield (item, what submit returned for it) in order, with up to in_flight later items submitted already."""
     waiting: deque[tuple[Item, Any]] = deque()
     for item in items:

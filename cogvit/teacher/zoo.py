@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cogvit.errors import ConfigError
 
 Grid = tuple[int, int]  # rows, columns, in patches
+Pixels = NDArray[np.uint8]  # [H, W, 3]
 Family = Literal["siglip2", "siglip", "dinov3"]
 
 _FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
@@ -70,30 +73,29 @@ class Teacher:
         return self.spec.dim
 
     @property
-    def patch_size_px(self) -> int:
-        """Side of the teacher's own patches."""
-        return self.spec.patch_size_px
+    def dtype(self) -> torch.dtype:
+        """Of weights and features."""
+        return next(self.model.parameters()).dtype
+
+    def input_px(self, grid: Grid) -> tuple[int, int]:
+        """Return the (height, width) at which this teacher wants an image of a student's grid."""
+        rows, columns = self.spec.fixed_grid or grid
+        return rows * self.spec.patch_size_px, columns * self.spec.patch_size_px
 
     @torch.inference_mode()
-    def features(self, images: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        """Return the last layer's patch features of images (uint8 [H, W, 3] of any size) as one forward batch.
+    def features(self, images: Sequence[Pixels], grids: Sequence[Grid]) -> list[Tensor]:
+        """Return the last layer's patch features of images of `input_px` size (uint8 [H, W, 3]) as one forward batch.
 
         Each is [rows * columns, C] in the row-major order of its grid and in the precision of the teacher.
         """
         if not images:
             return []
-        pixels = [self._prepare(image, grid) for image, grid in zip(images, grids, strict=True)]
-        return self.forward(self.model, pixels, grids)
+        return self.forward(self.model, [self._normalize(image) for image in images], grids)
 
-    def _prepare(self, image: Tensor, grid: Grid) -> Tensor:
-        """Resize to this teacher's pixels and normalize: float32 [3, H, W]."""
-        rows, columns = self.spec.fixed_grid or grid
-        size_px = (rows * self.patch_size_px, columns * self.patch_size_px)
-        pixels = image.permute(2, 0, 1)
-        if pixels.shape[1:] != size_px:
-            pixels = F.interpolate(pixels[None], size_px, mode="bilinear", antialias=True)[0]
+    def _normalize(self, image: Pixels) -> Tensor:
+        """Return float32 [3, H, W]."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.spec.image_mean, self.spec.image_std))
-        return (pixels / 255 - mean) / std
+        return (torch.tensor(image).permute(2, 0, 1) / 255 - mean) / std
 
 
 def inspect_teacher(path: str) -> TeacherSpec:
@@ -157,7 +159,7 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the weights of a checkpoint. Errors: ConfigError when there are none in safetensors."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"teacher {directory} has no *.safetensors; other weight formats can run code and are refused")
+        raise ConfigError(f"teacher {directory} has no *.safetensors; other formats can run code and are refused")
     return files
 
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
-from cogvit.parallel.mesh import Mesh
-from cogvit.training.engine import Engine
+from cogvit.training.optim import MASTER
 from cogvit.training.state import TrainState, state_from_json, state_to_json
+
+if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
+    from cogvit.parallel.mesh import Mesh
+    from cogvit.training.engine import Engine
 
 FORMAT = 1
 _MANIFEST, _STATE, _BEST = "manifest.json", "state.json", "best.json"
@@ -131,17 +134,13 @@ def read_state(path: Path) -> TrainState:
     return state_from_json(json.loads((path / _STATE).read_text()))
 
 
-def weight_names(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the plain names and shapes of the weights in a checkpoint."""
+def weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the plain weights whose names begin with prefix, without it; in this process alone."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {key.removeprefix("master/"): tuple(m.size) for key, m in metadata.items() if key.startswith("master/")}
-
-
-def read_weights(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Load the plain weights whose names are wanted, in this process alone."""
-    full = {f"master/{name}": torch.empty(shape) for name, shape in weight_names(path).items() if wanted(name)}
+    wanted = f"{MASTER}/{prefix}"
+    full = {key: torch.empty(entry.size) for key, entry in metadata.items() if key.startswith(wanted)}
     _load(full, path, alone=True)
-    return {key.removeprefix("master/"): tensor for key, tensor in full.items()}
+    return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 
 
 def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:

@@ -15,6 +15,8 @@ Module = Literal["vision", "text", "projection", "temperature"]
 Kind = Literal["muon", "adamw", "sgd"]
 Role = Literal["block_matrix", "matrix", "vector"]
 
+MASTER = "master"  # what the fp32 parameter is called beside its moments
+
 
 @dataclass(frozen=True)
 class ParamGroup:

@@ -23,7 +23,7 @@ from cogvit.errors import CheckpointError, NonFiniteStep
 from cogvit.parallel.cpu import prepare_process
 from cogvit.parallel.mesh import MegatronGroups
 from cogvit.training.muon import MOMENTS, InnerOptimizer, MatrixSpan, Partition
-from cogvit.training.optim import Module, ParamGroup, lr_at
+from cogvit.training.optim import MASTER, Module, ParamGroup, lr_at
 
 prepare_process()
 import deepspeed  # noqa: E402
@@ -34,7 +34,6 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_optimizer_state,
 )
 
-MASTER = "master"  # kind of the fp32 parameter beside its moments
 _REDUCE_BUCKET_ELEMENTS = 50_000_000  # 200 MB; DeepSpeed's default allocates 2 GB in every step
 
 
@@ -84,7 +83,8 @@ def initialize(
 ) -> ZeroEngine:
     """Partition the optimizer over dp and return the engine; `module` itself stays the one to run.
 
-    groups: the list of `param_groups`, of one length and order on all ranks. Parameters are broadcast from dp rank 0.
+    groups: the list of `param_groups`, of one length and order on all ranks. Parameters are broadcast from dp rank 0,
+    and each has at least one dim because DeepSpeed cannot broadcast a scalar.
     """
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist.get_backend())
@@ -145,7 +145,7 @@ class ZeroEngine:
             try:
                 yield
             except BaseException:
-                self._engine.optimizer.zero_grad()
+                self._zero.zero_grad()
                 raise
             for param in self._kinds:
                 if param.grad is None:

@@ -1,0 +1,221 @@
+"""Where a step's numbers go: metrics.jsonl always, a progress bar or plain lines, and Weights & Biases if it is there.
+
+Only the writing rank has sinks; on every other rank recording costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from tqdm import tqdm
+
+from cogvit.config import RunConfig, to_json
+from cogvit.errors import DataError
+
+
+class Sink(Protocol):
+    """Takes the numbers of each step."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Take one step."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
+class Meter:
+    """Records steps.
+
+    Opening rewinds metrics.jsonl to start_step, the last step of the checkpoint that the run resumes from, so that the
+    file has every step once. A value that is not finite is left out: JSON cannot say it.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, writer: bool, start_step: int) -> None:
+        self._sinks: list[Sink] = []
+        if not writer:
+            return
+        self._sinks.append(MetricsFile(out / "metrics.jsonl", start_step))
+        steps = config.schedule.steps
+        self._sinks.append(
+            Bar(steps, start_step) if sys.stderr.isatty() else Lines(steps, start_step, config.log.every_steps)
+        )
+        if config.log.wandb != "off":
+            self._sinks.append(WeightsAndBiases(out, config, start_step))
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Write the numbers of one step."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for sink in self._sinks:
+            sink.write(step, finite)
+
+    def close(self) -> None:
+        """Finish every sink; what was recorded is on disk already."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the steps of a metrics.jsonl in order; a last line that was cut off by a kill does not count.
+
+    Errors: DataError when the file is missing or a complete line is not JSON.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; is {path.parent} a run directory?") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} has a line that is not JSON: {error.doc.strip()[:80]!r}") from None
+
+
+class MetricsFile:
+    """One JSON object a step, floats at full precision, each line handed to the system as it is written."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if row["step"] <= start_step] if path.exists() else []
+        rewound = path.with_name(path.name + ".tmp")
+        rewound.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewound.replace(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def summary(values: dict[str, float]) -> str:
+    """Return a step in a few words: losses, rate of learning, speed."""
+    losses = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("loss", "eval_loss"))]
+    formats = {
+        "lr": "lr {:.1e}",
+        "grad_norm": "grad {:.3g}",
+        "images_per_s": "{:.1f} img/s",
+        "tokens_per_s": "{:.0f} tok/s",
+    }
+    return " ".join(losses + [text.format(values[name]) for name, text in formats.items() if name in values])
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as 1h02m, 3m07s or 12s."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, rest_minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{rest_minutes:02d}m"
+    return f"{minutes}m{rest_s:02d}s" if minutes else f"{rest_s}s"
+
+
+class Bar:
+    """A progress bar on the terminal."""
+
+    def __init__(self, steps: int, start_step: int) -> None:
+        self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Move the bar."""
+        self._bar.set_postfix_str(summary(values), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+class Lines:
+    """Plain lines, for logs: every few steps and at the end, with the time left at the pace of the last steps."""
+
+    def __init__(self, steps: int, start_step: int, every_steps: int) -> None:
+        self._steps = steps
+        self._every_steps = every_steps
+        self._seen: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=21)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Print a line if one is due."""
+        self._seen.append((step, time.monotonic()))
+        if step % self._every_steps and step != self._steps:
+            return
+        (first_step, first_s), (last_step, last_s) = self._seen[0], self._seen[-1]
+        left_s = (self._steps - step) * (last_s - first_s) / max(1, last_step - first_step)
+        print(f"step {step}/{self._steps} {summary(values)} left {duration(left_s)}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class WeightsAndBiases:
+    """Logs online when the user is logged in, to files of the run directory otherwise; its failures are told, once.
+
+    WANDB_MODE, if set, decides instead.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, start_step: int) -> None:
+        try:
+            import wandb
+
+            decided = "WANDB_MODE" in os.environ
+            self._run = wandb.init(
+                project="cogvit",
+                name=out.name,
+                id=_run_id(out / "logs" / "wandb_id", start_step),
+                resume="allow",
+                dir=out / "logs",
+                config=to_json(config),
+                mode=None if decided else "online" if wandb.login(prompt=False, verify=False) else "offline",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+        except Exception as error:  # whatever a logging service does, training goes on
+            self._give_up(error)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log one step."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(values, step=step)
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"W&B stopped ({reason}); metrics.jsonl goes on", file=sys.stderr, flush=True)
+
+
+def _run_id(path: Path, start_step: int) -> str:
+    """Return the W&B id of this run directory; a run from step 0 gets a new one."""
+    if start_step == 0 or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()

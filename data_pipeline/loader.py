@@ -1,0 +1,203 @@
+"""Loading: the packs of one rank, step by step, decoded ahead of their use; and shards read in sequence for evaluation.
+
+A step is a pure function of its number, so threads load several at once and the order of delivery is the order of steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, groupby
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRef, StepBatch
+from cogvit.config import RunConfig
+from cogvit.draws import name_to_int64
+from cogvit.errors import DataError
+from cogvit.model.packing import raster
+from data_pipeline.augment import mirror, mirrored
+from data_pipeline.balance import PackLimits, place
+from data_pipeline.caption import (
+    LANGUAGES,
+    CaptionChoice,
+    Captions,
+    Tokenizer,
+    captions_of,
+    choose_captions,
+    load_tokenizer,
+    parse_metadata,
+    token_bound,
+)
+from data_pipeline.decode import Pixels, cut_patches, read_image, read_image_at
+from data_pipeline.index import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, Index
+from data_pipeline.plan import GlobalBatch, PlanSpec, plan, plan_hash, plan_spec
+from data_pipeline.shards import ShardReader, expand_shards, read_members, read_range
+from data_pipeline.topology import Topology, topology_of
+
+Ints = NDArray[np.int64]
+
+log = logging.getLogger(__name__)
+
+# data.max_bad_fraction is a share of at least so many images: one bad image at the start of a run is no trend.
+FEWEST_IMAGES_TO_JUDGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of a shard as evaluation sees it."""
+
+    key: str
+    image: Pixels
+    captions: Captions
+    metadata: dict[str, Any]
+
+
+def step_batches(
+    index: Index, config: RunConfig, dp_rank: int, dp_size: int, position: DataPosition | None, *, with_text: bool
+) -> Iterator[StepBatch]:
+    """Yield what a data-parallel rank trains on, step by step without end, from a position or the start.
+
+    Every rank gets the same number of packs in a step, at least one for each pipeline stage. An image that does not
+    decode keeps its slot with weight 0. Close the iterator to stop the threads that load ahead.
+    Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or, while
+    iterating, a shard cannot be read or too many images do not decode.
+    """
+    usable = _usable(index, with_text)
+    start = start_position(index, config, with_text=with_text)
+    if position is not None and position.plan_hash != start.plan_hash:
+        raise DataError(
+            f"the data plan {position.plan_hash} of the checkpoint is not this run's {start.plan_hash}: shards, mixture,"
+            " batch size, sizing or seed changed; restore them or start a new run in another --out"
+        )
+    loading = _Loading(
+        index=usable,
+        config=config,
+        spec=plan_spec(config),
+        plan_hash=start.plan_hash,
+        dp_rank=dp_rank,
+        topology=topology_of(dp_size, config.data.canonical_shares),
+        tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
+        reader=ShardReader(),
+    )
+    return _load_ahead(loading, (position or start).step)
+
+
+def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataPosition:
+    """Return where a new run begins."""
+    return DataPosition(plan_hash(_usable(index, with_text), plan_spec(config), config.seed), 0)
+
+
+def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: bool) -> Pixels | None:
+    """Read a sample's image at a size as the student of data.flip sees it; None when its bytes do not decode.
+
+    For other processes: it needs the sample's place alone. Errors: DataError when the shard cannot be read.
+    """
+    data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+    try:
+        pixels = read_image_at(data, size_hw_px)
+    except DataError:
+        return None
+    return mirror(pixels) if flip and mirrored(np.array([key]))[0] else pixels
+
+
+def iterate_samples(pattern: str) -> Iterator[Sample]:
+    """Walk through the samples of a pattern's shards in order; needs no index.
+
+    Errors: DataError for a shard that is no tar, and for a sample that does not decode.
+    """
+    for shard in expand_shards(pattern):
+        for key, group in groupby(read_members(shard), key=attrgetter("key")):
+            members = {member.extension: member.data for member in group}
+            encoded = [data for extension, data in members.items() if extension in IMAGE_EXTENSIONS]
+            if not encoded:
+                continue
+            try:
+                metadata = [parse_metadata(members[name], name) for name in CAPTION_EXTENSIONS if name in members]
+                spoken = [captions for captions in map(captions_of, metadata) if any(captions.values())]
+                yield Sample(
+                    key, read_image(encoded[0]), (spoken or [captions_of({})])[0], metadata[0] if "json" in members else {}
+                )
+            except DataError as error:
+                raise DataError(f"{shard}:{key}: {error}; remove it or re-create the shard") from None
+
+
+def _usable(index: Index, with_text: bool) -> Index:
+    usable = index.captioned() if with_text else index
+    if not len(usable):
+        raise DataError(f"none of the {len(index)} samples has a caption; stage 2 needs .txt or .json captions")
+    return usable
+
+
+def _load_ahead(loading: _Loading, start: int) -> Iterator[StepBatch]:
+    data = loading.config.data
+    steps_ahead = max(1, data.prefetch_steps, data.decode_threads)
+    pool = ThreadPoolExecutor(data.decode_threads, thread_name_prefix="decode")
+    try:
+        pending = deque(pool.submit(loading.step, start + step) for step in range(steps_ahead))
+        seen = bad = 0
+        for step in count(start + steps_ahead):
+            loaded = pending.popleft().result()
+            pending.append(pool.submit(loading.step, step))
+            present = sum(sample is not None for micro in loaded.micro for sample in micro.samples)
+            seen += present
+            bad += present - sum(int(micro.images.weight.sum()) for micro in loaded.micro)
+            if bad > data.max_bad_fraction * max(seen, FEWEST_IMAGES_TO_JUDGE):
+                raise DataError(
+                    f"{bad} of {seen} images did not decode (the log names them), more than"
+                    f" data.max_bad_fraction={data.max_bad_fraction} allows; repair the shards or raise it"
+                )
+            yield loaded
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """Everything that, besides its number, a step of one rank is a function of."""
+
+    index: Index
+    config: RunConfig
+    spec: PlanSpec
+    plan_hash: str
+    dp_rank: int
+    topology: Topology
+    tokenizer: Tokenizer | None
+    reader: ShardReader
+
+    def step(self, step: int) -> StepBatch:
+        """Plan, place, read, decode and pack a step."""
+        data = self.config.data
+        batch = plan(self.index, self.spec, self.config.seed, step)
+        num_tokens = batch.grid_hw.prod(axis=1)
+        choice, text_tokens = None, np.zeros_like(num_tokens)
+        if self.tokenizer is not None:
+            choice = choose_captions(self.index.rows["num_captions"][batch.rows], batch.key, data.zh_fraction)
+            text_tokens = token_bound(self.index.chosen_bytes(batch.rows, choice), self.config.text.max_tokens)
+        limits = PackLimits(
+            data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=self.config.parallel.pp
+        )
+        placement = place(
+            batch.share, batch.cost, num_tokens, text_tokens, topology=self.topology, limits=limits
+        )
+        micro = []
+        for members in placement.packs_of(self.dp_rank):
+            # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
+            order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
+            micro.append(self._pack(batch, order, choice, text_tokens))
+        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1))
+
+    def _pack(self, batch: GlobalBatch, order: Ints, choice: CaptionChoice | None, text_tokens: Ints) -> Batch:
+        refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
+        images = self._pack_images(batch, order, refs)
+        text = None if choice is None else self._pack_text(batch, order, choice, text_tokens, images.weight)
+        absent = self.config.data.images_per_pack - len(order)
+        return Batch(images=images, text=text, targets=None, samples=(*refs, *[None] * absent))

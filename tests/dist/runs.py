@@ -1,0 +1,119 @@
+"""A tiny training run under any layout, for tests that compare layouts; imported by pool workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvit.batch import Batch
+from cogvit.config import OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
+from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.init import init_tensor
+from cogvit.parallel.convert import fill
+from cogvit.parallel.encoder import TextStage, VisionStage
+from cogvit.parallel.mesh import Mesh, start_mesh
+from cogvit.objective.distill import Distill, DistillModel
+from cogvit.objective.siglip import Contrast, ContrastModel
+from cogvit.training.engine import Engine
+from tests.packs import MASK_RATIO, random_batch
+
+TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
+NUM_MICRO = 4  # of the global batch
+FAMILIES = {
+    "reference": {},
+    "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the parity matrix."""
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    sequence: bool = False
+    zero: int = 1
+    optimizer: Literal["sgd", "muon", "adamw"] = "sgd"
+    recompute: Literal["none", "full"] = "none"
+    stage: Literal["distill", "contrast"] = "distill"
+    family: str = "reference"
+
+    def alone(self) -> Case:
+        """The same run on one process."""
+        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run did, with plain tensors under plain names."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    state: dict[str, Tensor]
+
+
+def run_config(case: Case) -> RunConfig:
+    """A model of four layers with every option that parallelism could get wrong turned on."""
+    return RunConfig(
+        objective=case.stage,
+        vision=CogViTConfig(
+            image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, drop_path_rate=0.3, layer_scale_init=0.5,
+            **FAMILIES[case.family],
+        ),  # fmt: skip
+        text=TextConfig(embed_dim=32, depth=2, num_heads=4, max_tokens=16, drop_path_rate=0.2),
+        optim=OptimConfig(name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5),
+        schedule=ScheduleConfig(steps=10, warmup_steps=2),
+        parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence, recompute=case.recompute),
+        zero=ZeroConfig(case.zero),
+    )
+
+
+def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
+    """The engine with weights that depend on names alone, scaled up so that gradients are not tiny."""
+    config = run_config(case)
+    vision = VisionStage(config.vision, mesh, config.parallel, num_tokens=96, num_slots=6)
+    if case.stage == "distill":
+        model: torch.nn.Module = DistillModel(vision, TEACHER_DIMS)
+        objective: Distill | Contrast = Distill({"siglip2": 1.0, "dinov3": 0.5}, MASK_RATIO)
+    else:
+        text = TextStage(config.text, mesh, config.parallel, num_tokens=80)
+        model, objective = ContrastModel(vision, text, 32), Contrast()
+
+    def weights(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in ("log_t", "bias"):
+            return torch.full(shape, {"log_t": 1.5, "bias": -3.0}[name])
+        tensor = init_tensor(name, shape, 3, 0.5)
+        return tensor * 5.0 if len(shape) == 2 else tensor
+
+    fill(model, mesh, weights)
+    return Engine(model, config, mesh), objective
+
+
+def micro_of(mesh: Mesh) -> tuple[Batch, ...]:
+    """This rank's share of the global batch, which is the same for every layout."""
+    share = NUM_MICRO // mesh.dp_size
+    return tuple(random_batch(seed, TEACHER_DIMS) for seed in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
+
+
+def train(rank: int, world: int, case: Case, steps: int) -> Trace:
+    """Run on this worker; rank 0 returns the whole state."""
+    mesh = start_mesh(run_config(case).parallel)
+    engine, objective = start_engine(case, mesh)
+    losses, norms = [], []
+    for step in range(steps):
+        report = engine.step(objective, micro_of(mesh), step)
+        losses.append(report.terms["loss"])
+        norms.append(report.grad_norm)
+    return Trace(losses, norms, whole_state(engine, mesh))
+
+
+def whole_state(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
+    """Weights and moments of all pipeline stages."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(mesh.world_size)]
+    dist.all_gather_object(parts, {key: tensor.clone() for key, tensor in engine.plain_state()})
+    return {key: tensor for part in parts for key, tensor in part.items()}

@@ -1,0 +1,95 @@
+"""Checkpoints: a resumed run equals an undisturbed one, on the same layout to the bit and on another to rounding."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvit.batch import DataPosition
+from cogvit.parallel.mesh import start_mesh
+from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
+from cogvit.training.state import TrainState
+from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
+from tests.pool import Pool
+
+START = TrainState(step=0, position=DataPosition("plan", 0), images=0, tokens=0, train_s=0.0)
+
+
+def train_and_save(rank: int, world: int, case: Case, directory: Path, until: int) -> Trace:
+    """Resume if there is something to resume, train to `until`, save after every step."""
+    mesh = start_mesh(run_config(case).parallel)
+    engine, objective = start_engine(case, mesh)
+    checkpoints = Checkpoints(directory, mesh, every_steps=1, keep_last=2)
+    state = checkpoints.resume(engine) or START
+    losses, norms = [], []
+    while state.step < until:
+        report = engine.step(objective, micro_of(mesh), state.step)
+        state = state.after(DataPosition("plan", state.step + 1), images=20, tokens=100, seconds=0.0)
+        losses.append(report.terms["loss"])
+        norms.append(report.grad_norm)
+        checkpoints.save(state, engine)
+    return Trace(losses, norms, whole_state(engine, mesh))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(world=2, zero=2, optimizer="muon", stage="contrast"),
+        Case(world=4, tp=2, pp=2, optimizer="muon", family="cogvit_l"),
+    ],
+    ids=["dp2", "tp2-pp2"],
+)
+def test_resume_on_the_same_layout_is_bitwise(pool: Pool, tmp_path: Path, case: Case) -> None:
+    straight = pool.run(train, world=case.world, args=(case, 4))[0]
+    pool.run(train_and_save, world=case.world, args=(case, tmp_path, 2))
+    resumed = pool.run(train_and_save, world=case.world, args=(case, tmp_path, 4))[0]
+    assert resumed.losses == straight.losses[2:]
+    assert resumed.grad_norms == straight.grad_norms[2:]
+    for key, tensor in straight.state.items():
+        assert torch.equal(resumed.state[key], tensor), key
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    assert read_state(tmp_path / "step_00000004").position == DataPosition("plan", 4)
+
+
+def test_resume_on_another_layout(pool: Pool, tmp_path: Path) -> None:
+    case = Case(world=4, tp=2, pp=2, optimizer="muon", stage="contrast", family="cogvit_l")
+    other = Case(world=2, zero=2, optimizer="muon", stage="contrast", family="cogvit_l")
+    first = pool.run(train_and_save, world=4, args=(case, tmp_path, 2))[0]
+    loaded = pool.run(train_and_save, world=2, args=(other, tmp_path, 2))[0]
+    for key, tensor in first.state.items():
+        assert torch.equal(loaded.state[key], tensor), key
+    straight = pool.run(train, world=4, args=(case, 3))[0]
+    resumed = pool.run(train_and_save, world=2, args=(other, tmp_path, 3))[0]
+    assert resumed.losses == pytest.approx(straight.losses[2:], rel=1e-6)
+
+
+def test_damage_is_seen_and_the_previous_checkpoint_used(
+    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.run(train_and_save, world=1, args=(Case(), tmp_path, 2))
+    newest = tmp_path / "step_00000002"
+    shard = next(newest.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "SHA-256" in str(verify(newest))
+    assert latest(tmp_path) == tmp_path / "step_00000001"
+    assert "step_00000002 is not used" in caplog.text
+    shutil.rmtree(tmp_path / "step_00000001")
+    assert latest(tmp_path) is None
+
+
+def test_weights_are_read_without_any_layout(pool: Pool, tmp_path: Path) -> None:
+    case = Case(world=4, tp=2, pp=2, family="cogvit_l")
+    trained = pool.run(train_and_save, world=4, args=(case, tmp_path, 1))[0]
+    vision = weights(tmp_path / "step_00000001", "vision.")
+    expected = {
+        key.removeprefix("master/vision."): tensor
+        for key, tensor in trained.state.items()
+        if key.startswith("master/vision.")
+    }
+    assert vision.keys() == expected.keys()
+    assert all(torch.equal(vision[name], tensor) for name, tensor in expected.items())

@@ -1,0 +1,81 @@
+"""Attention within the segments of a pack."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cogvit.model.attention import packed_attention, permute_rows, segments_of
+
+
+def bounds(lengths: list[int], padding: int) -> Tensor:
+    return torch.tensor([0, *lengths, padding], dtype=torch.int32).cumsum(0).to(torch.int32)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Softmax with everything outside the segment masked; zeros at the padding."""
+    slot = torch.repeat_interleave(torch.tensor([*lengths, len(q) - sum(lengths)]))
+    outside = slot[:, None] != slot[None, :]
+    scores = torch.einsum("qhk,thk->hqt", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(outside, -torch.inf).softmax(-1)
+    valid = (slot < len(lengths)).to(q.dtype)[:, None, None]
+    return torch.einsum("hqt,thk->qhk", weights, v) * valid
+
+
+@given(st.lists(st.integers(0, 7), max_size=9), st.integers(0, 5))
+def test_equals_masked_softmax_with_gradients(lengths: list[int], padding: int) -> None:
+    num_tokens = sum(lengths) + padding
+    qkv = [torch.randn(num_tokens, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = packed_attention(*qkv, segments_of(bounds(lengths, padding)))
+    expected = by_hand(*qkv, lengths)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), qkv)
+    for grad, expected_grad in zip(grads, torch.autograd.grad((expected * weight).sum(), qkv), strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_padding_is_zero_and_nothing_leaks_from_it() -> None:
+    q, k, v = (torch.randn(12, 2, 4) for _ in range(3))
+    segments = segments_of(bounds([4, 5], 3))
+    out = packed_attention(q, k, v, segments)
+    for x in (q, k, v):
+        x[9:] = torch.nan
+    assert torch.equal(packed_attention(q, k, v, segments), out)
+    assert not out[9:].any()
+
+
+def test_a_pack_of_padding_still_reaches_q_k_and_v() -> None:
+    qkv = [torch.randn(5, 2, 4, requires_grad=True) for _ in range(3)]
+    packed_attention(*qkv, segments_of(bounds([0, 0], 5))).sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in qkv)
+
+
+def test_equal_lengths_become_one_batch() -> None:
+    assert segments_of(bounds([6, 6, 6], 2)).runs.batches == ((3, 6),)
+    assert segments_of(bounds([6, 6, 6], 2)).runs.order is None
+    scattered = segments_of(bounds([3, 5, 0, 3, 5, 3, 5], 4)).runs
+    assert scattered.batches == ((3, 3), (3, 5))
+    assert scattered.order is not None
+    distinct = segments_of(bounds([9, 3, 7], 0)).runs
+    assert distinct.batches == ((1, 9), (1, 3), (1, 7))
+    assert distinct.order is None
+
+
+def test_permutation_has_the_gradient_of_a_gather() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, order.argsort()), x)
+    assert torch.equal(permute_rows(x, order, order.argsort()), x[order])
+
+
+def test_wrong_shapes_are_refused() -> None:
+    segments = segments_of(bounds([4], 2))
+    x = torch.randn(6, 2, 4)
+    with pytest.raises(ValueError, match=r"\(6, 2, 4\), \(6, 1, 4\)"):
+        packed_attention(x, x[:, :1], x, segments)
+    with pytest.raises(ValueError, match=r"expected three of \(6, heads"):
+        packed_attention(x[:5], x[:5], x[:5], segments)
