@@ -92,6 +92,7 @@ class StepBatch:
 
     micro: tuple[Batch, ...]
     position: DataPosition
+    cut_captions: int = 0  # of this rank: longer than text.max_tokens
 
 
 Packed = TypeVar("Packed", PackedImages, PackedText)

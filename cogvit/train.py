@@ -10,22 +10,28 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogvit.config import RunConfig, load_config, recipe_differences, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import help_text, load_preset, parse
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from cogvit.batch import DataPosition, StepBatch
     from cogvit.parallel.mesh import Mesh
     from cogvit.teacher.stream import FeatureSource
     from cogvit.training.engine import Objective
     from data_pipeline.index import Index
 
-REQUEUE = 75
+REQUEUE_STATUS = 75
+STATS_REQUESTS = 16  # packs on which the teachers' mean and deviation are fitted
 USAGE = """usage: python -m cogvit.train PRESET [flags]
 
 Trains a stage. PRESET names a file of configs/ (demo_stage1, stage1_cogvit_l, ...) or is a path to a config.json.
@@ -41,14 +47,11 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
-        dry_run = "--dry-run" in argv
         config = parse(load_preset(argv[0]), [word for word in argv[1:] if word != "--dry-run"])
         config.check(world_size)
-        if dry_run:
+        if "--dry-run" in argv:
             print(json.dumps(to_json(config), indent=1))
             return 0
-        if not config.out:
-            raise ConfigError("--out DIR is needed: the run directory")
         claim_directory(config, writer=rank == 0)
         return run(config)
     except CogViTError as error:
@@ -58,15 +61,20 @@ def main(argv: list[str]) -> int:
 
 
 def claim_directory(config: RunConfig, *, writer: bool) -> None:
-    """Make the run directory, or accept it as the same run's. Errors: ConfigError when it holds another run."""
+    """Make the run directory, or accept it as the same run's. Errors: ConfigError when it is another's or unwritable."""
+    if not config.out:
+        raise ConfigError("--out DIR is needed: the run directory")
     path = Path(config.out) / "config.json"
     if path.exists():
         differences = recipe_differences(load_config(path), config)
         if differences:
             raise ConfigError(f"{config.out} holds another run ({'; '.join(differences[:3])}); choose another --out")
     if writer:
-        (Path(config.out) / "logs").mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(to_json(config), indent=1) + "\n")
+        try:
+            (Path(config.out) / "logs").mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(to_json(config), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
 
 
 def run(config: RunConfig) -> int:
@@ -77,23 +85,27 @@ def run(config: RunConfig) -> int:
     from cogvit.training.loop import Evaluation, train
     from cogvit.training.meter import Meter
     from cogvit.training.signals import StopRequest
+    from cogvit.training.state import TrainState
     from data_pipeline.index import load_index
+    from data_pipeline.loader import start_position
 
     mesh = start_mesh(config.parallel)
+    contrast = config.objective == "contrast"
     with ExitStack() as resources:
         resources.callback(stop_mesh)
-        stop = resources.enter_context(StopRequest())
         index = load_index(config.data.shards, config.data.index_dir)
-        source = resources.enter_context(feature_source(config, index, mesh)) if config.objective == "distill" else None
-        model, objective = build(config, mesh, {} if source is None else source.dims)
+        start = start_position(index, config, with_text=contrast)
+        source = None if contrast else resources.enter_context(feature_source(config, index, mesh))
+        stop = resources.enter_context(StopRequest())
+        model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
         checkpoints = Checkpoints(
             Path(config.out) / "checkpoints", mesh, config.checkpoint.every_steps, config.checkpoint.keep_last
         )
-        state = checkpoints.resume(engine) or fresh_state(config, index)
-        meter = resources.enter_context(Meter(Path(config.out), config, writer=mesh.is_writer, start_step=state.step))
-        evaluation = Evaluation(config.eval.every_steps, lambda: held_out(config, mesh, source))
-        batches = training_batches(config, index, mesh, source, state.position)
+        state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0, train_s=0.0)
+        meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
+        evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, mesh, source))
+        batches = resources.enter_context(closing(rank_batches(config, index, mesh, source, state.position)))
         state = train(
             engine,
             objective,
@@ -105,7 +117,122 @@ def run(config: RunConfig) -> int:
             meter=meter,
             stop=stop,
         )
-    return 0 if state.step >= config.schedule.steps else REQUEUE
+    return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
+
+
+def rank_batches(
+    config: RunConfig, index: Index, mesh: Mesh, source: FeatureSource | None, position: DataPosition | None
+) -> Iterator[StepBatch]:
+    """Yield this rank's batches with their teacher targets where the objective has teachers."""
+    from cogvit.teacher.stream import attach_targets
+    from data_pipeline.loader import step_batches
+
+    with_text = config.objective == "contrast"
+    with closing(step_batches(index, config, mesh.dp_rank, mesh.dp_size, position, with_text=with_text)) as batches:
+        if source is None:
+            yield from batches
+        else:
+            teachers = config.teachers
+            yield from attach_targets(
+                batches, source, mask_ratio=teachers.mask_ratio, in_flight_steps=teachers.in_flight_steps
+            )
+
+
+def held_out(config: RunConfig, mesh: Mesh, source: FeatureSource | None) -> Iterator[StepBatch]:
+    """Yield the same first global batches of the held-out shards each time."""
+    from data_pipeline.index import load_index
+
+    if not config.data.eval_shards:
+        raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
+    data = replace(config.data, shards=config.data.eval_shards, mixture=(), flip=False)
+    index = load_index(data.shards, data.index_dir)
+    with closing(rank_batches(replace(config, data=data), index, mesh, source, None)) as batches:
+        yield from islice(batches, config.eval.steps)
+
+
+@contextmanager
+def feature_source(config: RunConfig, index: Index, mesh: Mesh) -> Iterator[FeatureSource]:
+    """Start or join the teachers; one rank of each model replica asks them and shares the answers with its replica."""
+    from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
+    from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+    from cogvit.teacher.stream import Shared, request_of
+    from cogvit.teacher.zoo import fingerprint, inspect_teacher
+    from data_pipeline.loader import image_of, step_batches
+
+    teachers = config.teachers
+    num_actors = len(teachers.members) * teachers.actors_per_teacher
+    specs = mesh.from_writer(lambda: {member.name: inspect_teacher(member.path) for member in teachers.members})
+    fingerprints = mesh.from_writer(lambda: {name: fingerprint(spec) for name, spec in specs.items()})
+    leads = mesh.tp_rank == 0 and mesh.pp_rank == 0
+    with ExitStack() as stack:
+        # The first rank starts the cluster; the others join it once it is there.
+        cluster = plan_cluster(teachers.ray_address)
+        if mesh.is_writer:
+            cluster = stack.enter_context(connect(cluster, num_actors))
+        cluster = mesh.from_writer(lambda: cluster)
+        if leads and not mesh.is_writer:
+            stack.enter_context(connect(cluster, num_actors))
+        pool = TeacherPool(teachers, partial(image_of, flip=config.data.flip)) if leads else None
+        path = Path(config.out) / "teacher_stats.safetensors"
+
+        def fit() -> None:
+            if pool is not None and not path.exists():
+                with closing(step_batches(index, config, 0, 1, None, with_text=False)) as batches:
+                    packs = (batch for step in batches for batch in step.micro)
+                    requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
+                save_stats(path, fit_stats(pool, requests, fingerprints))
+
+        mesh.from_writer(fit)
+        stats = load_stats(path, fingerprints)
+        dims = {name: spec.dim for name, spec in specs.items()}
+        yield Standardized(Shared(pool, dims, mesh.model_group, leader=0, device=mesh.device), stats)
+
+
+def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
+    """Return this rank's stage of the model with its initial weights, and what trains it."""
+    from cogvit.objective.distill import Distill, DistillModel
+    from cogvit.objective.siglip import Contrast, ContrastModel
+    from cogvit.parallel.convert import fill
+    from cogvit.parallel.encoder import TextStage, VisionStage
+
+    data, parallel = config.data, config.parallel
+    vision = VisionStage(
+        config.vision, mesh, parallel, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
+    )
+    if config.objective == "distill":
+        weights = {member.name: member.weight for member in config.teachers.members}
+        model: nn.Module = DistillModel(vision, teacher_dims)
+        objective: Any = Distill(weights, config.teachers.mask_ratio)
+    else:
+        text = TextStage(config.text, mesh, parallel, num_tokens=data.text_tokens_per_pack)
+        model, objective = ContrastModel(vision, text, config.proj_dim), Contrast()
+    fill(model.to(mesh.device), mesh, initial_weights(config))
+    return model, objective
+
+
+def initial_weights(config: RunConfig) -> Any:
+    """Return the source of initial plain tensors: --init for what it holds of the towers, the seed for the rest.
+
+    Errors: CheckpointError when the vision tower of --init is not this run's.
+    """
+    import torch
+
+    from cogvit.model.init import init_tensor
+    from cogvit.training.restore import initial_towers
+
+    given = initial_towers(config) if config.init else {}
+    constants = {"log_t": config.init_log_t, "bias": config.init_bias}
+
+    def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in given:
+            return given[name]
+        if name in constants:
+            return torch.full(shape, constants[name])
+        tower = config.text if name.startswith("text.") else config.vision
+        scale = 1.0 if tower.layer_scale_init is None else tower.layer_scale_init
+        return init_tensor(name, shape, config.seed, scale)
+
+    return weight
 
 
 if __name__ == "__main__":

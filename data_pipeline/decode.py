@@ -1,7 +1,7 @@
 """Encoded image bytes to pixels and patches: the one decoder that students, teachers and evaluation share.
 
-Whatever goes wrong with foreign bytes becomes a DataError; callers give the image weight 0. Nothing is decoded before its
-header's size is accepted.
+Whatever goes wrong with foreign bytes becomes a DataError; callers give the image weight 0. Nothing is decoded before
+the size in its header is accepted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_image_at(data: bytes, size_hw_px: tuple[int, int]) -> Pixels:
 
 
 def cut_patches(pixels: Pixels, patch_size_px: int) -> Tensor:
-    """Cut an image into uint8 [n, 3 * P * P] patches, row by row, each channel-major as a flattened Conv2d weight is."""
+    """Cut an image into uint8 [n, 3 * P * P] patches, row by row, each channel-major like a flat Conv2d weight."""
     return patchify(torch.from_numpy(pixels).permute(2, 0, 1), patch_size_px)
 
 
@@ -107,7 +107,7 @@ def _read_with_pillow(data: bytes) -> Pixels:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
-    return _turn_upright(np.array(image.convert("RGB")), orientation)
+    return _turn_upright(np.array(image if image.mode == "RGB" else image.convert("RGB")), orientation)
 
 
 def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:

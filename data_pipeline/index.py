@@ -118,9 +118,9 @@ class Index:
         """Return a hash of everything that plan and placement depend on; moving or renaming directories keeps it."""
         digest = hashlib.blake2b(digest_size=8)
         for name in ("sample_id", "content_hash", "height_px", "width_px", "source", "num_captions"):
-            digest.update(np.ascontiguousarray(self.rows[name]))
+            digest.update(self.rows[name].tobytes())
         for lengths in self.caption_bytes:
-            digest.update(lengths)
+            digest.update(lengths.tobytes())
         digest.update("/".join(self.sources).encode())
         return digest.hexdigest()
 
@@ -252,14 +252,14 @@ def _image_columns(member: Member) -> dict[str, Any]:
     }
 
 
-def _caption_columns(texts: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
+def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
     """Return the source, if the json names one, and where the captions lie: in the json, or else in the txt."""
     columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
     columns |= {f"{language}_bytes": [] for language in LANGUAGES}
     for number, extension in enumerate(CAPTION_EXTENSIONS):
-        if extension not in texts:
+        if extension not in members:
             continue
-        member = texts[extension]
+        member = members[extension]
         try:
             metadata = parse_metadata(member.data, extension)
         except DataError as error:
@@ -269,7 +269,9 @@ def _caption_columns(texts: dict[str, Member], problems: Counter[str]) -> dict[s
             columns["source"] = source
         captions = captions_of(metadata)
         if any(captions.values()) and columns["caption_member"] < 0:
-            columns |= {f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions}
+            columns |= {
+                f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions
+            }
             columns["caption_member"] = number
             columns["caption_offset_bytes"] = member.offset_bytes
             columns["caption_size_bytes"] = len(member.data)

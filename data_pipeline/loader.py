@@ -1,13 +1,13 @@
 """Loading: the packs of one rank, step by step, decoded ahead of their use; and shards read in sequence for evaluation.
 
-A step is a pure function of its number, so threads load several at once and the order of delivery is the order of steps.
+A step is a pure function of its number, so threads load several at once and deliver them in order.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -23,13 +23,12 @@ from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRe
 from cogvit.config import RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from cogvit.model.packing import raster
 from data_pipeline.augment import mirror, mirrored
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.caption import (
     LANGUAGES,
-    CaptionChoice,
     Captions,
+    CaptionTokens,
     Tokenizer,
     captions_of,
     choose_captions,
@@ -68,14 +67,14 @@ def step_batches(
 
     Every rank gets the same number of packs in a step, at least one for each pipeline stage. An image that does not
     decode keeps its slot with weight 0. Close the iterator to stop the threads that load ahead.
-    Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or, while
-    iterating, a shard cannot be read or too many images do not decode.
+    Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or,
+    while iterating, a shard cannot be read or too many images do not decode.
     """
     usable = _usable(index, with_text)
     start = start_position(index, config, with_text=with_text)
     if position is not None and position.plan_hash != start.plan_hash:
         raise DataError(
-            f"the data plan {position.plan_hash} of the checkpoint is not this run's {start.plan_hash}: shards, mixture,"
+            f"the checkpoint's data plan {position.plan_hash} is not this run's {start.plan_hash}: shards, mixture,"
             " batch size, sizing or seed changed; restore them or start a new run in another --out"
         )
     loading = _Loading(
@@ -117,17 +116,19 @@ def iterate_samples(pattern: str) -> Iterator[Sample]:
     for shard in expand_shards(pattern):
         for key, group in groupby(read_members(shard), key=attrgetter("key")):
             members = {member.extension: member.data for member in group}
-            encoded = [data for extension, data in members.items() if extension in IMAGE_EXTENSIONS]
-            if not encoded:
+            if IMAGE_EXTENSIONS.isdisjoint(members):
                 continue
             try:
-                metadata = [parse_metadata(members[name], name) for name in CAPTION_EXTENSIONS if name in members]
-                spoken = [captions for captions in map(captions_of, metadata) if any(captions.values())]
-                yield Sample(
-                    key, read_image(encoded[0]), (spoken or [captions_of({})])[0], metadata[0] if "json" in members else {}
-                )
+                yield _sample_of(key, members)
             except DataError as error:
                 raise DataError(f"{shard}:{key}: {error}; remove it or re-create the shard") from None
+
+
+def _sample_of(key: str, members: dict[str, bytes]) -> Sample:
+    encoded = next(data for extension, data in members.items() if extension in IMAGE_EXTENSIONS)
+    described = {name: parse_metadata(members[name], name) for name in CAPTION_EXTENSIONS if name in members}
+    spoken = [captions for captions in map(captions_of, described.values()) if any(captions.values())]
+    return Sample(key, read_image(encoded), spoken[0] if spoken else captions_of({}), described.get("json", {}))
 
 
 def _usable(index: Index, with_text: bool) -> Index:
@@ -175,29 +176,111 @@ class _Loading:
 
     def step(self, step: int) -> StepBatch:
         """Plan, place, read, decode and pack a step."""
-        data = self.config.data
-        batch = plan(self.index, self.spec, self.config.seed, step)
+        config = self.config
+        batch = plan(self.index, self.spec, config.seed, step)
         num_tokens = batch.grid_hw.prod(axis=1)
         choice, text_tokens = None, np.zeros_like(num_tokens)
         if self.tokenizer is not None:
-            choice = choose_captions(self.index.rows["num_captions"][batch.rows], batch.key, data.zh_fraction)
-            text_tokens = token_bound(self.index.chosen_bytes(batch.rows, choice), self.config.text.max_tokens)
-        limits = PackLimits(
-            data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=self.config.parallel.pp
-        )
-        placement = place(
-            batch.share, batch.cost, num_tokens, text_tokens, topology=self.topology, limits=limits
-        )
-        micro = []
+            num_captions = self.index.rows["num_captions"][batch.rows]
+            choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
+            text_tokens = token_bound(self.index.chosen_bytes(batch.rows, choice), config.text.max_tokens)
+        limits = pack_limits(config)
+        placement = place(batch.share, batch.cost, num_tokens, text_tokens, topology=self.topology, limits=limits)
+        micro, cut_captions = [], 0
         for members in placement.packs_of(self.dp_rank):
             # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
             order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
-            micro.append(self._pack(batch, order, choice, text_tokens))
-        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1))
+            refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
+            images = self._images(batch, order, refs)
+            text = None
+            if self.tokenizer is not None and choice is not None:
+                captions = self._captions(batch.rows[order], choice.language[order], choice.number[order])
+                bounds = text_tokens[order].tolist()
+                tokens = [self.tokenizer.encode(text, bound) for text, bound in zip(captions, bounds, strict=True)]
+                text = assemble_text(captions, tokens, images.weight, limits)
+                cut_captions += sum(one.cut for one in tokens)
+            absent = (None,) * (limits.images - len(refs))
+            micro.append(Batch(images=images, text=text, targets=None, samples=(*refs, *absent)))
+        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions)
 
-    def _pack(self, batch: GlobalBatch, order: Ints, choice: CaptionChoice | None, text_tokens: Ints) -> Batch:
-        refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
-        images = self._pack_images(batch, order, refs)
-        text = None if choice is None else self._pack_text(batch, order, choice, text_tokens, images.weight)
-        absent = self.config.data.images_per_pack - len(order)
-        return Batch(images=images, text=text, targets=None, samples=(*refs, *[None] * absent))
+    def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef]) -> PackedImages:
+        patch_px, flips = self.spec.sizing.patch_size_px, mirrored(batch.key[order])
+        patches: list[Tensor | None] = []
+        for ref, grid, flip in zip(refs, batch.grid_hw[order].tolist(), flips, strict=True):
+            data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
+            try:
+                pixels = read_image_at(data, (grid[0] * patch_px, grid[1] * patch_px))
+            except DataError as error:
+                row = batch.rows[order[len(patches)]]
+                log.warning("image %s counts with weight 0: %s", self.index.name(row), error)
+                patches.append(None)
+                continue
+            pixels = mirror(pixels) if flip and self.config.data.flip else pixels
+            patches.append(cut_patches(pixels, patch_px))
+        return assemble_images(patches, batch.grid_hw[order], batch.key[order], patch_px, pack_limits(self.config))
+
+    def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[str]:
+        captions = []
+        for row, spoken, which in zip(rows, language, number, strict=True):
+            entry = self.index.rows[row]
+            shard = self.index.shards[entry["shard"]]
+            data = self.reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
+            found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
+            captions.append(found[LANGUAGES[spoken]][which])
+        return captions
+
+
+def pack_limits(config: RunConfig) -> PackLimits:
+    """Return the caps of a run's packs."""
+    data = config.data
+    return PackLimits(
+        data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=config.parallel.pp
+    )
+
+
+def assemble_images(
+    patches: list[Tensor | None], grid_hw: Ints, key: Ints, patch_size_px: int, limits: PackLimits
+) -> PackedImages:
+    """Lay images end to end in one pack of the full size; None stands for one that did not decode and weighs 0."""
+    absent, lengths = limits.images - len(patches), grid_hw.prod(axis=1)
+    bounds = _bounds(lengths, limits.images, limits.tokens)
+    packed = torch.zeros(limits.tokens, 3 * patch_size_px**2, dtype=torch.uint8)
+    for number, image in enumerate(patches):
+        if image is not None:
+            packed[bounds[number] : bounds[number + 1]] = image
+    row_col = np.zeros((limits.tokens, 2), np.int32)
+    row_col[: bounds[-2]] = np.stack(np.divmod(_places(lengths), np.repeat(grid_hw[:, 1], lengths)), axis=1)
+    return PackedImages(
+        patches=packed,
+        row_col=torch.from_numpy(row_col),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        grid_hw=torch.from_numpy(np.pad(grid_hw, ((0, absent), (0, 0))).astype(np.int32)),
+        key=torch.from_numpy(np.pad(key, (0, absent))),
+        weight=torch.tensor([float(image is not None) for image in patches] + [0.0] * absent),
+    )
+
+
+def assemble_text(captions: list[str], tokens: list[CaptionTokens], weight_N: Tensor, limits: PackLimits) -> PackedText:
+    """Lay captions end to end in the slots of their images; weight_N is the images'."""
+    lengths = np.array([len(one.ids) for one in tokens], np.int64)
+    bounds = _bounds(lengths, limits.images, limits.text_tokens)
+    padding, absent = limits.text_tokens - bounds[-2], limits.images - len(captions)
+    ids = np.concatenate([*(one.ids for one in tokens), np.zeros(padding, np.int64)])
+    return PackedText(
+        ids=torch.from_numpy(ids),
+        position=torch.from_numpy(np.pad(_places(lengths), (0, padding)).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        caption_id=torch.tensor([name_to_int64(text) for text in captions] + [0] * absent),
+        weight=weight_N.clone(),
+    )
+
+
+def _bounds(lengths: Ints, num_slots: int, total: int) -> Ints:
+    """Return the segments' bounds: the given ones, empty ones up to num_slots, and the padding up to total."""
+    used = np.cumsum(np.pad(lengths, (1, num_slots - len(lengths))))
+    return np.append(used, total)
+
+
+def _places(lengths: Ints) -> Ints:
+    """Return each token's place inside its own segment."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,8 +1,8 @@
-"""The plan: which samples make the global batch of a step, as a pure function of the index, a spec, a seed and the step.
+"""The plan: which samples make the global batch of a step, a pure function of the index, a spec, a seed and the step.
 
-It knows nothing of ranks, so the sequence of global batches is the same on any number of them, and a step can be replayed
-anywhere. Samples stream through each source epoch after epoch, in short runs of neighbors (reads stay sequential); a
-look-ahead window of some steps takes its exact share of every source and is shuffled.
+It knows nothing of ranks, so the sequence of global batches is the same on any number of them, and a step can be
+replayed anywhere. Samples stream through each source epoch after epoch, in short runs of neighbors (reads stay
+sequential); a look-ahead window of some steps takes its exact share of every source and is shuffled.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def scramble(module: nn.Module, seed: int = 0) -> None:
 
 
 def tiny_vit(**options: object) -> CogViT:
-    """A tiny encoder with scrambled weights."""
-    model = CogViT(tiny_config(**options))
+    """A tiny encoder with scrambled weights, in fp64: what differs there is the computation, not its rounding."""
+    model = CogViT(tiny_config(**options)).double()
     scramble(model)
     return model
 

@@ -45,9 +45,17 @@ def random_keys(count: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in its weight's dtype: autocast hands over bf16, for which torch has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dim."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(cfg: TowerConfig, dim: int) -> nn.Module:
     """Return the tower's norm over the last dim."""
-    return (nn.RMSNorm if cfg.norm == "rmsnorm" else nn.LayerNorm)(dim, eps=cfg.eps)
+    return (RMSNorm if cfg.norm == "rmsnorm" else nn.LayerNorm)(dim, eps=cfg.eps)
 
 
 class Attention(nn.Module):

@@ -21,19 +21,24 @@ def init_tensor(name: str, shape: Sequence[int], seed: int, layer_scale: float =
     Biases are 0, norm weights 1, LayerScale gammas `layer_scale`; matrices, tables and tokens are normal with a
     standard deviation of 0.02 (the reference truncates at 2.0, a hundred deviations away).
     """
-    if name.endswith("gamma"):
-        return torch.full(tuple(shape), layer_scale)
-    if name.endswith("bias"):
-        return torch.zeros(tuple(shape))
-    if len(shape) == 1:
-        return torch.ones(tuple(shape))
-    generator = torch.Generator().manual_seed(int(mix(torch.tensor(name_to_int64(name)), seed)))
-    return torch.empty(tuple(shape)).normal_(std=_STD, generator=generator)
+    with torch.device("cpu"):
+        if name.endswith("gamma"):
+            return torch.full(tuple(shape), layer_scale)
+        if name.endswith("bias"):
+            return torch.zeros(tuple(shape))
+        if len(shape) == 1:
+            return torch.ones(tuple(shape))
+        generator = torch.Generator().manual_seed(int(mix(torch.tensor(name_to_int64(name)), seed)))
+        return torch.empty(tuple(shape)).normal_(std=_STD, generator=generator)
 
 
 def init_model(module: nn.Module, seed: int, prefix: str = "", layer_scale: float | None = None) -> None:
-    """Set every parameter of a module by `init_tensor`; `prefix` stands before its names."""
+    """Set every parameter of a module by `init_tensor`; `prefix` stands before its names.
+
+    A module on the meta device is left as it is.
+    """
     scale = 1.0 if layer_scale is None else layer_scale
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(init_tensor(prefix + name, parameter.shape, seed, scale))
+            if not parameter.is_meta:
+                parameter.copy_(init_tensor(prefix + name, parameter.shape, seed, scale))

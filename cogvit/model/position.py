@@ -64,7 +64,7 @@ def rotary_2d(row_col_T2: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def apply_rotary(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + K / 2) of every head in fp32 by the angles of `rotary_2d`; keeps shape and dtype."""
+    """Rotate channel pairs (i, i + K / 2) of every head by `rotary_2d`, in fp32 or better; keeps the dtype."""
     cos, sin = (angle.chunk(2, dim=-1)[0].unsqueeze(-2) for angle in (cos_TK, sin_TK))
-    low, high = x_THK.float().chunk(2, dim=-1)
+    low, high = x_THK.to(torch.promote_types(x_THK.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x_THK.dtype)

@@ -58,7 +58,7 @@ class TextTower(TextEmbedding):
         super().__init__(cfg)
         self.recompute = False
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
-        init_model(self, int(torch.randint(2**62, ())), layer_scale=cfg.layer_scale_init)
+        init_model(self, int(torch.randint(2**62, (), device="cpu")), layer_scale=cfg.layer_scale_init)
 
     def forward_packed(self, text: PackedText, key_N: Tensor | None = None) -> Tensor:
         """Return the mean over each caption's tokens, [N, D]; zeros where a caption is absent."""

@@ -139,7 +139,7 @@ class CogViT(VisionEmbedding):
         super().__init__(cfg)
         self.recompute = False
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
-        init_model(self, int(torch.randint(2**62, ())), layer_scale=cfg.layer_scale_init)
+        init_model(self, int(torch.randint(2**62, (), device="cpu")), layer_scale=cfg.layer_scale_init)
 
     def split_packed(self, x_SD: Tensor, images: PackedImages) -> PackedFeatures:
         """Return normalized tokens to the pack's order."""

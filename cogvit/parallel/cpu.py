@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class _TorchOnCpu(types.ModuleType):
 
 def prepare_process() -> None:
     """Make this process able to import and run megatron and deepspeed on its device; idempotent."""
+    # Megatron warns at import, in every rank, of each optional package that is not installed.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -6,17 +6,22 @@ Order of axes: tp fastest, then dp, then pp (Megatron-core's default), so tensor
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cogvit.config import ParallelConfig
+from cogvit.errors import CogViTError
 from cogvit.parallel.cpu import prepare_process
 
 prepare_process()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+Result = TypeVar("Result")
 
 
 class MegatronGroups:
@@ -112,6 +117,30 @@ class Mesh:
     def agree_max(self, value: int) -> int:
         """Return the largest value any rank brings; the same answer everywhere."""
         return int(self.all_reduce(torch.tensor([value], device=self.device), dist.ReduceOp.MAX))
+
+    def from_writer(self, make: Callable[[], Result]) -> Result:
+        """Run `make` on the writer and return its (picklable) result on every rank; its CogViTError is raised on all."""
+        answer: list[Any] = [None, None]
+        if self.is_writer:
+            try:
+                answer[0] = make()
+            except CogViTError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def raise_together(self, error: CogViTError | None) -> None:
+        """Raise on every rank when any rank brings an error: its own where it has one, else that of the first that has.
+
+        Costs one small reduction when all is well.
+        """
+        if not self.agree_max(int(error is not None)):
+            return
+        errors: list[CogViTError | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error)
+        raise error or next(other for other in errors if other is not None)
 
 
 def start_mesh(layout: ParallelConfig, *, timeout_s: float = 600.0) -> Mesh:

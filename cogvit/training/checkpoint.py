@@ -66,11 +66,9 @@ class Checkpoints:
 
     def resume(self, engine: Engine) -> TrainState | None:
         """Load the newest good checkpoint into the engine; None when the run has none. Collective over all ranks."""
-        found: list[Path | None] = [latest(self.directory) if self.mesh.is_writer else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
+        path = self.mesh.from_writer(lambda: latest(self.directory))
+        if path is None:
             return None
-        path = found[0]
 
         def read(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             full = {key: torch.empty(shape) for key, shape in shapes.items()}

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cogvit.batch import Batch, StepBatch, move
+from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.engine import Engine, Objective, StepReport
@@ -60,7 +61,7 @@ def train(
     source = iter(batches)
     while state.step < steps:
         start_s = time.perf_counter()
-        batch = next(source)
+        batch = take(source, mesh)
         micro = tuple(move(one, mesh.device) for one in batch.micro)
         data_s = time.perf_counter() - start_s
         report = engine.step(objective, micro, state.step)
@@ -79,6 +80,18 @@ def train(
         if leaving:
             break
     return state
+
+
+def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
+    """Return the next global batch; when one rank's data or teachers fail, all ranks raise instead of waiting for it."""
+    batch, failure = None, None
+    try:
+        batch = next(source)
+    except CogViTError as error:
+        failure = error
+    mesh.raise_together(failure)
+    assert batch is not None
+    return batch
 
 
 def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation) -> dict[str, float]:

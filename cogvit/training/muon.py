@@ -51,6 +51,12 @@ class Partition:
     matrices: tuple[MatrixSpan, ...]  # of the whole group, in buffer order
 
 
+def _whole(matrix_RC: Tensor) -> Partition:
+    """Describe a parameter that is one matrix and not partitioned."""
+    rows, columns = matrix_RC.shape
+    return Partition(0, matrix_RC.numel(), (MatrixSpan(0, (rows, columns), None),))
+
+
 def newton_schulz(matrix_RC: Tensor) -> Tensor:
     """Return the matrix with its singular values moved close to 1 (0.7 to 1.2), singular vectors kept.
 
@@ -159,9 +165,7 @@ class InnerOptimizer(torch.optim.Optimizer):
         """Nesterov momentum, orthogonalized matrix by matrix; elements outside every matrix stay 0."""
         momentum.lerp_(grad, 1.0 - self._config.momentum)
         update = grad.lerp(momentum, self._config.momentum)
-        whole = Partition(0, param.numel(), (MatrixSpan(0, tuple(param.shape), None),)) if param.ndim == 2 else None
-        partition = self._partitions.get(param, whole)
-        assert partition is not None, "a Muon parameter is a matrix or a bound partition of matrices"
+        partition = self._partitions.get(param) or _whole(param)
         update_F, direction_F = update.reshape(-1), torch.zeros_like(update).reshape(-1)
         for span in partition.matrices:
             first, last = max(span.start, partition.start), min(span.stop, partition.start + partition.size)
@@ -176,7 +180,7 @@ class InnerOptimizer(torch.optim.Optimizer):
         """Put a matrix together from the dp ranks that own pieces; None where this rank owns none.
 
         A matrix inside one partition needs no communication. One that a border cuts is summed from the pieces by all dp
-        ranks, one matrix at a time, so that nothing larger than a matrix is ever allocated.
+        ranks, one matrix at a time, so that the exchange never takes more memory than a matrix.
         """
         if span.start // partition_size != (span.stop - 1) // partition_size:
             matrix_F = piece_F.new_zeros(span.stop - span.start)
@@ -187,12 +191,14 @@ class InnerOptimizer(torch.optim.Optimizer):
         return matrix_F.view(span.shape) if piece_F.numel() else None
 
     def _orthogonalize_over_tp(self, matrix_RC: Tensor, tp_dim: int | None) -> Tensor:
-        """Orthogonalize the whole matrix, whichever part of it this tp rank holds, and return that part scaled."""
-        tp_size = dist.get_world_size(self._tp_group) if tp_dim is not None else 1
-        if tp_size > 1:
-            shards = [torch.empty_like(matrix_RC) for _ in range(tp_size)]
-            dist.all_gather(shards, matrix_RC.contiguous(), group=self._tp_group)
-            matrix_RC = torch.cat(shards, dim=tp_dim)
+        """Orthogonalize the whole matrix, whichever part of it this tp rank holds, and return that part."""
+        if tp_dim is None:
+            return self._orthogonalize(matrix_RC)
+        tp_size, tp_rank = dist.get_world_size(self._tp_group), dist.get_rank(self._tp_group)
+        shards = [torch.empty_like(matrix_RC) for _ in range(tp_size)]
+        dist.all_gather(shards, matrix_RC.contiguous(), group=self._tp_group)
+        return self._orthogonalize(torch.cat(shards, dim=tp_dim)).chunk(tp_size, dim=tp_dim)[tp_rank]
+
+    def _orthogonalize(self, matrix_RC: Tensor) -> Tensor:
         self.newton_schulz_calls += 1
-        orthogonal = newton_schulz(matrix_RC) * rms_matched_scale(*matrix_RC.shape)
-        return orthogonal.chunk(tp_size, dim=tp_dim)[dist.get_rank(self._tp_group)] if tp_size > 1 else orthogonal
+        return newton_schulz(matrix_RC) * rms_matched_scale(*matrix_RC.shape)
