@@ -202,8 +202,8 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         )
     _require(
         config.zero.stage in (1, 2),
-        f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3 does"
-        " not compose with Megatron's shards; use 1 or 2",
+        f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3"
+        " does not compose with Megatron's shards; use 1 or 2",
     )
     if config.parallel.sequence:
         _require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
@@ -212,7 +212,9 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             ("data.tokens_per_pack", config.data.tokens_per_pack + cls),
             ("data.text_tokens_per_pack", config.data.text_tokens_per_pack),
         ):
-            _require(tokens % tp == 0, f"sequence parallelism splits {what}: {tokens} tokens over tp={tp} do not divide")
+            _require(
+                tokens % tp == 0, f"sequence parallelism splits {what}: {tokens} tokens over tp={tp} do not divide"
+            )
 
 
 def _check_data(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """Stateless randomness: every draw is a hash of (key, counters), never the state of a generator.
 
 The same image therefore gets the same mask, stochastic depth, crop and caption on every rank, in every pass and under
-every layout. The mixer is the finalizer of splitmix64 (Steele et al., "Fast splittable pseudorandom number generators").
+every layout. The mixer is the finalizer of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number
+generators").
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -122,7 +122,7 @@ def run(config: RunConfig) -> int:
 
 def rank_batches(
     config: RunConfig, index: Index, mesh: Mesh, source: FeatureSource | None, position: DataPosition | None
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch]:
     """Yield this rank's batches with their teacher targets where the objective has teachers."""
     from cogvit.teacher.stream import attach_targets
     from data_pipeline.loader import step_batches
@@ -138,7 +138,7 @@ def rank_batches(
             )
 
 
-def held_out(config: RunConfig, mesh: Mesh, source: FeatureSource | None) -> Iterator[StepBatch]:
+def held_out(config: RunConfig, mesh: Mesh, source: FeatureSource | None) -> Generator[StepBatch]:
     """Yield the same first global batches of the held-out shards each time."""
     from data_pipeline.index import load_index
 
@@ -196,9 +196,7 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
     from cogvit.parallel.encoder import TextStage, VisionStage
 
     data, parallel = config.data, config.parallel
-    vision = VisionStage(
-        config.vision, mesh, parallel, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
-    )
+    vision = VisionStage(config.vision, mesh, parallel, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack)
     if config.objective == "distill":
         weights = {member.name: member.weight for member in config.teachers.members}
         model: nn.Module = DistillModel(vision, teacher_dims)

@@ -76,14 +76,17 @@ def place(
     All ranks get the same number of packs, the smallest for which the greedy placement succeeds.
     Errors: DataError when a single image or caption exceeds a cap.
     """
-    for what, demand, cap in (("patches", tokens, limits.tokens), ("caption tokens", text_tokens, limits.text_tokens)):
+    for name, demand, cap in (
+        ("data.tokens_per_pack", tokens, limits.tokens),
+        ("data.text_tokens_per_pack", text_tokens, limits.text_tokens),
+    ):
         if demand.max(initial=0) > cap:
-            raise DataError(f"an image has {demand.max()} {what} and a pack holds {cap}; raise it or lower the maximum")
+            raise DataError(f"one sample needs {demand.max()} tokens of {name}={cap}; raise that")
     group = share // topology.shares_per_group
     members = [np.flatnonzero(group == number) for number in range(topology.num_groups)]
     members = [mine[np.argsort(-cost[mine], kind="stable")] for mine in members]
     loads = [np.array([tokens[mine].sum(), len(mine), text_tokens[mine].sum()]) for mine in members]
-    caps = np.array([limits.tokens, limits.images, limits.text_tokens])
+    caps = np.maximum([limits.tokens, limits.images, limits.text_tokens], 1)  # no text at all has a cap of 0
     fewest = -(-np.max(loads, axis=0) // (caps * topology.ranks_per_group))
     packs_per_rank = max(limits.min_packs, int(fewest.max()))
     items = np.stack([cost, tokens, text_tokens], axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,6 +155,7 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.num_ids = len(tokenizer)
         self._tokenizer = tokenizer
+        self._lock = Lock()  # transformers switches truncation on and off inside the tokenizer
         self._encode = lru_cache(_CACHED_CAPTIONS)(self._encode_anew)
 
     def encode(self, text: str, max_tokens: int) -> CaptionTokens:
@@ -161,12 +163,12 @@ class PretrainedTokenizer:
         return self._encode(text, max_tokens)
 
     def _encode_anew(self, text: str, max_tokens: int) -> CaptionTokens:
-        ids = self._tokenizer(text)["input_ids"]
-        if len(ids) <= max_tokens:
-            return CaptionTokens(np.array(ids, np.int64), cut=False)
-        return CaptionTokens(
-            tuple(self._tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]), cut=True
-        )
+        with self._lock:
+            ids = self._tokenizer(text)["input_ids"]
+            cut = len(ids) > max_tokens
+            if cut:
+                ids = self._tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
+        return CaptionTokens(np.array(ids, np.int64), cut)
 
 
 def _load_pretrained(name: str) -> PretrainedTokenizer:

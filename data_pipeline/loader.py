@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -62,7 +62,7 @@ class Sample:
 
 def step_batches(
     index: Index, config: RunConfig, dp_rank: int, dp_size: int, position: DataPosition | None, *, with_text: bool
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch]:
     """Yield what a data-parallel rank trains on, step by step without end, from a position or the start.
 
     Every rank gets the same number of packs in a step, at least one for each pipeline stage. An image that does not
@@ -138,7 +138,7 @@ def _usable(index: Index, with_text: bool) -> Index:
     return usable
 
 
-def _load_ahead(loading: _Loading, start: int) -> Iterator[StepBatch]:
+def _load_ahead(loading: _Loading, start: int) -> Generator[StepBatch]:
     data = loading.config.data
     steps_ahead = max(1, data.prefetch_steps, data.decode_threads)
     pool = ThreadPoolExecutor(data.decode_threads, thread_name_prefix="decode")

@@ -144,6 +144,9 @@ def _pools(index: Index, spec: PlanSpec) -> Iterator[_Pool]:
     if not spec.mixture:
         yield _Pool(None, len(index), Fraction(1))
         return
+    for name, weight in spec.mixture:
+        if not 0.0 < weight < float("inf"):
+            raise DataError(f"data.mixture gives {name!r} the weight {weight}; weights are positive")
     total = sum((Fraction(weight) for _, weight in spec.mixture), Fraction(0))
     window_images = spec.global_batch_images * spec.lookahead_steps
     upto = accumulate(Fraction(weight) / total for _, weight in spec.mixture)

@@ -67,7 +67,11 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
     """
     if not pattern:
         raise DataError("no shards are named: pass --data.shards PATTERN (a glob, a brace range or a directory)")
-    shards = [shard for part in expand_urls(pattern) for shard in _expand_one(part)]
+    try:
+        parts = expand_urls(pattern)
+    except ValueError as error:
+        raise DataError(f"{pattern!r} is no brace range: {error}") from None
+    shards = [shard for part in parts for shard in _expand_one(part)]
     if len(set(shards)) != len(shards):
         raise DataError(f"{pattern!r} names a shard twice")
     return tuple(shards)
@@ -197,5 +201,8 @@ def _check_end(path: str, stream: BinaryIO, offset_bytes: int) -> None:
 
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a path (fsspec caches it) and the path as that file system spells it: absolute."""
-    fs, bare = fsspec.url_to_fs(path)
+    try:
+        fs, bare = fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # unknown protocol, or its driver is not installed
+        raise DataError(f"cannot reach {path}: {error}") from None
     return fs, bare

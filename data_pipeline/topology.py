@@ -18,10 +18,6 @@ class Topology:
     ranks_per_group: int
     shares_per_group: int
 
-    def group_of_rank(self, dp_rank: int) -> int:
-        """Return the group of a data-parallel rank."""
-        return dp_rank // self.ranks_per_group
-
 
 def topology_of(dp_size: int, canonical_shares: int) -> Topology:
     """Return the finest grouping of dp_size ranks whose groups take whole shares."""

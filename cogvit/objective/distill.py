@@ -1,7 +1,7 @@
 """Stage 1: regress the frozen teachers' features at the masked patches.
 
-Source: paper section 2.1. Smooth-L1 and one linear head per teacher follow the reference; the loss of a step is the mean
-over all masked tokens of the global batch, so neither packing nor layout weighs an image differently.
+Source: paper section 2.1. Smooth-L1 and one linear head per teacher follow the reference; the loss of a step is the
+mean over all masked tokens of the global batch, so neither packing nor layout weighs an image differently.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ class Distill:
             for name in self.weights:
                 error_MC = F.smooth_l1_loss(model.heads[name](x_MD), targets.features[name], reduction="none")
                 terms[name] = (error_MC.mean(dim=1) * weights[index]).sum() / count
-            total = sum(self.weights[name] * term for name, term in terms.items())
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
             return total, {name: term.detach() for name, term in terms.items()}
 
         if train:
             reports = schedule.forward_backward(model.vision.trunk, forward, len(micro), loss)
         else:
-            reports = schedule.forward_only(model.vision.trunk, forward, len(micro), lambda out, index: loss(out, index)[1])
+            reports = schedule.forward_only(
+                model.vision.trunk, forward, len(micro), lambda out, index: loss(out, index)[1]
+            )
         zero = torch.zeros((), device=mesh.device)
         local = torch.stack([sum((report[name] for report in reports), zero) for name in self.weights])
         terms = dict(zip(self.weights, reduce_terms(local, schedule), strict=True))

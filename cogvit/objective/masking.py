@@ -14,10 +14,8 @@ from cogvit.draws import mix
 _MASK_SALT = 0x6D61736B  # "mask"
 
 
-def num_masked(num_patches: int | Tensor, ratio: float) -> int | Tensor:
-    """Round ratio * num_patches half up; an int for an int, an int64 tensor for a tensor."""
-    if isinstance(num_patches, Tensor):
-        return torch.floor(num_patches.to(torch.float64) * ratio + 0.5).to(torch.int64)
+def num_masked(num_patches: int, ratio: float) -> int:
+    """Return ratio * num_patches, rounded half up."""
     return int(num_patches * ratio + 0.5)
 
 
@@ -33,7 +31,7 @@ def mask_tokens(images: PackedImages, ratio: float) -> Tensor:
     rank_T = torch.empty_like(index_T)
     rank_T[order] = index_T - start_T[order]
     length_S = images.cu_seqlens.to(torch.int64).diff()
-    quota_S = num_masked(length_S, ratio)
+    quota_S = torch.floor(length_S.to(torch.float64) * ratio + 0.5).to(torch.int64)
     quota_S[-1] = 0  # the padding segment
     return rank_T < quota_S[slot_T]
 

@@ -1,7 +1,7 @@
 """Stage 2: the sigmoid loss over every image-text pair of the global batch.
 
-Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343): divided by the number of pairs on
-the diagonal. Pairs whose captions are equal are not negatives of each other and are left out.
+Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343), divided by the number of
+pairs on the diagonal. Pairs whose captions are equal are not negatives of each other and are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cogvit.batch import Batch
 from cogvit.model.tokens import PackedFeatures, pool_mean
-from cogvit.objective.distill import reduce_terms, sum_over_data
+from cogvit.objective.distill import reduce_terms
 from cogvit.parallel.encoder import TextStage, VisionStage
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.schedule import Schedule
@@ -127,8 +127,8 @@ class Contrast:
 
 
 def _pairs(micro: Sequence[Batch]) -> Pairs:
-    texts = [batch.text for batch in micro]
-    assert all(text is not None for text in texts), "stage 2 needs captions"
+    texts = [batch.text for batch in micro if batch.text is not None]
+    assert len(texts) == len(micro), "stage 2 needs captions"
     return Pairs(
         torch.cat([text.caption_id for text in texts]),
         torch.cat([b.images.weight * text.weight for b, text in zip(micro, texts, strict=True)]),
@@ -155,10 +155,16 @@ def _one_pass(model: ContrastModel, batch: Batch, schedule: Schedule) -> Tensor:
 def _embed_and_compare(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> SigmoidGradients | None:
     """The first pass; None on stages that hold no loss."""
     images = schedule.forward_only(
-        model.vision.trunk, lambda i: model.vision(micro[i].images), len(micro), lambda out, i: model.embed_image(out, micro[i])
+        model.vision.trunk,
+        lambda i: model.vision(micro[i].images),
+        len(micro),
+        lambda out, i: model.embed_image(out, micro[i]),
     )
     texts = schedule.forward_only(
-        model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), lambda out, i: model.embed_text(out)
+        model.text.trunk,
+        lambda i: model.text(micro[i].text, micro[i].images.key),
+        len(micro),
+        lambda out, i: model.embed_text(out),
     )
     if not schedule.mesh.is_last_stage:
         return None
@@ -181,7 +187,9 @@ def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule
         return (model.embed_text(pooled_ND) * d_text).sum(), None
 
     schedule.forward_backward(model.vision.trunk, lambda i: model.vision(micro[i].images), len(micro), image_loss)
-    schedule.forward_backward(model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), text_loss)
+    schedule.forward_backward(
+        model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), text_loss
+    )
     return torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
 
 

@@ -1,8 +1,8 @@
 """Maps weights between Megatron's shards and the plain model, exactly and both ways.
 
-The plain model's names and full tensors are what is stored, exported and initialized; a shard is a view of them. Megatron
-fuses and reorders two matrices: attention's qkv is interleaved by head, and a rank's SwiGLU fc1 is [gate_r; up_r], so a
-concatenation over ranks would be neither plain.
+The plain model's names and full tensors are what is stored, exported and initialized; a shard is a view of them.
+Megatron fuses and reorders two matrices: attention's qkv is interleaved by head, and a rank's SwiGLU fc1 is
+[gate_r; up_r], so their concatenation over ranks is not the plain tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ def plain_tensors(module: nn.Module) -> Iterator[PlainTensor]:
             yield PlainTensor(local_name, parameter, Split.REPLICATED, 0)
             continue
         layers = module.get_submodule(f"{match['tower']}trunk.layers.layers")
-        layer = layers[int(match["index"])]
+        layer = cast(Any, layers)[int(match["index"])]
         old, new, split = next(rule for rule in _RENAMES if match["rest"].startswith(rule[0]))
         if split is Split.ROWS and layer.config.gated_linear_unit:
             split = Split.GATE_UP

@@ -1,8 +1,8 @@
 """Lets Megatron-core and DeepSpeed run where there is no CUDA; does nothing where there is.
 
-Megatron-core 0.16 spells "cuda" in its schedule, its point-to-point buffers and its recompute RNG, and DeepSpeed compiles
-a shared-memory op at start. These few redirections are the only patches of third-party code in the project, and the
-parity tests run through them. `prepare_process` must run before megatron or deepspeed is imported.
+Megatron-core 0.16 spells "cuda" in its schedule, its point-to-point buffers and its recompute RNG, and DeepSpeed
+compiles a shared-memory op at start. These few redirections are the only patches of third-party code in the project,
+and the parity tests run through them. `prepare_process` must run before megatron or deepspeed is imported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class _TorchOnCpu(types.ModuleType):
 
     @staticmethod
     def zeros(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+        """Return what torch.zeros returns, on the CPU where "cuda" was asked for."""
         return torch.zeros(*size, dtype=dtype, device="cpu" if device == "cuda" else device)
 
 
@@ -36,7 +37,7 @@ def prepare_process() -> None:
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if torch.cuda.current_device is _current_device:
+    if torch.cuda.current_device is _current_device:  # type: ignore[comparison-overlap]
         return
     _redirect_torch()
     _redirect_megatron()
@@ -53,10 +54,10 @@ def _redirect_torch() -> None:
         fwd, device_type="cpu", cast_inputs=cast_inputs
     )
     torch.amp.custom_bwd = lambda bwd=None, *, device_type: custom_bwd(bwd, device_type="cpu")
-    torch.cuda.current_device = _current_device
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
-    torch.cuda.manual_seed = lambda seed: torch.random.default_generator.manual_seed(seed)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
 
 
 def _redirect_megatron() -> None:

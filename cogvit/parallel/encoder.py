@@ -58,6 +58,12 @@ class TrunkStage(nn.Module):
         return x_S1D.squeeze(1)
 
 
+def _disown(stage: nn.Module, *names: str) -> None:
+    """Drop what another stage of the pipeline owns."""
+    for name in names:
+        setattr(stage, name, None)
+
+
 class VisionStage(VisionEmbedding):
     """This rank's stage of the vision tower, for packs of num_tokens patches and num_slots images."""
 
@@ -66,9 +72,9 @@ class VisionStage(VisionEmbedding):
     ) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
-            self.patch_embed = self.pos_embed = self.mask_token = self.cls_token = None
+            _disown(self, "patch_embed", "pos_embed", "mask_token", "cls_token")
         if not mesh.is_last_stage:
-            self.norm = None
+            _disown(self, "norm")
         self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens + (num_slots if cfg.use_cls_token else 0))
 
     def forward(self, images: PackedImages, mask_T: Tensor | None = None) -> Tensor | PackedFeatures:
@@ -87,9 +93,9 @@ class TextStage(TextEmbedding):
     def __init__(self, cfg: TextConfig, mesh: Mesh, parallel: ParallelConfig, *, num_tokens: int) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
-            self.token_embed = self.pos_embed = None
+            _disown(self, "token_embed", "pos_embed")
         if not mesh.is_last_stage:
-            self.norm = None
+            _disown(self, "norm")
         self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens)
 
     def forward(self, text: PackedText, key_N: Tensor) -> Tensor:

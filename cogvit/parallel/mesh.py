@@ -44,14 +44,17 @@ class MegatronGroups:
 
     @staticmethod
     def get_model_parallel_rank() -> int:
+        """Rank inside the tp x pp group."""
         return dist.get_rank(parallel_state.get_model_parallel_group())
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
+        """Size of the tp x pp group."""
         return dist.get_world_size(parallel_state.get_model_parallel_group())
 
     @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of the dp group."""
         return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
 
 
@@ -185,8 +188,7 @@ def _local_device() -> torch.device:
 
 def _join_world(device: torch.device, timeout_s: float) -> None:
     if "RANK" not in os.environ:
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
         return
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))

@@ -174,7 +174,9 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, *, sequence: bool, recompute
     Errors: ConfigError for options that Megatron's layers cannot express.
     """
     if not (tower.qkv_bias and tower.proj_bias):
-        raise ConfigError("qkv_bias=False and proj_bias=False exist in the plain model only; Megatron's layers take all or no biases")
+        raise ConfigError(
+            "qkv_bias=False and proj_bias=False exist in the plain model only; Megatron's layers take all or no biases"
+        )
     return TransformerConfig(
         num_layers=tower.depth,
         hidden_size=tower.embed_dim,
@@ -232,7 +234,9 @@ def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> Tr
                 ),
             ),
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
         ),
     )
     block = TransformerBlock(

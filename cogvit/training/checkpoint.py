@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from cogvit.errors import CheckpointError
 from cogvit.training.optim import MASTER
@@ -53,7 +57,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dcp.save(_owned(engine, self.mesh), checkpoint_id=partial)
+        save(_owned(engine, self.mesh), checkpoint_id=partial)
         if self.mesh.is_writer:
             (partial / _STATE).write_text(json.dumps(state_to_json(state)))
             _write_manifest(partial, state.step)
@@ -134,17 +138,21 @@ def read_state(path: Path) -> TrainState:
 
 def weights(path: Path, prefix: str) -> dict[str, Tensor]:
     """Return the plain weights whose names begin with prefix, without it; in this process alone."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     wanted = f"{MASTER}/{prefix}"
-    full = {key: torch.empty(entry.size) for key, entry in metadata.items() if key.startswith(wanted)}
+    full = {
+        key: torch.empty(entry.size)
+        for key, entry in metadata.items()
+        if key.startswith(wanted) and isinstance(entry, TensorStorageMetadata)
+    }
     _load(full, path, alone=True)
     return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 
 
 def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
     try:
-        dcp.load(full, checkpoint_id=path, no_dist=alone)
-    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        load(full, checkpoint_id=path, no_dist=alone)
+    except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class StepReport:
 
     terms: dict[str, float]
     grad_norm: float
-    grad_norms: dict[str, float]  # per module
+    grad_norms: dict[Module, float]
     lr: float
     forward_backward_s: float
     optimizer_s: float
@@ -111,5 +111,5 @@ def module_of(name: str) -> Module:
     """Return the module whose rates a parameter has, from the first part of its plain name."""
     first = name.split(".")[0]
     if first in ("vision", "text"):
-        return first
+        return cast(Module, first)
     return "temperature" if first in ("log_t", "bias") else "projection"

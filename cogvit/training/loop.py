@@ -113,9 +113,9 @@ def measure(micro: tuple[Batch, ...], mesh: Mesh) -> Workload:
         images = batch.images
         planned = sum(sample is not None for sample in batch.samples)
         valid = images.weight.sum()
-        counts += torch.stack(
-            [valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]
-        ).to(counts)
+        counts += torch.stack([valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]).to(
+            counts
+        )
     dist.all_reduce(counts, group=mesh.dp_group)
     return Workload(*(int(count) for count in counts))
 

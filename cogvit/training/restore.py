@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from cogvit.model.interop import load_checked, read_model
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
 from cogvit.training.checkpoint import latest, weights
+
+Tower = TypeVar("Tower", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ def load_towers(path: Path) -> Towers:
     Errors: CheckpointError when there is neither, or the weights do not fit the configuration.
     """
     if not is_run(path):
-        cfg, vision = read_model(path)
-        return Towers(_filled(CogViT(cfg), vision), None, None, None, {})
+        cfg, exported = read_model(path)
+        return Towers(_filled(CogViT(cfg), exported), None, None, None, {})
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
     if config.objective == "distill":
@@ -68,7 +71,17 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
         given = {key: tensor for key, tensor in weights(latest_of_run(path), "").items() if _is_tower(key, config)}
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
-        for name in ("patch_size", "image_size", "embed_dim", "depth", "num_heads", "norm", "mlp", "position", "use_cls_token")
+        for name in (
+            "patch_size",
+            "image_size",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "norm",
+            "mlp",
+            "position",
+            "use_cls_token",
+        )
         if getattr(cfg, name) != getattr(config.vision, name)
     ]
     if differences:
@@ -95,7 +108,7 @@ def _is_tower(key: str, config: RunConfig) -> bool:
     return not key.startswith("heads.")
 
 
-def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def _filled(module: Tower, tensors: dict[str, Tensor]) -> Tower:
     load_checked(module, tensors)
     return module.eval()
 

@@ -62,11 +62,19 @@ def run_config(case: Case) -> RunConfig:
     return RunConfig(
         objective=case.stage,
         vision=CogViTConfig(
-            image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, drop_path_rate=0.3, layer_scale_init=0.5,
+            image_size=32,
+            patch_size=8,
+            embed_dim=64,
+            depth=4,
+            num_heads=4,
+            drop_path_rate=0.3,
+            layer_scale_init=0.5,
             **FAMILIES[case.family],
         ),  # fmt: skip
         text=TextConfig(embed_dim=32, depth=2, num_heads=4, max_tokens=16, drop_path_rate=0.2),
-        optim=OptimConfig(name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5),
+        optim=OptimConfig(
+            name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5
+        ),
         schedule=ScheduleConfig(steps=10, warmup_steps=2),
         parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence, recompute=case.recompute),
         zero=ZeroConfig(case.zero),

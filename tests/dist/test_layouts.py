@@ -54,4 +54,6 @@ def test_layout_trains_as_one_process(pool: Pool, case: Case) -> None:
     for key, tensor in expected.state.items():
         if case.optimizer != "sgd" and key.endswith("k_norm.bias"):
             continue  # its true gradient is 0; AdamW normalizes the noise
-        torch.testing.assert_close(actual.state[key], tensor, rtol=0.0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            actual.state[key], tensor, rtol=0.0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )

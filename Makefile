@@ -1,0 +1,64 @@
+# Everything a user or CI calls. Needs Python 3.11 with venv and whatever package index pip is configured for.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test check bench clean
+
+BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+RUNTIME := $(VENV)/made-runtime
+TOOLS := $(VENV)/made-tools
+CODE := cogvit data_pipeline configs tools tests
+DEMO := runs/demo
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
+requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*p['dependencies'], *sum(map(p['optional-dependencies'].get, '$(1)'.split()), []), sep='\n')"
+install = $(PYTHON) -m pip install --quiet --constraint requirements.lock
+
+demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and report, on CPU
+	python -m tools.make_demo_corpus --out $(DEMO)/corpus
+	python -m tools.make_demo_teachers --out $(DEMO)/teachers
+	launch/local.sh 2 demo_stage1 --parallel.tp 2 --out $(DEMO)/stage1
+	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2
+	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval
+
+test: $(RUNTIME)  ## every test that this machine can run
+	python -m pytest
+
+check: $(TOOLS)  ## lint, format, types, layers, sizes
+	ruff check $(CODE)
+	ruff format --check $(CODE)
+	mypy
+	lint-imports --no-logo
+	python -m tools.check_size $(CODE)
+
+bench: $(RUNTIME)  ## every benchmark, one after the other
+	for file in tools/bench/[a-z]*.py; do python -m tools.bench.$$(basename $$file .py); done
+
+clean:  ## leaves the sources; removes the environment, caches and runs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@"$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	    || { echo "error: Python 3.11 is needed and '$(BASE_PYTHON)' is not; install python3.11 with venv" >&2; exit 2; }
+	"$(BASE_PYTHON)" -m venv $(VENV)
+
+# torch comes first: the wheels of the others are chosen to fit it, not it to them.
+$(RUNTIME): pyproject.toml requirements.lock | $(VENV)/bin/python
+	@echo "Installing into $(VENV): about 1.7 GB with a CPU build of torch, several more with a CUDA build; 2-4 minutes"
+	$(install) "$$($(call requirements,) | grep '^torch==')"
+	$(call requirements,demo test) > $(VENV)/requirements.txt
+	$(install) --requirement $(VENV)/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installed: $$(du -sh $(VENV) | cut -f1) in $(VENV)"
+	@touch $@
+
+$(TOOLS): $(RUNTIME)
+	$(call requirements,check) > $(VENV)/requirements.txt
+	$(install) --requirement $(VENV)/requirements.txt
+	@touch $@

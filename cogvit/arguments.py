@@ -1,0 +1,78 @@
+"""Command lines of the commands that take a few words and flags; the trainer's many are in `cogvit/flags.py`.
+
+A dataclass says what a command takes and the command's docstring is its help.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+from cogvit.errors import CogViTError, ConfigError
+
+Arguments = TypeVar("Arguments")
+
+
+def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callable[[Arguments], int]) -> int:
+    """Print the usage, or read the arguments and run the command; returns the exit status.
+
+    An error that the user can act on becomes one line.
+    """
+    if not argv or "--help" in argv or "-h" in argv:
+        print(usage.strip())
+        return 0 if argv else 2
+    try:
+        return run(read_arguments(kind, argv))
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def read_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
+    """Return a dataclass of strings filled from a command line.
+
+    Fields without a default are words, in order; the last of them takes one or more where it is a tuple. A field with
+    a default is a flag: `index_dir` is `--index-dir VALUE` or `--index-dir=VALUE`.
+    Errors: ConfigError for an unknown flag, a missing value, a missing word or one too many.
+    """
+    members = fields(kind)  # type: ignore[arg-type]
+    flags = {f"--{member.name.replace('_', '-')}": member.name for member in members if member.default is not MISSING}
+    values: dict[str, Any] = {}
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(flag, flags, n=1))
+            raise ConfigError(f"unknown flag {flag}{near or '; --help explains all'}")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        if not value:
+            raise ConfigError(f"{flag} needs a value; --help explains it")
+        values[flags[flag]] = value
+    places = [member.name for member in members if member.default is MISSING]
+    return kind(**values, **_place(words, places, many=_takes_many(kind, places)))
+
+
+def _takes_many(kind: type, places: list[str]) -> bool:
+    return bool(places) and typing.get_origin(typing.get_type_hints(kind)[places[-1]]) is tuple
+
+
+def _place(words: list[str], places: list[str], *, many: bool) -> dict[str, Any]:
+    if len(words) < len(places):
+        missing = " ".join(name.upper() for name in places[len(words) :])
+        raise ConfigError(f"{missing} is missing; --help explains it")
+    if many:
+        last = len(places) - 1
+        return {**dict(zip(places, words[:last], strict=False)), places[last]: tuple(words[last:])}
+    if len(words) > len(places):
+        raise ConfigError(f"unexpected word {words[len(places)]!r}; quote patterns, and see --help")
+    return dict(zip(places, words, strict=True))

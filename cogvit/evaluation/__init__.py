@@ -1,0 +1,1 @@
+"""What an encoder is worth: features of held-out samples and the figures that are made of them."""

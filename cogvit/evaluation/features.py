@@ -1,0 +1,70 @@
+"""Features of samples: one vector for each image or caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvit.batch import to_device
+from cogvit.config import RunConfig
+from cogvit.errors import ConfigError
+from cogvit.evaluation.samples import Samples, pack_rows, read_pixels
+from cogvit.model.tokens import pool_mean
+from cogvit.model.vit import CogViT
+from cogvit.training.restore import Towers
+from data_pipeline.balance import PackLimits
+from data_pipeline.caption import load_tokenizer
+from data_pipeline.loader import assemble_text
+from data_pipeline.plan import Sizing
+
+_PIXELS_SIDE_PX = 32
+_CAPTIONS_PER_PACK = 256
+
+
+@torch.inference_mode()
+def image_features(vision: CogViT, samples: Samples, sizing: Sizing) -> Tensor:
+    """Return the mean over each image's patch features, [n, D] fp32 on the CPU."""
+    features = torch.empty(len(samples), vision.cfg.embed_dim)
+    device = vision.mask_token.device
+    for pack in pack_rows(samples.index, samples.rows, sizing):
+        images = to_device(pack.images, device)
+        patch_TD = vision.forward_packed(images).patch_TD
+        features[pack.places] = pool_mean(patch_TD, images.segment(), images.num_slots).cpu()
+    return features
+
+
+def pixel_features(samples: Samples) -> Tensor:
+    """Return the images' pixels on a common small square, [n, 3 * side * side]: what no encoder was needed for."""
+    size_hw_px = np.full((len(samples), 2), _PIXELS_SIDE_PX)
+    return torch.stack(
+        [torch.from_numpy(pixels).flatten() / 255 for pixels in read_pixels(samples.index, samples.rows, size_hw_px)]
+    )
+
+
+@torch.inference_mode()
+def embed_images(towers: Towers, features: Tensor) -> Tensor:
+    """Return `image_features` in the shared space: [n, E] unit vectors. Errors: ConfigError without a text side."""
+    projection = towers.vision_proj
+    if projection is None:
+        raise ConfigError("there is no text tower here: zeroshot and retrieval need the run of a stage 2")
+    return F.normalize(projection(features.to(projection.weight.device)), dim=1).cpu()
+
+
+@torch.inference_mode()
+def embed_texts(towers: Towers, config: RunConfig, captions: Sequence[str]) -> Tensor:
+    """Return captions in the shared space: [n, E] unit vectors. Errors: ConfigError without a text side."""
+    if towers.text is None or towers.text_proj is None:
+        raise ConfigError("there is no text tower here: zeroshot and retrieval need the run of a stage 2")
+    tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size)
+    embedded = []
+    for start in range(0, len(captions), _CAPTIONS_PER_PACK):
+        texts = list(captions[start : start + _CAPTIONS_PER_PACK])
+        tokens = [tokenizer.encode(text, config.text.max_tokens) for text in texts]
+        limits = PackLimits(tokens=0, images=len(texts), text_tokens=sum(len(one.ids) for one in tokens))
+        text = to_device(assemble_text(texts, tokens, torch.ones(len(texts)), limits), towers.text_proj.weight.device)
+        embedded.append(F.normalize(towers.text_proj(towers.text.forward_packed(text)), dim=1).cpu())
+    return torch.cat(embedded)

@@ -1,0 +1,141 @@
+"""Figures from features: classification, retrieval and explained variance, as pure functions of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Score = dict[str, float]  # "value", and "chance": what guessing gives
+Evaluation = dict[str, dict[str, Score]]  # task -> metric -> score
+
+_NUM_NEIGHBORS = 20
+_KNN_TEMPERATURE = 0.07  # both of the DINO papers' protocol
+_PROBE_PENALTY = 1e-3  # on the squared weights, beside the mean cross entropy
+_PROBE_ITERATIONS = 200
+_BLOCK = 1024  # queries compared at a time
+
+
+def score(value: float, chance: float) -> Score:
+    """Return a figure with what guessing gives."""
+    return {"value": value, "chance": chance}
+
+
+def knn_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) -> float:
+    """Classify by the nearest neighbors' votes, weighted by their cosine around the training mean.
+
+    Args:
+        train: [m, D].
+        train_label: [m] int64.
+        test: [n, D].
+        test_label: [n] int64.
+    """
+    classes, train_class = train_label.unique(return_inverse=True)
+    mean = train.mean(dim=0)
+    train, test = F.normalize(train - mean, dim=1), F.normalize(test - mean, dim=1)
+    hits = 0
+    for start in range(0, len(test), _BLOCK):
+        cosine, neighbor = (test[start : start + _BLOCK] @ train.T).topk(min(_NUM_NEIGHBORS, len(train)), dim=1)
+        votes = torch.zeros(len(cosine), len(classes))
+        votes.scatter_add_(1, train_class[neighbor], (cosine / _KNN_TEMPERATURE).exp())
+        hits += int((classes[votes.argmax(dim=1)] == test_label[start : start + _BLOCK]).sum())
+    return hits / len(test)
+
+
+def linear_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) -> float:
+    """Classify by logistic regression on standardized features; the arguments are those of `knn_accuracy`."""
+    classes, train_class = train_label.unique(return_inverse=True)
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    scale = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant channels say nothing
+    train, test = (train - mean) / scale, (test - mean) / scale
+    weight = torch.zeros(len(classes), train.shape[1], requires_grad=True)
+    bias = torch.zeros(len(classes), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(train, weight, bias), train_class) + _PROBE_PENALTY * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    found = F.linear(test, weight.detach(), bias.detach()).argmax(dim=1)
+    return float((classes[found] == test_label).float().mean())
+
+
+def zeroshot_accuracy(image: Tensor, label: Tensor, prompt: Tensor, prompt_label: Tensor) -> float:
+    """Classify images by the nearest of the classes' prompts.
+
+    Args:
+        image: [n, E] unit vectors.
+        label: [n] int64.
+        prompt: [p, E] unit vectors, any number of each class; a class is their mean direction.
+        prompt_label: [p] int64.
+    """
+    classes, prompt_class = prompt_label.unique(return_inverse=True)
+    mean = torch.zeros(len(classes), prompt.shape[1]).index_add(0, prompt_class, prompt)
+    found = (image @ F.normalize(mean, dim=1).T).argmax(dim=1)
+    return float((classes[found] == label).float().mean())
+
+
+def recall(query: Tensor, query_id: Tensor, gallery: Tensor, gallery_id: Tensor, k: int) -> float:
+    """Return the share of queries that find an item of their own id among the k most similar of the gallery.
+
+    Args:
+        query: [q, E] unit vectors.
+        query_id: [q] int64.
+        gallery: [g, E] unit vectors.
+        gallery_id: [g] int64; items of equal id are equally right.
+        k: items looked at.
+    """
+    hits = 0
+    for start in range(0, len(query), _BLOCK):
+        found = (query[start : start + _BLOCK] @ gallery.T).topk(min(k, len(gallery)), dim=1).indices
+        own = query_id[start : start + _BLOCK].unsqueeze(1)
+        hits += int((gallery_id[found] == own).any(dim=1).sum())
+    return hits / len(query)
+
+
+def recall_chance(query_id: Tensor, gallery_id: Tensor, k: int) -> float:
+    """Return what `recall` expects of a random order: k / g where every item has an id of its own."""
+    num_right = (query_id.unsqueeze(1) == gallery_id).sum(dim=1).double()
+    miss = torch.ones_like(num_right)
+    for drawn in range(min(k, len(gallery_id))):
+        miss *= (len(gallery_id) - drawn - num_right).clamp(min=0) / (len(gallery_id) - drawn)
+    return float(1 - miss.mean())
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Sums over tokens from which the explained share of their variance follows; made by `explain`."""
+
+    count: int
+    total: Tensor  # [C] float64
+    squares: Tensor  # [C] float64
+    errors: Tensor  # [C] float64, squared
+
+    def __add__(self, other: Explained) -> Explained:
+        return Explained(
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+            self.errors + other.errors,
+        )
+
+    def share(self) -> float:
+        """Return 1 - (squared error) / (squared deviation from each channel's mean), summed over the channels.
+
+        Predicting the mean explains 0, a perfect prediction 1.
+        """
+        deviation = self.squares - self.total.square() / self.count
+        return float(1 - self.errors.sum() / deviation.sum())
+
+
+def explain(target: Tensor, predicted: Tensor) -> Explained:
+    """Return the sums of some tokens, both [n, C]."""
+    target, predicted = target.double(), predicted.double()
+    errors = (target - predicted).square().sum(dim=0)
+    return Explained(len(target), target.sum(dim=0), target.square().sum(dim=0), errors)

@@ -1,0 +1,135 @@
+"""Held-out samples: what is said of them, and their images as packs. Shards are read through their index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from cogvit.batch import PackedImages, SampleRef
+from cogvit.config import RunConfig
+from cogvit.errors import DataError
+from cogvit.model.config import CogViTConfig
+from cogvit.model.packing import pack_images
+from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
+from data_pipeline.decode import Pixels, cut_patches, read_image_at
+from data_pipeline.index import CAPTION_EXTENSIONS, Index
+from data_pipeline.plan import Sizing, plan_spec
+from data_pipeline.shards import ShardReader
+
+Ints = NDArray[np.int64]
+
+_TOKENS_PER_PACK = 8192
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of one source, in the order of the index."""
+
+    source: str
+    index: Index
+    rows: Ints  # [n], into the index
+    label: Tensor | None  # [n] int64; None unless every sample has one
+    captions: dict[str, tuple[str, ...]]  # the first caption of each sample, for the languages that all of them have
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, chosen: Ints) -> Samples:
+        """Return the samples at some places."""
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            label=None if self.label is None else self.label[torch.from_numpy(chosen)],
+            captions={language: tuple(texts[i] for i in chosen) for language, texts in self.captions.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Images that are encoded together."""
+
+    images: PackedImages
+    places: Tensor  # [N] int64, of the images among the rows that were packed
+    samples: tuple[SampleRef, ...]
+
+
+def evaluation_sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
+    """Return how images are sized: as the run did, or for an export at their own size up to its largest."""
+    if config is not None:
+        return plan_spec(config).sizing
+    return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)
+
+
+def spread(rows: Ints, limit: int) -> Ints:
+    """Return at most `limit` of some rows, evenly spread."""
+    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+
+
+def rows_of(index: Index, source: str) -> Ints:
+    """Return the rows of a source; none where the index does not have it."""
+    if source not in index.sources:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(index.rows["source"] == index.sources.index(source))
+
+
+def read_samples(index: Index, source: str, rows: Ints) -> Samples:
+    """Read labels (`label`, a whole number in a sample's json) and captions of some rows of a source."""
+    reader, labels = ShardReader(), []
+    captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}
+    for entry in index.rows[rows]:
+        metadata = {}
+        if entry["caption_member"] >= 0:
+            shard = index.shards[entry["shard"]]
+            data = reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
+            metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
+        label = metadata.get("label")
+        labels += [label] if isinstance(label, int) else []
+        for language, texts in captions_of(metadata).items():
+            captions[language] += texts[:1]
+    return Samples(
+        source,
+        index,
+        rows,
+        torch.tensor(labels) if len(labels) == len(rows) else None,
+        {language: tuple(texts) for language, texts in captions.items() if len(texts) == len(rows)},
+    )
+
+
+def read_pixels(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Pixels]:
+    """Decode some rows, each at its own (height, width) of size_hw_px [n, 2].
+
+    Errors: DataError, which names the sample, where one does not decode.
+    """
+    reader = ShardReader()
+    for row, (height_px, width_px) in zip(rows, size_hw_px.tolist(), strict=True):
+        ref = index.ref(row)
+        data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
+        try:
+            yield read_image_at(data, (height_px, width_px))
+        except DataError as error:
+            raise DataError(f"{index.name(row)}: {error}; evaluation takes whole shards: remove or repair it") from None
+
+
+def pack_rows(index: Index, rows: Ints, sizing: Sizing) -> Iterator[Pack]:
+    """Yield the images of some rows in packs, images of one grid side by side; the sample ids seed their draws."""
+    patch_px = sizing.patch_size_px
+    grid_hw = sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
+    order = np.lexsort(grid_hw.T)
+    pack = (np.cumsum(grid_hw.prod(axis=1)[order]) - 1) // _TOKENS_PER_PACK
+    bar = tqdm(total=len(rows), unit=" images", disable=None, leave=False)  # nothing unless on a terminal
+    for places in np.split(order, np.flatnonzero(np.diff(pack)) + 1):
+        chosen, grids = rows[places], grid_hw[places]
+        images = pack_images(
+            [cut_patches(pixels, patch_px) for pixels in read_pixels(index, chosen, grids * patch_px)],
+            [(rows, columns) for rows, columns in grids.tolist()],
+            key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
+        )
+        yield Pack(images, torch.from_numpy(places), tuple(index.ref(row) for row in chosen))
+        bar.update(len(places))
+    bar.close()

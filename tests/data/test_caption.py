@@ -1,0 +1,101 @@
+"""Captions: every accepted form, the choice among them, and token ids that equal transformers'."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from cogvit.errors import DataError
+from data_pipeline.caption import (
+    ByteTokenizer,
+    captions_of,
+    choose_captions,
+    load_tokenizer,
+    parse_metadata,
+    token_bound,
+)
+
+BYT5 = ByT5Tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"captions": {"en": ["a ", "", "b"], "zh": ["红"]}}, {"en": ("a", "b"), "zh": ("红",)}),
+        ({"captions": {"en": "alone"}}, {"en": ("alone",), "zh": ()}),
+        ({"caption": "img2dataset"}, {"en": ("img2dataset",), "zh": ()}),
+        ({"caption": None}, {"en": (), "zh": ()}),
+        ({"captions": {"en": [3, None, "\ud83d", "  "]}}, {"en": (), "zh": ()}),
+        ({}, {"en": (), "zh": ()}),
+    ],
+)
+def test_captions_are_read_from_every_accepted_form(metadata, expected):
+    assert captions_of(parse_metadata(json.dumps(metadata).encode(), "json")) == expected
+
+
+def test_txt_counts_as_english():
+    assert captions_of(parse_metadata(" a 红 house\n".encode(), "txt")) == {"en": ("a 红 house",), "zh": ()}
+
+
+@pytest.mark.parametrize(
+    ("data", "extension"), [(b"\xff\xfe", "txt"), (b"{", "json"), (b"[1]", "json"), (b"\xff", "json")]
+)
+def test_bad_bytes_are_a_data_error(data, extension):
+    with pytest.raises(DataError):
+        parse_metadata(data, extension)
+
+
+def test_language_follows_the_fraction_and_what_there_is():
+    key = np.random.default_rng(0).integers(-(2**63), 2**63, 4000)
+    both = choose_captions(np.tile([3, 2], (4000, 1)), key, 0.25)
+    assert abs((both.language == 1).mean() - 0.25) < 0.03
+    for language, count in ((0, 3), (1, 2)):
+        numbers = np.bincount(both.number[both.language == language], minlength=count)
+        assert len(numbers) == count
+        assert numbers.min() > 0.8 * numbers.mean()
+    assert not choose_captions(np.tile([1, 0], (4000, 1)), key, 1.0).language.any()
+    assert choose_captions(np.tile([0, 1], (4000, 1)), key, 0.0).language.all()
+
+
+@given(
+    text=st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), max_size=60),
+    limit=st.integers(1, 70),
+)
+def test_bytes_equal_transformers(text, limit):
+    encoded = ByteTokenizer().encode(text, limit)
+    expected = BYT5(text, truncation=True, max_length=limit)["input_ids"]
+    assert encoded.ids.tolist() == expected
+    assert encoded.cut == (len(text.encode()) + 1 > limit)
+    assert len(encoded.ids) == token_bound(np.array([len(text.encode())]), limit)[0]
+
+
+def test_a_caption_cannot_end_itself():
+    assert 1 not in ByteTokenizer().encode("a</s>b", 64).ids[:-1]
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path):
+    """A transformers tokenizer on disk: words, an end-of-sequence token."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "red": 2, "house": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_pretrained_tokenizer_keeps_its_end_when_it_cuts(word_tokenizer):
+    tokenizer = load_tokenizer(word_tokenizer, vocab_size=10)
+    whole, cut = tokenizer.encode("red house red", 8), tokenizer.encode("red house red", 3)
+    assert (whole.ids.tolist(), whole.cut) == ([2, 3, 2, 1], False)
+    assert (cut.ids.tolist(), cut.cut) == ([2, 3, 1], True)
+
+
+def test_tokenizers_that_do_not_fit_are_refused(word_tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"has 4 ids and text.vocab_size is 3"):
+        load_tokenizer(word_tokenizer, vocab_size=3)
+    with pytest.raises(DataError, match="does not load"):
+        load_tokenizer(str(tmp_path / "nowhere"), vocab_size=10)

@@ -1,0 +1,140 @@
+"""Decoding: right pixels from every kind of image, DataError from everything else."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+
+from cogvit.errors import DataError
+from data_pipeline.augment import mirror, mirrored
+from data_pipeline.decode import cut_patches, decode_patches, image_size_px, read_image, read_image_at
+from tests.data.corpus import picture
+
+
+def encoded(image, image_format, **options):
+    data = io.BytesIO()
+    image.save(data, image_format, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_pixels_are_those_of_pillow(image_format):
+    data = picture(30, 44, 1, image_format)
+    reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    pixels = read_image(data)
+    assert image_size_px(data) == pixels.shape[:2] == (30, 44)
+    assert np.abs(pixels.astype(int) - reference).max() <= 2
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_to_size_and_pixels(image_format, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = picture(32, 48, 2, image_format, exif=exif.tobytes())
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert image_size_px(data) == upright.shape[:2]
+    assert np.abs(read_image(data).astype(int) - upright).max() <= 2
+    assert read_image(data, (2, 2)).shape[0] * upright.shape[1] == read_image(data, (2, 2)).shape[1] * upright.shape[0]
+
+
+def test_transparency_lies_on_white():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((1, 1), (10, 20, 30, 255))
+    pixels = read_image(encoded(image, "PNG"))
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[1, 1].tolist() == [10, 20, 30]
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([9, 9, 9, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    assert read_image(encoded(palette, "PNG", transparency=0))[0].tolist() == [[255, 255, 255], [200, 100, 50]]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1", "P"])
+def test_other_color_modes_become_rgb(mode):
+    image = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
+    pixels = read_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.min() >= 250
+
+
+def test_16_bit_gray_keeps_its_range():
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    pixels = read_image(encoded(Image.fromarray(ramp), "PNG"))
+    assert np.array_equal(pixels[..., 0], (ramp // 257).astype(np.uint8))
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert read_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def bomb():
+    """A valid PNG header of 30,000 x 30,000 with hardly any data."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        picture(64, 64, 3, "JPEG")[:300],
+        picture(64, 64, 3, "PNG")[:90],
+        b"\xff\xd8\xff\xe0",
+        bomb(),
+    ],
+    ids=["empty", "text", "truncated jpeg", "truncated png", "jpeg magic alone", "bomb"],
+)
+def test_foreign_bytes_are_a_data_error(data):
+    with pytest.raises(DataError):
+        read_image(data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bomb_is_refused_by_its_header():
+    with pytest.raises(DataError, match="pixel"):
+        image_size_px(bomb())
+
+
+def test_resized_image_follows_the_antialiased_reference():
+    data = picture(90, 60, 4)
+    reference = Image.open(io.BytesIO(data)).convert("RGB").resize((20, 30), Image.Resampling.BILINEAR)
+    assert np.abs(read_image_at(data, (30, 20)).astype(int) - np.asarray(reference)).max() <= 2
+
+
+def test_jpeg_at_a_fraction_stays_close_to_the_full_decode():
+    data = picture(400, 640, 5, "JPEG", quality=95)
+    whole = Image.fromarray(read_image(data)).resize((80, 50), Image.Resampling.BILINEAR)
+    assert read_image(data, (100, 160)).shape == (100, 160, 3)
+    assert np.abs(read_image_at(data, (50, 80)).astype(int) - np.asarray(whole)).max() <= 4
+
+
+def test_patches_lie_as_a_flat_convolution_weight():
+    data = picture(24, 16, 6)
+    patches = decode_patches(data, (3, 2), 8)
+    expected = rearrange(read_image(data), "(r p) (s q) c -> (r s) (c p q)", p=8, q=8)
+    assert patches.dtype == torch.uint8
+    assert np.array_equal(patches.numpy(), expected)
+    weight_DCPQ = torch.randn(5, 3, 8, 8)
+    image_1CHW = torch.from_numpy(read_image(data)).permute(2, 0, 1)[None].float()
+    convolved = torch.nn.functional.conv2d(image_1CHW, weight_DCPQ, stride=8).flatten(2)[0].T
+    torch.testing.assert_close(patches.float() @ weight_DCPQ.flatten(1).T, convolved, rtol=1e-4, atol=1e-2)
+
+
+def test_half_of_the_keys_are_mirrored():
+    assert 450 < mirrored(np.arange(1000)).sum() < 550
+    pixels = read_image(picture(8, 8, 7))
+    assert np.array_equal(mirror(pixels), pixels[:, ::-1])
+    assert cut_patches(mirror(pixels), 4).shape == (4, 48)

@@ -1,0 +1,199 @@
+"""The index: what it records of each sample, what it leaves out and counts, and when it is refused."""
+
+import json
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+from cogvit.draws import name_to_int64
+from cogvit.errors import DataError
+from data_pipeline.caption import CaptionChoice
+from data_pipeline.index import build_index, index_path, load_index
+from data_pipeline.shards import read_range
+from tests.data.corpus import indexed, members, picture, write_corpus, write_tar
+from tools.index_shards import main
+
+
+def build(pattern, **options):
+    return list(build_index(str(pattern), **options))
+
+
+def test_index_records_every_sample(tmp_path):
+    index = indexed(tmp_path, num_shards=2, per_shard=12)
+    assert len(index) == 24
+    assert index.sources == ("blue", "red")
+    assert index.keys.to_pylist() == [f"{number:04d}" for number in range(12)] * 2
+    for row in range(24):
+        ref = index.ref(row)
+        height_px, width_px = (int(index.rows[name][row]) for name in ("height_px", "width_px"))
+        extension, image_format = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[row % 3]
+        expected = picture(6 + 5 * (row % 4), 5 + 7 * (row % 3), row, image_format)
+        assert (height_px, width_px) == (6 + 5 * (row % 4), 5 + 7 * (row % 3))
+        assert read_range(ref.shard, ref.offset_bytes, ref.size_bytes) == expected
+        source = "red" if row % 5 else "blue"
+        assert ref.sample_id == name_to_int64(f"{source}/train-{row // 12:05d}.tar/{row % 12:04d}")
+        assert index.rows["num_captions"][row].tolist() == [2, row % 2]
+        assert extension in ("png", "jpg", "webp")
+
+
+def test_index_knows_the_length_of_every_caption(tmp_path):
+    index = indexed(tmp_path, num_shards=2, per_shard=12)
+    rows = np.array([1, 5, 23])
+    english = CaptionChoice(np.zeros(3, np.int64), np.array([0, 1, 0]))
+    chinese = CaptionChoice(np.ones(3, np.int64), np.zeros(3, np.int64))
+    texts = ["thing " * 2, "number 5", "thing " * 4]
+    assert index.chosen_bytes(rows, english).tolist() == [len(text.strip()) for text in texts]
+    assert index.chosen_bytes(rows, chinese).tolist() == [len(f"第{row}个".encode()) for row in rows]
+    odd = index.select(index.rows["num_captions"][:, 1] > 0)
+    assert odd.chosen_bytes(np.array([0, 2, 11]), chinese).tolist() == [len(f"第{row}个".encode()) for row in rows]
+
+
+def test_img2dataset_and_txt_layouts(tmp_path):
+    image = picture(8, 8, 0)
+    entries = [
+        *members("0", image, caption="from img2dataset", url="u"),
+        ("1.png", image),
+        ("1.txt", b"only a txt"),
+        *members("2", image, width=8),
+        ("2.txt", b"json without captions"),
+        ("3.png", image),
+    ]
+    write_tar(tmp_path / "00000.tar", entries)
+    build(tmp_path, source="laion")
+    index = load_index(str(tmp_path))
+    assert index.sources == ("laion",)
+    assert index.rows["num_captions"][:, 0].tolist() == [1, 1, 1, 0]
+    assert len(index.captioned()) == 3
+    assert index.captioned().keys.to_pylist() == ["0", "1", "2"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    image = picture(8, 8, 0)
+    entries = [
+        *members("good", image, captions={"en": ["x"]}),
+        ("bad.png", b"no image"),
+        ("bad.txt", b"orphan"),
+        ("good.jpg", picture(8, 8, 1, "JPEG")),
+        ("latin.png", image),
+        ("latin.txt", b"\xe9t\xe9"),
+        ("broken.png", image),
+        ("broken.json", b"{"),
+        ("evil\udcff.png", image),
+        ("mask.seg.png", image),
+    ]
+    write_tar(tmp_path / "s.tar", entries)
+    (report,) = build(tmp_path)
+    assert report.num_images == 3
+    assert sum(report.problems.values()) == 6
+    assert report.problems["a second image of the same key"] == 1
+    assert report.problems["captions without an image"] == 1
+    assert report.problems["a name is not printable UTF-8"] == 1
+    assert report.problems["a caption is not UTF-8: invalid continuation byte"] == 1
+
+
+def test_second_run_reuses_and_a_changed_shard_is_refused_until_it_is_indexed_again(tmp_path):
+    pattern = write_corpus(tmp_path, num_shards=2)
+    assert [report.reused for report in build(pattern)] == [False, False]
+    assert [report.reused for report in build(pattern)] == [True, True]
+    before = load_index(pattern).content_hash()
+    write_tar(tmp_path / "train-00001.tar", members("new", picture(9, 9, 9)))
+    with pytest.raises(DataError, match=r"train-00001\.tar changed after it was indexed.*tools\.index_shards"):
+        load_index(pattern)
+    assert [report.reused for report in build(pattern)] == [True, False]
+    assert load_index(pattern).content_hash() != before
+
+
+def test_touched_shard_is_refused_and_indexing_gives_the_same_hash(tmp_path):
+    before = indexed(tmp_path).content_hash()
+    os.utime(tmp_path / "train-00000.tar", (1, 1))
+    with pytest.raises(DataError, match="changed"):
+        load_index(str(tmp_path))
+    build(tmp_path)
+    assert load_index(str(tmp_path)).content_hash() == before
+
+
+def test_content_hash_survives_a_move(tmp_path):
+    one, two = indexed(tmp_path / "a"), indexed(tmp_path / "b")
+    assert one.content_hash() == two.content_hash()
+
+
+def test_missing_index_names_the_command(tmp_path):
+    pattern = write_corpus(tmp_path)
+    with pytest.raises(DataError, match=f"run python -m tools.index_shards '{pattern}' --index-dir /x"):
+        load_index(pattern, "/x")
+
+
+def test_index_dir_keeps_the_shards_directory_clean(tmp_path):
+    pattern = write_corpus(tmp_path / "shards")
+    build(pattern, index_dir=str(tmp_path / "index"))
+    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".tar"}
+    assert len(load_index(pattern, str(tmp_path / "index"))) == 60
+
+
+def test_two_shards_of_one_name_do_not_share_an_index_dir(tmp_path):
+    for name in "ab":
+        write_corpus(tmp_path / name)
+    with pytest.raises(DataError, match="share a file name"):
+        build(f"{tmp_path}/*/*.tar", index_dir=str(tmp_path))
+
+
+def test_samples_of_one_identity_are_refused(tmp_path):
+    for name in "ab":
+        indexed(tmp_path / name)
+    with pytest.raises(DataError, match="--source"):
+        load_index(f"{tmp_path}/*/*.tar")
+
+
+def test_foreign_parquet_is_not_taken_for_an_index(tmp_path):
+    pattern = write_corpus(tmp_path, num_shards=1)
+    (tmp_path / "train-00000.tar.parquet").write_bytes(b"something else")
+    with pytest.raises(DataError, match="is no index of this program"):
+        load_index(pattern)
+
+
+def test_shards_without_images_are_refused(tmp_path):
+    write_tar(tmp_path / "s.tar", [("a.txt", b"alone")])
+    build(tmp_path)
+    with pytest.raises(DataError, match="no usable image"):
+        load_index(str(tmp_path))
+
+
+def test_remote_shards_are_indexed_beside_themselves(tmp_path):
+    write_corpus(tmp_path, num_shards=1)
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/corpus/s.tar", (tmp_path / "train-00000.tar").read_bytes())
+    assert index_path("memory://corpus/s.tar") == "memory://corpus/s.tar.parquet"
+    build("memory://corpus")
+    index = load_index("memory://corpus/*.tar")
+    ref = index.ref(3)
+    assert ref.shard.startswith("memory://")
+    assert read_range(ref.shard, ref.offset_bytes, ref.size_bytes) == picture(21, 5, 3)
+    store.rm("/corpus", recursive=True)
+
+
+def test_command_indexes_and_reports(tmp_path, capsys):
+    pattern = write_corpus(tmp_path, num_shards=2)
+    write_tar(tmp_path / "train-00002.tar", [("bad.png", b"junk"), *members("ok", picture(4, 4, 4), caption="c")])
+    assert main([pattern, f"--index-dir={tmp_path}/index", "--source", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "[2/3] train-00001.tar: 20 images, indexed" in out
+    assert "left out: 1 x no known image format, or a damaged header" in out
+    assert "41 images in 3 shards; sources: blue 8, mine 1, red 32; captions: en 41, zh 20" in out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["x", "y"], ["x", "--nope"], ["x", "--source"], ["/nowhere/*.tar"]])
+def test_command_explains_itself_and_fails_in_one_line(argv, capsys):
+    assert main(argv) == (0 if argv == ["--help"] else 2)
+    printed = capsys.readouterr()
+    if argv and argv != ["--help"]:
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    else:
+        assert "--index-dir DIR" in printed.out
+
+
+def test_command_refuses_a_shard_that_is_not_a_tar(tmp_path, capsys):
+    (tmp_path / "s.tar").write_text(json.dumps({"not": "a tar"}))
+    assert main([str(tmp_path)]) == 2
+    assert "s.tar is not a plain tar" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""The plan: a pure function of the step, exact in its epochs and its mixture, balanced in its shares."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogvit.errors import DataError
+from cogvit.model.naflex import naflex_grid
+from data_pipeline.plan import permute, plan, plan_hash, plan_spec
+from tests.data.corpus import bare_index, run_config
+
+
+def spec_of(**data):
+    return plan_spec(run_config(**data))
+
+
+@given(size=st.integers(1, 3000), counters=st.tuples(st.integers(0, 2**40), st.integers(0, 9)))
+def test_permute_is_a_permutation(size, counters):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, *counters)), np.arange(size))
+
+
+def test_permute_differs_by_its_counters():
+    one, two = (permute(np.arange(1000), 1000, 5, number) for number in (0, 1))
+    assert (one == two).sum() < 10
+    assert (one == np.arange(1000)).sum() < 10
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    batch=st.integers(6, 48),
+    lookahead=st.integers(1, 5),
+    mixed=st.booleans(),
+    seed=st.integers(0, 2**40),
+)
+def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, mixed, seed):
+    index = bare_index(sizes)
+    mixture = tuple((name, 1.0) for name in index.sources)
+    if not mixed or batch * lookahead < len(sizes):
+        mixture = ()
+    spec = spec_of(global_batch_images=batch, lookahead_steps=lookahead, mixture=mixture)
+    steps = lookahead * -(-2 * sum(sizes) // (batch * lookahead))  # whole windows
+    batches = [plan(index, spec, seed, step) for step in range(steps)]
+    rows, epoch = (np.concatenate([getattr(one, name) for one in batches]) for name in ("rows", "epoch"))
+    source = index.rows["source"] if mixture else np.zeros(len(index), int)
+    for number in np.unique(source):
+        mine = source[rows] == number
+        size = (source == number).sum()
+        whole = mine.sum() // size
+        assert len(set(zip(rows[mine], epoch[mine], strict=True))) == mine.sum()  # never twice
+        assert np.array_equal(np.bincount(epoch[mine], minlength=whole)[:whole], np.full(whole, size))  # never left out
+        assert epoch[mine].max() <= whole
+
+
+@settings(max_examples=20)
+@given(weights=st.lists(st.floats(0.3, 10), min_size=2, max_size=4), batch=st.integers(8, 64))
+def test_every_window_holds_the_exact_mixture(weights, batch):
+    index = bare_index([50, 30, 20, 10][: len(weights)])
+    mixture = tuple(zip(index.sources, weights, strict=True))
+    spec = spec_of(global_batch_images=batch, lookahead_steps=4, mixture=mixture)
+    wanted = np.array(weights) / sum(weights)
+    so_far = np.zeros(len(weights))
+    for window in range(12):
+        for step in range(4 * window, 4 * window + 4):
+            so_far += np.bincount(index.rows["source"][plan(index, spec, 3, step).rows], minlength=len(weights))
+        assert np.abs(so_far - wanted * so_far.sum()).max() < 1 + 1e-6
+
+
+def test_plan_is_pure_and_its_draws_follow_the_seed():
+    index, spec = bare_index([500]), spec_of(global_batch_images=64)
+    again, other = plan(index, spec, 1, 5), plan(index, spec, 2, 5)
+    first = plan(index, spec, 1, 5)
+    assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in ("rows", "key", "share"))
+    assert set(first.rows) != set(other.rows)
+    assert len(set(first.key)) == 64
+
+
+def test_key_changes_with_the_epoch():
+    index, spec = bare_index([10]), spec_of(global_batch_images=10, lookahead_steps=1)
+    first, second = plan(index, spec, 0, 0), plan(index, spec, 0, 1)
+    keys = [dict(zip(one.rows.tolist(), one.key.tolist(), strict=True)) for one in (first, second)]
+    assert keys[0].keys() == keys[1].keys()
+    assert not set(keys[0].values()) & set(keys[1].values())
+
+
+def test_window_mixes_the_whole_of_a_small_corpus():
+    """Samples of one shard are neighbors in the index; a batch must not be made of few of them."""
+    index = bare_index([4096])
+    rows = plan(index, spec_of(global_batch_images=256, lookahead_steps=16), 0, 0).rows
+    assert np.bincount(rows // 512, minlength=8).min() >= 12  # 32 expected of each eighth
+
+
+def test_shares_cost_the_same():
+    index = bare_index([5000])
+    spec = spec_of(global_batch_images=1024, canonical_shares=8, max_patches=60)
+    batch = plan(index, spec, 0, 0)
+    loads = np.bincount(batch.share, weights=batch.cost, minlength=8)
+    assert loads.max() <= 1.005 * loads.mean()
+
+
+def test_naflex_keeps_small_images_unless_told_to_enlarge():
+    index = bare_index([300])
+    for enlarge in (False, True):
+        batch = plan(index, spec_of(global_batch_images=64, max_patches=20, enlarge=enlarge), 0, 0)
+        found = index.rows[batch.rows]
+        expected = [naflex_grid(int(row["height_px"]), int(row["width_px"]), 4, 20, enlarge=enlarge) for row in found]
+        assert [tuple(grid) for grid in batch.grid_hw.tolist()] == expected
+        assert batch.grid_hw.prod(axis=1).max() <= 20
+
+
+def test_square_sizing_gives_one_grid():
+    batch = plan(bare_index([50]), spec_of(sizing="square"), 0, 0)
+    assert {tuple(grid) for grid in batch.grid_hw.tolist()} == {(4, 4)}
+
+
+def test_plan_hash_names_what_defines_the_sequence():
+    index, spec = bare_index([60, 40]), spec_of()
+    same = plan_hash(bare_index([60, 40]), spec_of(), 1)
+    others = [
+        plan_hash(bare_index([61, 40]), spec, 1),
+        plan_hash(index, spec, 2),
+        plan_hash(index, replace(spec, global_batch_images=13), 1),
+        plan_hash(index, replace(spec, mixture=(("source0", 1.0),)), 1),
+        plan_hash(index, replace(spec, sizing=replace(spec.sizing, max_patches=10)), 1),
+    ]
+    assert plan_hash(index, spec, 1) == same
+    assert len({same, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ((("source0", 1.0), ("nowhere", 1.0)), "'nowhere'; the shards' sources are source0, source1"),
+        ((("source0", 1.0), ("source1", 0.001)), "'source1' less than one of the 24 images"),
+        ((("source0", 1.0), ("source1", -1.0)), "'source1' the weight -1.0"),
+    ],
+)
+def test_mixture_that_cannot_be_kept_is_refused(mixture, message):
+    with pytest.raises(DataError, match=message):
+        plan(bare_index([60, 40]), spec_of(mixture=mixture), 0, 0)

@@ -1,0 +1,145 @@
+"""Write the demo corpus: pictograms, handwritten digits and photographs with English and Chinese captions.
+
+Every picture comes with a package that pip installs; nothing is downloaded. DIR/train and DIR/heldout hold webdataset
+shards, DIR/corpus.json says what is in them, from which seed and under which licenses. Held-out pictograms are other
+drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
+
+Usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from cogvit.errors import CogViTError, ConfigError
+from tools.demo_corpus import digits, photos, pictograms
+from tools.demo_corpus.sample import Sample, write_shard
+
+DRAWINGS_PER_PICTOGRAM = 8
+DRAWINGS_PER_DIGIT = 2
+CROPS_PER_PHOTO = 48
+CONTENTS = "corpus.json"
+_MAKER = "tools.make_demo_corpus"
+_SOURCES = {
+    pictograms.SOURCE: {
+        "what": f"the font {pictograms.FONT_FILE} with names from Unicode CLDR",
+        "packages": ["manimgx-fonts", "emoji"],
+        "license": "font: OFL-1.1; names: BSD-3-Clause (emoji), Unicode-3.0 (CLDR)",
+    },
+    digits.SOURCE: {
+        "what": "the UCI Optical Recognition of Handwritten Digits test set",
+        "packages": ["scikit-learn"],
+        "license": "CC-BY-4.0 (E. Alpaydin, C. Kaynak, 1998)",
+    },
+    photos.SOURCE: {
+        "what": "crops of scikit-image's sample photographs",
+        "packages": ["scikit-image"],
+        "license": "CC0 or public domain",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to write, its samples drawn when they are asked for."""
+
+    path: str  # below the corpus directory
+    samples: Iterable[Sample]
+
+
+def shards(seed: int) -> Iterator[Shard]:
+    """Yield the shards of the corpus."""
+    train_digits, heldout_digits = digits.split(seed)
+    heldout = DRAWINGS_PER_PICTOGRAM  # the number of a drawing that no training shard holds
+    for number in range(DRAWINGS_PER_PICTOGRAM):
+        yield Shard(f"train/pictograms-{number:05d}.tar", pictograms.drawings(seed, number))
+    for number in range(DRAWINGS_PER_DIGIT):
+        yield Shard(f"train/digits-{number:05d}.tar", digits.drawings(seed, number, train_digits))
+    yield Shard("train/photos-00000.tar", photos.crops(seed, CROPS_PER_PHOTO))
+    yield Shard("heldout/pictograms-00000.tar", pictograms.drawings(seed, heldout))
+    yield Shard("heldout/digits-00000.tar", digits.drawings(seed, heldout, heldout_digits))
+
+
+def build(directory: Path, seed: int) -> dict[str, int]:
+    """Write every shard, report each in a line, then the contents; returns the number of samples by shard."""
+    start_s, counts = time.monotonic(), dict[str, int]()
+    planned = list(shards(seed))
+    for position, shard in enumerate(planned, 1):
+        counts[shard.path] = write_shard(directory / shard.path, shard.samples)
+        elapsed_s = time.monotonic() - start_s
+        print(f"[{position:2d}/{len(planned)}] {shard.path}: {counts[shard.path]} images, {elapsed_s:.1f} s", flush=True)
+    packages = sorted({name for source in _SOURCES.values() for name in source["packages"]} | {"pillow", "webdataset"})
+    contents = {
+        "made_by": _MAKER,
+        "seed": seed,
+        "shards": counts,
+        "sources": _SOURCES,
+        "versions": {name: version(name) for name in packages},
+    }
+    (directory / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
+    return counts
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse a directory that holds anything but a corpus of ours and the indexes of its shards.
+
+    Errors: ConfigError with the first thing that is not ours.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; choose a new directory")
+    ours = {out / CONTENTS, *(out / shard for shard in _contents(out))}
+    for path in sorted(out.rglob("*")):
+        if not path.is_dir() and path not in ours and path.with_suffix("") not in ours:
+            raise ConfigError(f"--out {out} holds {path.relative_to(out)}, which is not of a demo corpus; choose another")
+
+
+def _contents(out: Path) -> list[str]:
+    """Return the shards that a corpus lists; none where there is no corpus."""
+    try:
+        contents = json.loads((out / CONTENTS).read_text())
+        return list(contents["shards"]) if contents["made_by"] == _MAKER else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def make(out: Path, seed: int) -> dict[str, int]:
+    """Build a corpus beside `out` and put it there in one rename, in place of an older one."""
+    check_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
+        counts = build(fresh, seed)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    return counts
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {_MAKER}", description=__doc__.partition("\n\nUsage")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the corpus goes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every drawing, split and order [0]")
+    options = parser.parse_args(argv)
+    try:
+        counts = make(options.out.resolve(), options.seed)
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(f"{sum(counts.values())} images in {len(counts)} shards under {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
