@@ -17,7 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
 requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print(*p['dependencies'], *sum(map(p['optional-dependencies'].get, '$(1)'.split()), []), sep='\n')"
-install = $(PYTHON) -m pip install --quiet --constraint requirements.lock
+# Without byte-compiling, which would take longer than the download; Python compiles what it imports.
+install = $(PYTHON) -m pip install -qq --no-compile --constraint requirements.lock
 
 demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and report, on CPU
 	python -m tools.make_demo_corpus --out $(DEMO)/corpus
@@ -50,15 +51,19 @@ $(VENV)/bin/python:
 
 # torch comes first: the wheels of the others are chosen to fit it, not it to them.
 $(RUNTIME): pyproject.toml requirements.lock | $(VENV)/bin/python
-	@echo "Installing into $(VENV): about 1.7 GB with a CPU build of torch, several more with a CUDA build; 2-4 minutes"
-	$(install) "$$($(call requirements,) | grep '^torch==')"
-	$(call requirements,demo test) > $(VENV)/requirements.txt
-	$(install) --requirement $(VENV)/requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@echo "Installed: $$(du -sh $(VENV) | cut -f1) in $(VENV)"
+	@echo "Installing into $(VENV): about 1.7 GB with a CPU build of torch, several more with a CUDA build"
+	@echo "  1/3 torch"
+	@$(install) "$$($(call requirements,) | grep '^torch==')"
+	@echo "  2/3 everything else"
+	@$(call requirements,demo test) > $(VENV)/requirements.txt
+	@$(install) --requirement $(VENV)/requirements.txt
+	@echo "  3/3 this project, editable"
+	@$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
+	@echo "Installed: $$(du -sh $(VENV) | cut -f1) in $(VENV); later calls use it as it is"
 	@touch $@
 
 $(TOOLS): $(RUNTIME)
-	$(call requirements,check) > $(VENV)/requirements.txt
-	$(install) --requirement $(VENV)/requirements.txt
+	@echo "Installing the tools of make check"
+	@$(call requirements,check) > $(VENV)/requirements.txt
+	@$(install) --requirement $(VENV)/requirements.txt
 	@touch $@

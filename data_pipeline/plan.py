@@ -28,11 +28,11 @@ from data_pipeline.balance import attention_cost, deal
 from data_pipeline.index import Index
 
 Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
 
 RUN_SAMPLES = 64  # neighbors of a shard that stay together within an epoch's order; the window shuffles them apart
-_EPOCH_SALT = 0x65706F63  # "epoc"
-_WINDOW_SALT = 0x77696E64  # "wind"
 _FEISTEL_ROUNDS = 6
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplying by it spreads every bit upward
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def plan(index: Index, spec: PlanSpec, seed: int, step: int) -> GlobalBatch:
     """
     batch, window_images = spec.global_batch_images, spec.global_batch_images * spec.lookahead_steps
     window, first = divmod(step * batch, window_images)
-    slot = permute(np.arange(first, first + batch), window_images, seed, _WINDOW_SALT, window)
+    slot = permute(np.arange(first, first + batch), window_images, "window", seed, window)
     rows, epoch = np.empty(batch, np.int64), np.empty(batch, np.int64)
     taken, before = 0, Fraction(0)
     for number, pool in enumerate(_pools(index, spec)):
@@ -177,28 +177,33 @@ def _stream(pool: _Pool, position: Ints, seed: int, number: int) -> tuple[Ints, 
         mine = epoch == one
         run, inside = np.divmod(at[mine], RUN_SAMPLES)
         whole = run < num_runs
-        run[whole] = permute(run[whole], num_runs, seed, _EPOCH_SALT, number, one)
-        turn = int(mix(torch.tensor(seed), _EPOCH_SALT, number, one)) % pool.size
+        run[whole] = permute(run[whole], num_runs, "run", seed, number, one)
+        turn = int(_salts("turn", seed, number, one)[0]) % pool.size
         member[mine] = (run * RUN_SAMPLES + inside + turn) % pool.size
     return (member if pool.rows is None else pool.rows[member]), epoch
 
 
-def permute(position: Ints, size: int, *counters: int) -> Ints:
-    """Return where a random permutation of range(size), named by counters, sends some positions.
+def permute(position: Ints, size: int, *names: int | str) -> Ints:
+    """Return where a random permutation of range(size), which names select, sends some positions.
 
     A Feistel network over the next power of four, walked until it is back in range: no table, any size.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    salt = mix(torch.tensor(0), *counters)
-    moved = _feistel(position, half_bits, salt)
+    salts = _salts(*names)
+    moved = _feistel(position.astype(np.uint64), half_bits, salts)
     while (outside := moved >= size).any():
-        moved[outside] = _feistel(moved[outside], half_bits, salt)
-    return moved
+        moved[outside] = _feistel(moved[outside], half_bits, salts)
+    return moved.astype(np.int64)
 
 
-def _feistel(position: Ints, half_bits: int, salt: torch.Tensor) -> Ints:
-    low = (1 << half_bits) - 1
-    left, right = torch.from_numpy(position >> half_bits), torch.from_numpy(position & low)
-    for number in range(_FEISTEL_ROUNDS):
-        left, right = right, left ^ (mix(right, salt, number) & low)
-    return ((left << half_bits) | right).numpy()
+def _feistel(position: Words, half_bits: int, salts: Words) -> Words:
+    left, right = position >> half_bits, position & ((1 << half_bits) - 1)
+    for salt in salts[:_FEISTEL_ROUNDS]:
+        word = (right ^ salt) * _ODD
+        left, right = right, left ^ (((word ^ (word >> 32)) * _ODD) >> (64 - half_bits))
+    return (left << half_bits) | right
+
+
+def _salts(*names: int | str) -> Words:
+    """Return eight random words for a purpose."""
+    return np.frombuffer(hashlib.blake2b(repr(names).encode()).digest(), np.uint64)

@@ -50,7 +50,9 @@ def encode(
     grid = (x.shape[1], x.shape[2])
     x = x.flatten(1).T
     if mask_N is not None:
-        x = torch.stack([state["mask_token"][0, 0] if hidden else token for hidden, token in zip(mask_N, x, strict=True)])
+        x = torch.stack(
+            [state["mask_token"][0, 0] if hidden else token for hidden, token in zip(mask_N, x, strict=True)]
+        )
     if cfg.position == "learned":
         table = state["pos_embed.embed"]
         if table.shape[2:] != grid:

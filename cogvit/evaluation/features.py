@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvit.batch import to_device
-from cogvit.config import RunConfig
-from cogvit.errors import ConfigError
 from cogvit.evaluation.samples import Samples, pack_rows, read_pixels
+from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
-from cogvit.training.restore import Towers
 from data_pipeline.balance import PackLimits
 from data_pipeline.caption import load_tokenizer
 from data_pipeline.loader import assemble_text
@@ -46,25 +44,25 @@ def pixel_features(samples: Samples) -> Tensor:
 
 
 @torch.inference_mode()
-def embed_images(towers: Towers, features: Tensor) -> Tensor:
-    """Return `image_features` in the shared space: [n, E] unit vectors. Errors: ConfigError without a text side."""
-    projection = towers.vision_proj
-    if projection is None:
-        raise ConfigError("there is no text tower here: zeroshot and retrieval need the run of a stage 2")
+def embed_images(subject: Subject, features: Tensor) -> Tensor:
+    """Return `image_features` in the shared space: [n, E] unit vectors; for stage 2."""
+    projection = subject.towers.vision_proj
+    assert projection is not None, "stage 2 has a text side"
     return F.normalize(projection(features.to(projection.weight.device)), dim=1).cpu()
 
 
 @torch.inference_mode()
-def embed_texts(towers: Towers, config: RunConfig, captions: Sequence[str]) -> Tensor:
-    """Return captions in the shared space: [n, E] unit vectors. Errors: ConfigError without a text side."""
-    if towers.text is None or towers.text_proj is None:
-        raise ConfigError("there is no text tower here: zeroshot and retrieval need the run of a stage 2")
+def embed_texts(subject: Subject, captions: Sequence[str]) -> Tensor:
+    """Return captions in the shared space: [n, E] unit vectors; for stage 2."""
+    tower, projection, config = subject.towers.text, subject.towers.text_proj, subject.config
+    assert tower is not None and projection is not None and config is not None, "stage 2 has a text side"
     tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size)
     embedded = []
     for start in range(0, len(captions), _CAPTIONS_PER_PACK):
         texts = list(captions[start : start + _CAPTIONS_PER_PACK])
         tokens = [tokenizer.encode(text, config.text.max_tokens) for text in texts]
         limits = PackLimits(tokens=0, images=len(texts), text_tokens=sum(len(one.ids) for one in tokens))
-        text = to_device(assemble_text(texts, tokens, torch.ones(len(texts)), limits), towers.text_proj.weight.device)
-        embedded.append(F.normalize(towers.text_proj(towers.text.forward_packed(text)), dim=1).cpu())
+        packed = to_device(assemble_text(texts, tokens, torch.ones(len(texts)), limits), projection.weight.device)
+        embedded.append(F.normalize(projection(tower.forward_packed(packed)), dim=1).cpu())
     return torch.cat(embedded)
+

@@ -57,11 +57,11 @@ def linear_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(F.linear(train, weight, bias), train_class) + _PROBE_PENALTY * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
     found = F.linear(test, weight.detach(), bias.detach()).argmax(dim=1)
     return float((classes[found] == test_label).float().mean())
 

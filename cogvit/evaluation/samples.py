@@ -12,14 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvit.batch import PackedImages, SampleRef
-from cogvit.config import RunConfig
 from cogvit.errors import DataError
-from cogvit.model.config import CogViTConfig
 from cogvit.model.packing import pack_images
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
 from data_pipeline.decode import Pixels, cut_patches, read_image_at
 from data_pipeline.index import CAPTION_EXTENSIONS, Index
-from data_pipeline.plan import Sizing, plan_spec
+from data_pipeline.plan import Sizing
 from data_pipeline.shards import ShardReader
 
 Ints = NDArray[np.int64]
@@ -57,13 +55,6 @@ class Pack:
     images: PackedImages
     places: Tensor  # [N] int64, of the images among the rows that were packed
     samples: tuple[SampleRef, ...]
-
-
-def evaluation_sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
-    """Return how images are sized: as the run did, or for an export at their own size up to its largest."""
-    if config is not None:
-        return plan_spec(config).sizing
-    return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)
 
 
 def spread(rows: Ints, limit: int) -> Ints:

@@ -122,7 +122,7 @@ class Mesh:
         return int(self.all_reduce(torch.tensor([value], device=self.device), dist.ReduceOp.MAX))
 
     def from_writer(self, make: Callable[[], Result]) -> Result:
-        """Run `make` on the writer and return its (picklable) result on every rank; its CogViTError is raised on all."""
+        """Run `make` on the writer; its (picklable) result is returned, or its CogViTError raised, on every rank."""
         answer: list[Any] = [None, None]
         if self.is_writer:
             try:

@@ -34,9 +34,9 @@ class Schedule:
     ) -> list[Any]:
         """Train one tower on every microbatch; gradients stay on the parameters of this rank.
 
-        `forward(index)` runs the tower on a microbatch. `loss(output, index)` runs on the last stage and returns this rank's share of
-        the global loss (a local sum over a global count) and what to report. Returns the reports on the last stage, an
-        empty list elsewhere.
+        `forward(index)` runs the tower on a microbatch. `loss(output, index)` runs on the last stage and returns this
+        rank's share of the global loss (a local sum over a global count) and what to report. Returns the reports on
+        the last stage, an empty list elsewhere.
         """
         # The schedule divides by the microbatches and DeepSpeed averages over dp; the loss is a sum over both.
         scale = num_micro * self.mesh.dp_size
@@ -55,7 +55,7 @@ class Schedule:
         num_micro: int,
         collect: Callable[[Any, int], Output],
     ) -> list[Output]:
-        """Run one tower without gradients; returns collect(output, index) on the last stage, an empty list elsewhere."""
+        """Run one tower without gradients; returns what `collect` made on the last stage, an empty list elsewhere."""
         return self._run(trunk, forward, num_micro, collect, forward_only=True)
 
     def _run(

@@ -33,7 +33,7 @@ class ChannelStats:
 
     def apply(self, features: Tensor) -> Tensor:
         """Return (features - mean) / std for [..., C] float32 features."""
-        return (features - self.mean) / self.std
+        return (features - self.mean.to(features.device)) / self.std.to(features.device)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_command_indexes_and_reports(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "[2/3] train-00001.tar: 20 images, indexed" in out
     assert "left out: 1 x no known image format, or a damaged header" in out
-    assert "41 images in 3 shards; sources: blue 8, mine 1, red 32; captions: en 41, zh 20" in out
+    assert "41 images in 3 shards; sources: blue 8, mine 1, red 32; captions: en 81, zh 20" in out
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["x", "y"], ["x", "--nope"], ["x", "--source"], ["/nowhere/*.tar"]])

@@ -22,7 +22,17 @@ def test_permute_is_a_permutation(size, counters):
     assert np.array_equal(np.sort(permute(np.arange(size), size, *counters)), np.arange(size))
 
 
-def test_permute_differs_by_its_counters():
+@pytest.mark.parametrize("size", [8, 64, 1000])
+def test_permute_sends_every_position_everywhere(size):
+    """Over many names, a position's images are uniform (a chi-square far beyond chance would show a pattern)."""
+    images = np.array([permute(np.array([0, size // 3]), size, name) for name in range(40 * size)])
+    for image in images.T:
+        counts = np.bincount(image, minlength=size)
+        chi_square = ((counts - 40) ** 2 / 40).sum()
+        assert abs(chi_square - size) < 6 * np.sqrt(2 * size)
+
+
+def test_permute_differs_by_its_names():
     one, two = (permute(np.arange(1000), 1000, 5, number) for number in (0, 1))
     assert (one == two).sum() < 10
     assert (one == np.arange(1000)).sum() < 10
@@ -56,7 +66,7 @@ def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, 
 
 
 @settings(max_examples=20)
-@given(weights=st.lists(st.floats(0.3, 10), min_size=2, max_size=4), batch=st.integers(8, 64))
+@given(weights=st.lists(st.floats(1, 10), min_size=2, max_size=4), batch=st.integers(12, 64))
 def test_every_window_holds_the_exact_mixture(weights, batch):
     index = bare_index([50, 30, 20, 10][: len(weights)])
     mixture = tuple(zip(index.sources, weights, strict=True))

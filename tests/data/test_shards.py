@@ -17,8 +17,12 @@ ENTRIES = [("a.txt", b"first"), ("b.c.json", b"{}"), ("dir.v1/c.PNG", b"x" * 100
 class FlakyFileSystem(MemoryFileSystem):
     """A remote store whose reads fail a few times, then work."""
 
-    protocol = "memory"
+    protocol = "flaky"
     failures_left = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("flaky://"))
 
     def cat_file(self, path, start=None, end=None, **options):
         if FlakyFileSystem.failures_left > 0:

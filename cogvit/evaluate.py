@@ -1,0 +1,225 @@
+"""Evaluates a run or an export on held-out shards.
+
+usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
+
+--tasks NAME,...      any of the tasks below; by default all that RUN_OR_EXPORT can do
+--data PATTERN        indexed held-out shards; by default the run's data.eval_shards
+--train-data PATTERN  indexed shards that knn and linear learn from; by default the run's data.shards
+--index-dir DIR       where the indexes of both lie; by default as in the run, or beside the shards
+--out FILE            add the figures to a JSON file, {task: {metric: {"value": v, "chance": c}}}
+
+knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
+              encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
+zeroshot      classes by the nearest caption, in each language; needs a stage-2 run
+retrieval     captions of images and images of captions among all of a source, in each language: the share of queries
+              that find an equal caption among the first (r1) and the first five (r5); needs a stage-2 run
+distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
+              and at all patches of unmasked images; needs a stage-1 run and its teachers
+
+Samples with a whole number `label` in their json have classes; all others are retrieved by their captions. Every figure
+comes with what guessing gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvit.arguments import run_command
+from cogvit.draws import name_to_int64
+from cogvit.errors import ConfigError, DataError
+from cogvit.evaluation.distill import distill_results
+from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
+from cogvit.evaluation.metrics import (
+    Evaluation,
+    knn_accuracy,
+    linear_accuracy,
+    recall,
+    recall_chance,
+    score,
+    zeroshot_accuracy,
+)
+from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
+from cogvit.evaluation.subject import Subject, load_subject
+from cogvit.training.restore import untrained_towers
+from data_pipeline.index import Index, load_index
+
+TASKS = ("knn", "linear", "zeroshot", "retrieval", "distill")
+CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
+RECALL_AT = (1, 5)
+MAX_TRAIN_IMAGES = 20_000  # of one source, evenly spread
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    run_or_export: str
+    tasks: str = ""
+    data: str = ""
+    train_data: str = ""
+    index_dir: str = ""
+    out: str = ""
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Run the tasks, print their figures and add them to --out; returns the exit status."""
+    asked = arguments.tasks.split(",") if arguments.tasks else []
+    for name in asked:
+        if name not in TASKS:
+            raise ConfigError(f"unknown task {name!r} in --tasks; tasks are {', '.join(TASKS)}")
+    earlier = read_evaluation(Path(arguments.out)) if arguments.out and Path(arguments.out).exists() else {}
+    subject = load_subject(Path(arguments.run_or_export), arguments.data, arguments.index_dir)
+    results = run_tasks(subject, asked or possible_tasks(subject), arguments)
+    print(table(results))
+    if arguments.out:
+        write_evaluation(Path(arguments.out), earlier | results)
+    return 0
+
+
+def possible_tasks(subject: Subject) -> list[str]:
+    """Return the tasks that a stage's towers and the held-out samples allow."""
+    possible = ["knn", "linear"] if subject.labeled else []
+    if subject.towers.text is not None:
+        possible += ["zeroshot"] if subject.labeled else []
+        possible += ["retrieval"] if subject.captioned else []
+    return possible + (["distill"] if subject.towers.heads else [])
+
+
+def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> Evaluation:
+    """Return the figures of some tasks. Errors: ConfigError or DataError when a task lacks what it needs."""
+    if subject.towers.text is None and not {"zeroshot", "retrieval"}.isdisjoint(tasks):
+        raise ConfigError(f"{subject.path} has no text tower; zeroshot and retrieval need the run of a stage 2")
+    if not subject.towers.heads and "distill" in tasks:
+        raise ConfigError(f"{subject.path} has no teachers; distill needs the run of a stage 1")
+    results: Evaluation = {}
+    if learned := [name for name in CLASSIFIERS if name in tasks]:
+        results |= probe_results(subject, _train_index(subject, arguments), learned)
+    if "zeroshot" in tasks:
+        results |= zeroshot_results(subject)
+    if "retrieval" in tasks:
+        results |= retrieval_results(subject)
+    if "distill" in tasks:
+        _note("distill: the student beside its teachers")
+        results |= distill_results(subject)
+    return results
+
+
+def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str]) -> Evaluation:
+    """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
+    results: Evaluation = {}
+    for test in _needed(subject.labeled, "knn, linear and zeroshot", "a whole number `label` in every json"):
+        train = read_samples(train_index, test.source, spread(rows_of(train_index, test.source), MAX_TRAIN_IMAGES))
+        if not len(train) or train.label is None or test.label is None:
+            raise DataError(f"the training shards have no labeled {test.source!r} samples; pass --train-data PATTERN")
+        _note(f"{', '.join(classifiers)}: {len(train):,} training and {len(test):,} held-out {test.source}")
+        chance = 1 / len(train.label.unique())
+        for suffix, (train_features, test_features) in _feature_kinds(subject, train, test):
+            for name in classifiers:
+                accuracy = CLASSIFIERS[name](train_features, train.label, test_features, test.label)
+                results.setdefault(f"{name}_{test.source}", {})[f"accuracy{suffix}"] = score(accuracy, chance)
+    return results
+
+
+def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield the metric's suffix with the features of both sets: trained, untrained and without an encoder."""
+    towers = {"": subject.towers, "_untrained": untrained_towers(subject.path)}
+    for suffix, tower in towers.items():
+        encoder = tower.vision.to(subject.towers.vision.mask_token.device)
+        yield suffix, (image_features(encoder, train, subject.sizing), image_features(encoder, test, subject.sizing))
+    yield "_pixels", (pixel_features(train), pixel_features(test))
+
+
+def zeroshot_results(subject: Subject) -> Evaluation:
+    """Classify held-out samples by the captions of their classes."""
+    results: Evaluation = {}
+    for samples in _needed(subject.labeled, "knn, linear and zeroshot", "a whole number `label` in every json"):
+        assert samples.label is not None
+        _note(f"zeroshot: {len(samples):,} {samples.source}")
+        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
+        for language, captions in samples.captions.items():
+            labels, prompts = zip(*sorted(set(zip(samples.label.tolist(), captions, strict=True))), strict=True)
+            accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, prompts), torch.tensor(labels))
+            results[f"zeroshot_{samples.source}_{language}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
+    return results
+
+
+def retrieval_results(subject: Subject) -> Evaluation:
+    """Find the captions of images and the images of captions among all samples of a source."""
+    results: Evaluation = {}
+    for samples in _needed(subject.captioned, "retrieval", "captions and no label"):
+        _note(f"retrieval: {len(samples):,} {samples.source}")
+        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
+        for language, captions in samples.captions.items():
+            text, ids = embed_texts(subject, captions), torch.tensor([name_to_int64(text) for text in captions])
+            results[f"retrieval_{samples.source}_{language}"] = {
+                f"{direction}_r{k}": score(recall(query, ids, gallery, ids, k), recall_chance(ids, ids, k))
+                for direction, query, gallery in (("image_to_text", image, text), ("text_to_image", text, image))
+                for k in RECALL_AT
+            }
+    return results
+
+
+def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
+    if not found:
+        raise DataError(f"no source of the held-out shards has what {tasks} need ({what}); pass another --data")
+    return found
+
+
+def _train_index(subject: Subject, arguments: Arguments) -> Index:
+    shards, index_dir = arguments.train_data, arguments.index_dir
+    if subject.config is not None:
+        shards, index_dir = shards or subject.config.data.shards, index_dir or subject.config.data.index_dir
+    if not shards:
+        raise ConfigError(f"{subject.path} names no training shards; knn and linear need --train-data PATTERN")
+    return load_index(shards, index_dir)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(results: Evaluation) -> str:
+    """Return one line a figure: task, metric, value and chance."""
+    rows = [("task", "metric", "value", "chance")]
+    for task, metrics in results.items():
+        for metric, figure in metrics.items():
+            rows.append((task, metric, f"{figure['value']:.1%}", f"{figure['chance']:.1%}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(f"{t:<{widths[0]}}  {m:<{widths[1]}}  {v:>{widths[2]}}  {c:>{widths[3]}}" for t, m, v, c in rows)
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read the figures of a JSON file. Errors: ConfigError when it is missing or holds something else."""
+    try:
+        found = json.loads(path.read_text())
+        return {
+            task: {metric: score(float(figure["value"]), float(figure["chance"])) for metric, figure in metrics.items()}
+            for task, metrics in found.items()
+        }
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise ConfigError(f"{path} does not hold an evaluation; choose another file") from None
+
+
+def write_evaluation(path: Path, results: Evaluation) -> None:
+    """Write the figures as JSON, all or nothing. Errors: ConfigError when the file cannot be written."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, evaluate))

@@ -1,0 +1,78 @@
+"""How much of what the teachers say of held-out images the student of stage 1 explains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvit.batch import to_device
+from cogvit.evaluation.metrics import Evaluation, Explained, explain, score
+from cogvit.evaluation.samples import Pack, pack_rows, spread
+from cogvit.evaluation.subject import Subject
+from cogvit.objective.masking import mask_tokens
+from cogvit.training.restore import Towers
+from data_pipeline.loader import image_of
+
+_MAX_IMAGES = 1024  # of the held-out shards, evenly spread: real teachers are large
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one teacher's standardized features are predicted."""
+
+    masked: Explained  # where the student does not see the patch, as in training
+    everywhere: Explained  # at all patches of images without a mask
+
+    def __add__(self, other: Fit) -> Fit:
+        return Fit(self.masked + other.masked, self.everywhere + other.everywhere)
+
+
+def distill_results(subject: Subject) -> Evaluation:
+    """Return the explained share of each teacher's variance around its per-channel mean; guessing the mean gives 0.
+
+    For stage 1. Errors: ConfigError when a teacher is gone or has changed.
+    """
+    from cogvit.teacher.standardize import Standardized, load_stats  # transformers takes seconds
+    from cogvit.teacher.stream import FeatureRequest, LocalFeatures
+    from cogvit.teacher.zoo import fingerprint, inspect_teacher, load_teacher
+
+    config = subject.config
+    assert config is not None, "stage 1 is a run"
+    specs = {member.name: inspect_teacher(member.path) for member in config.teachers.members}
+    stats = load_stats(
+        subject.path / "teacher_stats.safetensors", {name: fingerprint(spec) for name, spec in specs.items()}
+    )
+    teachers = {member.name: load_teacher(member.path, config.teachers.precision) for member in config.teachers.members}
+    source = Standardized(LocalFeatures(teachers, partial(image_of, flip=False)), stats)
+    sums: dict[str, Fit] = {}
+    rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
+    for pack in pack_rows(subject.heldout, rows, subject.sizing):
+        grids = tuple((rows, columns) for rows, columns in pack.images.grid_hw.tolist())
+        request = FeatureRequest(pack.samples, grids, tuple(pack.images.key.tolist()), mask_ratio=1.0)
+        fits = compare(subject.towers, pack, source.result(source.submit(request)), config.teachers.mask_ratio)
+        sums = {name: sums[name] + fit if name in sums else fit for name, fit in fits.items()}
+    return {
+        f"distill_{name}": {
+            "explained_masked": score(fit.masked.share(), 0.0),
+            "explained_all": score(fit.everywhere.share(), 0.0),
+        }
+        for name, fit in sums.items()
+    }
+
+
+@torch.inference_mode()
+def compare(towers: Towers, pack: Pack, target: dict[str, Tensor], mask_ratio: float) -> dict[str, Fit]:
+    """Compare the student's predictions for one pack with its teachers' standardized features of all tokens, [T, C]."""
+    images = to_device(pack.images, towers.vision.mask_token.device)
+    mask_T = mask_tokens(images, mask_ratio)
+    blind_MD = towers.vision.forward_packed(images, mask_T).patch_TD[mask_T]
+    seen_TD = towers.vision.forward_packed(images).patch_TD
+    chosen = mask_T.cpu()
+    return {
+        name: Fit(explain(target[name][chosen], head(blind_MD).cpu()), explain(target[name], head(seen_TD).cpu()))
+        for name, head in towers.heads.items()
+    }

@@ -1,0 +1,74 @@
+"""What is evaluated on what: the towers of a run or an export, with held-out shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cogvit.config import RunConfig, load_config
+from cogvit.errors import ConfigError
+from cogvit.evaluation.samples import Samples, read_samples, rows_of
+from cogvit.model.config import CogViTConfig
+from cogvit.training.restore import Towers, is_run, load_towers
+from data_pipeline.index import Index, load_index
+from data_pipeline.plan import Sizing, plan_spec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The towers of a run or an export, on a GPU where there is one, and what they are shown."""
+
+    path: Path
+    config: RunConfig | None  # None for an export
+    towers: Towers
+    sizing: Sizing
+    heldout: Index
+    samples: tuple[Samples, ...]  # of the held-out shards, one for each source
+
+    @property
+    def labeled(self) -> list[Samples]:
+        """The sources whose samples have classes."""
+        return [samples for samples in self.samples if samples.label is not None]
+
+    @property
+    def captioned(self) -> list[Samples]:
+        """The sources whose samples have captions of their own: no classes, which share theirs."""
+        return [samples for samples in self.samples if samples.label is None and samples.captions]
+
+
+def load_subject(path: Path, data: str = "", index_dir: str = "") -> Subject:
+    """Load a run's newest good checkpoint, or an export, and what is said of the held-out shards.
+
+    data and index_dir are by default the run's data.eval_shards and data.index_dir.
+    Errors: ConfigError, CheckpointError or DataError when one of them is missing or cannot be used.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist; pass a run directory or an export")
+    towers = load_towers(path)
+    config = load_config(path / "config.json") if is_run(path) else None
+    if config is not None:
+        data, index_dir = data or config.data.eval_shards, index_dir or config.data.index_dir
+    if not data:
+        raise ConfigError(f"{path} names no held-out shards; pass --data PATTERN")
+    heldout = load_index(data, index_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
+        if module is not None:
+            module.to(device)
+    return Subject(
+        path,
+        config,
+        towers,
+        _sizing(config, towers.vision.cfg),
+        heldout,
+        tuple(read_samples(heldout, source, rows_of(heldout, source)) for source in heldout.sources),
+    )
+
+
+def _sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
+    """As the run sized images; for an export at their own size, up to its largest."""
+    if config is not None:
+        return plan_spec(config).sizing
+    return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)

@@ -1,0 +1,272 @@
+"""Loading: the same global batches on any number of ranks, packed content equal to a direct decode, bounded damage."""
+
+import logging
+import threading
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
+
+from cogvit.batch import DataPosition
+from cogvit.draws import name_to_int64
+from cogvit.errors import DataError
+from data_pipeline.augment import mirror, mirrored
+from data_pipeline.caption import captions_of, parse_metadata
+from data_pipeline.decode import decode_patches, read_image, read_image_at
+from data_pipeline.index import build_index, load_index
+from data_pipeline.loader import image_of, iterate_samples, start_position, step_batches
+from data_pipeline.plan import plan, plan_spec
+from data_pipeline.shards import read_members, read_range
+from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return indexed(tmp_path_factory.mktemp("corpus"))
+
+
+def take(index, config, steps, dp_rank=0, dp_size=1, position=None, with_text=True):
+    with closing(step_batches(index, config, dp_rank, dp_size, position, with_text=with_text)) as batches:
+        return list(islice(batches, steps))
+
+
+def contents(step_batch):
+    """What each image of a step trains on, by its key."""
+    found = {}
+    for micro in step_batch.micro:
+        images, text = micro.images, micro.text
+        for slot, sample in enumerate(micro.samples):
+            if sample is None:
+                continue
+            start, stop = images.cu_seqlens[slot : slot + 2].tolist()
+            begin, end = text.cu_seqlens[slot : slot + 2].tolist()
+            assert int(images.key[slot]) not in found
+            found[int(images.key[slot])] = (
+                sample,
+                tuple(images.grid_hw[slot].tolist()),
+                images.patches[start:stop].numpy().tobytes(),
+                images.row_col[start:stop].numpy().tobytes(),
+                tuple(text.ids[begin:end].tolist()),
+                int(text.caption_id[slot]),
+                float(images.weight[slot]),
+            )
+    return found
+
+
+@pytest.mark.parametrize("dp_size", [2, 4, 6])
+def test_global_batches_are_the_same_on_any_number_of_ranks(corpus, dp_size):
+    config = run_config()
+    alone = [contents(step_batch) for step_batch in take(corpus, config, 6)]
+    ranks = [take(corpus, config, 6, rank, dp_size) for rank in range(dp_size)]
+    for step, expected in enumerate(alone):
+        together = [contents(rank[step]) for rank in ranks]
+        assert sum(map(len, together)) == len(expected) == config.data.global_batch_images
+        assert {key: value for mine in together for key, value in mine.items()} == expected
+        assert len({len(rank[step].micro) for rank in ranks}) == 1
+        assert {rank[step].position for rank in ranks} == {DataPosition(ranks[0][0].position.plan_hash, step + 1)}
+
+
+@settings(max_examples=15)
+@given(first=st.integers(1, 7), before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 3, 6]))
+def test_resume_on_another_layout_continues_each_epoch_exactly_once(corpus, first, before, after):
+    config = run_config(global_batch_images=10)  # 6 steps are an epoch of the 60 samples
+    position, seen = None, []
+    for dp_size, steps in ((before, first), (after, 12 - first)):
+        ranks = [take(corpus, config, steps, rank, dp_size, position) for rank in range(dp_size)]
+        position = ranks[0][-1].position
+        seen += [[ref.sample_id for rank in ranks for ref in refs(rank[step])] for step in range(steps)]
+    assert position.step == 12
+    everything = sorted(corpus.rows["sample_id"].tolist())
+    assert sorted(sample for ids in seen for sample in ids) == sorted(everything * 2)
+    straight = [sorted(ref.sample_id for ref in refs(step_batch)) for step_batch in take(corpus, config, 12)]
+    assert [sorted(ids) for ids in seen] == straight
+
+
+def refs(step_batch):
+    return [sample for micro in step_batch.micro for sample in micro.samples if sample is not None]
+
+
+def test_packs_keep_every_cap_and_the_pipelines_minimum(corpus):
+    config = run_config()
+    config = replace(config, parallel=replace(config.parallel, pp=8))
+    for step_batch in take(corpus, config, 8):
+        assert len(step_batch.micro) >= 8
+        for micro in step_batch.micro:
+            assert micro.images.patches.shape == (64, 3 * PATCH_PX**2)
+            assert micro.images.grid_hw.shape == (6, 2)
+            assert micro.text.ids.shape == (80,)
+            for packed, total in ((micro.images, 64), (micro.text, 80)):
+                assert packed.cu_seqlens[0] == 0 and packed.cu_seqlens[-1] == total
+                assert (packed.cu_seqlens.diff() >= 0).all()
+            lengths = micro.images.cu_seqlens.diff()[:-1].tolist()
+            assert lengths == sorted(lengths, reverse=True)  # equal lengths side by side
+            assert lengths == micro.images.grid_hw.prod(1).tolist()
+
+
+def test_packed_content_equals_a_direct_decode(corpus):
+    config, byt5 = run_config(), ByT5Tokenizer()
+    captions = {}
+    for shard in corpus.shards:
+        for member in read_members(shard):
+            if member.extension == "json":
+                captions[shard, member.key] = captions_of(parse_metadata(member.data, "json"))
+    key_of = {
+        int(row["sample_id"]): (corpus.shards[row["shard"]], key.as_py())
+        for row, key in zip(corpus.rows, corpus.keys, strict=True)
+    }
+    spoken = set()
+    for step_batch in take(corpus, config, 10):
+        for sample, grid, patches, row_col, ids, caption_id, weight in contents(step_batch).values():
+            data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+            assert patches == decode_patches(data, grid, PATCH_PX).numpy().tobytes()
+            expected = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).to(torch.int32)
+            assert row_col == expected.numpy().tobytes()
+            by_language = captions[key_of[sample.sample_id]]
+            texts = {
+                name_to_int64(text): (text, language) for language in by_language for text in by_language[language]
+            }
+            text, language = texts[caption_id]
+            spoken.add(language)
+            assert list(ids) == byt5(text, truncation=True, max_length=config.text.max_tokens)["input_ids"]
+            assert weight == 1.0
+    assert spoken == {"en", "zh"}
+
+
+def test_cut_captions_are_counted(corpus):
+    counted = [step_batch.cut_captions for step_batch in take(corpus, run_config(zh_fraction=0.0), 10)]
+    assert sum(counted) > 0
+    assert (
+        sum(
+            one.cut_captions
+            for one in take(
+                corpus,
+                replace(run_config(text_tokens_per_pack=400), text=replace(run_config().text, max_tokens=60)),
+                10,
+            )
+        )
+        == 0
+    )
+
+
+def test_threads_and_prefetch_do_not_change_the_batches(corpus):
+    one = take(corpus, run_config(), 5)
+    many = take(corpus, run_config(decode_threads=3, prefetch_steps=5), 5)
+    assert [contents(step_batch) for step_batch in one] == [contents(step_batch) for step_batch in many]
+
+
+def test_without_text_there_is_no_caption_and_no_caption_is_needed(tmp_path):
+    write_tar(tmp_path / "s.tar", [(f"{n}.png", picture(8, 8, n)) for n in range(20)])
+    list(build_index(str(tmp_path)))
+    index = load_index(str(tmp_path))
+    (step_batch,) = take(index, run_config(), 1, with_text=False)
+    assert all(micro.text is None for micro in step_batch.micro)
+    with pytest.raises(DataError, match="none of the 20 samples has a caption"):
+        take(index, run_config(), 1)
+
+
+def test_flip_mirrors_the_images_that_their_keys_choose(corpus):
+    config = run_config(flip=True)
+    (step_batch,) = take(corpus, config, 1)
+    flips = 0
+    for key, (sample, grid, patches, *_) in contents(step_batch).items():
+        size_hw_px = (grid[0] * PATCH_PX, grid[1] * PATCH_PX)
+        seen = image_of(sample, key, size_hw_px, flip=True)
+        plain = read_image_at(read_range(sample.shard, sample.offset_bytes, sample.size_bytes), size_hw_px)
+        flipped = bool(mirrored(np.array([key]))[0])
+        flips += flipped
+        assert np.array_equal(seen, mirror(plain) if flipped else plain)
+        rows = seen.reshape(grid[0], PATCH_PX, grid[1], PATCH_PX, 3).transpose(0, 2, 4, 1, 3)
+        assert patches == np.ascontiguousarray(rows).tobytes()
+    assert 0 < flips < 12
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """20 images of which one has a sound header and no pixels."""
+    entries = []
+    for number in range(20):
+        image = picture(12, 12, number)
+        entries += members(f"{number:02d}", image[:60] if number == 7 else image, captions={"en": [f"n {number}"]})
+    write_tar(tmp_path / "s.tar", entries)
+    list(build_index(str(tmp_path)))
+    return load_index(str(tmp_path))
+
+
+def test_image_that_does_not_decode_keeps_its_slot_with_weight_0(damaged, caplog):
+    config = run_config(global_batch_images=20, lookahead_steps=1)
+    with caplog.at_level(logging.WARNING, logger="data_pipeline.loader"):
+        (step_batch,) = take(damaged, config, 1)
+    weights = {}
+    for micro in step_batch.micro:
+        assert torch.equal(micro.images.weight, micro.text.weight)
+        for slot, sample in enumerate(micro.samples):
+            if sample is not None:
+                weights[sample.sample_id] = float(micro.images.weight[slot])
+                start, stop = micro.images.cu_seqlens[slot : slot + 2].tolist()
+                assert stop - start == 9
+    bad = int(damaged.rows["sample_id"][7])
+    assert len(weights) == 20
+    assert {sample for sample, weight in weights.items() if weight == 0} == {bad}
+    assert "s.tar:07 counts with weight 0: does not decode" in caplog.text
+    assert image_of(damaged.ref(7), 0, (12, 12), flip=False) is None
+
+
+def test_damage_beyond_the_bound_stops_the_run(damaged):
+    with pytest.raises(DataError, match=r"1 of 20 images did not decode.*data\.max_bad_fraction=0\.0"):
+        take(damaged, run_config(global_batch_images=20, max_bad_fraction=0.0), 1)
+    within = run_config(global_batch_images=20, max_bad_fraction=0.005)  # 5 of the first 1000
+    assert len(take(damaged, within, 5)) == 5
+    with pytest.raises(DataError, match="6 of 120"):
+        take(damaged, within, 6)
+
+
+def test_shard_that_vanishes_stops_the_run(tmp_path):
+    index = indexed(tmp_path, num_shards=1)
+    (tmp_path / "train-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*train-00000\.tar"):
+        take(index, run_config(), 1)
+
+
+def test_position_of_another_plan_is_refused(corpus):
+    config = run_config()
+    position = start_position(corpus, config, with_text=True)
+    assert take(corpus, config, 1, position=position)[0].position == replace(position, step=1)
+    with pytest.raises(DataError, match="seed changed"):
+        step_batches(corpus, replace(config, seed=8), 0, 1, position, with_text=True)
+
+
+def test_closing_stops_the_threads(corpus):
+    batches = step_batches(corpus, run_config(decode_threads=2), 0, 1, None, with_text=True)
+    next(batches)
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_batches_are_those_of_the_plan(corpus):
+    config = run_config()
+    batch = plan(corpus, plan_spec(config), config.seed, 3)
+    assert set(contents(take(corpus, config, 4)[3])) == set(batch.key.tolist())
+
+
+def test_samples_in_sequence(corpus, tmp_path):
+    samples = list(iterate_samples(f"{corpus.shards[0].rpartition('/')[0]}"))
+    assert [sample.key for sample in samples] == corpus.keys.to_pylist()
+    assert np.array_equal(samples[4].image, read_image(picture(6, 12, 4, "JPEG")))
+    assert samples[1].captions == {"en": ("thing thing", "number 1"), "zh": ("第1个",)}
+    assert samples[1].metadata["source"] == "red"
+    write_tar(tmp_path / "bad.tar", [("a.png", b"junk")])
+    with pytest.raises(DataError, match=r"bad\.tar:a: no known image format"):
+        list(iterate_samples(str(tmp_path)))
+
+
+def test_image_of_is_what_the_teachers_decode(corpus):
+    decode = partial(image_of, flip=False)
+    assert decode(corpus.ref(0), 1, (10, 14)).shape == (10, 14, 3)

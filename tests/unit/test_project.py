@@ -1,0 +1,46 @@
+"""The project's own files: pins that agree, and the size limits of make check."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tools.check_size import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_requirement_is_pinned_as_in_the_lock() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = dict(line.split("==") for line in lines)  # nothing but NAME==VERSION: no hosts, no local versions
+    assert all(re.fullmatch(r"[\w.]+", version) for version in locked.values())
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in wanted:
+        name, version = requirement.split("==")
+        assert locked[normalized(name.partition("[")[0])] == version
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("x = 1\n" * 400, None),
+        ("x = 1\n" * 401, "long.py: 401 lines, the limit is 400"),
+        ("def f():\n" + "    x = 1\n" * 59, None),
+        ("class A:\n    def f(self):\n" + "        x = 1\n" * 60, "long.py:2: f has 61 lines, the limit is 60"),
+    ],
+)
+def test_size_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, complaint: str | None) -> None:
+    (tmp_path / "long.py").write_text(source)
+    assert main([str(tmp_path)]) == (1 if complaint else 0)
+    assert complaint is None or complaint in capsys.readouterr().out
