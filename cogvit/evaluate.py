@@ -22,8 +22,6 @@ comes with what guessing gives.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,15 +35,8 @@ from cogvit.draws import name_to_int64
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
-from cogvit.evaluation.metrics import (
-    Evaluation,
-    knn_accuracy,
-    linear_accuracy,
-    recall,
-    recall_chance,
-    score,
-    zeroshot_accuracy,
-)
+from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
+from cogvit.evaluation.results import Evaluation, read_evaluation, score, table, write_evaluation
 from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
 from cogvit.evaluation.subject import Subject, load_subject
 from cogvit.training.restore import untrained_towers
@@ -184,41 +175,6 @@ def _train_index(subject: Subject, arguments: Arguments) -> Index:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def table(results: Evaluation) -> str:
-    """Return one line a figure: task, metric, value and chance."""
-    rows = [("task", "metric", "value", "chance")]
-    for task, metrics in results.items():
-        for metric, figure in metrics.items():
-            rows.append((task, metric, f"{figure['value']:.1%}", f"{figure['chance']:.1%}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(f"{t:<{widths[0]}}  {m:<{widths[1]}}  {v:>{widths[2]}}  {c:>{widths[3]}}" for t, m, v, c in rows)
-
-
-def read_evaluation(path: Path) -> Evaluation:
-    """Read the figures of a JSON file. Errors: ConfigError when it is missing or holds something else."""
-    try:
-        found = json.loads(path.read_text())
-        return {
-            task: {metric: score(float(figure["value"]), float(figure["chance"])) for metric, figure in metrics.items()}
-            for task, metrics in found.items()
-        }
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError, KeyError):
-        raise ConfigError(f"{path} does not hold an evaluation; choose another file") from None
-
-
-def write_evaluation(path: Path, results: Evaluation) -> None:
-    """Write the figures as JSON, all or nothing. Errors: ConfigError when the file cannot be written."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,15 @@
-"""report.html: what a series of runs did and what came out, in one file that opens without a network."""
+"""Writes the report of a series of runs: one HTML file that opens without a network.
+
+usage: python -m cogvit.report RUN [RUN ...] --out FILE [flags]
+
+--out FILE         the report
+--evaluation FILE  the figures that python -m cogvit.evaluate --out FILE wrote
+--data PATTERN     indexed held-out shards for the pictures; by default those of each run
+--index-dir DIR    where their indexes lie; by default as in the run, or beside the shards
+
+Curves, throughput, pictures of patch features, retrieval examples (of the last stage-2 run), figures, configurations
+and versions. A run without held-out shards gets no pictures.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +17,7 @@ import base64
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,11 +27,15 @@ from statistics import mean, median
 
 import torch
 
+from cogvit.arguments import run_command
 from cogvit.chart import Series, line_chart, number
 from cogvit.config import RunConfig, load_config, to_json
+from cogvit.errors import ConfigError
+from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
+from cogvit.evaluation.results import Evaluation, read_evaluation
+from cogvit.evaluation.subject import load_subject
 from cogvit.training.meter import duration, read_metrics
 
-Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]  # task -> metric -> {"value": v, "chance": c}
 STAGES = {"distill": "Stage 1: distillation", "contrast": "Stage 2: image-text alignment"}
 PACKAGES = ("cogvit", "torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "numpy", "wandb")
 
@@ -42,10 +58,47 @@ class Run:
         return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
 
 
-def write_report(out: Path, runs: Sequence[Path], evaluation: Evaluation, pictures: Mapping[str, bytes]) -> None:
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    runs: tuple[str, ...]
+    out: str = ""
+    evaluation: str = ""
+    data: str = ""
+    index_dir: str = ""
+
+
+def report(arguments: Arguments) -> int:
+    """Draw the pictures and write the report; returns the exit status."""
+    if not arguments.out:
+        raise ConfigError("--out FILE is needed: the report")
+    evaluation = read_evaluation(Path(arguments.evaluation)) if arguments.evaluation else {}
+    pictures: dict[str, bytes] = {}
+    examples: list[Example] = []
+    for run in map(Path, arguments.runs):
+        if not arguments.data and not load_config(run / "config.json").data.eval_shards:
+            continue
+        subject = load_subject(run, arguments.data, arguments.index_dir)
+        caption = f"{run.name}: held-out images and their patch features; color is the first three principal components"
+        pictures[caption] = feature_picture(subject)
+        if subject.towers.text is not None and subject.captioned:
+            examples = retrieval_examples(subject)
+    write_report(Path(arguments.out), [Path(run) for run in arguments.runs], evaluation, pictures, examples)
+    print(arguments.out)
+    return 0
+
+
+def write_report(
+    out: Path,
+    runs: Sequence[Path],
+    evaluation: Evaluation,
+    pictures: Mapping[str, bytes],
+    examples: Sequence[Example] = (),
+) -> None:
     """Write the report of run directories to the file `out`.
 
-    evaluation: {task: {metric: {"value": v, "chance": c}}}; pictures: caption -> PNG. Either may be empty.
+    evaluation: {task: {metric: {"value": v, "chance": c}}}; pictures: caption -> PNG. Each may be empty.
     Errors: ConfigError or DataError when a run directory has no config.json or metrics.jsonl.
     """
     loaded = [Run(path.name, load_config(path / "config.json"), read_metrics(path / "metrics.jsonl")) for path in runs]
@@ -53,6 +106,7 @@ def write_report(out: Path, runs: Sequence[Path], evaluation: Evaluation, pictur
         _header(loaded),
         _section("Evaluation", _evaluation_table(evaluation)),
         _section("Pictures", "".join(_picture(caption, png) for caption, png in pictures.items())),
+        _section("Retrieval on held-out images", "".join(_example(example) for example in examples)),
         *(_section(STAGES[run.config.objective], _run(run)) for run in loaded),
         _section("Software and machine", _table(_environment())),
     ]
@@ -103,9 +157,22 @@ def _percent(value: float) -> str:
 
 
 def _picture(caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    return f"<figure>{_image(caption, png)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _image(alt: str, png: bytes) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _example(example: Example) -> str:
+    """A query and a row of answers; the right one is framed."""
+    answers = "".join(f"<li{' class=right' if item.right else ''}>{_item(item)}</li>" for item in example.answers)
+    return f'<div class="example"><div>{_item(example.query)}</div><ol>{answers}</ol></div>'
+
+
+def _item(item: Item) -> str:
+    image = "" if item.png is None else _image(item.caption, item.png)
+    return f"{image}<span>{escape(item.caption)}</span>"
 
 
 def _run(run: Run) -> str:
@@ -242,8 +309,21 @@ small { color: var(--quiet); }
 .bar b { display: block; height: 100%; background: var(--accent); border-radius: 3px; }
 .bar i { position: absolute; top: -0.2rem; bottom: -0.2rem; width: 2px; background: var(--ink); }
 @media (max-width: 40rem) { .bar { display: none; } th, td { padding-right: 0.6rem; } }
+.example { display: flex; gap: 1rem; padding: 0.7rem 0; border-bottom: 1px solid var(--rule); }
+.example > div { flex: 0 0 9rem; font-weight: 600; }
+.example ol { flex: 1; display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 0.5rem; margin: 0;
+  padding: 0; list-style: none; }
+.example li { padding: 0.3rem; border: 2px solid transparent; border-radius: 8px; }
+.example .right { border-color: var(--series-3); }
+.example img { width: 4rem; height: 4rem; object-fit: contain; image-rendering: pixelated; margin-bottom: 0.3rem; }
+.example span { display: block; font-size: 0.8rem; line-height: 1.3; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { .example { flex-direction: column; } .example > div { flex-basis: auto; } }
 details { margin-top: 1rem; }
 summary { cursor: pointer; color: var(--quiet); font-size: 0.9rem; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; overflow-x: auto;
   font: 0.8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 </style>"""
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, report))

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from cogvit.draws import uniform
-from data_pipeline.decode import Pixels
 
 _FLIP_SALT = 0x666C6970  # "flip"
 
@@ -18,8 +17,3 @@ _FLIP_SALT = 0x666C6970  # "flip"
 def mirrored(key: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which images are seen mirrored where data.flip is on: half of them."""
     return uniform(torch.from_numpy(key), _FLIP_SALT).numpy() < 0.5
-
-
-def mirror(pixels: Pixels) -> Pixels:
-    """Exchange left and right."""
-    return np.ascontiguousarray(pixels[:, ::-1])

@@ -56,23 +56,27 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
         raise DataError(f"does not decode: {error}") from error
 
 
-def read_image_at(data: bytes, size_hw_px: tuple[int, int]) -> Pixels:
+def read_image_at(data: bytes, size_hw_px: tuple[int, int], *, mirror: bool = False) -> Pixels:
     """Decode and resize, bilinear and antialiased, to [height, width, 3]. Errors: DataError when it does not decode."""
+    return np.ascontiguousarray(_read_resized(data, size_hw_px, mirror).permute(1, 2, 0).numpy())
+
+
+def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, *, mirror: bool = False) -> Tensor:
+    """Decode, resize to a grid of patches and cut, as the student sees an image: uint8 [n, 3 * P * P].
+
+    Patches go row by row, each channel-major like a flat Conv2d weight.
+    Errors: DataError when it does not decode.
+    """
+    size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
+    return patchify(_read_resized(data, size_hw_px, mirror), patch_size_px)
+
+
+def _read_resized(data: bytes, size_hw_px: tuple[int, int], mirror: bool) -> Tensor:
+    """Return uint8 [3, height, width], which is how the resizing leaves it."""
     # Twice the target leaves the antialiasing filter its full support.
     pixels = read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1]))
-    resized = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
-    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
-
-
-def cut_patches(pixels: Pixels, patch_size_px: int) -> Tensor:
-    """Cut an image into uint8 [n, 3 * P * P] patches, row by row, each channel-major like a flat Conv2d weight."""
-    return patchify(torch.from_numpy(pixels).permute(2, 0, 1), patch_size_px)
-
-
-def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int) -> Tensor:
-    """Decode, resize to a grid of patches and cut: uint8 [n, 3 * P * P]. Errors: DataError when it does not decode."""
-    size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
-    return cut_patches(read_image_at(data, size_hw_px), patch_size_px)
+    image = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
+    return image.flip(2) if mirror else image
 
 
 def _open(data: bytes) -> Image.Image:

@@ -23,7 +23,7 @@ from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRe
 from cogvit.config import RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.augment import mirror, mirrored
+from data_pipeline.augment import mirrored
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.caption import (
     LANGUAGES,
@@ -36,7 +36,7 @@ from data_pipeline.caption import (
     parse_metadata,
     token_bound,
 )
-from data_pipeline.decode import Pixels, cut_patches, read_image, read_image_at
+from data_pipeline.decode import Pixels, decode_patches, read_image, read_image_at
 from data_pipeline.index import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, Index
 from data_pipeline.plan import GlobalBatch, PlanSpec, plan, plan_hash, plan_spec
 from data_pipeline.shards import ShardReader, expand_shards, read_members, read_range
@@ -102,10 +102,9 @@ def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: 
     """
     data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
     try:
-        pixels = read_image_at(data, size_hw_px)
+        return read_image_at(data, size_hw_px, mirror=flip and bool(mirrored(np.array([key]))[0]))
     except DataError:
         return None
-    return mirror(pixels) if flip and mirrored(np.array([key]))[0] else pixels
 
 
 def iterate_samples(pattern: str) -> Iterator[Sample]:
@@ -204,19 +203,17 @@ class _Loading:
         return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions)
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef]) -> PackedImages:
-        patch_px, flips = self.spec.sizing.patch_size_px, mirrored(batch.key[order])
+        patch_px = self.spec.sizing.patch_size_px
+        flips = mirrored(batch.key[order]) & self.config.data.flip
         patches: list[Tensor | None] = []
-        for ref, grid, flip in zip(refs, batch.grid_hw[order].tolist(), flips, strict=True):
+        for ref, (rows, columns), flip in zip(refs, batch.grid_hw[order].tolist(), flips, strict=True):
             data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
             try:
-                pixels = read_image_at(data, (grid[0] * patch_px, grid[1] * patch_px))
+                patches.append(decode_patches(data, (rows, columns), patch_px, mirror=bool(flip)))
             except DataError as error:
-                row = batch.rows[order[len(patches)]]
+                row = int(batch.rows[order[len(patches)]])
                 log.warning("image %s counts with weight 0: %s", self.index.name(row), error)
                 patches.append(None)
-                continue
-            pixels = mirror(pixels) if flip and self.config.data.flip else pixels
-            patches.append(cut_patches(pixels, patch_px))
         return assemble_images(patches, batch.grid_hw[order], batch.key[order], patch_px, pack_limits(self.config))
 
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[str]:

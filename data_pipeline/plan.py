@@ -197,13 +197,14 @@ def permute(position: Ints, size: int, *names: int | str) -> Ints:
 
 
 def _feistel(position: Words, half_bits: int, salts: Words) -> Words:
-    left, right = position >> half_bits, position & ((1 << half_bits) - 1)
+    half, rest, middle = np.uint64(half_bits), np.uint64(64 - half_bits), np.uint64(32)
+    left, right = position >> half, position & np.uint64((1 << half_bits) - 1)
     for salt in salts[:_FEISTEL_ROUNDS]:
         word = (right ^ salt) * _ODD
-        left, right = right, left ^ (((word ^ (word >> 32)) * _ODD) >> (64 - half_bits))
-    return (left << half_bits) | right
+        left, right = right, left ^ (((word ^ (word >> middle)) * _ODD) >> rest)
+    return (left << half) | right
 
 
 def _salts(*names: int | str) -> Words:
     """Return eight random words for a purpose."""
-    return np.frombuffer(hashlib.blake2b(repr(names).encode()).digest(), np.uint64)
+    return np.frombuffer(hashlib.blake2b(repr(names).encode()).digest(), "<u8").astype(np.uint64)

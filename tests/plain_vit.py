@@ -91,7 +91,7 @@ def _attention(block: Mapping[str, Tensor], cfg: CogViTConfig, x: Tensor, place:
 
 
 def _rotate(x: Tensor, place: Tensor) -> Tensor:
-    """As complex numbers: channel i with channel i + K / 2; the first quarter of the angles by row, the next by column."""
+    """As complex numbers: channel i with channel i + K / 2; a quarter of the angles by row, the next by column."""
     half = x.shape[1] // 2
     frequency = 10000.0 ** (-torch.arange(half // 2) * 2 / half)
     angle = torch.cat([place[:, :1] * frequency, place[:, 1:] * frequency], dim=1)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from cogvit.batch import Batch, DataPosition, PackedImages, SampleRef, StepBatch
+from cogvit.errors import DataError
 from cogvit.teacher.stream import FeatureRequest, Grid, Pixels
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -62,8 +63,8 @@ def draw_or_die(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, ali
     return draw(sample, key, size_hw_px)
 
 
-def draw_or_raise(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | None:
-    raise FileNotFoundError("the shard is gone")
+def unreadable_shard(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | None:
+    raise DataError("cannot read shard.tar: no such file")
 
 
 def ref(sample_id: int) -> SampleRef:

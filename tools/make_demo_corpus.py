@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,14 +68,15 @@ def shards(seed: int) -> Iterator[Shard]:
     yield Shard("heldout/digits-00000.tar", digits.drawings(seed, heldout, heldout_digits))
 
 
-def build(directory: Path, seed: int) -> dict[str, int]:
+def build(directory: Path, planned: Sequence[Shard], seed: int) -> dict[str, int]:
     """Write every shard, report each in a line, then the contents; returns the number of samples by shard."""
     start_s, counts = time.monotonic(), dict[str, int]()
-    planned = list(shards(seed))
     for position, shard in enumerate(planned, 1):
         counts[shard.path] = write_shard(directory / shard.path, shard.samples)
         elapsed_s = time.monotonic() - start_s
-        print(f"[{position:2d}/{len(planned)}] {shard.path}: {counts[shard.path]} images, {elapsed_s:.1f} s", flush=True)
+        print(
+            f"[{position:2d}/{len(planned)}] {shard.path}: {counts[shard.path]} images, {elapsed_s:.1f} s", flush=True
+        )
     packages = sorted({name for source in _SOURCES.values() for name in source["packages"]} | {"pillow", "webdataset"})
     contents = {
         "made_by": _MAKER,
@@ -101,7 +101,9 @@ def check_replaceable(out: Path) -> None:
     ours = {out / CONTENTS, *(out / shard for shard in _contents(out))}
     for path in sorted(out.rglob("*")):
         if not path.is_dir() and path not in ours and path.with_suffix("") not in ours:
-            raise ConfigError(f"--out {out} holds {path.relative_to(out)}, which is not of a demo corpus; choose another")
+            raise ConfigError(
+                f"--out {out} holds {path.relative_to(out)}, which is not of a demo corpus; choose another"
+            )
 
 
 def _contents(out: Path) -> list[str]:
@@ -113,13 +115,13 @@ def _contents(out: Path) -> list[str]:
         return []
 
 
-def make(out: Path, seed: int) -> dict[str, int]:
-    """Build a corpus beside `out` and put it there in one rename, in place of an older one."""
+def make(out: Path, planned: Sequence[Shard], seed: int) -> dict[str, int]:
+    """Build a corpus of these shards beside `out` and put it there in one rename, in place of an older one."""
     check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
-        counts = build(fresh, seed)
+        counts = build(fresh, planned, seed)
         if out.exists():
             out.rename(old)
         fresh.rename(out)
@@ -133,7 +135,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every drawing, split and order [0]")
     options = parser.parse_args(argv)
     try:
-        counts = make(options.out.resolve(), options.seed)
+        if options.seed < 0:
+            raise ConfigError(f"--seed {options.seed} must not be negative; use 0 or more")
+        counts = make(options.out.resolve(), list(shards(options.seed)), options.seed)
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from cogvit.batch import to_device
-from cogvit.evaluation.metrics import Evaluation, Explained, explain, score
+from cogvit.evaluation.metrics import Explained, explain
+from cogvit.evaluation.results import Evaluation, score
 from cogvit.evaluation.samples import Pack, pack_rows, spread
 from cogvit.evaluation.subject import Subject
 from cogvit.objective.masking import mask_tokens
 from cogvit.training.restore import Towers
 from data_pipeline.loader import image_of
 
-_MAX_IMAGES = 1024  # of the held-out shards, evenly spread: real teachers are large
+_MAX_IMAGES = 512  # of the held-out shards, evenly spread: real teachers are large
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvit.batch import to_device
-from cogvit.evaluation.samples import Samples, pack_rows, read_pixels
+from cogvit.evaluation.samples import Samples, pack_rows, read_images
 from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
@@ -38,9 +38,7 @@ def image_features(vision: CogViT, samples: Samples, sizing: Sizing) -> Tensor:
 def pixel_features(samples: Samples) -> Tensor:
     """Return the images' pixels on a common small square, [n, 3 * side * side]: what no encoder was needed for."""
     size_hw_px = np.full((len(samples), 2), _PIXELS_SIDE_PX)
-    return torch.stack(
-        [torch.from_numpy(pixels).flatten() / 255 for pixels in read_pixels(samples.index, samples.rows, size_hw_px)]
-    )
+    return torch.stack([image.flatten() / 255 for image in read_images(samples.index, samples.rows, size_hw_px)])
 
 
 @torch.inference_mode()
@@ -65,4 +63,3 @@ def embed_texts(subject: Subject, captions: Sequence[str]) -> Tensor:
         packed = to_device(assemble_text(texts, tokens, torch.ones(len(texts)), limits), projection.weight.device)
         embedded.append(F.normalize(projection(tower.forward_packed(packed)), dim=1).cpu())
     return torch.cat(embedded)
-

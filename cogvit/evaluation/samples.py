@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
-from cogvit.model.packing import pack_images
+from cogvit.model.packing import pack_images, patchify
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
-from data_pipeline.decode import Pixels, cut_patches, read_image_at
+from data_pipeline.decode import read_image_at
 from data_pipeline.index import CAPTION_EXTENSIONS, Index
 from data_pipeline.plan import Sizing
 from data_pipeline.shards import ShardReader
@@ -92,8 +92,8 @@ def read_samples(index: Index, source: str, rows: Ints) -> Samples:
     )
 
 
-def read_pixels(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Pixels]:
-    """Decode some rows, each at its own (height, width) of size_hw_px [n, 2].
+def read_images(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Tensor]:
+    """Decode some rows to uint8 [3, height, width], each at its own size of size_hw_px [n, 2].
 
     Errors: DataError, which names the sample, where one does not decode.
     """
@@ -117,7 +117,7 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing) -> Iterator[Pack]:
     for places in np.split(order, np.flatnonzero(np.diff(pack)) + 1):
         chosen, grids = rows[places], grid_hw[places]
         images = pack_images(
-            [cut_patches(pixels, patch_px) for pixels in read_pixels(index, chosen, grids * patch_px)],
+            [patchify(image, patch_px) for image in read_images(index, chosen, grids * patch_px)],
             [(rows, columns) for rows, columns in grids.tolist()],
             key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
         )

@@ -247,7 +247,7 @@ def _preprocessing(directory: Path) -> dict[str, list[float]]:
 
 def _resolve(path: str) -> Path:
     """Return the directory of a checkpoint, downloading it when it is a hub name."""
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ConfigError(f"teacher {path!r} does not exist; pass a checkpoint directory or a hub name")

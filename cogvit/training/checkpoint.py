@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,7 +152,9 @@ def weights(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
     try:
-        load(full, checkpoint_id=path, no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` asks for
+            load(full, checkpoint_id=path, no_dist=alone)
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None

@@ -11,8 +11,8 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from cogvit.errors import DataError
-from data_pipeline.augment import mirror, mirrored
-from data_pipeline.decode import cut_patches, decode_patches, image_size_px, read_image, read_image_at
+from data_pipeline.augment import mirrored
+from data_pipeline.decode import decode_patches, image_size_px, read_image, read_image_at
 from tests.data.corpus import picture
 
 
@@ -135,6 +135,6 @@ def test_patches_lie_as_a_flat_convolution_weight():
 
 def test_half_of_the_keys_are_mirrored():
     assert 450 < mirrored(np.arange(1000)).sum() < 550
-    pixels = read_image(picture(8, 8, 7))
-    assert np.array_equal(mirror(pixels), pixels[:, ::-1])
-    assert cut_patches(mirror(pixels), 4).shape == (4, 48)
+    data = picture(8, 8, 7)
+    expected = rearrange(read_image(data)[:, ::-1], "(r p) (s q) c -> (r s) (c p q)", p=4, q=4)
+    assert np.array_equal(decode_patches(data, (2, 2), 4, mirror=True).numpy(), expected)

@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer
 from cogvit.batch import DataPosition
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.augment import mirror, mirrored
+from data_pipeline.augment import mirrored
 from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image, read_image_at
 from data_pipeline.index import build_index, load_index
@@ -73,7 +73,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(corpus, dp_size):
         assert {rank[step].position for rank in ranks} == {DataPosition(ranks[0][0].position.plan_hash, step + 1)}
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(first=st.integers(1, 7), before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 3, 6]))
 def test_resume_on_another_layout_continues_each_epoch_exactly_once(corpus, first, before, after):
     config = run_config(global_batch_images=10)  # 6 steps are an epoch of the 60 samples
@@ -181,7 +181,7 @@ def test_flip_mirrors_the_images_that_their_keys_choose(corpus):
         plain = read_image_at(read_range(sample.shard, sample.offset_bytes, sample.size_bytes), size_hw_px)
         flipped = bool(mirrored(np.array([key]))[0])
         flips += flipped
-        assert np.array_equal(seen, mirror(plain) if flipped else plain)
+        assert np.array_equal(seen, plain[:, ::-1] if flipped else plain)
         rows = seen.reshape(grid[0], PATCH_PX, grid[1], PATCH_PX, 3).transpose(0, 2, 4, 1, 3)
         assert patches == np.ascontiguousarray(rows).tobytes()
     assert 0 < flips < 12

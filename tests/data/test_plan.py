@@ -22,7 +22,7 @@ def test_permute_is_a_permutation(size, counters):
     assert np.array_equal(np.sort(permute(np.arange(size), size, *counters)), np.arange(size))
 
 
-@pytest.mark.parametrize("size", [8, 64, 1000])
+@pytest.mark.parametrize("size", [8, 64, 250])
 def test_permute_sends_every_position_everywhere(size):
     """Over many names, a position's images are uniform (a chi-square far beyond chance would show a pattern)."""
     images = np.array([permute(np.array([0, size // 3]), size, name) for name in range(40 * size)])

@@ -108,4 +108,7 @@ def test_calls_share_imports_and_no_state(pool: Pool) -> None:
 def test_nothing_outlives_a_call(pool: Pool) -> None:
     (child,) = pool.run(leave_a_child, 1)
     status = Path(f"/proc/{child}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text()
+    deadline_s = time.monotonic() + 10  # on a loaded machine a killed process may take its time
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)

@@ -64,8 +64,8 @@ def test_missing_and_damaged_weights(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["embed_dim"] == 32
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         CogViT.from_pretrained(tmp_path)
     path.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
         CogViT.from_pretrained(tmp_path)

@@ -84,10 +84,9 @@ class TestSizes:
 
 class TestResize:
     def test_is_antialiased(self) -> None:
-        stripes = (torch.arange(512) % 2).float().expand(3, 512, 512)
-        small = naflex_resize(stripes, 16, 16)
+        small = naflex_resize(torch.rand(3, 512, 512), 16, 16)
         assert small.shape == (3, 64, 64)
-        assert (small[..., 2:-2] - 0.5).abs().max() < 0.01
+        assert small.std() < 0.05  # the average of 64 pixels or more; of 4 it would be 0.14
 
     def test_keeps_uint8_and_exact_sizes(self) -> None:
         image = torch.randint(0, 256, (3, 28, 42)).to(torch.uint8)

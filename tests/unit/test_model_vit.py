@@ -142,11 +142,16 @@ def test_a_padded_batch_equals_its_images_one_by_one(options: dict[str, object])
     out = model(batch, mask=mask, valid_mask=valid)
     assert out["grid"] == (4, 3)
     assert not out["patch_tokens"][~valid].any()
+    weight = torch.randn(32, dtype=torch.float64)
+    grads = gradients(model, (out["patch_tokens"][valid] @ weight).sin().sum())
+    loss = torch.zeros((), dtype=torch.float64)
     for n, image in enumerate(images):
         alone = model(image.unsqueeze(0), mask=mask[n][valid[n]].unsqueeze(0))
         assert (out["patch_tokens"][n][valid[n]] - alone["patch_tokens"][0]).abs().max() <= 1e-6
+        loss = loss + (alone["patch_tokens"] @ weight).sin().sum()
         if alone["cls_token"] is not None:
             assert (out["cls_token"][n] - alone["cls_token"][0]).abs().max() <= 1e-6
+    assert_same(grads, gradients(model, loss))
 
 
 def test_uint8_patches_are_normalized_to_one() -> None:

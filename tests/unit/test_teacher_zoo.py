@@ -148,7 +148,7 @@ def test_what_is_not_a_checkpoint_is_refused_in_one_line(directory: Path, tmp_pa
 
 
 @pytest.mark.parametrize("path", ["", "/does/not/exist", "no-such-owner/no-such-model"])
-def test_a_path_that_is_neither_directory_nor_hub_name_is_refused(path: str) -> None:
+def test_a_path_that_is_neither_directory_nor_hub_name_is_refused(path: str) -> None:  # pytest is offline
     with pytest.raises(ConfigError) as caught:
         inspect_teacher(path)
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -14,32 +15,39 @@ SOURCE = "digits"
 NAMES_EN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES_ZH = "零一二三四五六七八九"
 NUM_HELDOUT = 400
-_CANVASES_PX = ((40, 40), (40, 32), (48, 40))  # width, height
-_LARGEST_INK = 16.0  # of the 8 x 8 images
+_CANVAS_PX = 40
+_SMALLEST_PX = 34
+_MOST_INK = 16.0
 
 
-def draw(ink: np.ndarray, digit: int, key: str, rng: np.random.Generator) -> Sample:
-    """Draw an 8 x 8 digit, dark on light, at a random size and position."""
-    width_px, height_px = _CANVASES_PX[rng.integers(len(_CANVASES_PX))]
-    side_px = int(rng.integers(28, min(width_px, height_px) + 1))
-    paper, pen = int(rng.integers(215, 256)), int(rng.integers(0, 50))
-    glyph = Image.fromarray((paper + (pen - paper) * (ink / _LARGEST_INK)).astype(np.uint8))
-    x, y = int(rng.integers(width_px - side_px + 1)), int(rng.integers(height_px - side_px + 1))
-    image = Image.new("L", (width_px, height_px), paper)
-    image.paste(glyph.resize((side_px, side_px), Image.Resampling.BICUBIC), (x, y))
-    captions = f"the digit {NAMES_EN[digit]}", f"数字{NAMES_ZH[digit]}"
-    return Sample(key, image.convert("RGB"), "png", SOURCE, *captions, label=digit)
-
-
-def drawings(seed: int, number: int, numbers_of_digits: np.ndarray) -> Iterator[Sample]:
-    """Drawing `number` of each of the given digits, in the given order."""
+@cache
+def _handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Return the ink, [1797, 8, 8] from 0 to 16, and which digit each image is."""
     data = load_digits()
-    for i in numbers_of_digits:
-        rng = np.random.default_rng((seed, number, i))
-        yield draw(data.images[i], int(data.target[i]), f"{i:04d}_{number:02d}", rng)
+    return data.images, data.target
 
 
 def split(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffle the digits and return which are for training and which are held out."""
-    order = np.random.default_rng(seed).permutation(len(load_digits().images))
+    """Return which digits are for training and which are held out, each in random order."""
+    order = np.random.default_rng(seed).permutation(len(_handwriting()[0]))
     return order[NUM_HELDOUT:], order[:NUM_HELDOUT]
+
+
+def drawing(index: int, seed: int, number: int) -> Sample:
+    """Draw a digit, dark on light, with the size, place and shades that seed and number give it."""
+    images, targets = _handwriting()
+    rng = np.random.default_rng((seed, number, index))
+    side_px = int(rng.integers(_SMALLEST_PX, _CANVAS_PX + 1))
+    paper, pen = int(rng.integers(225, 256)), int(rng.integers(0, 40))
+    shades = paper + (pen - paper) * (images[index] / _MOST_INK)
+    glyph = Image.fromarray(shades.astype(np.uint8)).resize((side_px, side_px), Image.Resampling.BICUBIC)
+    image = Image.new("L", (_CANVAS_PX, _CANVAS_PX), paper)
+    image.paste(glyph, tuple(rng.integers(0, _CANVAS_PX - side_px + 1, 2).tolist()))
+    digit = int(targets[index])
+    captions = f"the digit {NAMES_EN[digit]}", f"数字{NAMES_ZH[digit]}"
+    return Sample(f"{index:04d}_{number:02d}", image.convert("RGB"), "png", SOURCE, *captions, label=digit)
+
+
+def drawings(seed: int, number: int, indices: np.ndarray) -> Iterator[Sample]:
+    """Drawing `number` of each of the given digits."""
+    return (drawing(int(index), seed, number) for index in indices)

@@ -18,31 +18,30 @@ SOURCE = "pictograms"
 FONT_FILE = "NotoEmoji[wght].ttf"
 _FONT = files("manimgx_fonts") / FONT_FILE
 _PATCH_PX = 8
-_GRIDS = ((4, 5), (5, 4), (5, 5), (4, 6), (6, 4), (5, 6), (6, 5), (4, 7), (7, 4))  # rows, columns: 20 to 30 patches
-_WEIGHTS = (300, 400, 500, 600, 700)  # of the font's one axis
-_SHADES = {"light": (190, 256), "dark": (0, 66)}
-_JITTER = 20  # of each color channel, out of 255
+_GRIDS = ((4, 5), (5, 4), (5, 5), (4, 6), (6, 4), (5, 6), (6, 5))  # rows, columns: 20 to 30 patches
+_WEIGHTS = (400, 500, 600, 700)  # of the font's one axis
+_BACKGROUND = (200, 256)  # of each color channel
+_INK_JITTER = 20  # of each color channel
+_SIZE = (0.65, 0.8)  # of the font, as a share of the shorter side of the canvas
+_SHIFT_PX = 4  # from the center of the canvas
 
 
 @dataclass(frozen=True, slots=True)
 class Color:
-    """A color a pictogram is drawn in, with the backgrounds it stands out from."""
+    """A color a pictogram is drawn in; all stand out from a light background."""
 
     en: str
     zh: str
     rgb: tuple[int, int, int]
-    backgrounds: tuple[str, ...]
 
 
 COLORS = (
-    Color("red", "红色的", (215, 35, 35), ("light", "dark")),
-    Color("orange", "橙色的", (240, 135, 10), ("light", "dark")),
-    Color("yellow", "黄色的", (235, 220, 40), ("dark",)),
-    Color("green", "绿色的", (25, 150, 50), ("light", "dark")),
-    Color("blue", "蓝色的", (35, 65, 215), ("light",)),
-    Color("purple", "紫色的", (140, 40, 170), ("light",)),
-    Color("black", "黑色的", (20, 20, 20), ("light",)),
-    Color("white", "白色的", (235, 235, 235), ("dark",)),
+    Color("red", "红色的", (215, 30, 30)),
+    Color("orange", "橙色的", (240, 130, 10)),
+    Color("green", "绿色的", (25, 145, 45)),
+    Color("blue", "蓝色的", (35, 60, 215)),
+    Color("purple", "紫色的", (140, 35, 165)),
+    Color("black", "黑色的", (20, 20, 20)),
 )
 
 
@@ -64,9 +63,9 @@ def pictograms() -> tuple[Pictogram, ...]:
     found = []
     for sequence, names in emoji.EMOJI_DATA.items():
         character = sequence.replace("\ufe0f", "")  # the variation selector that asks for the colored form
-        if names["status"] == emoji.STATUS["fully_qualified"] and len(character) == 1 and ord(character) in drawn:
-            if "zh" in names:
-                found.append(Pictogram(character, _plain(names["en"]), _plain(names["zh"])))
+        qualified = names["status"] == emoji.STATUS["fully_qualified"] and "zh" in names
+        if qualified and len(character) == 1 and ord(character) in drawn:
+            found.append(Pictogram(character, _plain(names["en"]), _plain(names["zh"])))
     return tuple(sorted(found, key=lambda pictogram: ord(pictogram.character)))
 
 
@@ -81,34 +80,23 @@ def _font(size_px: int, weight: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def draw(pictogram: Pictogram, key: str, rng: np.random.Generator) -> Sample:
-    """Draw a pictogram with random canvas, size, weight, position, color and background."""
+def drawing(pictogram: Pictogram, seed: int, number: int) -> Sample:
+    """Draw a pictogram with the canvas, size, weight, position, color and background that seed and number give it."""
+    code = ord(pictogram.character)
+    rng = np.random.default_rng((seed, number, code))
     rows, columns = _GRIDS[rng.integers(len(_GRIDS))]
-    color = COLORS[rng.integers(len(COLORS))]
-    low, high = _SHADES[color.backgrounds[rng.integers(len(color.backgrounds))]]
-    background = tuple(rng.integers(low, high, 3).tolist())
-    ink = tuple(np.clip(color.rgb + rng.integers(-_JITTER, _JITTER + 1, 3), 0, 255).tolist())
     width_px, height_px = columns * _PATCH_PX, rows * _PATCH_PX
-    font = _font(round(min(width_px, height_px) * rng.uniform(0.6, 0.8)), _WEIGHTS[rng.integers(len(_WEIGHTS))])
-    left, top, right, bottom = font.getbbox(pictogram.character)
-    x = rng.uniform(*_slack(right - left, width_px)) - left
-    y = rng.uniform(*_slack(bottom - top, height_px)) - top
-    image = Image.new("RGB", (width_px, height_px), background)
-    ImageDraw.Draw(image).text((round(x), round(y)), pictogram.character, fill=ink, font=font)
-    return Sample(
-        key, image, "png", SOURCE, f"a {color.en} {pictogram.name_en}", f"{color.zh}{pictogram.name_zh}"
-    )
-
-
-def _slack(extent_px: float, canvas_px: int) -> tuple[float, float]:
-    """Where an extent may begin so that it stays on the canvas, or is cut by the same share on both sides."""
-    begin = canvas_px - extent_px
-    return min(begin, 0.0), max(begin, 0.0)
+    color = COLORS[rng.integers(len(COLORS))]
+    ink = tuple(np.clip(color.rgb + rng.integers(-_INK_JITTER, _INK_JITTER + 1, 3), 0, 255).tolist())
+    image = Image.new("RGB", (width_px, height_px), tuple(rng.integers(*_BACKGROUND, 3).tolist()))
+    font = _font(round(min(width_px, height_px) * rng.uniform(*_SIZE)), _WEIGHTS[rng.integers(len(_WEIGHTS))])
+    center = np.array([width_px, height_px]) / 2 + rng.uniform(-_SHIFT_PX, _SHIFT_PX, 2)
+    ImageDraw.Draw(image).text(tuple(center.round().tolist()), pictogram.character, fill=ink, font=font, anchor="mm")
+    captions = f"a {color.en} {pictogram.name_en}", f"{color.zh}{pictogram.name_zh}"
+    return Sample(f"{code:05x}_{number:02d}", image, "png", SOURCE, *captions)
 
 
 def drawings(seed: int, number: int) -> Iterator[Sample]:
-    """Drawing `number` of every pictogram, in an order of its own; each depends on seed, number and code point only."""
+    """Drawing `number` of every pictogram, in an order of its own."""
     order = np.random.default_rng((seed, number)).permutation(len(pictograms()))
-    for pictogram in (pictograms()[i] for i in order):
-        code = ord(pictogram.character)
-        yield draw(pictogram, f"{code:05x}_{number:02d}", np.random.default_rng((seed, number, code)))
+    return (drawing(pictograms()[i], seed, number) for i in order)

@@ -1,0 +1,148 @@
+"""Pictures of what an encoder sees and finds, as PNG bytes for a report. Samples are evenly spread, not picked."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cogvit.batch import to_device
+from cogvit.evaluation.features import embed_images, embed_texts, image_features
+from cogvit.evaluation.samples import Samples, pack_rows, read_images, spread
+from cogvit.evaluation.subject import Subject
+
+_NUM_MAPPED = 8  # images beside their features
+_NUM_QUERIES = 4  # in each language and direction
+_NUM_ANSWERS = 5
+_CELL_PX = 160
+_GAP_PX = 8
+_TILE_PX = 96
+_COLOR_QUANTILE = 0.02  # of the patches lie beyond each end of a color channel
+
+
+@dataclass(frozen=True)
+class Item:
+    """A query or an answer: a caption, an image or both."""
+
+    caption: str
+    png: bytes | None = None
+    right: bool = False  # as an answer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query and the answers most similar to it, best first."""
+
+    query: Item
+    answers: tuple[Item, ...]
+
+
+@torch.inference_mode()
+def feature_picture(subject: Subject) -> bytes:
+    """Draw some held-out images above their patch features, whose first three principal components are the color."""
+    index, vision = subject.heldout, subject.towers.vision
+    rows = spread(np.arange(len(index)), _NUM_MAPPED)
+    features: dict[int, Tensor] = {}
+    for pack in pack_rows(index, rows, subject.sizing):
+        patch_TD = vision.forward_packed(to_device(pack.images, vision.mask_token.device)).patch_TD.cpu()
+        lengths = pack.images.grid_hw.prod(dim=1).tolist()
+        features |= dict(zip(pack.places.tolist(), patch_TD.split(lengths), strict=True))
+    patches = [features[place] for place in range(len(rows))]
+    colors = principal_colors(torch.cat(patches)).split([len(x) for x in patches])
+    grid_hw = subject.sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
+    images = read_images(index, rows, grid_hw * subject.sizing.patch_size_px)
+    fields = [color.T.unflatten(1, grid) for color, grid in zip(colors, grid_hw.tolist(), strict=True)]
+    return _png(_columns([(_cell(image), _cell(field)) for image, field in zip(images, fields, strict=True)]))
+
+
+def principal_colors(x: Tensor) -> Tensor:
+    """Return the first three principal components of vectors [n, D] as colors, uint8 [n, 3]."""
+    x = x - x.mean(dim=0)
+    axis = torch.linalg.svd(x, full_matrices=False).Vh[:3]
+    largest = axis.gather(1, axis.abs().argmax(dim=1, keepdim=True))
+    component = F.pad(x @ (axis * largest.sign()).T, (0, 3 - len(axis)))
+    low, high = (component.quantile(q, dim=0) for q in (_COLOR_QUANTILE, 1 - _COLOR_QUANTILE))
+    return ((component - low) / (high - low).clamp(min=1e-12) * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def retrieval_examples(subject: Subject) -> list[Example]:
+    """Return some captions with the images found for them, then some images with the captions found for them.
+
+    From the source with the most captioned samples; for stage 2.
+    """
+    samples = max(subject.captioned, key=len)
+    image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
+    texts = {language: embed_texts(subject, captions) for language, captions in samples.captions.items()}
+    queries = spread(np.arange(len(samples)), _NUM_QUERIES + 2)[1:-1].tolist()
+    by_caption = [
+        _images_of(samples, samples.captions[language], text[query], image, query)
+        for language, text in texts.items()
+        for query in queries
+    ]
+    by_image = [
+        _captions_of(samples, samples.captions[language], image[query], text, query)
+        for language, text in texts.items()
+        for query in queries
+    ]
+    return by_caption + by_image
+
+
+def _images_of(samples: Samples, captions: tuple[str, ...], query: Tensor, gallery: Tensor, own: int) -> Example:
+    found = _best(query, gallery)
+    answers = zip(found, _tiles(samples, found), strict=True)
+    return Example(
+        Item(captions[own]),
+        tuple(Item(captions[place], png, right=captions[place] == captions[own]) for place, png in answers),
+    )
+
+
+def _captions_of(samples: Samples, captions: tuple[str, ...], query: Tensor, gallery: Tensor, own: int) -> Example:
+    answers = tuple(Item(captions[place], right=captions[place] == captions[own]) for place in _best(query, gallery))
+    return Example(Item(captions[own], _tiles(samples, [own])[0]), answers)
+
+
+def _best(query: Tensor, gallery: Tensor) -> list[int]:
+    return (gallery @ query).topk(min(_NUM_ANSWERS, len(gallery))).indices.tolist()
+
+
+def _tiles(samples: Samples, places: list[int]) -> list[bytes]:
+    rows = samples.rows[places]
+    entries = samples.index.rows[rows]
+    size_hw_px = np.stack([entries["height_px"], entries["width_px"]], axis=1).astype(np.int64)
+    shrink = np.minimum(1.0, _TILE_PX / size_hw_px.max(axis=1, keepdims=True))
+    size_hw_px = np.maximum(1, (size_hw_px * shrink).round().astype(np.int64))
+    return [_png(_picture(image)) for image in read_images(samples.index, rows, size_hw_px)]
+
+
+def _picture(color: Tensor) -> Image.Image:
+    """Return uint8 [3, H, W] as Pillow's image."""
+    return Image.fromarray(color.permute(1, 2, 0).contiguous().numpy())
+
+
+def _cell(color: Tensor) -> Image.Image:
+    """Scale an image or a field of patches to the size of a cell, each pixel or patch a plain rectangle."""
+    image = _picture(color)
+    scale = _CELL_PX / max(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
+
+
+def _columns(cells: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Lay images in one row and their fields in the row below, on white."""
+    pitch_px = _CELL_PX + _GAP_PX
+    sheet = Image.new("RGB", (len(cells) * pitch_px - _GAP_PX, 2 * pitch_px - _GAP_PX), "white")
+    for column, pair in enumerate(cells):
+        for row, cell in enumerate(pair):
+            left, top = column * pitch_px + (_CELL_PX - cell.width) // 2, row * pitch_px + (_CELL_PX - cell.height) // 2
+            sheet.paste(cell, (left, top))
+    return sheet
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()

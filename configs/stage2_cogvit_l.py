@@ -1,0 +1,32 @@
+"""Stage 2 of the 403M encoder (paper section 2.1): sigmoid loss, native resolution (NaFlex), 64K global batch, en and zh.
+
+    sbatch launch/stage2.sh stage2_cogvit_l --init runs/stage1 --data.shards '/data/pairs/{00000..99999}.tar' --out runs/stage2
+
+The paper publishes neither rates nor steps: those here are starting points, not its recipe.
+"""
+
+from cogvit.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig
+from configs.models import base_text, cogvit_l_vision
+
+
+def config() -> RunConfig:
+    """Return the preset."""
+    return RunConfig(
+        objective="contrast",
+        vision=cogvit_l_vision(),
+        text=base_text(),
+        data=DataConfig(
+            global_batch_images=65_536,
+            tokens_per_pack=16_384,
+            images_per_pack=64,
+            text_tokens_per_pack=4_096,
+            max_patches=1024,
+            canonical_shares=64,
+            tokenizer="google/siglip2-so400m-patch16-naflex",
+            decode_threads=4,
+        ),
+        optim=OptimConfig(lr=5e-4, adamw_lr=5e-4, text_lr_mult=1.0, projection_lr_mult=1.0),
+        schedule=ScheduleConfig(steps=120_000, warmup_steps=4_000),
+        checkpoint=CheckpointConfig(every_steps=500, keep_last=3),
+        precision="bf16",
+    )

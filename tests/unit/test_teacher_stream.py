@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvit.errors import ConfigError, TeacherUnavailable
+from cogvit.objective.masking import mask_tokens
+from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+from cogvit.teacher.stream import (
+    FeatureRequest,
+    Features,
+    LocalFeatures,
+    Shared,
+    attach_targets,
+    request_of,
+)
+from cogvit.teacher.zoo import load_teacher
+from tests import teachers
+from tests.pool import Pool
+
+PACK = ((1, (3, 3)), (2, (2, 5)), (3, (4, 4)))
+FINGERPRINTS = {"siglip2": "a" * 64, "dinov3": "b" * 64}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> LocalFeatures:
+    paths = teachers.write_teachers(tmp_path_factory.mktemp("teachers"))
+    return LocalFeatures({name: load_teacher(path, "fp32") for name, path in paths.items()}, teachers.draw)
+
+
+def ask(source: LocalFeatures, request: FeatureRequest) -> Features:
+    return source.result(source.submit(request))
+
+
+def test_the_features_are_those_of_the_tokens_that_the_objective_masks(source: LocalFeatures) -> None:
+    (batch,) = teachers.step_batch(0, (PACK,)).micro
+    everything, masked = (ask(source, request_of(batch, ratio)) for ratio in (1.0, 0.35))
+    mask_T = mask_tokens(batch.images, 0.35)
+    assert mask_T.sum() == 3 + 4 + 6
+    for name in ("siglip2", "dinov3"):
+        padding = torch.zeros(40 - 35, 32)
+        assert torch.equal(masked[name], torch.cat([everything[name], padding])[mask_T])
+        assert masked[name].dtype == torch.float32 and source.dims[name] == 32
+
+
+def test_an_image_that_does_not_decode_gives_zeros_and_moves_nobody(source: LocalFeatures) -> None:
+    grids = ((3, 3), (2, 5), (4, 4))
+    sound = ask(source, teachers.request((1, 2, 3), grids, 1.0))
+    broken = ask(source, teachers.request((1, teachers.UNREADABLE, 3), grids, 1.0))
+    for name in ("siglip2", "dinov3"):
+        assert broken[name][9:19].eq(0).all()
+        torch.testing.assert_close(broken[name][:9], sound[name][:9], atol=1e-5, rtol=0)
+        torch.testing.assert_close(broken[name][19:], sound[name][19:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sample_ids", [(), (None, None), (teachers.UNREADABLE,)])
+def test_a_pack_without_images_has_an_answer(source: LocalFeatures, sample_ids: tuple[int | None, ...]) -> None:
+    features = ask(source, teachers.request(sample_ids, ((2, 2),) * len(sample_ids), 0.5))
+    num_zeros = 2 * sample_ids.count(teachers.UNREADABLE)
+    assert {tuple(x.shape) for x in features.values()} == {(num_zeros, 32)}
+
+
+def test_the_features_can_be_targets_of_a_loss(source: LocalFeatures) -> None:
+    features = ask(source, teachers.request((1,), ((3, 3),), 1.0))["dinov3"]
+    student = torch.zeros(9, 32, requires_grad=True)
+    F.smooth_l1_loss(student, features).backward()
+    assert student.grad is not None and student.grad.ne(0).any()
+
+
+class Recorder:
+    """A source that notes what it is asked, and answers with the first sample's id."""
+
+    dims = {"one": 1}
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def submit(self, request: FeatureRequest) -> int:
+        sample = request.samples[0]
+        assert sample is not None
+        self.events.append(("submit", sample.sample_id))
+        return sample.sample_id
+
+    def result(self, handle: int) -> Features:
+        self.events.append(("result", handle))
+        return {"one": torch.full((1, 1), float(handle))}
+
+
+def test_targets_are_attached_in_order_with_the_steps_ahead_requested() -> None:
+    packs = [((10 * step + 1, (2, 2)),) for step in range(5)]
+    second = [((10 * step + 2, (2, 2)),) for step in range(5)]
+    steps = [teachers.step_batch(step, (packs[step], second[step])) for step in range(5)]
+    recorder = Recorder()
+    attached = attach_targets(iter(steps), recorder, mask_ratio=0.35, in_flight_steps=2)
+    first = next(attached)
+    submitted = [sample_id for event, sample_id in recorder.events if event == "submit"]
+    assert submitted == [1, 2, 11, 12, 21, 22]
+    received = [first, *attached]
+    assert [step.position.step for step in received] == [1, 2, 3, 4, 5]
+    for number, step in enumerate(received):
+        values = [batch.targets.features["one"].item() for batch in step.micro if batch.targets is not None]
+        assert values == [10 * number + 1, 10 * number + 2]
+        assert [batch.images for batch in step.micro] == [batch.images for batch in steps[number].micro]
+
+
+def requests() -> list[FeatureRequest]:
+    return [teachers.request((n, n + 1), ((3, 3), (2, 5)), 1.0) for n in range(20, 40, 2)]
+
+
+def test_standardized_features_have_mean_zero_and_deviation_one(source: LocalFeatures) -> None:
+    stats = fit_stats(source, requests(), FINGERPRINTS)
+    standardized = Standardized(source, stats)
+    answers = [standardized.result(standardized.submit(request)) for request in requests()]
+    for name in ("siglip2", "dinov3"):
+        x = torch.cat([answer[name] for answer in answers]).double()
+        assert x.mean(dim=0).abs().max() < 1e-5
+        assert (x.std(dim=0, correction=0) - 1).abs().max() < 1e-5
+
+
+def test_a_constant_channel_becomes_zero_instead_of_noise() -> None:
+    stats = fit_stats(Recorder(), [teachers.request((7,), ((1, 1),), 1.0)] * 4, {"one": "f"})["one"]
+    assert stats.apply(torch.full((3, 1), 7.0)).eq(0).all()
+    assert stats.apply(torch.full((3, 1), 8.0)).eq(1).all()
+
+
+def test_statistics_come_back_to_the_bit_and_only_for_their_teachers(source: LocalFeatures, tmp_path: Path) -> None:
+    stats = fit_stats(source, requests(), FINGERPRINTS)
+    path = tmp_path / "run" / "stats.safetensors"
+    save_stats(path, stats)
+    loaded = load_stats(path, FINGERPRINTS)
+    for name, fingerprint in FINGERPRINTS.items():
+        assert torch.equal(loaded[name].mean, stats[name].mean) and torch.equal(loaded[name].std, stats[name].std)
+        assert loaded[name].fingerprint == fingerprint
+    assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
+    with pytest.raises(ConfigError, match="another teacher 'dinov3'"):
+        load_stats(path, FINGERPRINTS | {"dinov3": "c" * 64})
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ConfigError, match="does not read"):
+        load_stats(path, FINGERPRINTS)
+
+
+def test_statistics_need_images(source: LocalFeatures) -> None:
+    with pytest.raises(ConfigError, match="at least one image"):
+        fit_stats(source, [teachers.request((None,), ((0, 0),), 1.0)], FINGERPRINTS)
+
+
+class Failing(Recorder):
+    def result(self, handle: int) -> Features:
+        raise TeacherUnavailable("no features in 1 s")
+
+
+def share(rank: int, world: int) -> list[Tensor | str]:
+    """Ask once with a leader that answers and once with one that fails, as the last rank leads."""
+    answers: list[Tensor | str] = []
+    for source in (Recorder(), Failing()):
+        group = dist.group.WORLD
+        assert group is not None
+        leads = rank == world - 1
+        shared = Shared(source if leads else None, {"one": 1}, group, leader=world - 1, device=torch.device("cpu"))
+        try:
+            features = shared.result(shared.submit(teachers.request((42,), ((1, 1),), 1.0)))
+            answers.append(features["one"])
+            assert len(source.events) == (2 if leads else 0)
+        except TeacherUnavailable as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_a_group_shares_the_leaders_features_and_its_failure(pool: Pool) -> None:
+    for tensor, error in pool.run(share, 2):
+        assert torch.equal(tensor, torch.tensor([[42.0]]))
+        assert error == "no features in 1 s"

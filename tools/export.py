@@ -1,0 +1,49 @@
+"""Writes the vision encoder of a run for others to load.
+
+usage: python -m tools.export RUN --out DIR
+
+--out DIR  new directory; it gets config.json and model.safetensors, which CogViT.from_pretrained(DIR) reads
+
+The newest good checkpoint is taken. Text tower, projections and teacher heads are training aids and stay behind.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogvit.arguments import run_command
+from cogvit.errors import ConfigError
+from cogvit.training.restore import is_run, latest_of_run, load_towers
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    run: str
+    out: str = ""
+
+
+def export(arguments: Arguments) -> int:
+    """Write the export; returns the exit status."""
+    run, out = Path(arguments.run), Path(arguments.out)
+    if not arguments.out:
+        raise ConfigError("--out DIR is needed: a new directory for the export")
+    if not is_run(run):
+        raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists; choose a new directory")
+    checkpoint, vision = latest_of_run(run), load_towers(run).vision
+    try:
+        vision.save_pretrained(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    num_parameters = sum(parameter.numel() for parameter in vision.parameters())
+    print(f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with CogViT.from_pretrained({str(out)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, export))
