@@ -38,7 +38,7 @@ check: $(TOOLS)  ## lint, format, types, layers, sizes
 	python -m tools.check_size $(CODE)
 
 bench: $(RUNTIME)  ## every benchmark, one after the other
-	for file in tools/bench/[a-z]*.py; do python -m tools.bench.$$(basename $$file .py); done
+	shopt -s nullglob; for file in tools/bench/[a-z]*.py; do python -m tools.bench.$$(basename $$file .py); done
 
 clean:  ## leaves the sources; removes the environment, caches and runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build runs

@@ -246,6 +246,7 @@ def _check_training(config: RunConfig) -> None:
         _require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
     _require(schedule.steps >= 1, f"--schedule.steps {schedule.steps} must be at least 1")
     _require(schedule.warmup_steps >= 0, f"schedule.warmup_steps={schedule.warmup_steps} must not be negative")
+    _require(config.log.every_steps >= 1, f"--log.every-steps {config.log.every_steps} must be at least 1")
     if config.objective == "distill":
         teachers = config.teachers
         _require(bool(teachers.members), "stage 1 needs teachers.members: at least one teacher")

@@ -1,7 +1,7 @@
 """Trains: `python -m cogvit.train PRESET [flags]`, one process per rank under torchrun or srun, also bare.
 
-This is the composition root: it reads the configuration, puts data, teachers, model, engine and loop together, and turns
-errors into one line and an exit status. The same command with the same --out resumes.
+This is the composition root: it reads the configuration, puts data, teachers, model, engine and loop together, and
+turns errors into one line and an exit status. The same command with the same --out resumes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,16 +52,41 @@ def main(argv: list[str]) -> int:
         if "--dry-run" in argv:
             print(json.dumps(to_json(config), indent=1))
             return 0
+        corpus = open_corpus(config)
         claim_directory(config, writer=rank == 0)
-        return run(config)
+        return run(config, corpus)
     except CogViTError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """The indexes of a run's shards."""
+
+    train: Index
+    held_out: Index | None  # None where the run does not evaluate
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Load the indexes, before any process group or heavy library. Errors: DataError, ConfigError."""
+    from data_pipeline.index import load_index
+
+    data = config.data
+    if not data.shards:
+        raise ConfigError("--data.shards PATTERN is needed: the training shards")
+    if config.eval.every_steps and not data.eval_shards:
+        raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
+    held_out = load_index(data.eval_shards, data.index_dir) if config.eval.every_steps else None
+    return Corpus(load_index(data.shards, data.index_dir), held_out)
+
+
 def claim_directory(config: RunConfig, *, writer: bool) -> None:
-    """Make the run directory, or accept it as the same run's. Errors: ConfigError when it is another's or unwritable."""
+    """Make the run directory, or accept it as the same run's.
+
+    Errors: ConfigError when it is another run's or cannot be written.
+    """
     if not config.out:
         raise ConfigError("--out DIR is needed: the run directory")
     path = Path(config.out) / "config.json"
@@ -77,7 +102,7 @@ def claim_directory(config: RunConfig, *, writer: bool) -> None:
             raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     from cogvit.parallel.mesh import start_mesh, stop_mesh
     from cogvit.training.checkpoint import Checkpoints
@@ -86,16 +111,14 @@ def run(config: RunConfig) -> int:
     from cogvit.training.meter import Meter
     from cogvit.training.signals import StopRequest
     from cogvit.training.state import TrainState
-    from data_pipeline.index import load_index
     from data_pipeline.loader import start_position
 
     mesh = start_mesh(config.parallel)
     contrast = config.objective == "contrast"
     with ExitStack() as resources:
         resources.callback(stop_mesh)
-        index = load_index(config.data.shards, config.data.index_dir)
-        start = start_position(index, config, with_text=contrast)
-        source = None if contrast else resources.enter_context(feature_source(config, index, mesh))
+        start = start_position(corpus.train, config, with_text=contrast)
+        source = None if contrast else resources.enter_context(feature_source(config, corpus.train, mesh))
         stop = resources.enter_context(StopRequest())
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
@@ -104,8 +127,8 @@ def run(config: RunConfig) -> int:
         )
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0, train_s=0.0)
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
-        evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, mesh, source))
-        batches = resources.enter_context(closing(rank_batches(config, index, mesh, source, state.position)))
+        evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, corpus, mesh, source))
+        batches = resources.enter_context(closing(rank_batches(config, corpus.train, mesh, source, state.position)))
         state = train(
             engine,
             objective,
@@ -138,15 +161,11 @@ def rank_batches(
             )
 
 
-def held_out(config: RunConfig, mesh: Mesh, source: FeatureSource | None) -> Generator[StepBatch]:
+def held_out(config: RunConfig, corpus: Corpus, mesh: Mesh, source: FeatureSource | None) -> Generator[StepBatch]:
     """Yield the same first global batches of the held-out shards each time."""
-    from data_pipeline.index import load_index
-
-    if not config.data.eval_shards:
-        raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
-    data = replace(config.data, shards=config.data.eval_shards, mixture=(), flip=False)
-    index = load_index(data.shards, data.index_dir)
-    with closing(rank_batches(replace(config, data=data), index, mesh, source, None)) as batches:
+    assert corpus.held_out is not None
+    data = replace(config.data, mixture=(), flip=False)
+    with closing(rank_batches(replace(config, data=data), corpus.held_out, mesh, source, None)) as batches:
         yield from islice(batches, config.eval.steps)
 
 

@@ -56,9 +56,15 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
         raise DataError(f"does not decode: {error}") from error
 
 
-def read_image_at(data: bytes, size_hw_px: tuple[int, int], *, mirror: bool = False) -> Pixels:
-    """Decode and resize, bilinear and antialiased, to [height, width, 3]. Errors: DataError when it does not decode."""
-    return np.ascontiguousarray(_read_resized(data, size_hw_px, mirror).permute(1, 2, 0).numpy())
+def read_image_at(data: bytes, size_hw_px: tuple[int, int], *, mirror: bool = False) -> Tensor:
+    """Decode and resize, bilinear and antialiased, to uint8 [3, height, width].
+
+    Errors: DataError when it does not decode.
+    """
+    # Twice the target leaves the antialiasing filter its full support.
+    pixels = read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1]))
+    image = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
+    return image.flip(2) if mirror else image
 
 
 def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, *, mirror: bool = False) -> Tensor:
@@ -68,15 +74,7 @@ def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, *,
     Errors: DataError when it does not decode.
     """
     size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
-    return patchify(_read_resized(data, size_hw_px, mirror), patch_size_px)
-
-
-def _read_resized(data: bytes, size_hw_px: tuple[int, int], mirror: bool) -> Tensor:
-    """Return uint8 [3, height, width], which is how the resizing leaves it."""
-    # Twice the target leaves the antialiasing filter its full support.
-    pixels = read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1]))
-    image = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
-    return image.flip(2) if mirror else image
+    return patchify(read_image_at(data, size_hw_px, mirror=mirror), patch_size_px)
 
 
 def _open(data: bytes) -> Image.Image:

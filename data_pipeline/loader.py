@@ -102,9 +102,10 @@ def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: 
     """
     data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
     try:
-        return read_image_at(data, size_hw_px, mirror=flip and bool(mirrored(np.array([key]))[0]))
+        image = read_image_at(data, size_hw_px, mirror=flip and bool(mirrored(np.array([key]))[0]))
     except DataError:
         return None
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def iterate_samples(pattern: str) -> Iterator[Sample]:

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
-
 from cogvit.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.training.checkpoint import list_checkpoints, read_state, verify
+from cogvit.training.checkpoint import list_checkpoints, read_state, stored_shapes, verify
 from cogvit.training.restore import latest_of_run
 
 
@@ -44,12 +41,48 @@ def inspect(arguments: Arguments) -> int:
 
 def list_run(run: Path) -> int:
     """Print a line for each checkpoint."""
-    checkpoints = list_checkpoints(run / "checkpoints")
-    states = {path: _state(path) for path in checkpoints}
-    best = {state.best_step for state in states.values() if state is not None} - {None}
-    for path, state in states.items():
+    for path in list_checkpoints(run / "checkpoints"):
         size_mb = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
-        seen = "damaged" if state is None else f"{state.images:,} images, {state.tokens:,} tokens seen"
-        mark = "  (best by evaluation)" if state is not None and state.step in best else ""
-        print(f"{path.name}  {size_mb:,.1f} MB  {seen}{mark}")
+        print(f"{path.name}  {size_mb:,.1f} MB  {_progress(path)}")
     return 0
+
+
+def verify_run(run: Path) -> int:
+    """Read every checkpoint and print what is wrong with it."""
+    faults = 0
+    for path in list_checkpoints(run / "checkpoints"):
+        fault = verify(path)
+        faults += fault is not None
+        print(f"{path.name}  {'good' if fault is None else 'DAMAGED: ' + fault}", flush=True)
+    return 1 if faults else 0
+
+
+def show_run(run: Path) -> int:
+    """Print what the newest good checkpoint holds."""
+    path = latest_of_run(run)
+    state = read_state(path)
+    print(f"{path}\n{_progress(path)}, {state.train_s:,.0f} s in steps")
+    if state.best_step is not None:
+        print(f"best evaluation so far: loss {state.best_loss:.6g} at step {state.best_step}")
+    tensors, values = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for key, shape in stored_shapes(path).items():
+        kind, _, name = key.partition("/")
+        part = (name.partition(".")[0], kind)
+        tensors[part] += 1
+        values[part] += prod(shape)
+    print(f"{'module':<14}{'kind':<14}{'tensors':>8}{'values':>16}")
+    for module, kind in sorted(tensors):
+        print(f"{module:<14}{kind:<14}{tensors[module, kind]:>8}{values[module, kind]:>16,}")
+    return 0
+
+
+def _progress(path: Path) -> str:
+    try:
+        state = read_state(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its counters cannot be read; see verify"
+    return f"step {state.step:,}, {state.images:,} images and {state.tokens:,} tokens seen"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, inspect))

@@ -98,7 +98,7 @@ def check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"--out {out} is a file; choose a new directory")
-    ours = {out / CONTENTS, *(out / shard for shard in _contents(out))}
+    ours = _files_of_corpus(out)
     for path in sorted(out.rglob("*")):
         if not path.is_dir() and path not in ours and path.with_suffix("") not in ours:
             raise ConfigError(
@@ -106,13 +106,14 @@ def check_replaceable(out: Path) -> None:
             )
 
 
-def _contents(out: Path) -> list[str]:
-    """Return the shards that a corpus lists; none where there is no corpus."""
+def _files_of_corpus(out: Path) -> set[Path]:
+    """Return the files that the corpus in a directory is made of; none where there is no corpus."""
     try:
         contents = json.loads((out / CONTENTS).read_text())
-        return list(contents["shards"]) if contents["made_by"] == _MAKER else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        shards = contents["shards"] if contents["made_by"] == _MAKER else None
+    except (OSError, ValueError, LookupError, TypeError):
+        shards = None
+    return set() if shards is None else {out / name for name in (CONTENTS, *shards)}
 
 
 def make(out: Path, planned: Sequence[Shard], seed: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from cogvit.batch import to_device
 from cogvit.evaluation.features import embed_images, embed_texts, image_features
 from cogvit.evaluation.samples import Samples, pack_rows, read_images, spread
 from cogvit.evaluation.subject import Subject
+from data_pipeline.decode import Pixels
 
 _NUM_MAPPED = 8  # images beside their features
 _NUM_QUERIES = 4  # in each language and direction
@@ -56,7 +57,7 @@ def feature_picture(subject: Subject) -> bytes:
     colors = principal_colors(torch.cat(patches)).split([len(x) for x in patches])
     grid_hw = subject.sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
     images = read_images(index, rows, grid_hw * subject.sizing.patch_size_px)
-    fields = [color.T.unflatten(1, grid) for color, grid in zip(colors, grid_hw.tolist(), strict=True)]
+    fields = [color.unflatten(0, grid).numpy() for color, grid in zip(colors, grid_hw.tolist(), strict=True)]
     return _png(_columns([(_cell(image), _cell(field)) for image, field in zip(images, fields, strict=True)]))
 
 
@@ -116,17 +117,12 @@ def _tiles(samples: Samples, places: list[int]) -> list[bytes]:
     size_hw_px = np.stack([entries["height_px"], entries["width_px"]], axis=1).astype(np.int64)
     shrink = np.minimum(1.0, _TILE_PX / size_hw_px.max(axis=1, keepdims=True))
     size_hw_px = np.maximum(1, (size_hw_px * shrink).round().astype(np.int64))
-    return [_png(_picture(image)) for image in read_images(samples.index, rows, size_hw_px)]
+    return [_png(Image.fromarray(image)) for image in read_images(samples.index, rows, size_hw_px)]
 
 
-def _picture(color: Tensor) -> Image.Image:
-    """Return uint8 [3, H, W] as Pillow's image."""
-    return Image.fromarray(color.permute(1, 2, 0).contiguous().numpy())
-
-
-def _cell(color: Tensor) -> Image.Image:
+def _cell(pixels: Pixels) -> Image.Image:
     """Scale an image or a field of patches to the size of a cell, each pixel or patch a plain rectangle."""
-    image = _picture(color)
+    image = Image.fromarray(pixels)
     scale = _CELL_PX / max(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
 

@@ -36,9 +36,10 @@ def image_features(vision: CogViT, samples: Samples, sizing: Sizing) -> Tensor:
 
 
 def pixel_features(samples: Samples) -> Tensor:
-    """Return the images' pixels on a common small square, [n, 3 * side * side]: what no encoder was needed for."""
+    """Return the images' pixels on a common small square, [n, side * side * 3]: what no encoder was needed for."""
     size_hw_px = np.full((len(samples), 2), _PIXELS_SIDE_PX)
-    return torch.stack([image.flatten() / 255 for image in read_images(samples.index, samples.rows, size_hw_px)])
+    images = read_images(samples.index, samples.rows, size_hw_px)
+    return torch.stack([torch.from_numpy(image).flatten() / 255 for image in images])
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
-from cogvit.model.packing import pack_images, patchify
+from cogvit.model.packing import pack_images
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
-from data_pipeline.decode import read_image_at
+from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import CAPTION_EXTENSIONS, Index
 from data_pipeline.plan import Sizing
 from data_pipeline.shards import ShardReader
@@ -92,24 +92,29 @@ def read_samples(index: Index, source: str, rows: Ints) -> Samples:
     )
 
 
-def read_images(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Tensor]:
-    """Decode some rows to uint8 [3, height, width], each at its own size of size_hw_px [n, 2].
+def read_images(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Pixels]:
+    """Decode some rows, each at its own (height, width) of size_hw_px [n, 2]. Errors: as `read_patches`."""
+    pixels = read_patches(index, rows, size_hw_px, patch_size_px=1)
+    return (image.unflatten(0, size).numpy() for image, size in zip(pixels, size_hw_px.tolist(), strict=True))
+
+
+def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) -> Iterator[Tensor]:
+    """Decode some rows to patches, uint8 [rows * columns, 3 * P * P], each on its own grid of grid_hw [n, 2].
 
     Errors: DataError, which names the sample, where one does not decode.
     """
     reader = ShardReader()
-    for row, (height_px, width_px) in zip(rows, size_hw_px.tolist(), strict=True):
+    for row, (grid_rows, columns) in zip(rows, grid_hw.tolist(), strict=True):
         ref = index.ref(row)
         data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
         try:
-            yield read_image_at(data, (height_px, width_px))
+            yield decode_patches(data, (grid_rows, columns), patch_size_px)
         except DataError as error:
             raise DataError(f"{index.name(row)}: {error}; evaluation takes whole shards: remove or repair it") from None
 
 
 def pack_rows(index: Index, rows: Ints, sizing: Sizing) -> Iterator[Pack]:
     """Yield the images of some rows in packs, images of one grid side by side; the sample ids seed their draws."""
-    patch_px = sizing.patch_size_px
     grid_hw = sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
     order = np.lexsort(grid_hw.T)
     pack = (np.cumsum(grid_hw.prod(axis=1)[order]) - 1) // _TOKENS_PER_PACK
@@ -117,7 +122,7 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing) -> Iterator[Pack]:
     for places in np.split(order, np.flatnonzero(np.diff(pack)) + 1):
         chosen, grids = rows[places], grid_hw[places]
         images = pack_images(
-            [patchify(image, patch_px) for image in read_images(index, chosen, grids * patch_px)],
+            list(read_patches(index, chosen, grids, sizing.patch_size_px)),
             [(rows, columns) for rows, columns in grids.tolist()],
             key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
         )

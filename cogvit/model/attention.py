@@ -52,10 +52,8 @@ class Segments:
         shift = start[rank] - (length[rank].cumsum(0) - length[rank])
         order = torch.arange(self.num_valid_tokens) + shift.repeat_interleave(length[rank])
         order = torch.cat([order, torch.arange(self.num_valid_tokens, sum(self.lengths))])
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
         device = self.cu_seqlens.device
-        return Runs(batches, order.to(device), inverse.to(device))
+        return Runs(batches, order.to(device), invert(order).to(device))
 
 
 def segments_of(cu_seqlens: Tensor) -> Segments:
@@ -63,6 +61,13 @@ def segments_of(cu_seqlens: Tensor) -> Segments:
     bounds = cu_seqlens.tolist()
     lengths = tuple(stop - start for start, stop in pairwise(bounds))
     return Segments(cu_seqlens, lengths, len(lengths) - 1)
+
+
+def invert(order: Tensor) -> Tensor:
+    """Return the inverse of a permutation [n] int64."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
 
 
 class _Permute(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvit.batch import PackedImages
-from cogvit.model.attention import Segments, permute_rows, segments_of
+from cogvit.model.attention import Segments, invert, permute_rows, segments_of
 from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_model
@@ -38,12 +38,6 @@ def _cls_places(images: PackedImages) -> Tensor:
     return torch.cat([patch_T, cls_N])
 
 
-def _invert(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
-
-
 def _cls_segments(segments: Segments, num_tokens: int) -> Segments:
     """One token more in each image that is there, all the others in the padding."""
     lengths = [length + 1 if length else 0 for length in segments.lengths[:-1]]
@@ -57,7 +51,7 @@ def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
     segments, slot_S, row_col_S2 = segments_of(images.cu_seqlens), images.segment(), images.row_col
     if cfg.use_cls_token:
         num_slots = images.num_slots
-        source = _invert(_cls_places(images))
+        source = invert(_cls_places(images))
         present_N = images.cu_seqlens[:-1].diff() > 0
         slot_N = torch.where(present_N, torch.arange(num_slots, device=slot_S.device), num_slots)
         slot_S = torch.cat([slot_S, slot_N])[source]
@@ -74,7 +68,7 @@ def split_packed(x_SD: Tensor, images: PackedImages, cfg: CogViTConfig) -> Packe
     if not cfg.use_cls_token:
         return PackedFeatures(x_SD, None)
     places = _cls_places(images)
-    x_SD = permute_rows(x_SD, places, _invert(places))
+    x_SD = permute_rows(x_SD, places, invert(places))
     patch_TD, cls_ND = x_SD.split([images.num_tokens, images.num_slots])
     return PackedFeatures(patch_TD, cls_ND)
 
@@ -108,16 +102,17 @@ class VisionEmbedding(nn.Module):
     def embed_packed(self, images: PackedImages, mask_T: Tensor | None = None) -> PackedTokens:
         """Embed a pack; patches where the bool mask [T] is true become the mask token before positions are added."""
         layout = vision_layout(images, self.cfg)
-        x_SD = self.patch_embed(images.patches)
+        # Under autocast the patches come out in bf16, but the residual stream is fp32.
+        x_SD = self.patch_embed(images.patches).to(self.mask_token.dtype)
         if mask_T is not None:
-            x_SD = torch.where(mask_T.unsqueeze(1), self.mask_token[0].to(x_SD.dtype), x_SD)
+            x_SD = torch.where(mask_T.unsqueeze(1), self.mask_token[0], x_SD)
         if self.pos_embed is not None:
             grids = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
             x_SD = x_SD + self.pos_embed(grids, images.row_col, images.segment())
         if self.cls_token is not None:
             cls_ND = self.cls_token[0].expand(images.num_slots, -1)
             places = _cls_places(images)
-            x_SD = permute_rows(torch.cat([x_SD, cls_ND]), _invert(places), places)
+            x_SD = permute_rows(torch.cat([x_SD, cls_ND]), invert(places), places)
         return PackedTokens(layout.segments, layout.cos_SK, layout.sin_SK, layout.slot_S, layout.key_N, x_SD)
 
 

@@ -29,7 +29,7 @@ from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, masked_
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
-_RESPAWN_PAUSE_S = 0.1
+_RETRY_PAUSE_S = 0.1
 _LOG = logging.getLogger(__name__)
 
 
@@ -137,20 +137,29 @@ class TeacherActor:
         return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who serves a lane of a teacher. Its successor has the next generation, as Ray does not free a dead actor's name."""
+
+    teacher: str
+    lane: int  # 0 .. actors_per_teacher - 1
+    generation: int
+    handle: Any  # ray.actor.ActorHandle
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A request under way at one actor."""
 
-    actor: Any
+    actor: Actor
     reply: Any  # ray.ObjectRef
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A request under way at an actor of every teacher."""
+    """A request under way at one actor of every teacher."""
 
     request: FeatureRequest
-    lane: int  # which of a teacher's actors serves it
     calls: dict[str, Call]
 
 
@@ -170,7 +179,7 @@ class TeacherPool:
         self._lanes = itertools.cycle(range(config.actors_per_teacher))
         self._dims = {member.name: inspect_teacher(member.path).dim for member in config.members}
         self._actors = {
-            (name, lane): self._get_or_start(name, lane)
+            (name, lane): self._get_or_start(name, lane, generation=0)
             for name in self._members
             for lane in range(config.actors_per_teacher)
         }
@@ -183,7 +192,7 @@ class TeacherPool:
     def submit(self, request: FeatureRequest) -> Pending:
         """Send a request to one actor of every teacher."""
         lane = next(self._lanes)
-        return Pending(request, lane, {name: self._send(name, lane, request) for name in self._members})
+        return Pending(request, {name: self._send(name, lane, request) for name in self._members})
 
     def result(self, handle: Pending) -> Features:
         """Wait for the replies; requests of dead actors are sent again.
@@ -198,6 +207,7 @@ class TeacherPool:
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
         while True:
+            actor = pending.calls[name].actor
             try:
                 return _from_wire(get(pending.calls[name].reply, timeout=max(0.0, deadline_s - time.monotonic())))
             except GetTimeoutError:
@@ -206,29 +216,35 @@ class TeacherPool:
                 if isinstance(error.cause, CogViTError):
                     raise error.cause from None
                 raise
-            except RayError as error:  # the actor or its reply is lost
-                if isinstance(error, ActorDiedError) and error.actor_init_failed:
+            except ActorDiedError as error:
+                if error.actor_init_failed:
                     raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
-                if time.monotonic() >= deadline_s:
-                    raise self._unavailable(name, "keeps dying") from error
-                pending.calls[name] = self._send_again(name, pending)
+                self._replace(actor)
+            except RayError as error:
+                _LOG.warning("a reply of teacher %s was lost (%s); the request is sent again", name, error)
+                time.sleep(_RETRY_PAUSE_S)
+            if time.monotonic() >= deadline_s:
+                raise self._unavailable(name, "keeps failing")
+            pending.calls[name] = self._send(name, actor.lane, pending.request)
 
-    def _send_again(self, name: str, pending: Pending) -> Call:
-        time.sleep(_RESPAWN_PAUSE_S)  # Ray frees a dead actor's name a moment after it reports the death
-        if self._actors[name, pending.lane] is pending.calls[name].actor:
-            _LOG.warning("an actor of teacher %s died; another one takes over its requests", name)
-            self._actors[name, pending.lane] = self._get_or_start(name, pending.lane)
-        return self._send(name, pending.lane, pending.request)
+    def _replace(self, dead: Actor) -> None:
+        """Start the successor of a dead actor, unless an earlier request of its has done so."""
+        if self._actors[dead.teacher, dead.lane] is dead:
+            _LOG.warning("an actor of teacher %s died; another one takes over its requests", dead.teacher)
+            self._actors[dead.teacher, dead.lane] = self._get_or_start(dead.teacher, dead.lane, dead.generation + 1)
 
     def _send(self, name: str, lane: int, request: FeatureRequest) -> Call:
         actor = self._actors[name, lane]
-        return Call(actor, actor.features.remote(request))
+        return Call(actor, actor.handle.features.remote(request))
 
-    def _get_or_start(self, name: str, lane: int) -> Any:
-        member = self._members[name]
-        path = os.path.abspath(member.path) if os.path.isdir(member.path) else member.path  # or a hub name
-        named = self._actor_class.options(name=f"{name}-{lane}", get_if_exists=True, num_cpus=1, max_restarts=0)
-        return named.remote(path, self._config.precision, self._decode)
+    def _get_or_start(self, name: str, lane: int, generation: int) -> Actor:
+        """Start an actor, or take the one that another rank has started under the same name."""
+        path = self._members[name].path
+        path = os.path.abspath(path) if os.path.isdir(path) else path  # the actor's working directory is another
+        named = self._actor_class.options(
+            name=f"{name}-{lane}-{generation}", get_if_exists=True, num_cpus=1, max_restarts=0
+        )
+        return Actor(name, lane, generation, named.remote(path, self._config.precision, self._decode))
 
     def _unavailable(self, name: str, state: str) -> TeacherUnavailable:
         return TeacherUnavailable(

@@ -137,15 +137,16 @@ def read_state(path: Path) -> TrainState:
     return state_from_json(json.loads((path / _STATE).read_text()))
 
 
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a checkpoint, by KIND/NAME; KIND is MASTER or a moment of the optimizer."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def weights(path: Path, prefix: str) -> dict[str, Tensor]:
     """Return the plain weights whose names begin with prefix, without it; in this process alone."""
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     wanted = f"{MASTER}/{prefix}"
-    full = {
-        key: torch.empty(entry.size)
-        for key, entry in metadata.items()
-        if key.startswith(wanted) and isinstance(entry, TensorStorageMetadata)
-    }
+    full = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith(wanted)}
     _load(full, path, alone=True)
     return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from cogvit.batch import Batch, StepBatch, move
+from cogvit.batch import StepBatch, move
 from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
@@ -27,6 +27,7 @@ class Workload:
     tokens: int  # valid patch tokens
     slots: int  # patch tokens, padding included
     failed: int  # images that were planned and did not decode
+    cut_captions: int  # longer than text.max_tokens
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def train(
         micro = tuple(move(one, mesh.device) for one in batch.micro)
         data_s = time.perf_counter() - start_s
         report = engine.step(objective, micro, state.step)
-        work = measure(micro, mesh)
+        work = measure(replace(batch, micro=micro), mesh)
         seconds = time.perf_counter() - start_s
         state = state.after(batch.position, images=work.images, tokens=work.tokens, seconds=seconds)
         values = step_values(report, work, seconds=seconds, data_s=data_s)
@@ -106,16 +107,17 @@ def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation) -> di
     return {f"eval_{name}": value / count for name, value in sums.items()}
 
 
-def measure(micro: tuple[Batch, ...], mesh: Mesh) -> Workload:
+def measure(step: StepBatch, mesh: Mesh) -> Workload:
     """Count a step's images and tokens over the dp ranks."""
     counts = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    for batch in micro:
+    for batch in step.micro:
         images = batch.images
         planned = sum(sample is not None for sample in batch.samples)
         valid = images.weight.sum()
         counts += torch.stack([valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]).to(
             counts
         )
+    counts = torch.cat([counts, counts.new_tensor([step.cut_captions])])
     dist.all_reduce(counts, group=mesh.dp_group)
     return Workload(*(int(count) for count in counts))
 
@@ -131,6 +133,7 @@ def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: f
         "tokens": float(work.tokens),
         "valid_fraction": work.tokens / work.slots,
         "failed_images": float(work.failed),
+        "cut_captions": float(work.cut_captions),
         "images_per_s": work.images / seconds,
         "tokens_per_s": work.tokens / seconds,
         "seconds": seconds,

@@ -141,6 +141,7 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         (DISTILL, ["--optim.beta2=1"], 1, r"optim\.beta2=1\.0 must be in \[0, 1\)"),
         (DISTILL, ["--schedule.steps=0"], 1, r"--schedule\.steps 0 must be at least 1"),
         (DISTILL, ["--schedule.warmup-steps=-1"], 1, r"schedule\.warmup_steps=-1 must not be negative"),
+        (DISTILL, ["--log.every-steps=0"], 1, r"--log\.every-steps 0 must be at least 1"),
         (RunConfig(), [], 1, r"stage 1 needs teachers\.members"),
         (DISTILL, ["--teachers.members.dinov3.name=siglip2"], 1, "teacher names must be set and differ"),
         (DISTILL, ["--teachers.members.dinov3.name="], 1, "teacher names must be set and differ"),

@@ -248,6 +248,7 @@ def test_bf16_autocast_trains_close_to_fp32(options: dict[str, object]) -> None:
     images = pack(pictures(GRIDS, torch.float32))
     expected = model.forward_packed(images).patch_TD
     with torch.autocast("cpu", torch.bfloat16):
+        assert model.embed_packed(images).x_SD.dtype == torch.float32  # the residual stream
         out = model.forward_packed(images).patch_TD
     assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
     out.float().mean().backward()

@@ -105,7 +105,7 @@ def test_killed_actors_are_replaced_and_requests_in_flight_are_sent_again(
     pool = TeacherPool(config(paths, "killed-"), teachers.draw)
     handles = [pool.submit(request) for request in REQUESTS]
     first = pool.result(handles[0])
-    for name in ("killed-siglip2-0", "killed-siglip2-1", "killed-dinov3-1"):
+    for name in ("killed-siglip2-0-0", "killed-siglip2-1-0", "killed-dinov3-1-0"):
         ray.kill(ray.get_actor(name))
     answers = [first, *(pool.result(handle) for handle in handles[1:])]
     assert_equal_bits(answers, local(paths), "killed-")
@@ -117,18 +117,16 @@ def ask_from_another_process(rank: int, world: int, cluster: Cluster, config: Te
         return ask_all(TeacherPool(config, teachers.draw))
 
 
-def test_another_process_joins_and_uses_the_same_actors(
-    cluster: Cluster, paths: dict[str, str], pool: Pool
-) -> None:
+def test_another_process_joins_and_uses_the_same_actors(cluster: Cluster, paths: dict[str, str], pool: Pool) -> None:
     import ray
 
     owners = TeacherPool(config(paths, "shared-"), teachers.draw)
     expected = ask_all(owners)
-    before = ray.get_actor("shared-siglip2-0")
+    before = ray.get_actor("shared-siglip2-0-0")
     (answers,) = pool.run(ask_from_another_process, 1, (cluster, config(paths, "shared-")), timeout_s=120.0)
     for answer, wanted in zip(answers, expected, strict=True):
         assert all(torch.equal(answer[name], wanted[name]) for name in wanted)
-    assert ray.get_actor("shared-siglip2-0")._actor_id == before._actor_id
+    assert ray.get_actor("shared-siglip2-0-0")._actor_id == before._actor_id
 
 
 def test_silence_is_reported_with_the_way_out(cluster: Cluster, paths: dict[str, str]) -> None:

@@ -27,7 +27,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def images_of(grids: tuple[Grid, ...], patch_size_px: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (rows * patch_size_px, columns * patch_size_px, 3), np.uint8) for rows, columns in grids]
+    return [
+        rng.integers(0, 256, (rows * patch_size_px, columns * patch_size_px, 3), np.uint8) for rows, columns in grids
+    ]
 
 
 def test_siglip2_is_the_transformers_model_on_any_grid(directory: Path) -> None:

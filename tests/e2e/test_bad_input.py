@@ -1,0 +1,103 @@
+"""What a user gets wrong: one clear line, exit status 2, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cogvit.train import main
+from tests.e2e.corpus import write_shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", "numbers-00000", 8)
+    return tmp_path / "shards"
+
+
+def refuse(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str) -> None:
+    """The command fails with one line that holds every expected word."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    for word in expected:
+        assert word in lines[0]
+    assert captured.out == ""
+
+
+def test_missing_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(capsys, ["demo_stage3"], "demo_stage3", "demo_stage1")
+
+
+def test_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(capsys, ["demo_stage2", "--data.shard", "x"], "--data.shard", "--data.shards")
+
+
+def test_world_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    refuse(capsys, ["demo_stage2", "--parallel.tp", "4", "--out", "x"], "6 processes", "tp=4")
+
+
+def test_heads_that_tp_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refuse(capsys, ["demo_stage2", "--parallel.tp", "3", "--out", "x"], "num_heads=4", "--parallel.tp 3")
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_zero_stage(capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    refuse(capsys, ["demo_stage2", "--zero.stage", stage], f"--zero.stage {stage}", "use 1 or 2")
+
+
+def test_directory_without_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "run"
+    argv = ["demo_stage2", "--data.shards", str(tmp_path / "empty"), "--eval.every-steps", "0", "--out", str(out)]
+    refuse(capsys, argv, "empty")
+    assert not out.exists()
+
+
+def test_shard_that_is_not_a_tar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_text("no tar at all" * 100)
+    from tools.index_shards import main as index_shards
+
+    assert index_shards([str(tmp_path)]) == 2
+    assert "bad.tar" in capsys.readouterr().err
+
+
+def test_shards_without_index(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    for index in shards.glob("*.parquet"):
+        index.unlink()
+    argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(tmp_path / "run")]
+    refuse(capsys, argv, "python -m tools.index_shards")
+
+
+def test_directory_of_another_run(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(out)]
+    out.mkdir()
+    assert main([*argv, "--dry-run", "--seed", "1"]) == 0
+    (out / "config.json").write_text(capsys.readouterr().out)
+    before = (out / "config.json").read_bytes()
+    refuse(capsys, [*argv, "--seed", "2"], "another run", "seed: 1 -> 2")
+    assert (out / "config.json").read_bytes() == before
+
+
+def test_teacher_that_is_no_checkpoint(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    from cogvit.errors import ConfigError
+    from cogvit.teacher.zoo import inspect_teacher
+
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ConfigError, match=r"teacher .*config\.json"):
+        inspect_teacher(str(tmp_path / "teacher"))
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="does not exist"):
+        inspect_teacher(str(tmp_path / "teacher"))
+
+
+def test_out_that_cannot_be_written(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0"]
+    refuse(capsys, [*argv, "--out", str(tmp_path / "file" / "run")], "--out", "cannot be written")

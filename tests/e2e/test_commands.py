@@ -1,0 +1,152 @@
+"""Whole commands as a user runs them: both stages on two processes, a stop and a resume, and the README's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvit.training.checkpoint import latest, read_state, weights
+from cogvit.training.meter import read_metrics
+from tests.e2e.corpus import write_world
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--data.global-batch-images", "16", "--data.tokens-per-pack", "256", "--data.images-per-pack", "12",
+    "--eval.every-steps", "0", "--eval.steps", "1", "--log.wandb", "off",
+)  # fmt: skip
+STAGE1 = (
+    "launch/local.sh", "2", "demo_stage1", "--parallel.tp", "2", "--data.shards", "shards", "--data.eval-shards", "heldout",
+    "--teachers.members.siglip2.path", "teachers/siglip2", "--teachers.members.dinov3.path", "teachers/dinov3", *SMALL,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the repository's folders, shards, held-out shards and teachers."""
+    directory = write_world(tmp_path_factory.mktemp("world"))
+    for name in ("cogvit", "configs", "data_pipeline", "launch", "tools"):
+        (directory / name).symlink_to(ROOT / name)
+    return directory
+
+
+def environment() -> dict[str, str]:
+    """This process's, with its Python first."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHON": sys.executable, "PYTHONPATH": "."}
+
+
+def start(world: Path, command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=world, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(world: Path, command: Sequence[str], status: int = 0) -> str:
+    """Run to the end; the output is in the failure."""
+    process = start(world, command)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == status, f"{' '.join(command)} left with {process.returncode}:\n{output[-3000:]}"
+    return output
+
+
+@pytest.fixture(scope="module")
+def stage1(world: Path) -> Path:
+    """An undisturbed stage-1 run at tp=2 with Ray teachers."""
+    output = run(world, [*STAGE1, "--schedule.steps", "8", "--out", "runs/straight"])
+    assert "step 8/8 loss" in output and "img/s" in output and "tok/s" in output
+    return world / "runs" / "straight"
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_run_resumes_as_if_nothing_happened(world: Path, stage1: Path) -> None:
+    out = world / "runs" / "stopped"
+    command = [*STAGE1, "--schedule.steps", "8", "--out", str(out)]
+    process = start(world, command)
+    while not (out / "metrics.jsonl").exists() or len(read_metrics(out / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    checkpoint = latest(out / "checkpoints")
+    assert checkpoint is not None and 3 <= read_state(checkpoint).step < 8
+    run(world, command)
+    straight, resumed = (read_metrics(path / "metrics.jsonl") for path in (stage1, out))
+    assert [line["step"] for line in resumed] == list(range(1, 9))
+    for name in ("loss", "loss_siglip2", "loss_dinov3", "grad_norm", "lr"):
+        assert [line[name] for line in resumed] == [line[name] for line in straight]
+    final = [weights(path / "checkpoints" / "step_00000008", "") for path in (stage1, out)]
+    assert final[0].keys() == final[1].keys() and "vision.blocks.3.mlp.fc2.weight" in final[0]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+@pytest.mark.timeout(600)
+def test_stage_2_starts_from_stage_1_and_is_evaluated_and_exported(world: Path, stage1: Path) -> None:
+    command = ["launch/local.sh", "2", "demo_stage2", "--init", str(stage1), "--data.shards", "shards", *SMALL]
+    command += ["--data.eval-shards", "heldout", "--schedule.steps", "3", "--out", "runs/stage2"]
+    command += ["--eval.every-steps", "3", "--optim.lr", "0", "--optim.adamw-lr", "0"]
+    run(world, command)
+    lines = read_metrics(world / "runs" / "stage2" / "metrics.jsonl")
+    assert {"loss", "temperature", "bias", "grad_norm_text", "valid_fraction"} <= lines[0].keys()
+    assert "eval_loss" in lines[2]
+    # With rates of 0 the vision tower is still the one of stage 1.
+    before = weights(stage1 / "checkpoints" / "step_00000008", "vision.")
+    after = weights(world / "runs" / "stage2" / "checkpoints" / "step_00000003", "vision.")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    run(world, ["python", "-m", "cogvit.evaluate", "runs/stage2", "--out", "eval.json"])
+    figures = json.loads((world / "eval.json").read_text())
+    assert {"knn_numbers", "linear_numbers", "zeroshot_numbers_en", "zeroshot_numbers_zh"} <= figures.keys()
+    assert figures["zeroshot_numbers_en"]["accuracy"]["chance"] == 0.25
+
+
+def readme_commands() -> list[str]:
+    """Every command line of the README's code blocks that names one of our programs, with the lines it goes on."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("--")]
+
+
+# What a test cannot run as it stands, and where it is run instead.
+ELSEWHERE = {
+    "make demo": "continuous integration runs it after the tests",
+    "make test": "this is it",
+    "python -m cogvit.train PRESET [flags]": "a form, not a command",
+    "launch/local.sh NPROC PRESET [flags]": "a form, not a command",
+}
+
+
+@pytest.mark.timeout(900)
+def test_every_command_of_the_readme_runs(world: Path, stage1: Path) -> None:
+    commands = [command for command in readme_commands() if command not in ELSEWHERE]
+    assert len(commands) >= 6
+    for command in commands:
+        words = [word.strip("'") for word in command.split()]
+        if words[0] == "torchrun":
+            words = one_machine(words, world)
+        if "demo_stage2" in words or "stage1_cogvit_l" in words:
+            steps = words.index("--schedule.steps") if "--schedule.steps" in words else None
+            if steps is not None:
+                words[steps + 1] = "2"
+            words += SMALL
+        run(world, words)
+
+
+def one_machine(words: list[str], world: Path) -> list[str]:
+    """The README's many-machine command with its form kept and its sizes cut to this machine: two ranks, a small run."""
+    small = {
+        "4": "1", "8": "2", "HOST:29500": "127.0.0.1:0", "stage1_cogvit_l": "demo_stage1", "/data/{0000..4095}.tar": "shards",
+        "/runs/stage1": str(world / "runs" / "torchrun"),
+    }  # fmt: skip
+    words = [small.get(word, word) for word in words]
+    return [*words, *STAGE1[8:12], *STAGE1[12 : -len(SMALL)], "--schedule.steps", "2", *SMALL]
