@@ -1,9 +1,8 @@
 """Stage 1 of `make demo`: two small untrained teachers distilled into a 1M-parameter encoder, on a laptop's CPU.
 
-launch/local.sh 2 demo_stage1 --parallel.tp 2 --data.shards 'runs/demo/corpus/train/*.tar' --out runs/demo/stage1
+launch/local.sh 2 demo_stage1 --parallel.tp 2 --out runs/demo/stage1
 """
 
-from configs.models import demo_vision
 from cogvit.config import (
     CheckpointConfig,
     DataConfig,
@@ -14,6 +13,7 @@ from cogvit.config import (
     TeacherConfig,
     TeachersConfig,
 )
+from configs.models import demo_vision
 
 
 def config() -> RunConfig:

@@ -1,10 +1,10 @@
 """Stage 2 of `make demo`: the encoder of stage 1 meets captions in two languages, on a laptop's CPU.
 
-launch/local.sh 2 demo_stage2 --init runs/demo/stage1 --data.shards 'runs/demo/corpus/train/*.tar' --out runs/demo/stage2
+launch/local.sh 2 demo_stage2 --init runs/demo/stage1 --out runs/demo/stage2
 """
 
-from configs.models import demo_text, demo_vision
 from cogvit.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, ScheduleConfig
+from configs.models import demo_text, demo_vision
 
 
 def config() -> RunConfig:

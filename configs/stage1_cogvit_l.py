@@ -1,6 +1,6 @@
 """Stage 1 of the 403M encoder (paper section 2.1): 224 x 224, 35 % masked, SigLIP2 and DINOv3, Muon, cosine decay.
 
-    sbatch launch/stage1.sh stage1_cogvit_l --data.shards '/data/stage1/{0000..4095}.tar' --out runs/stage1
+    python -m cogvit.train stage1_cogvit_l --data.shards '/data/{0000..4095}.tar' --out runs/stage1
 
 The paper publishes neither rates, steps nor teacher checkpoints: those here are starting points, not its recipe. The
 mixture is the paper's: 80 % natural images, 10 % instruction-following, 10 % scientific.

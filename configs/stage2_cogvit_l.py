@@ -1,6 +1,6 @@
-"""Stage 2 of the 403M encoder (paper section 2.1): sigmoid loss, native resolution (NaFlex), 64K global batch, en and zh.
+"""Stage 2 of the 403M encoder (paper section 2.1): sigmoid loss, NaFlex, a global batch of 64K, English and Chinese.
 
-    sbatch launch/stage2.sh stage2_cogvit_l --init runs/stage1 --data.shards '/data/pairs/{00000..99999}.tar' --out runs/stage2
+    python -m cogvit.train stage2_cogvit_l --init runs/stage1 --data.shards '/data/{00000..99999}.tar' --out runs/stage2
 
 The paper publishes neither rates nor steps: those here are starting points, not its recipe.
 """

@@ -1,9 +1,9 @@
 """The block stack as Megatron-core transformer layers: tensor, pipeline and sequence parallel, on packed tokens.
 
-Each layer computes what `cogvit.model.blocks.Block` computes; `convert.py` maps the weights. Where Megatron relies on its
-own trainer to repair gradients (QK-norm under tensor parallelism; norms, row biases and LayerScale under sequence
-parallelism), the parameters here pass through `copy_to_tensor_model_parallel_region`, whose backward sums over the tensor
-ranks, because DeepSpeed never runs that repair.
+Each layer computes what `cogvit.model.blocks.Block` computes; `convert.py` maps the weights. Where Megatron relies on
+its own trainer to repair gradients (QK-norm under tensor parallelism; norms, row biases and LayerScale under sequence
+parallelism), the parameters here pass through `copy_to_tensor_model_parallel_region`, whose backward sums over the
+tensor ranks, because DeepSpeed never runs that repair.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PackedStream(PackedSeqParams):
 
 
 class TensorSyncedNorm(nn.Module):
-    """A norm whose replicated weight gets the sum of the tensor ranks' gradients where each sees a part of the input."""
+    """A norm whose replicated weight gets the tensor ranks' summed gradients where each sees a part of the input."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, *, sequence: bool, recompute
 def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
     norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": config.sequence_parallel})
-    # Each tensor rank normalizes its own heads with the shared weight, so QK-norm is synced under any tensor parallelism.
+    # Each tensor rank normalizes its own heads with the shared weight: QK-norm is synced under any tensor parallelism.
     head_norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": mesh.tp_size > 1})
     qk_norm = head_norm if tower.use_qk_norm else None
     layer = ModuleSpec(

@@ -1,7 +1,7 @@
 """Checkpoints: plain tensors under plain names in torch.distributed.checkpoint files, so any layout loads any other.
 
-A save goes to a hidden directory; a manifest with sizes and SHA-256 is written last and one rename makes it visible. The
-latest checkpoint is the highest step whose manifest verifies.
+A save goes to a hidden directory; a manifest with sizes and SHA-256 is written last and one rename makes it visible.
+The latest checkpoint is the highest step whose manifest verifies.
 """
 
 from __future__ import annotations

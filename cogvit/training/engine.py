@@ -97,7 +97,7 @@ class Engine:
             yield f"{kind}/{name}", gather_plain(by_name[name], local, self.mesh)
 
     def load_plain_state(self, read: Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]) -> None:
-        """Set weights and moments from plain tensors; `read` maps keys and full shapes to tensors, one kind at a time."""
+        """Set weights and moments; `read` maps keys and full shapes to plain tensors, one kind at a time."""
         kinds = sorted({kind for tensor in self.tensors for kind in self.zero.kinds_of(tensor.parameter)})
         for kind in kinds:
             holders = {f"{kind}/{t.name}": t for t in self.tensors if kind in self.zero.kinds_of(t.parameter)}

@@ -56,7 +56,7 @@ def train(
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
-    Errors: NonFiniteStep, DataError and TeacherUnavailable pass through after the loop leaves the last checkpoint as it is.
+    Errors: NonFiniteStep, DataError and TeacherUnavailable pass through; the last checkpoint stays as it is.
     """
     mesh = engine.mesh
     source = iter(batches)
@@ -84,7 +84,7 @@ def train(
 
 
 def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
-    """Return the next global batch; when one rank's data or teachers fail, all ranks raise instead of waiting for it."""
+    """Return the next global batch; when one rank's data or teachers fail, all ranks raise and none waits for it."""
     batch, failure = None, None
     try:
         batch = next(source)

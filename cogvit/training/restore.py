@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cogvit.config import RunConfig, load_config
 from cogvit.errors import CheckpointError
-from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_tensor
 from cogvit.model.interop import load_checked, read_model
 from cogvit.model.text import TextTower

@@ -13,11 +13,11 @@ from cogvit.batch import Batch
 from cogvit.config import OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
+from cogvit.objective.distill import Distill, DistillModel
+from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import TextStage, VisionStage
 from cogvit.parallel.mesh import Mesh, start_mesh
-from cogvit.objective.distill import Distill, DistillModel
-from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.training.engine import Engine
 from tests.packs import MASK_RATIO, random_batch
 
@@ -70,7 +70,7 @@ def run_config(case: Case) -> RunConfig:
             drop_path_rate=0.3,
             layer_scale_init=0.5,
             **FAMILIES[case.family],
-        ),  # fmt: skip
+        ),
         text=TextConfig(embed_dim=32, depth=2, num_heads=4, max_tokens=16, drop_path_rate=0.2),
         optim=OptimConfig(
             name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5

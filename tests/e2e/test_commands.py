@@ -25,7 +25,8 @@ SMALL = (
     "--eval.every-steps", "0", "--eval.steps", "1", "--log.wandb", "off",
 )  # fmt: skip
 STAGE1 = (
-    "launch/local.sh", "2", "demo_stage1", "--parallel.tp", "2", "--data.shards", "shards", "--data.eval-shards", "heldout",
+    "launch/local.sh", "2", "demo_stage1", "--parallel.tp", "2", "--data.shards", "shards",
+    "--data.eval-shards", "heldout",
     "--teachers.members.siglip2.path", "teachers/siglip2", "--teachers.members.dinov3.path", "teachers/dinov3", *SMALL,
 )  # fmt: skip
 
@@ -143,10 +144,10 @@ def test_every_command_of_the_readme_runs(world: Path, stage1: Path) -> None:
 
 
 def one_machine(words: list[str], world: Path) -> list[str]:
-    """The README's many-machine command with its form kept and its sizes cut to this machine: two ranks, a small run."""
+    """The README's many-machine command in its form, cut to this machine: two ranks, a small run."""
     small = {
-        "4": "1", "8": "2", "HOST:29500": "127.0.0.1:0", "stage1_cogvit_l": "demo_stage1", "/data/{0000..4095}.tar": "shards",
-        "/runs/stage1": str(world / "runs" / "torchrun"),
+        "4": "1", "8": "2", "HOST:29500": "127.0.0.1:0", "stage1_cogvit_l": "demo_stage1",
+        "/data/{0000..4095}.tar": "shards", "/runs/stage1": str(world / "runs" / "torchrun"),
     }  # fmt: skip
     words = [small.get(word, word) for word in words]
     return [*words, *STAGE1[8:12], *STAGE1[12 : -len(SMALL)], "--schedule.steps", "2", *SMALL]
