@@ -16,8 +16,8 @@ retrieval     captions of images and images of captions among all of a source, i
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
-Samples with a whole number `label` in their json have classes; all others are retrieved by their captions. Every figure
-comes with what guessing gives.
+Tasks run on each source of the held-out shards that has what they need: classes are whole numbers, `label` in the
+samples' json. Every figure comes with what guessing gives.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
 def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str]) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
-    for test in _needed(subject.labeled, "knn, linear and zeroshot", "a whole number `label` in every json"):
+    for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
         train = read_samples(train_index, test.source, spread(rows_of(train_index, test.source), MAX_TRAIN_IMAGES))
         if not len(train) or train.label is None or test.label is None:
             raise DataError(f"the training shards have no labeled {test.source!r} samples; pass --train-data PATTERN")
@@ -131,7 +131,7 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 def zeroshot_results(subject: Subject) -> Evaluation:
     """Classify held-out samples by the captions of their classes."""
     results: Evaluation = {}
-    for samples in _needed(subject.labeled, "knn, linear and zeroshot", "a whole number `label` in every json"):
+    for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
@@ -145,7 +145,7 @@ def zeroshot_results(subject: Subject) -> Evaluation:
 def retrieval_results(subject: Subject) -> Evaluation:
     """Find the captions of images and the images of captions among all samples of a source."""
     results: Evaluation = {}
-    for samples in _needed(subject.captioned, "retrieval", "captions and no label"):
+    for samples in _needed(subject.captioned, "retrieval needs", "captions"):
         _note(f"retrieval: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
         for language, captions in samples.captions.items():
@@ -160,7 +160,7 @@ def retrieval_results(subject: Subject) -> Evaluation:
 
 def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
     if not found:
-        raise DataError(f"no source of the held-out shards has what {tasks} need ({what}); pass another --data")
+        raise DataError(f"no source of the held-out shards has what {tasks}: {what} of all its samples; pass another --data")
     return found
 
 

@@ -1,8 +1,8 @@
 """Writes the report of a series of runs: one HTML file that opens without a network.
 
-usage: python -m cogvit.report RUN [RUN ...] --out FILE [flags]
+usage: python -m cogvit.report RUN [RUN ...] [flags]
 
---out FILE         the report
+--out FILE         the report; by default report.html in the last RUN
 --evaluation FILE  the figures that python -m cogvit.evaluate --out FILE wrote
 --data PATTERN     indexed held-out shards for the pictures; by default those of each run
 --index-dir DIR    where their indexes lie; by default as in the run, or beside the shards
@@ -30,7 +30,6 @@ import torch
 from cogvit.arguments import run_command
 from cogvit.chart import Series, line_chart, number
 from cogvit.config import RunConfig, load_config, to_json
-from cogvit.errors import ConfigError
 from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
 from cogvit.evaluation.results import Evaluation, read_evaluation
 from cogvit.evaluation.subject import load_subject
@@ -71,12 +70,11 @@ class Arguments:
 
 def report(arguments: Arguments) -> int:
     """Draw the pictures and write the report; returns the exit status."""
-    if not arguments.out:
-        raise ConfigError("--out FILE is needed: the report")
     evaluation = read_evaluation(Path(arguments.evaluation)) if arguments.evaluation else {}
     pictures: dict[str, bytes] = {}
     examples: list[Example] = []
-    for run in map(Path, arguments.runs):
+    runs = [Path(run) for run in arguments.runs]
+    for run in runs:
         if not arguments.data and not load_config(run / "config.json").data.eval_shards:
             continue
         subject = load_subject(run, arguments.data, arguments.index_dir)
@@ -84,8 +82,9 @@ def report(arguments: Arguments) -> int:
         pictures[caption] = feature_picture(subject)
         if subject.towers.text is not None and subject.captioned:
             examples = retrieval_examples(subject)
-    write_report(Path(arguments.out), [Path(run) for run in arguments.runs], evaluation, pictures, examples)
-    print(arguments.out)
+    out = Path(arguments.out) if arguments.out else runs[-1] / "report.html"
+    write_report(out, runs, evaluation, pictures, examples)
+    print(out)
     return 0
 
 

@@ -14,6 +14,7 @@ def config() -> RunConfig:
         vision=demo_vision(),
         text=demo_text(),
         proj_dim=128,
+        init_log_t=3.0,
         data=DataConfig(
             shards="runs/demo/corpus/train/*.tar",
             eval_shards="runs/demo/corpus/heldout/*.tar",
@@ -22,10 +23,11 @@ def config() -> RunConfig:
             images_per_pack=136,
             text_tokens_per_pack=4096,
             max_patches=36,
+            mixture=(("pictograms", 0.78), ("digits", 0.2), ("photos", 0.02)),
             canonical_shares=2,
         ),
-        optim=OptimConfig(lr=2e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=600, warmup_steps=50),
+        optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature_lr_mult=2.0),
+        schedule=ScheduleConfig(steps=330, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=200),
         eval=EvalConfig(every_steps=200),
     )

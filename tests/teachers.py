@@ -16,6 +16,7 @@ from cogvit.teacher.stream import FeatureRequest, Grid, Pixels
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = SHAPE | {"vocab_size": 64, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 UNREADABLE = 13  # the sample id of an image that does not decode
+LOST = 14  # of one whose shard is gone
 
 
 def siglip2() -> transformers.PreTrainedModel:
@@ -51,6 +52,8 @@ def draw(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | N
     """An image that depends on everything a decoder is given."""
     if sample.sample_id == UNREADABLE:
         return None
+    if sample.sample_id == LOST:
+        raise DataError("cannot read shard.tar: no such file")
     rng = np.random.default_rng([sample.sample_id, key])
     return rng.integers(0, 256, (*size_hw_px, 3), dtype=np.uint8)
 
@@ -61,10 +64,6 @@ def draw_or_die(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, ali
         Path(alive).touch()
         os._exit(1)
     return draw(sample, key, size_hw_px)
-
-
-def unreadable_shard(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | None:
-    raise DataError("cannot read shard.tar: no such file")
 
 
 def ref(sample_id: int) -> SampleRef:

@@ -34,8 +34,8 @@ class Subject:
 
     @property
     def captioned(self) -> list[Samples]:
-        """The sources whose samples have captions of their own: no classes, which share theirs."""
-        return [samples for samples in self.samples if samples.label is None and samples.captions]
+        """The sources whose samples have captions."""
+        return [samples for samples in self.samples if samples.captions]
 
 
 def load_subject(path: Path, data: str = "", index_dir: str = "") -> Subject:

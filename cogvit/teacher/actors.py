@@ -139,7 +139,7 @@ class TeacherActor:
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who serves a lane of a teacher. Its successor has the next generation, as Ray does not free a dead actor's name."""
+    """Who serves a lane of a teacher. Ray keeps a dead actor's name, so its successor is of the next generation."""
 
     teacher: str
     lane: int  # 0 .. actors_per_teacher - 1

@@ -1,4 +1,4 @@
-"""Everything here shares one Ray cluster; pools with other decoders name their actors apart."""
+"""Everything here but the last test shares one Ray cluster and, as an actor costs seconds, most share its actors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -45,17 +45,33 @@ def cluster() -> Iterator[Cluster]:
         raise AssertionError("the test process was asked to stop")
 
     previous = signal.signal(signal.SIGTERM, on_sigterm)
-    with connect(plan_cluster(""), num_actors=12) as cluster:
+    with connect(plan_cluster(""), num_actors=6) as cluster:
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
         yield cluster
     signal.signal(signal.SIGTERM, previous)
 
 
-def config(
-    paths: dict[str, str], prefix: str = "", precision: Literal["fp32", "bf16"] = "fp32", max_wait_s: float = 120.0
-) -> TeachersConfig:
-    members = tuple(TeacherConfig(name=prefix + name, path=path) for name, path in paths.items())
-    return TeachersConfig(members=members, actors_per_teacher=2, precision=precision, max_wait_s=max_wait_s)
+@pytest.fixture(scope="module")
+def alive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file whose absence makes an actor of `actors` die at its next image."""
+    return tmp_path_factory.mktemp("marks") / "alive"
+
+
+@pytest.fixture(scope="module")
+def actors(cluster: Cluster, paths: dict[str, str], alive: Path) -> TeacherPool:
+    alive.touch()
+    return TeacherPool(config(paths), partial(teachers.draw_or_die, alive=str(alive)))
+
+
+@pytest.fixture(scope="module")
+def expected(paths: dict[str, str]) -> list[Features]:
+    """What the teachers answer in this process."""
+    return ask_all(LocalFeatures({n: load_teacher(path, "fp32") for n, path in paths.items()}, teachers.draw))
+
+
+def config(paths: dict[str, str], max_wait_s: float = 120.0) -> TeachersConfig:
+    members = tuple(TeacherConfig(name=name, path=path) for name, path in paths.items())
+    return TeachersConfig(members=members, max_wait_s=max_wait_s)
 
 
 def ask_all(source: FeatureSource) -> list[Features]:
@@ -63,84 +79,72 @@ def ask_all(source: FeatureSource) -> list[Features]:
     return [source.result(handle) for handle in handles]
 
 
-def local(paths: dict[str, str], precision: Literal["fp32", "bf16"] = "fp32") -> list[Features]:
-    return ask_all(LocalFeatures({n: load_teacher(path, precision) for n, path in paths.items()}, teachers.draw))
-
-
-def assert_equal_bits(answers: list[Features], expected: list[Features], prefix: str = "") -> None:
+def assert_equal_bits(answers: list[Features], expected: list[Features]) -> None:
     assert len(answers) == len(expected) == len(REQUESTS)
     for answer, wanted in zip(answers, expected, strict=True):
-        assert {prefix + name for name in wanted} == set(answer)
+        assert set(answer) == set(wanted)
         for name, features in wanted.items():
-            assert answer[prefix + name].dtype == torch.float32
-            assert torch.equal(answer[prefix + name], features)
+            assert answer[name].dtype == torch.float32 and torch.equal(answer[name], features)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_actors_answer_as_teachers_in_this_process_to_the_bit(
-    cluster: Cluster, paths: dict[str, str], precision: Literal["fp32", "bf16"]
-) -> None:
-    prefix = f"{precision}-"
-    pool = TeacherPool(config(paths, prefix, precision), teachers.draw)
-    assert pool.dims == {f"{prefix}siglip2": 32, f"{prefix}dinov3": 32}
-    expected = local(paths, precision)
+def test_actors_answer_as_teachers_in_this_process_to_the_bit(actors: TeacherPool, expected: list[Features]) -> None:
+    assert actors.dims == {"siglip2": 32, "dinov3": 32}
     assert expected[0]["siglip2"].shape == (3 + 4 + 6, 32)
-    assert_equal_bits(ask_all(pool), expected, prefix)
+    assert_equal_bits(ask_all(actors), expected)
+
+
+def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: dict[str, str]) -> None:
+    members = (TeacherConfig(name="rounded", path=paths["siglip2"]),)
+    source = TeacherPool(TeachersConfig(members=members, actors_per_teacher=2, precision="bf16"), teachers.draw)
+    teacher = load_teacher(paths["siglip2"], "bf16")
+    assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
 
 
 def test_an_actor_that_dies_in_the_middle_of_a_request_is_replaced(
-    cluster: Cluster, paths: dict[str, str], tmp_path: Path
+    actors: TeacherPool, expected: list[Features], alive: Path
 ) -> None:
-    decode = partial(teachers.draw_or_die, alive=str(tmp_path / "alive"))
-    pool = TeacherPool(config(paths, "mortal-"), decode)
-    assert_equal_bits(ask_all(pool), local(paths), "mortal-")
-    assert (tmp_path / "alive").exists()
+    alive.unlink()
+    assert_equal_bits(ask_all(actors), expected)
+    assert alive.exists()
 
 
-def test_killed_actors_are_replaced_and_requests_in_flight_are_sent_again(
-    cluster: Cluster, paths: dict[str, str]
-) -> None:
+def test_requests_in_flight_at_a_killed_actor_are_sent_again(actors: TeacherPool, expected: list[Features]) -> None:
     import ray
 
-    pool = TeacherPool(config(paths, "killed-"), teachers.draw)
-    handles = [pool.submit(request) for request in REQUESTS]
-    first = pool.result(handles[0])
-    for name in ("killed-siglip2-0-0", "killed-siglip2-1-0", "killed-dinov3-1-0"):
-        ray.kill(ray.get_actor(name))
-    answers = [first, *(pool.result(handle) for handle in handles[1:])]
-    assert_equal_bits(answers, local(paths), "killed-")
-    assert_equal_bits(ask_all(pool), local(paths), "killed-")
+    handles = [actors.submit(request) for request in REQUESTS]
+    answers = [actors.result(handles[0])]
+    ray.kill(handles[-1].calls["dinov3"].actor.handle)
+    answers += [actors.result(handle) for handle in handles[1:]]
+    assert_equal_bits(answers, expected)
 
 
-def ask_from_another_process(rank: int, world: int, cluster: Cluster, config: TeachersConfig) -> list[Features]:
+def ask_from_another_process(rank: int, world: int, cluster: Cluster, config: TeachersConfig) -> list[Any]:
+    import ray
+
     with connect(cluster, num_actors=0):
-        return ask_all(TeacherPool(config, teachers.draw))
+        before = len(ray.util.list_named_actors())
+        answers = ask_all(TeacherPool(config, teachers.draw))
+        return [answers, len(ray.util.list_named_actors()) - before]
 
 
-def test_another_process_joins_and_uses_the_same_actors(cluster: Cluster, paths: dict[str, str], pool: Pool) -> None:
-    import ray
-
-    owners = TeacherPool(config(paths, "shared-"), teachers.draw)
-    expected = ask_all(owners)
-    before = ray.get_actor("shared-siglip2-0-0")
-    (answers,) = pool.run(ask_from_another_process, 1, (cluster, config(paths, "shared-")), timeout_s=120.0)
-    for answer, wanted in zip(answers, expected, strict=True):
-        assert all(torch.equal(answer[name], wanted[name]) for name in wanted)
-    assert ray.get_actor("shared-siglip2-0-0")._actor_id == before._actor_id
-
-
-def test_silence_is_reported_with_the_way_out(cluster: Cluster, paths: dict[str, str]) -> None:
-    pool = TeacherPool(config(paths, "slow-", max_wait_s=0.0), teachers.draw)
-    with pytest.raises(TeacherUnavailable, match="'slow-siglip2' is silent: no features in 0 s"):
-        ask_all(pool)
-
-
-def test_a_shard_that_cannot_be_read_is_not_an_image_that_does_not_decode(
-    cluster: Cluster, paths: dict[str, str]
+def test_another_process_joins_and_finds_the_actors_that_are_alive(
+    actors: TeacherPool, expected: list[Features], cluster: Cluster, paths: dict[str, str], pool: Pool
 ) -> None:
-    pool = TeacherPool(config(paths, "blind-"), teachers.unreadable_shard)
+    ((answers, num_started),) = pool.run(ask_from_another_process, 1, (cluster, config(paths)), timeout_s=120.0)
+    assert_equal_bits(answers, expected)
+    assert num_started == 0
+
+
+def test_silence_is_reported_with_the_way_out(actors: TeacherPool, paths: dict[str, str]) -> None:
+    hasty = TeacherPool(config(paths, max_wait_s=0.0), teachers.draw)
+    with pytest.raises(TeacherUnavailable, match=r"'siglip2' is silent: no features in 0 s.*--teachers.max-wait-s"):
+        ask_all(hasty)
+
+
+def test_a_shard_that_cannot_be_read_is_not_an_image_that_does_not_decode(actors: TeacherPool) -> None:
+    handle = actors.submit(teachers.request((teachers.LOST,), ((2, 2),)))
     with pytest.raises(DataError, match=r"^cannot read shard.tar: no such file$"):
-        ask_all(pool)
+        actors.result(handle)
 
 
 def test_weights_that_do_not_load_are_a_users_mistake(cluster: Cluster, paths: dict[str, str], tmp_path: Path) -> None:
@@ -148,15 +152,15 @@ def test_weights_that_do_not_load_are_a_users_mistake(cluster: Cluster, paths: d
     broken.mkdir()
     (broken / "config.json").write_bytes((Path(paths["siglip2"]) / "config.json").read_bytes())
     (broken / "model.safetensors").write_bytes(b"x" * 100)
-    pool = TeacherPool(config({"broken": str(broken)}), teachers.draw)
-    with pytest.raises(ConfigError, match="teacher 'broken' did not start: .*does not load") as caught:
-        ask_all(pool)
+    source = TeacherPool(config({"broken": str(broken)}), teachers.draw)
+    with pytest.raises(ConfigError, match=r"teacher 'broken' did not start: .*does not load") as caught:
+        ask_all(source)
     assert "\n" not in str(caught.value)
 
 
 def test_a_cluster_of_another_machine_is_refused() -> None:
     elsewhere = Cluster("192.0.2.1:6379", "run", host="elsewhere", token="secret")
-    with pytest.raises(ConfigError, match="--teachers.ray-address"), connect(elsewhere, 1):
+    with pytest.raises(ConfigError, match=r"--teachers\.ray-address"), connect(elsewhere, 1):
         pass
 
 

@@ -75,9 +75,8 @@ def test_the_features_can_be_targets_of_a_loss(source: LocalFeatures) -> None:
 class Recorder:
     """A source that notes what it is asked, and answers with the first sample's id."""
 
-    dims = {"one": 1}
-
     def __init__(self) -> None:
+        self.dims = {"one": 1}
         self.events: list[tuple[str, int]] = []
 
     def submit(self, request: FeatureRequest) -> int:
