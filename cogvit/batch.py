@@ -48,6 +48,7 @@ class PackedText:
     position: Tensor  # [L] int32, position inside its own caption
     cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding
     caption_id: Tensor  # [N] int64, hash of the caption: equal captions are not negatives of each other
+    concept_id: Tensor  # [N] int64, hash of all captions of the sample, in every language: nor are translations
     weight: Tensor  # [N] float32, 0 where absent
 
 

@@ -68,7 +68,12 @@ def evaluate(arguments: Arguments) -> int:
             raise ConfigError(f"unknown task {name!r} in --tasks; tasks are {', '.join(TASKS)}")
     earlier = read_evaluation(Path(arguments.out)) if arguments.out and Path(arguments.out).exists() else {}
     subject = load_subject(Path(arguments.run_or_export), arguments.data, arguments.index_dir)
-    results = run_tasks(subject, asked or possible_tasks(subject), arguments)
+    tasks = asked or possible_tasks(subject)
+    if not tasks:
+        raise DataError(
+            f"the held-out shards have neither labels nor captions; every task of {subject.path} needs them"
+        )
+    results = run_tasks(subject, tasks, arguments)
     print(table(results))
     if arguments.out:
         write_evaluation(Path(arguments.out), earlier | results)
@@ -160,7 +165,9 @@ def retrieval_results(subject: Subject) -> Evaluation:
 
 def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
     if not found:
-        raise DataError(f"no source of the held-out shards has what {tasks}: {what} of all its samples; pass another --data")
+        raise DataError(
+            f"no source of the held-out shards has what {tasks}: {what} of all its samples; pass another --data"
+        )
     return found
 
 

@@ -8,7 +8,7 @@ usage: python -m cogvit.report RUN [RUN ...] [flags]
 --index-dir DIR    where their indexes lie; by default as in the run, or beside the shards
 
 Curves, throughput, pictures of patch features, retrieval examples (of the last stage-2 run), figures, configurations
-and versions. A run without held-out shards gets no pictures.
+and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from cogvit.arguments import run_command
 from cogvit.chart import Series, line_chart, number
 from cogvit.config import RunConfig, load_config, to_json
+from cogvit.errors import CogViTError, ConfigError
 from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
 from cogvit.evaluation.results import Evaluation, read_evaluation
 from cogvit.evaluation.subject import load_subject
@@ -75,9 +76,13 @@ def report(arguments: Arguments) -> int:
     examples: list[Example] = []
     runs = [Path(run) for run in arguments.runs]
     for run in runs:
-        if not arguments.data and not load_config(run / "config.json").data.eval_shards:
+        try:
+            subject = load_subject(run, arguments.data, arguments.index_dir)
+        except CogViTError as error:
+            if arguments.data:
+                raise
+            print(f"no pictures of {run}: {error}", file=sys.stderr)
             continue
-        subject = load_subject(run, arguments.data, arguments.index_dir)
         caption = f"{run.name}: held-out images and their patch features; color is the first three principal components"
         pictures[caption] = feature_picture(subject)
         if subject.towers.text is not None and subject.captioned:
@@ -110,8 +115,11 @@ def write_report(
         _section("Software and machine", _table(_environment())),
     ]
     page = f'<!doctype html>\n<html lang="en">\n<head>\n{_HEAD}\n</head>\n<body>\n{"".join(body)}</body>\n</html>\n'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def _section(title: str, body: str) -> str:

@@ -60,6 +60,14 @@ class Sample:
     metadata: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """The caption that was chosen for a sample, and the hash of all that the sample has."""
+
+    text: str
+    concept_id: int
+
+
 def step_batches(
     index: Index, config: RunConfig, dp_rank: int, dp_size: int, position: DataPosition | None, *, with_text: bool
 ) -> Generator[StepBatch]:
@@ -194,10 +202,10 @@ class _Loading:
             images = self._images(batch, order, refs)
             text = None
             if self.tokenizer is not None and choice is not None:
-                captions = self._captions(batch.rows[order], choice.language[order], choice.number[order])
+                spoken = self._captions(batch.rows[order], choice.language[order], choice.number[order])
                 bounds = text_tokens[order].tolist()
-                tokens = [self.tokenizer.encode(text, bound) for text, bound in zip(captions, bounds, strict=True)]
-                text = assemble_text(captions, tokens, images.weight, limits)
+                tokens = [self.tokenizer.encode(one.text, bound) for one, bound in zip(spoken, bounds, strict=True)]
+                text = assemble_text(spoken, tokens, images.weight, limits)
                 cut_captions += sum(one.cut for one in tokens)
             absent = (None,) * (limits.images - len(refs))
             micro.append(Batch(images=images, text=text, targets=None, samples=(*refs, *absent)))
@@ -217,14 +225,14 @@ class _Loading:
                 patches.append(None)
         return assemble_images(patches, batch.grid_hw[order], batch.key[order], patch_px, pack_limits(self.config))
 
-    def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[str]:
+    def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
-        for row, spoken, which in zip(rows, language, number, strict=True):
+        for row, tongue, which in zip(rows, language, number, strict=True):
             entry = self.index.rows[row]
             shard = self.index.shards[entry["shard"]]
             data = self.reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
             found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
-            captions.append(found[LANGUAGES[spoken]][which])
+            captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions
 
 
@@ -258,7 +266,9 @@ def assemble_images(
     )
 
 
-def assemble_text(captions: list[str], tokens: list[CaptionTokens], weight_N: Tensor, limits: PackLimits) -> PackedText:
+def assemble_text(
+    captions: list[Spoken], tokens: list[CaptionTokens], weight_N: Tensor, limits: PackLimits
+) -> PackedText:
     """Lay captions end to end in the slots of their images; weight_N is the images'."""
     lengths = np.array([len(one.ids) for one in tokens], np.int64)
     bounds = _bounds(lengths, limits.images, limits.text_tokens)
@@ -268,7 +278,8 @@ def assemble_text(captions: list[str], tokens: list[CaptionTokens], weight_N: Te
         ids=torch.from_numpy(ids),
         position=torch.from_numpy(np.pad(_places(lengths), (0, padding)).astype(np.int32)),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        caption_id=torch.tensor([name_to_int64(text) for text in captions] + [0] * absent),
+        caption_id=torch.tensor([name_to_int64(caption.text) for caption in captions] + [0] * absent),
+        concept_id=torch.tensor([caption.concept_id for caption in captions] + [0] * absent),
         weight=weight_N.clone(),
     )
 

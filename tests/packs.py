@@ -43,6 +43,7 @@ def random_text(seed: int, images: PackedImages, *, num_tokens: int = 80, vocab_
         position=_int32(position + [0] * (num_tokens - len(position))),
         cu_seqlens=_int32(bounds),
         caption_id=torch.randint(0, 10, (images.num_slots,), generator=g),
+        concept_id=torch.randint(0, 20, (images.num_slots,), generator=g),
         weight=images.weight.clone(),
     )
 

@@ -105,4 +105,6 @@ def distill_run(directory: Path, config: RunConfig, teacher_dims: Mapping[str, i
     for head in heads.values():
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    return write_run(directory, replace(config, objective="distill", vision=VISION), {"vision": CogViT(VISION), **heads})
+    return write_run(
+        directory, replace(config, objective="distill", vision=VISION), {"vision": CogViT(VISION), **heads}
+    )

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cogvit.batch import to_device
 from cogvit.evaluation.samples import Samples, pack_rows, read_images
 from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
-from data_pipeline.balance import PackLimits
 from data_pipeline.caption import load_tokenizer
-from data_pipeline.loader import assemble_text
+from data_pipeline.loader import Spoken, assemble_text
 from data_pipeline.plan import Sizing
 
 _PIXELS_SIDE_PX = 32
-_CAPTIONS_PER_PACK = 256
+_CAPTIONS_PER_BATCH = 256
 
 
 @torch.inference_mode()
@@ -57,10 +57,11 @@ def embed_texts(subject: Subject, captions: Sequence[str]) -> Tensor:
     assert tower is not None and projection is not None and config is not None, "stage 2 has a text side"
     tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size)
     embedded = []
-    for start in range(0, len(captions), _CAPTIONS_PER_PACK):
-        texts = list(captions[start : start + _CAPTIONS_PER_PACK])
-        tokens = [tokenizer.encode(text, config.text.max_tokens) for text in texts]
-        limits = PackLimits(tokens=0, images=len(texts), text_tokens=sum(len(one.ids) for one in tokens))
-        packed = to_device(assemble_text(texts, tokens, torch.ones(len(texts)), limits), projection.weight.device)
-        embedded.append(F.normalize(projection(tower.forward_packed(packed)), dim=1).cpu())
+    for start in range(0, len(captions), _CAPTIONS_PER_BATCH):
+        texts = captions[start : start + _CAPTIONS_PER_BATCH]
+        ids = [torch.from_numpy(tokenizer.encode(text, config.text.max_tokens).ids) for text in texts]
+        valid = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+        device = projection.weight.device
+        pooled = tower(pad_sequence(ids, batch_first=True).to(device), valid.to(device))
+        embedded.append(F.normalize(projection(pooled), dim=1).cpu())
     return torch.cat(embedded)

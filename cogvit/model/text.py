@@ -96,5 +96,6 @@ def _pack_captions(ids: Tensor, valid: Tensor) -> PackedText:
         position=(valid.cumsum(1) - 1)[valid].to(torch.int32),
         cu_seqlens=bounds.to(torch.int32),
         caption_id=torch.zeros(len(ids), dtype=torch.int64, device=ids.device),
+        concept_id=torch.zeros(len(ids), dtype=torch.int64, device=ids.device),
         weight=(length_B > 0).float(),
     )

@@ -1,7 +1,8 @@
 """Stage 2: the sigmoid loss over every image-text pair of the global batch.
 
 Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343), divided by the number of
-pairs on the diagonal. Pairs whose captions are equal are not negatives of each other and are left out.
+pairs on the diagonal. Pairs whose captions are equal or translations of one another are not negatives and are
+left out.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Pairs:
     """What the loss needs to know of this rank's pairs beside their embeddings."""
 
     caption_id: Tensor  # [n] int64
+    concept_id: Tensor  # [n] int64
     weight: Tensor  # [n] float32
 
 
@@ -76,7 +78,8 @@ def sigmoid_gradients(
     """
     image_nE, text_nE = image_nE.detach().float(), text_nE.detach().float()
     texts_GE = _gather(text_nE, mesh)
-    captions_G, weights_G = _gather(pairs.caption_id, mesh), _gather(pairs.weight, mesh)
+    captions_G, concepts_G = _gather(pairs.caption_id, mesh), _gather(pairs.concept_id, mesh)
+    weights_G = _gather(pairs.weight, mesh)
     num_pairs = weights_G.sum().clamp(min=1.0)
     temperature, offset = log_t.detach().float().exp(), bias.detach().float()
     first = mesh.dp_rank * len(image_nE)
@@ -88,8 +91,9 @@ def sigmoid_gradients(
         stop = min(start + _CHUNK, len(texts_GE))
         text_cE = texts_GE[start:stop]
         positive = row_n1 == torch.arange(start, stop, device=image_nE.device)
-        same = (pairs.caption_id.unsqueeze(1) == captions_G[start:stop]) & ~positive
-        weight = pairs.weight.unsqueeze(1) * weights_G[start:stop] * (~same)
+        same = pairs.caption_id.unsqueeze(1) == captions_G[start:stop]
+        same |= pairs.concept_id.unsqueeze(1) == concepts_G[start:stop]
+        weight = pairs.weight.unsqueeze(1) * weights_G[start:stop] * (positive | ~same)
         scaled = temperature * (image_nE @ text_cE.T)
         signed = torch.where(positive, 1.0, -1.0)
         margin = signed * (scaled + offset)
@@ -131,6 +135,7 @@ def _pairs(micro: Sequence[Batch]) -> Pairs:
     assert len(texts) == len(micro), "stage 2 needs captions"
     return Pairs(
         torch.cat([text.caption_id for text in texts]),
+        torch.cat([text.concept_id for text in texts]),
         torch.cat([b.images.weight * text.weight for b, text in zip(micro, texts, strict=True)]),
     )
 

@@ -73,7 +73,9 @@ def connect(cluster: Cluster, num_actors: int) -> Iterator[Cluster]:
     import ray
 
     with ExitStack() as stack:
-        scratch = tempfile.TemporaryDirectory(prefix="cogvit-ray-", ignore_cleanup_errors=True)
+        # Not TMPDIR: the name of a Unix socket has at most 107 bytes, and Ray itself needs 62.
+        base = os.environ.get("RAY_TMPDIR", "/tmp")
+        scratch = tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
         directory = "" if cluster.address else stack.enter_context(scratch)
         stack.callback(ray.shutdown)
         with _kept_sigterm():

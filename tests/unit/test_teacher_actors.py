@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -192,13 +193,15 @@ def wait_until(condition: Callable[[], Any], timeout_s: float) -> bool:
     return bool(condition())
 
 
-def test_a_stopped_owner_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+def test_a_stopped_owner_leaves_no_process_and_no_file() -> None:
     token = os.urandom(32).hex()
-    environment = os.environ | {"RAY_AUTH_TOKEN": token, "TMPDIR": str(tmp_path)}
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], env=environment, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None and ":" in owner.stdout.readline()
-    assert len(processes_of(token)) > 3
-    owner.send_signal(signal.SIGTERM)
-    assert owner.wait(timeout=60) != 0
-    assert wait_until(lambda: not processes_of(token), 30), processes_of(token)
-    assert list(tmp_path.iterdir()) == []
+    with tempfile.TemporaryDirectory(prefix="owner-", dir="/tmp") as scratch:  # a short path, as sockets need
+        environment = os.environ | {"RAY_AUTH_TOKEN": token, "RAY_TMPDIR": scratch}
+        owner = subprocess.Popen([sys.executable, "-c", OWNER], env=environment, stdout=subprocess.PIPE, text=True)
+        assert owner.stdout is not None and ":" in owner.stdout.readline()
+        assert len(processes_of(token)) > 3
+        owner.send_signal(signal.SIGTERM)
+        assert owner.wait(timeout=60) != 0
+        owner.stdout.close()
+        assert wait_until(lambda: not processes_of(token), 30), processes_of(token)
+        assert os.listdir(scratch) == []

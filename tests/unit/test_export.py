@@ -1,0 +1,134 @@
+"""Exports load elsewhere with the same features; the tools around checkpoints tell what is there and what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvit import CogViT
+from cogvit.arguments import run_command
+from cogvit.config import DataConfig
+from cogvit.evaluation.features import image_features
+from cogvit.evaluation.subject import load_subject
+from tests.runs_on_disk import contrast_run, write_shards
+from tools import checkpoint, export
+
+
+def run_export(*argv: str) -> int:
+    return run_command(list(argv), "usage", export.Arguments, export.export)
+
+
+def run_checkpoint(*argv: str) -> int:
+    return run_command(list(argv), "usage", checkpoint.Arguments, checkpoint.inspect)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return contrast_run(tmp_path_factory.mktemp("run") / "stage2", DataConfig())
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a mistake."""
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and captured.out == ""
+    return line
+
+
+def test_export_has_the_features_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_shards(tmp_path / "data")
+    run = contrast_run(tmp_path / "run", data)
+    assert run_export(str(run), "--out", str(tmp_path / "deep" / "export")) == 0
+    assert "from_pretrained" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "deep" / "export").iterdir()} == {"config.json", "model.safetensors"}
+    trained, exported = load_subject(run), load_subject(tmp_path / "deep" / "export", data.eval_shards)
+    assert exported.towers.text is None and exported.config is None
+    for samples in trained.samples:
+        expected = image_features(trained.towers.vision, samples, trained.sizing)
+        assert torch.equal(expected, image_features(exported.towers.vision, samples, exported.sizing))
+    vision = CogViT.from_pretrained(tmp_path / "deep" / "export").eval()
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(vision(image)["patch_tokens"], trained.towers.vision(image)["patch_tokens"])
+
+
+def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert run_export(str(run), "--out", str(tmp_path / "taken")) == 2
+    assert "choose a new directory" in error_of(capsys)
+    assert run_export(str(run), "--out", str(run)) == 2
+    assert "choose a new directory" in error_of(capsys)
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["RUN"], "--out DIR is needed"),
+        (["RUN/checkpoints", "--out", "x"], "not a run"),
+        (["--out", "x"], "RUN is missing"),
+    ],
+)
+def test_mistakes_of_export(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:
+    assert run_export(*(word.replace("RUN", str(run)) for word in argv)) == 2
+    assert expected in error_of(capsys)
+
+
+def test_run_with_damaged_checkpoints_only_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = contrast_run(tmp_path / "run", DataConfig())
+    damage(run)
+    assert run_export(str(run), "--out", str(tmp_path / "export")) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def damage(run: Path) -> None:
+    """Flip a byte of the only checkpoint."""
+    (file,) = run.glob("checkpoints/*/*.distcp")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_list_and_show(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_checkpoint("list", str(run)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step_00000003 ") and "30 images and 270 tokens" in line
+    assert run_checkpoint("show", str(run)) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["text_proj", "master", "2", str(32 * 8 + 8)] in rows
+
+
+def test_verify_says_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = contrast_run(tmp_path / "run", DataConfig())
+    assert run_checkpoint("verify", str(run)) == 0
+    assert capsys.readouterr().out.split() == ["step_00000003", "good"]
+    damage(run)
+    assert run_checkpoint("verify", str(run)) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+    (run / "checkpoints" / "step_00000003" / "state.json").write_text("{")
+    assert run_checkpoint("list", str(run)) == 0
+    assert "cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["ls", "RUN"], "actions are list, verify, show"),
+        (["list", "RUN/x"], "has no checkpoint"),
+        (["show"], "RUN is missing"),
+    ],
+)
+def test_mistakes_of_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:
+    assert run_checkpoint(*(word.replace("RUN", str(run)) for word in argv)) == 2
+    assert expected in error_of(capsys)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_explains(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["list", flag], export.__doc__ or "", export.Arguments, export.export) == 0
+    assert "--out DIR" in capsys.readouterr().out
+    assert run_command([], "usage of it", export.Arguments, export.export) == 2
