@@ -12,7 +12,7 @@ knn, linear   classes of frozen features, by the nearest neighbors' votes and by
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
 zeroshot      classes by the nearest caption, in each language; needs a stage-2 run
 retrieval     captions of images and images of captions among all of a source, in each language: the share of queries
-              that find an equal caption among the first (r1) and the first five (r5); needs a stage-2 run
+              that find their own first (r1) or among the first five (r5); equal captions are one; needs a stage-2 run
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from cogvit.arguments import run_command
-from cogvit.draws import name_to_int64
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
@@ -148,16 +147,21 @@ def zeroshot_results(subject: Subject) -> Evaluation:
 
 
 def retrieval_results(subject: Subject) -> Evaluation:
-    """Find the captions of images and the images of captions among all samples of a source."""
+    """Find the captions of images and the images of captions among all of a source; equal captions count once."""
     results: Evaluation = {}
     for samples in _needed(subject.captioned, "retrieval needs", "captions"):
         _note(f"retrieval: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
         for language, captions in samples.captions.items():
-            text, ids = embed_texts(subject, captions), torch.tensor([name_to_int64(text) for text in captions])
+            distinct = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+            text, text_id = embed_texts(subject, list(distinct)), torch.arange(len(distinct))
+            image_id = torch.tensor([distinct[caption] for caption in captions])
             results[f"retrieval_{samples.source}_{language}"] = {
-                f"{direction}_r{k}": score(recall(query, ids, gallery, ids, k), recall_chance(ids, ids, k))
-                for direction, query, gallery in (("image_to_text", image, text), ("text_to_image", text, image))
+                f"{direction}_r{k}": score(recall(*query, *gallery, k), recall_chance(query[1], gallery[1], k))
+                for direction, query, gallery in (
+                    ("image_to_text", (image, image_id), (text, text_id)),
+                    ("text_to_image", (text, text_id), (image, image_id)),
+                )
                 for k in RECALL_AT
             }
     return results

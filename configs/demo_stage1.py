@@ -37,7 +37,7 @@ def config() -> RunConfig:
             ),
         ),
         optim=OptimConfig(lr=2e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=200, warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=100),
-        eval=EvalConfig(every_steps=100),
+        schedule=ScheduleConfig(steps=120, warmup_steps=10),
+        checkpoint=CheckpointConfig(every_steps=60),
+        eval=EvalConfig(every_steps=60),
     )

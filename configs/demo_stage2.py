@@ -27,7 +27,7 @@ def config() -> RunConfig:
             canonical_shares=2,
         ),
         optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature_lr_mult=2.0),
-        schedule=ScheduleConfig(steps=330, warmup_steps=20),
+        schedule=ScheduleConfig(steps=400, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=200),
         eval=EvalConfig(every_steps=200),
     )

@@ -85,12 +85,15 @@ def write_shards(directory: Path) -> DataConfig:
     return DataConfig(shards=str(directory / "train"), eval_shards=str(directory / "heldout"), max_patches=16)
 
 
-def contrast_run(directory: Path, data: DataConfig) -> Path:
-    """A stage-2 run with random weights."""
+def contrast_run(directory: Path, data: DataConfig, *, blind: bool = False) -> Path:
+    """A stage-2 run with random weights, or one whose encoder tells nothing of an image but its size."""
     torch.manual_seed(1)
+    vision = CogViT(VISION)
+    if blind:
+        nn.init.zeros_(vision.patch_embed.proj.weight)
     config = RunConfig(objective="contrast", vision=VISION, text=TEXT, proj_dim=8, data=data)
     modules = {
-        "vision": CogViT(VISION),
+        "vision": vision,
         "text": TextTower(TEXT),
         "vision_proj": nn.Linear(VISION.embed_dim, 8),
         "text_proj": nn.Linear(TEXT.embed_dim, 8),

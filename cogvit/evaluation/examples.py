@@ -78,18 +78,15 @@ def retrieval_examples(subject: Subject) -> list[Example]:
     """
     samples = max(subject.captioned, key=len)
     image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
-    texts = {language: embed_texts(subject, captions) for language, captions in samples.captions.items()}
     queries = spread(np.arange(len(samples)), _NUM_QUERIES + 2)[1:-1].tolist()
-    by_caption = [
-        _images_of(samples, samples.captions[language], text[query], image, query)
-        for language, text in texts.items()
-        for query in queries
-    ]
-    by_image = [
-        _captions_of(samples, samples.captions[language], image[query], text, query)
-        for language, text in texts.items()
-        for query in queries
-    ]
+    by_caption, by_image = [], []
+    for captions in samples.captions.values():
+        distinct = list(dict.fromkeys(captions))
+        text = embed_texts(subject, distinct)
+        by_caption += [
+            _images_of(samples, captions, text[distinct.index(captions[own])], image, own) for own in queries
+        ]
+        by_image += [_captions_of(samples, captions[own], distinct, image[own], text, own) for own in queries]
     return by_caption + by_image
 
 
@@ -102,9 +99,13 @@ def _images_of(samples: Samples, captions: tuple[str, ...], query: Tensor, galle
     )
 
 
-def _captions_of(samples: Samples, captions: tuple[str, ...], query: Tensor, gallery: Tensor, own: int) -> Example:
-    answers = tuple(Item(captions[place], right=captions[place] == captions[own]) for place in _best(query, gallery))
-    return Example(Item(captions[own], _tiles(samples, [own])[0]), answers)
+def _captions_of(
+    samples: Samples, caption: str, distinct: list[str], query: Tensor, gallery: Tensor, own: int
+) -> Example:
+    answers = (distinct[place] for place in _best(query, gallery))
+    return Example(
+        Item(caption, _tiles(samples, [own])[0]), tuple(Item(text, right=text == caption) for text in answers)
+    )
 
 
 def _best(query: Tensor, gallery: Tensor) -> list[int]:

@@ -16,7 +16,6 @@ from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
 from data_pipeline.caption import load_tokenizer
-from data_pipeline.loader import Spoken, assemble_text
 from data_pipeline.plan import Sizing
 
 _PIXELS_SIDE_PX = 32

@@ -5,6 +5,7 @@ Any layout can therefore make its own slice of the very tensor that a single pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,9 @@ def init_tensor(name: str, shape: Sequence[int], seed: int, layer_scale: float =
         if len(shape) == 1:
             return torch.ones(tuple(shape))
         generator = torch.Generator().manual_seed(int(mix(torch.tensor(name_to_int64(name)), seed)))
-        return torch.empty(tuple(shape)).normal_(std=_STD, generator=generator)
+        embeds = name.endswith(("embed.weight", "embed", "token"))
+    std = _STD if embeds else math.prod(shape[1:]) ** -0.5
+    return torch.empty(tuple(shape)).normal_(std=std, generator=generator)
 
 
 def init_model(module: nn.Module, seed: int, prefix: str = "", layer_scale: float | None = None) -> None:

@@ -73,14 +73,17 @@ def connect(cluster: Cluster, num_actors: int) -> Iterator[Cluster]:
     import ray
 
     with ExitStack() as stack:
-        # Not TMPDIR: the name of a Unix socket has at most 107 bytes, and Ray itself needs 62.
-        base = os.environ.get("RAY_TMPDIR", "/tmp")
-        scratch = tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
-        directory = "" if cluster.address else stack.enter_context(scratch)
+        directory = "" if cluster.address else stack.enter_context(_scratch())
         stack.callback(ray.shutdown)
         with _kept_sigterm():
             address = _join(cluster) if cluster.address else _start(cluster, num_actors, directory)
         yield replace(cluster, address=address)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Make a directory for Ray's files. Not in TMPDIR: a Unix socket's name has at most 107 bytes and Ray needs 62."""
+    base = os.environ.get("RAY_TMPDIR", "/tmp")
+    return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
 
 
 def _start(cluster: Cluster, num_actors: int, directory: str) -> str:

@@ -106,8 +106,16 @@ def test_every_task_of_stage_2(command: Callable[..., str], stage2: Path, tmp_pa
     assert set(map(tuple, (s.values() for s in figures["retrieval_things_en"].values()))) == {(1.0, 1.0)}
     assert figures["retrieval_colors_en"]["text_to_image_r1"]["chance"] == pytest.approx(1 / 3)
     miss = (6 / 9) * (5 / 8) * (4 / 7) * (3 / 6) * (2 / 5)
-    assert figures["retrieval_colors_en"]["image_to_text_r5"]["chance"] == pytest.approx(1 - miss)
+    assert figures["retrieval_colors_en"]["text_to_image_r5"]["chance"] == pytest.approx(1 - miss)
+    assert figures["retrieval_colors_en"]["image_to_text_r5"] == {"value": 1.0, "chance": 1.0}  # of three captions
     assert all(task in printed for task in figures) and "earlier" not in printed
+
+
+def test_baseline_is_the_encoder_before_training(command: Callable[..., str], data: DataConfig, tmp_path: Path) -> None:
+    run = contrast_run(tmp_path / "run", data, blind=True)
+    command(str(run), "--tasks", "knn", "--out", str(tmp_path / "eval.json"))
+    figures = read_evaluation(tmp_path / "eval.json")["knn_colors"]
+    assert figures["accuracy"]["value"] < 0.7 and figures["accuracy_untrained"]["value"] > 0.9
 
 
 def test_features_are_those_of_each_image_alone(stage2: Path, data: DataConfig) -> None:
@@ -177,6 +185,7 @@ def test_packs_hold_every_image_once_with_equal_grids_side_by_side(
     for pack in packs:
         expected = [subject.heldout.ref(int(place)) for place in pack.places]
         assert list(pack.samples) == expected
+        assert pack.images.key.tolist() == [ref.sample_id for ref in expected]
 
 
 def test_rows_are_spread() -> None:

@@ -39,6 +39,13 @@ def test_classifiers_separate_what_is_separable(classify) -> None:
 
 
 @pytest.mark.parametrize("classify", CLASSIFIERS)
+def test_classifiers_see_differences_beside_a_large_mean(classify) -> None:
+    label = torch.arange(80) % 2
+    train, test = (1000.0 + label.unsqueeze(1) + 0.05 * torch.randn(80, 4) for _ in range(2))
+    assert classify(train, label, test, label) == 1.0
+
+
+@pytest.mark.parametrize("classify", CLASSIFIERS)
 def test_classifiers_count_what_they_miss(classify) -> None:
     test, label = blobs(2, 20, 0.3)
     wrong = label.clone()

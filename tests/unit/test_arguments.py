@@ -1,0 +1,41 @@
+"""Command lines of the small commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from cogvit.arguments import read_arguments
+from cogvit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Copy:
+    first: str
+    others: tuple[str, ...]
+    index_dir: str = "default"
+    out: str = ""
+
+
+def test_words_and_flags_in_any_order() -> None:
+    argv = ["--index-dir=a=b", "one", "--out", "dir", "two=2", "three"]
+    assert read_arguments(Copy, argv) == Copy("one", ("two=2", "three"), "a=b", "dir")
+    assert read_arguments(Copy, ["one", "two"]) == Copy("one", ("two",))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["one"], "OTHERS is missing"),
+        ([], "FIRST OTHERS is missing"),
+        (["one", "two", "--index_dir", "x"], "did you mean --index-dir"),
+        (["one", "two", "-x"], "unknown flag -x"),
+        (["one", "two", "--out"], "--out needs a value"),
+        (["one", "two", "--out", "--index-dir", "x"], "--out needs a value"),
+        (["one", "two", "--out="], "--out needs a value"),
+    ],
+)
+def test_mistakes(argv: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_arguments(Copy, argv)
