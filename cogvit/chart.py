@@ -60,7 +60,7 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
 
 def linear_axis(low: float, high: float, *, ends: Literal["values", "round"]) -> Axis:
     """Return an axis with ticks on round numbers that ends at the values, or at the ticks beyond them."""
-    span = (high - low) or abs(high) or 1.0
+    span = max((high - low) or abs(high) or 1.0, 1e-300)
     magnitude = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if span / (m * magnitude) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

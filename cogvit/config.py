@@ -254,6 +254,14 @@ def _check_training(config: RunConfig) -> None:
         _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
         _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
         _require(
+            teachers.source != "store_then_online",
+            "--teachers.source store_then_online is not built yet; use store or online",
+        )
+        _require(
+            not (teachers.source == "store" and config.data.flip),
+            "--teachers.source store holds features of images as they are; turn --data.flip off",
+        )
+        _require(
             teachers.source == "online" or bool(teachers.store),
             f"--teachers.source {teachers.source} needs --teachers.store DIR (make one with tools.precompute_features)",
         )

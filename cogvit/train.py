@@ -118,7 +118,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     with ExitStack() as resources:
         resources.callback(stop_mesh)
         start = start_position(corpus.train, config, with_text=contrast)
-        source = None if contrast else resources.enter_context(feature_source(config, corpus.train, mesh))
+        source = None if contrast else resources.enter_context(feature_source(config, corpus, mesh))
         stop = resources.enter_context(StopRequest())
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
@@ -170,20 +170,23 @@ def held_out(config: RunConfig, corpus: Corpus, mesh: Mesh, source: FeatureSourc
 
 
 @contextmanager
-def feature_source(config: RunConfig, index: Index, mesh: Mesh) -> Iterator[FeatureSource]:
+def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Iterator[FeatureSource]:
     """Start or join the teachers; one rank of each model replica asks them and shares the answers with its replica."""
     from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
-    from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
-    from cogvit.teacher.stream import Shared, request_of
     from cogvit.teacher.zoo import fingerprint, inspect_teacher
-    from data_pipeline.loader import image_of, step_batches
+    from data_pipeline.loader import image_of
 
     teachers = config.teachers
     num_actors = len(teachers.members) * teachers.actors_per_teacher
     specs = mesh.from_writer(lambda: {member.name: inspect_teacher(member.path) for member in teachers.members})
     fingerprints = mesh.from_writer(lambda: {name: fingerprint(spec) for name, spec in specs.items()})
+    dims = {name: spec.dim for name, spec in specs.items()}
     leads = mesh.tp_rank == 0 and mesh.pp_rank == 0
     with ExitStack() as stack:
+        if teachers.source == "store":
+            pool = stored_features(config, corpus, fingerprints, dims) if leads else None
+            yield standardized(config, corpus.train, mesh, pool, fingerprints, dims)
+            return
         # The first rank starts the cluster; the others join it once it is there.
         cluster = plan_cluster(teachers.ray_address)
         if mesh.is_writer:
@@ -192,19 +195,56 @@ def feature_source(config: RunConfig, index: Index, mesh: Mesh) -> Iterator[Feat
         if leads and not mesh.is_writer:
             stack.enter_context(connect(cluster, num_actors))
         pool = TeacherPool(teachers, partial(image_of, flip=config.data.flip)) if leads else None
-        path = Path(config.out) / "teacher_stats.safetensors"
+        yield standardized(config, corpus.train, mesh, pool, fingerprints, dims)
 
-        def fit() -> None:
-            if pool is not None and not path.exists():
-                with closing(step_batches(index, config, 0, 1, None, with_text=False)) as batches:
-                    packs = (batch for step in batches for batch in step.micro)
-                    requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
-                save_stats(path, fit_stats(pool, requests, fingerprints))
 
-        mesh.from_writer(fit)
-        stats = load_stats(path, fingerprints)
-        dims = {name: spec.dim for name, spec in specs.items()}
-        yield Standardized(Shared(pool, dims, mesh.model_group, leader=0, device=mesh.device), stats)
+def stored_features(
+    config: RunConfig, corpus: Corpus, fingerprints: dict[str, str], dims: dict[str, int]
+) -> FeatureSource:
+    """Open the feature store of tools.precompute_features for the run's shards.
+
+    Errors: ConfigError names what differs.
+    """
+    from cogvit.teacher.store import StoreFeatures, contents_of, headers_of
+    from data_pipeline.plan import plan_spec
+
+    sizing = plan_spec(config).sizing
+    contents: dict[str, str] = {}
+    for index in [corpus.train] + ([] if corpus.held_out is None else [corpus.held_out]):
+        grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
+        contents |= contents_of(index.shards, index.rows, grids)
+    headers = headers_of(fingerprints, contents, config.teachers.precision)
+    return StoreFeatures(Path(config.teachers.store), headers, dims)
+
+
+def standardized(
+    config: RunConfig,
+    index: Index,
+    mesh: Mesh,
+    source: FeatureSource | None,
+    fingerprints: dict[str, str],
+    dims: dict[str, int],
+) -> FeatureSource:
+    """Share one rank's source with its replica, with features standardized by what the run's first start fitted."""
+    from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+    from cogvit.teacher.stream import Shared, request_of
+    from data_pipeline.loader import step_batches
+
+    path = Path(config.out) / "teacher_stats.safetensors"
+
+    def fit() -> None:
+        if source is None or path.exists():
+            return
+        # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
+        alone = replace(config, parallel=replace(config.parallel, pp=1))
+        with closing(step_batches(index, alone, 0, 1, None, with_text=False)) as batches:
+            packs = (batch for step in batches for batch in step.micro)
+            requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
+        save_stats(path, fit_stats(source, requests, fingerprints))
+
+    mesh.from_writer(fit)
+    shared = Shared(source, dims, mesh.model_group, leader=0, device=mesh.device)
+    return Standardized(shared, load_stats(path, fingerprints))
 
 
 def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
