@@ -13,6 +13,8 @@ CODE := cogvit data_pipeline configs tools tests
 DEMO := runs/demo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads of one process only wait for each other when the other core is busy, as it is in the demo and the tests.
+export OMP_NUM_THREADS ?= 1
 
 # $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
 requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \

@@ -44,7 +44,9 @@ def linear_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label
     train, test = (train - mean) / scale, (test - mean) / scale
     weight = torch.zeros(len(classes), train.shape[1], requires_grad=True)
     bias = torch.zeros(len(classes), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=_PROBE_ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
