@@ -23,7 +23,6 @@ def config() -> RunConfig:
             images_per_pack=136,
             text_tokens_per_pack=4096,
             max_patches=36,
-            mixture=(("pictograms", 0.78), ("digits", 0.2), ("photos", 0.02)),
             canonical_shares=2,
         ),
         optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature_lr_mult=2.0),

@@ -113,14 +113,15 @@ def test_stage_2_starts_from_stage_1_and_is_evaluated_and_exported(world: Path, 
 def readme_commands() -> list[str]:
     """Every command line of the README's code blocks that names one of our programs, with the lines it goes on."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    plain = [line for language, block in blocks if not language for line in block.splitlines()]
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in plain]
     return [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("--")]
 
 
 # What a test cannot run as it stands, and where it is run instead.
 ELSEWHERE = {
-    "make demo": "continuous integration runs it after the tests",
+    "make demo": "continuous integration runs it before the tests",
     "make test": "this is it",
     "python -m cogvit.train PRESET [flags]": "a form, not a command",
     "launch/local.sh NPROC PRESET [flags]": "a form, not a command",

@@ -120,9 +120,9 @@ def test_requests_in_flight_at_a_killed_actor_are_sent_again(actors: TeacherPool
 
 
 def ask_from_another_process(rank: int, world: int, cluster: Cluster, config: TeachersConfig) -> list[Any]:
-    import ray
-
     with connect(cluster, num_actors=0):
+        import ray  # only now: it reads its authentication when it is imported
+
         before = len(ray.util.list_named_actors())
         answers = ask_all(TeacherPool(config, teachers.draw))
         return [answers, len(ray.util.list_named_actors()) - before]
