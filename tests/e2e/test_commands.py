@@ -24,11 +24,10 @@ SMALL = (
     "--data.global-batch-images", "16", "--data.tokens-per-pack", "256", "--data.images-per-pack", "12",
     "--eval.every-steps", "0", "--eval.steps", "1", "--log.wandb", "off",
 )  # fmt: skip
-STAGE1 = (
-    "launch/local.sh", "2", "demo_stage1", "--parallel.tp", "2", "--data.shards", "shards",
-    "--data.eval-shards", "heldout",
-    "--teachers.members.siglip2.path", "teachers/siglip2", "--teachers.members.dinov3.path", "teachers/dinov3", *SMALL,
+TEACHERS = (
+    "--teachers.members.siglip2.path", "teachers/siglip2", "--teachers.members.dinov3.path", "teachers/dinov3",
 )  # fmt: skip
+STAGE1 = ("launch/local.sh", "2", "demo_stage1", "--parallel.tp", "2", "--data.shards", "shards", *TEACHERS, *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -151,4 +150,4 @@ def one_machine(words: list[str], world: Path) -> list[str]:
         "/data/{0000..4095}.tar": "shards", "/runs/stage1": str(world / "runs" / "torchrun"),
     }  # fmt: skip
     words = [small.get(word, word) for word in words]
-    return [*words, *STAGE1[8:12], *STAGE1[12 : -len(SMALL)], "--schedule.steps", "2", *SMALL]
+    return [*words, *TEACHERS, "--schedule.steps", "2", *SMALL]
