@@ -288,13 +288,14 @@ def _read_table(path: str) -> pa.Table:
         with fsspec.open(path, "rb") as file:
             return bytes(file.read())
 
+    foreign = DataError(f"{path} is no index of this program; remove it and run python -m tools.index_shards again")
     try:
         table = pq.read_table(io.BytesIO(retry(read, path)))
-        if table.schema.names == SCHEMA.names and _METADATA_KEY in (table.schema.metadata or {}):
-            return table
     except pa.ArrowInvalid:
-        pass
-    raise DataError(f"{path} is no index of this program; remove it and run python -m tools.index_shards again")
+        raise foreign from None
+    if table.schema.names != SCHEMA.names or _METADATA_KEY not in (table.schema.metadata or {}):
+        raise foreign
+    return table
 
 
 def _facts(table: pa.Table) -> dict[str, Any]:
