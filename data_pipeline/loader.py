@@ -1,4 +1,4 @@
-"""Loading: the packs of one rank, step by step, decoded ahead of their use; and shards read in sequence for evaluation.
+"""Loading: the packs of one rank, step by step, decoded ahead of their use.
 
 A step is a pure function of its number, so threads load several at once and deliver them in order.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, groupby
-from operator import attrgetter
-from typing import Any
+from itertools import count
 
 import numpy as np
 import torch
@@ -27,7 +25,6 @@ from data_pipeline.augment import mirrored
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.caption import (
     LANGUAGES,
-    Captions,
     CaptionTokens,
     Tokenizer,
     captions_of,
@@ -36,10 +33,10 @@ from data_pipeline.caption import (
     parse_metadata,
     token_bound,
 )
-from data_pipeline.decode import Pixels, decode_patches, read_image, read_image_at
-from data_pipeline.index import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, Index
+from data_pipeline.decode import Pixels, decode_patches, read_image_at
+from data_pipeline.index import CAPTION_EXTENSIONS, Index
 from data_pipeline.plan import GlobalBatch, PlanSpec, plan, plan_hash, plan_spec
-from data_pipeline.shards import ShardReader, expand_shards, read_members, read_range
+from data_pipeline.shards import ShardReader, read_range
 from data_pipeline.topology import Topology, topology_of
 
 Ints = NDArray[np.int64]
@@ -48,16 +45,6 @@ log = logging.getLogger(__name__)
 
 # data.max_bad_fraction is a share of at least so many images: one bad image at the start of a run is no trend.
 FEWEST_IMAGES_TO_JUDGE = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sample of a shard as evaluation sees it."""
-
-    key: str
-    image: Pixels
-    captions: Captions
-    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +101,6 @@ def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: 
     except DataError:
         return None
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-
-
-def iterate_samples(pattern: str) -> Iterator[Sample]:
-    """Walk through the samples of a pattern's shards in order; needs no index.
-
-    Errors: DataError for a shard that is no tar, and for a sample that does not decode.
-    """
-    for shard in expand_shards(pattern):
-        for key, group in groupby(read_members(shard), key=attrgetter("key")):
-            members = {member.extension: member.data for member in group}
-            if IMAGE_EXTENSIONS.isdisjoint(members):
-                continue
-            try:
-                yield _sample_of(key, members)
-            except DataError as error:
-                raise DataError(f"{shard}:{key}: {error}; remove it or re-create the shard") from None
-
-
-def _sample_of(key: str, members: dict[str, bytes]) -> Sample:
-    encoded = next(data for extension, data in members.items() if extension in IMAGE_EXTENSIONS)
-    described = {name: parse_metadata(members[name], name) for name in CAPTION_EXTENSIONS if name in members}
-    spoken = [captions for captions in map(captions_of, described.values()) if any(captions.values())]
-    return Sample(key, read_image(encoded), spoken[0] if spoken else captions_of({}), described.get("json", {}))
 
 
 def _usable(index: Index, with_text: bool) -> Index:

@@ -19,9 +19,9 @@ from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
 from data_pipeline.caption import captions_of, parse_metadata
-from data_pipeline.decode import decode_patches, read_image, read_image_at
+from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
-from data_pipeline.loader import image_of, iterate_samples, start_position, step_batches
+from data_pipeline.loader import image_of, start_position, step_batches
 from data_pipeline.plan import plan, plan_spec
 from data_pipeline.shards import read_members, read_range
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
@@ -254,17 +254,6 @@ def test_batches_are_those_of_the_plan(corpus):
     config = run_config()
     batch = plan(corpus, plan_spec(config), config.seed, 3)
     assert set(contents(take(corpus, config, 4)[3])) == set(batch.key.tolist())
-
-
-def test_samples_in_sequence(corpus, tmp_path):
-    samples = list(iterate_samples(f"{corpus.shards[0].rpartition('/')[0]}"))
-    assert [sample.key for sample in samples] == corpus.keys.to_pylist()
-    assert np.array_equal(samples[4].image, read_image(picture(6, 12, 4, "JPEG")))
-    assert samples[1].captions == {"en": ("thing thing", "number 1"), "zh": ("第1个",)}
-    assert samples[1].metadata["source"] == "red"
-    write_tar(tmp_path / "bad.tar", [("a.png", b"junk")])
-    with pytest.raises(DataError, match=r"bad\.tar:a: no known image format"):
-        list(iterate_samples(str(tmp_path)))
 
 
 def test_image_of_is_what_the_teachers_decode(corpus):
