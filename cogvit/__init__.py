@@ -5,7 +5,7 @@
 """
 
 from cogvit.batch import PackedImages, PackedText
-from cogvit.model.adapter import MLPAdapter, insert_visual_tokens_mmtp
+from cogvit.model.adapter import GlmAdapter, MLPAdapter, insert_visual_tokens_mmtp, save_glm_ocr
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.contrastive import CogViTForContrastive, SigLIPLoss
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
@@ -20,6 +20,7 @@ __all__ = [
     "CogViTConfig",
     "CogViTForContrastive",
     "CogViTForMIM",
+    "GlmAdapter",
     "MLPAdapter",
     "PackedFeatures",
     "PackedImages",
@@ -35,4 +36,5 @@ __all__ = [
     "naflex_pack",
     "naflex_resize",
     "naflex_target_size",
+    "save_glm_ocr",
 ]

@@ -1,8 +1,10 @@
 """Writes the vision encoder of a run for others to load.
 
-usage: python -m tools.export RUN --out DIR
+usage: python -m tools.export RUN --out DIR [--layout cogvit|glm_ocr]
 
---out DIR  new directory; it gets config.json and model.safetensors, which CogViT.from_pretrained(DIR) reads
+--out DIR     new directory; it gets config.json and model.safetensors, which CogViT.from_pretrained(DIR) reads
+--layout NAME glm_ocr is for GlmOcrVisionModel.from_pretrained(DIR) of transformers, without its merger; encoders of the
+              cogvit_l family only (default: cogvit)
 
 The newest good checkpoint is taken. Text tower, projections and teacher heads are training aids and stay behind.
 """
@@ -15,7 +17,10 @@ from pathlib import Path
 
 from cogvit.arguments import run_command
 from cogvit.errors import ConfigError
+from cogvit.model.adapter import save_glm_ocr
 from cogvit.training.restore import is_run, latest_of_run, load_towers
+
+LOADERS = {"cogvit": "CogViT", "glm_ocr": "GlmOcrVisionModel"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Arguments:
 
     run: str
     out: str = ""
+    layout: str = "cogvit"
 
 
 def export(arguments: Arguments) -> int:
@@ -31,17 +37,25 @@ def export(arguments: Arguments) -> int:
     run, out = Path(arguments.run), Path(arguments.out)
     if not arguments.out:
         raise ConfigError("--out DIR is needed: a new directory for the export")
+    if arguments.layout not in LOADERS:
+        raise ConfigError(f"--layout {arguments.layout!r} is unknown; expected one of {', '.join(LOADERS)}")
     if not is_run(run):
         raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists; choose a new directory")
     checkpoint, vision = latest_of_run(run), load_towers(run).vision
     try:
-        vision.save_pretrained(out)
+        if arguments.layout == "glm_ocr":
+            save_glm_ocr(out, vision)
+        else:
+            vision.save_pretrained(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     num_parameters = sum(parameter.numel() for parameter in vision.parameters())
-    print(f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with CogViT.from_pretrained({str(out)!r})")
+    loader = LOADERS[arguments.layout]
+    print(
+        f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with {loader}.from_pretrained({str(out)!r})"
+    )
     return 0
 
 

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cogvit.model.glm_ocr import adapter_to_glm_ocr, shape_of, tower_to_glm_ocr
+from cogvit.model.interop import load_checked, read_glm_adapter, write_glm_ocr
 from cogvit.model.packing import Grid
+from cogvit.model.vit import CogViT
 
 
-class MLPAdapter(nn.Module):
-    """Merges s x s neighboring patches by pixel shuffle and maps them to the language model's width by a two-layer MLP.
-
-    Args:
-        vision_dim: D of the patch tokens.
-        llm_dim: width of the language model.
-        hidden_dim: of the MLP; llm_dim if None.
-        spatial_pool: s; 1 keeps every patch.
+class PatchGroups(nn.Module):
+    """Merges s x s neighboring patches into one vector: what the adapters share.
 
     Errors: ValueError when spatial_pool is below 1.
     """
 
-    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
+    def __init__(self, spatial_pool: int) -> None:
         super().__init__()
         if spatial_pool < 1:
             raise ValueError(f"spatial_pool={spatial_pool} must be at least 1")
         self.spatial_pool = spatial_pool
-        hidden_dim = llm_dim if hidden_dim is None else hidden_dim
-        self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, llm_dim)
 
-    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
-        """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
+    def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
+        """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
+        return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
 
-        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch
-        gives zero and is false in `valid_groups`.
+    def merge(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the groups' patches side by side, [B, V, s * s * D], and which groups have any, bool [B, V, 1].
+
+        V = ceil(rows / s) * ceil(columns / s) of the largest grid. Patches outside the grid (odd grids) or not valid
+        count as zeros.
 
         Args:
             patch_tokens: [B, N, D].
@@ -47,16 +47,10 @@ class MLPAdapter(nn.Module):
         Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
         """
         index_BVG = self._group_index(patch_tokens, grid, valid_mask)
-        batch, num_groups, group_size = index_BVG.shape
         padded = F.pad(patch_tokens, (0, 0, 0, 1))  # one zero token that absent patches point at
-        image_B11 = torch.arange(batch, device=padded.device)[:, None, None]
-        x = padded[image_B11, index_BVG].reshape(batch, num_groups, group_size * patch_tokens.shape[2])
+        image_B11 = torch.arange(len(padded), device=padded.device)[:, None, None]
         present_BV1 = (index_BVG < patch_tokens.shape[1]).any(2, keepdim=True)
-        return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
-
-    def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
-        """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
-        return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
+        return padded[image_B11, index_BVG].flatten(2), present_BV1
 
     def _group_index(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> Tensor:
         """[B, V, s * s] int64: the patch in each place of each group; N where there is none."""
@@ -78,6 +72,99 @@ class MLPAdapter(nn.Module):
         valid = F.pad(valid_mask.bool(), (0, 1))
         present = valid.gather(1, index_BVG.flatten(1)).view_as(index_BVG)
         return torch.where(present, index_BVG, num_tokens)
+
+
+class MLPAdapter(PatchGroups):
+    """Merges s x s neighboring patches by pixel shuffle and maps them to the language model's width by a two-layer MLP.
+
+    Args:
+        vision_dim: D of the patch tokens.
+        llm_dim: width of the language model.
+        hidden_dim: of the MLP; llm_dim if None.
+        spatial_pool: s; 1 keeps every patch.
+
+    Errors: ValueError when spatial_pool is below 1.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
+        super().__init__(spatial_pool)
+        hidden_dim = llm_dim if hidden_dim is None else hidden_dim
+        self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, llm_dim)
+
+    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
+        """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
+
+        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch
+        gives zero and is false in `valid_groups`.
+
+        Args:
+            patch_tokens: [B, N, D].
+            grid: rows and columns of the batch, or a list of each image's for sequences, as in the encoder's output.
+            valid_mask: bool [B, N], as given to the encoder.
+
+        Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
+        """
+        x, present_BV1 = self.merge(patch_tokens, grid, valid_mask)
+        return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
+
+
+class GlmAdapter(PatchGroups):
+    """The merger of GLM-OCR: a strided convolution, a projection with norm and GELU, and a SwiGLU MLP.
+
+    Args:
+        vision_dim: D of the patch tokens.
+        llm_dim: width of the language model.
+        hidden_dim: of the MLP; 3 * llm_dim if None, as in GLM-OCR.
+        spatial_pool: s, side of the convolution.
+
+    Errors: ValueError when spatial_pool is below 1.
+    Source: GlmOcrVisionPatchMerger of transformers.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 2) -> None:
+        super().__init__(spatial_pool)
+        self.llm_dim = llm_dim
+        hidden_dim = 3 * llm_dim if hidden_dim is None else hidden_dim
+        self.downsample = nn.Linear(vision_dim * spatial_pool**2, llm_dim)
+        self.proj = nn.Linear(llm_dim, llm_dim, bias=False)
+        self.norm = nn.LayerNorm(llm_dim)
+        self.fc1 = nn.Linear(llm_dim, 2 * hidden_dim, bias=False)  # rows are [gate; up]
+        self.fc2 = nn.Linear(hidden_dim, llm_dim, bias=False)
+
+    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
+        """Return visual embeddings [B, V, llm_dim]; arguments, padding and errors are those of `MLPAdapter.forward`."""
+        x, present_BV1 = self.merge(patch_tokens, grid, valid_mask)
+        x = F.gelu(self.norm(self.proj(self.downsample(x))))
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * up) * present_BV1.to(x.dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> GlmAdapter:
+        """Read the merger of a GLM-OCR checkpoint, or of what `save_glm_ocr` wrote.
+
+        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
+        """
+        shape, weights = read_glm_adapter(Path(directory))
+        hidden_dim = shape.out_hidden_size * shape.in_channels
+        adapter = cls(shape.hidden_size, shape.out_hidden_size, hidden_dim, shape.spatial_merge_size)
+        load_checked(adapter, weights)
+        return adapter
+
+
+def save_glm_ocr(directory: str | Path, vision: CogViT, adapter: GlmAdapter | None = None) -> None:
+    """Write an encoder of the `cogvit_l` family, and its adapter, for transformers' GlmOcrVisionModel.from_pretrained.
+
+    `CogViT.from_pretrained` and `GlmAdapter.from_pretrained` read the directory too. Without an adapter transformers
+    starts a new merger and says so. The mask token is left out.
+
+    Errors: CheckpointError names every option of the encoder that GLM-OCR does not have, or the adapter's shape.
+    """
+    shape, merger = shape_of(vision.cfg), {}
+    if adapter is not None:
+        shape = replace(shape, out_hidden_size=adapter.llm_dim, spatial_merge_size=adapter.spatial_pool)
+        merger = adapter_to_glm_ocr(adapter.state_dict(), shape)
+    write_glm_ocr(Path(directory), shape, {**tower_to_glm_ocr(vision.state_dict(), shape), **merger})
 
 
 def _groups(grid: Grid, pool: int, absent: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Weights on disk as others read them: a directory of config.json and model.safetensors."""
+"""Weights on disk as others read them: a directory of config.json and model.safetensors.
+
+Two layouts are read and written: our own, and that of GLM-OCR's vision tower in transformers (`cogvit.model.glm_ocr`).
+"""
 
 from __future__ import annotations
 
@@ -6,58 +9,80 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
+from cogvit.model import glm_ocr
 from cogvit.model.config import CogViTConfig
+from cogvit.model.glm_ocr import GlmOcrShape, check_shapes
 
 _CONFIG, _WEIGHTS, _MODEL_TYPE = "config.json", "model.safetensors", "cogvit"
+_PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
+_OURS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # mean and deviation that bring [0, 1] to [-1, 1]
+_THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
 
 
 def write_model(directory: Path, cfg: CogViTConfig, weights: Mapping[str, Tensor]) -> None:
     """Write a vision encoder's config.json and model.safetensors; the directory is made."""
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    values = {"model_type": _MODEL_TYPE, **asdict(cfg)}
-    (directory / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, directory / _WEIGHTS)
+    _write(directory, {"model_type": _MODEL_TYPE, **asdict(cfg)}, weights)
 
 
 def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
-    """Read what `write_model` wrote.
+    """Read what `write_model` or `write_glm_ocr` wrote, or a GLM-OCR checkpoint of transformers.
 
-    Errors: CheckpointError when a file is missing or damaged or the configuration is not a CogViT's.
+    Where GLM-OCR's preprocessor_config.json names another normalization of images than ours to [-1, 1], it is folded
+    into the patch embedding.
+
+    Errors: CheckpointError when a file is missing or damaged, the configuration is of another model, or a weight of
+    GLM-OCR is missing, extra or misshaped.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    cfg = _read_config(directory / _CONFIG)
+    values = _read_config(directory)
+    if values["model_type"] == _MODEL_TYPE:
+        return _read_own_config(directory, values), _read_weights(directory, "")
+    shape = _read_shape(directory, values)
     try:
-        return cfg, load_file(directory / _WEIGHTS)
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory / _WEIGHTS} does not exist; is {directory} an export?") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{directory / _WEIGHTS} is damaged: {error}") from None
-
-
-def _read_config(path: Path) -> CogViTConfig:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} an export?") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.pop("model_type", None) != _MODEL_TYPE:
-        raise CheckpointError(f"{path} is not of a CogViT: expected model_type {_MODEL_TYPE!r}")
-    unknown = sorted(set(values) - {field.name for field in fields(CogViTConfig)})
-    if unknown:
-        raise CheckpointError(f"{path} has the unknown field {unknown[0]!r}")
-    try:
-        return CogViTConfig(**values)
+        cfg = glm_ocr.cogvit_config(shape)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{directory / _CONFIG}: {error}") from None
+    weights = glm_ocr.tower_from_glm_ocr(_read_weights(directory, *_prefixes(values)), shape)
+    mean, std = _read_normalization(directory)
+    if (mean, std) != _OURS:
+        if not len(mean) == len(std) == cfg.in_chans:
+            raise CheckpointError(f"{directory / _PROCESSOR}: image_mean and image_std need {cfg.in_chans} values each")
+        weights = glm_ocr.fold_normalization(weights, mean, std)
+    return cfg, weights
+
+
+def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Tensor]) -> None:
+    """Write weights under GLM-OCR's names for GlmOcrVisionModel.from_pretrained, with the normalization of its images.
+
+    Without a merger among them transformers makes a new one and says so.
+    """
+    _write(directory, glm_ocr.write_shape(shape), weights)
+    processor = {
+        "image_processor_type": "Glm46VImageProcessor",
+        "image_mean": _OURS[0],
+        "image_std": _OURS[1],
+        "patch_size": shape.patch_size,
+        "temporal_patch_size": shape.temporal_patch_size,
+        "merge_size": shape.spatial_merge_size,
+    }
+    (directory / _PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
+    """Read the merger of a GLM-OCR checkpoint as the weights of a `GlmAdapter`.
+
+    Errors: CheckpointError when a file is missing or damaged, the configuration is not GLM-OCR's, or a weight is
+    missing, extra or misshaped.
+    """
+    values = _read_config(directory)
+    if values["model_type"] == _MODEL_TYPE:
+        raise CheckpointError(f"{directory} holds no merger: it is a CogViT, not a GLM-OCR")
+    shape = _read_shape(directory, values)
+    return shape, glm_ocr.adapter_from_glm_ocr(_read_weights(directory, *_prefixes(values)), shape)
 
 
 def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -65,14 +90,94 @@ def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Errors: CheckpointError names every missing, extra and misshaped weight.
     """
-    own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(weight.shape)}"
-        for name, weight in own.items()
-        if name in weights and weights[name].shape != weight.shape
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join(problems)}")
+    check_shapes(weights, {name: weight.shape for name, weight in module.state_dict().items()})
     module.load_state_dict(weights)
+
+
+def _write(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    values = _read_json(directory / _CONFIG)
+    known = (_MODEL_TYPE, glm_ocr.VISION_TYPE, glm_ocr.MODEL_TYPE)
+    if values.get("model_type") not in known:
+        raise CheckpointError(
+            f"{directory / _CONFIG} is not of a CogViT: model_type is {values.get('model_type')!r}; expected one of"
+            f" {', '.join(known)}"
+        )
+    return values
+
+
+def _read_own_config(directory: Path, values: dict[str, Any]) -> CogViTConfig:
+    options = {name: value for name, value in values.items() if name != "model_type"}
+    unknown = sorted(set(options) - {field.name for field in fields(CogViTConfig)})
+    if unknown:
+        raise CheckpointError(f"{directory / _CONFIG} has the unknown field {unknown[0]!r}")
+    try:
+        return CogViTConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / _CONFIG}: {error}") from None
+
+
+def _read_shape(directory: Path, values: dict[str, Any]) -> GlmOcrShape:
+    vision = values.get("vision_config") if values["model_type"] == glm_ocr.MODEL_TYPE else values
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{directory / _CONFIG} has no vision_config; is it the whole of a GLM-OCR?")
+    return glm_ocr.read_shape(vision)
+
+
+def _prefixes(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands before the names of the vision tower's weights, newest form first."""
+    return ("model.visual.", "visual.") if values["model_type"] == glm_ocr.MODEL_TYPE else ("",)
+
+
+def _read_normalization(directory: Path) -> tuple[list[float], list[float]]:
+    """The mean and deviation of GLM-OCR's images; ours where nothing is said."""
+    for values in (
+        _read_json(directory / _PROCESSOR) if (directory / _PROCESSOR).exists() else None,
+        _read_json(directory / _NESTED).get("image_processor") if (directory / _NESTED).exists() else None,
+    ):
+        if values is not None:
+            return values.get("image_mean", _THEIRS[0]), values.get("image_std", _THEIRS[1])
+    return _OURS
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} an export?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not of a CogViT: expected a JSON object")
+    return values
+
+
+def _read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with one of the prefixes, without it."""
+    from safetensors import SafetensorError, safe_open
+
+    weights: dict[str, Tensor] = {}
+    files = [directory / _WEIGHTS]
+    index = directory / f"{_WEIGHTS}.index.json"  # of a checkpoint that is split over files
+    if index.exists():
+        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                for prefix in prefixes:
+                    found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+                    weights.update({name.removeprefix(prefix): weight for name, weight in found.items()})
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; is {directory} an export?") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    return weights

@@ -212,7 +212,10 @@ class CogViT(VisionEmbedding):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CogViT:
-        """Read what `save_pretrained` wrote.
+        """Read what `save_pretrained` wrote, or the vision tower of a GLM-OCR checkpoint of transformers.
+
+        Where GLM-OCR's preprocessor_config.json names another normalization of images, it is folded into the weights:
+        images are in [-1, 1] here, and the mask token is new.
 
         Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
         """

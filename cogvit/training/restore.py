@@ -31,7 +31,7 @@ class Towers:
 
 
 def load_towers(path: Path) -> Towers:
-    """Load the newest good checkpoint of a run, or an export (vision tower only).
+    """Load the newest good checkpoint of a run, or an export or GLM-OCR checkpoint (vision tower only).
 
     Errors: CheckpointError when there is neither, or the weights do not fit the configuration.
     """
@@ -68,19 +68,12 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     else:
         cfg = load_config(path / "config.json").vision
         given = {key: tensor for key, tensor in weights(latest_of_run(path), "").items() if _is_tower(key, config)}
+    shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
+    if cfg.position == "learned":
+        shape.append("image_size")
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
-        for name in (
-            "patch_size",
-            "image_size",
-            "embed_dim",
-            "depth",
-            "num_heads",
-            "norm",
-            "mlp",
-            "position",
-            "use_cls_token",
-        )
+        for name in shape
         if getattr(cfg, name) != getattr(config.vision, name)
     ]
     if differences:

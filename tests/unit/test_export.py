@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from cogvit import CogViT
 from cogvit.arguments import run_command
-from cogvit.config import DataConfig
+from cogvit.config import DataConfig, RunConfig
+from cogvit.errors import CheckpointError
 from cogvit.evaluation.features import image_features
 from cogvit.evaluation.subject import load_subject
-from tests.runs_on_disk import contrast_run, write_shards
+from cogvit.training.restore import initial_towers
+from tests.runs_on_disk import VISION, contrast_run, write_run, write_shards
 from tools import checkpoint, export
 
 
@@ -54,6 +57,22 @@ def test_export_has_the_features_of_the_run(tmp_path: Path, capsys: pytest.Captu
         assert torch.equal(vision(image)["patch_tokens"], trained.towers.vision(image)["patch_tokens"])
 
 
+def test_export_for_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = replace(VISION, norm="rmsnorm", mlp="swiglu", position="rotary", use_cls_token=False)
+    trained = CogViT(cfg)
+    run = write_run(tmp_path / "run", RunConfig(vision=cfg), {"vision": trained})
+    out = tmp_path / "export"
+    assert run_export(str(run), "--out", str(out), "--layout", "glm_ocr") == 0
+    assert "GlmOcrVisionModel.from_pretrained" in capsys.readouterr().out
+    exported = CogViT.from_pretrained(out)
+    image = torch.rand(1, 3, 16, 8)
+    assert torch.equal(exported(image)["patch_tokens"], trained(image)["patch_tokens"])
+    started = initial_towers(RunConfig(vision=replace(cfg, image_size=64), init=str(out)))  # rotary: of any size
+    assert torch.equal(started["vision.norm.weight"], trained.norm.weight)
+    with pytest.raises(CheckpointError, match=r"another vision tower \(mlp_dim: 128 there, 64 here\)"):
+        initial_towers(RunConfig(vision=replace(cfg, mlp_ratio=2.0), init=str(out)))
+
+
 def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -70,6 +89,8 @@ def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.Cap
         (["RUN"], "--out DIR is needed"),
         (["RUN/checkpoints", "--out", "x"], "not a run"),
         (["--out", "x"], "RUN is missing"),
+        (["RUN", "--out", "x", "--layout", "timm"], "'timm' is unknown; expected one of cogvit, glm_ocr"),
+        (["RUN", "--out", "x", "--layout", "glm_ocr"], "norm='layernorm', expected 'rmsnorm'"),
     ],
 )
 def test_mistakes_of_export(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str) -> None:
