@@ -1,16 +1,50 @@
 """Shapes of the towers that the presets share."""
 
+from typing import Literal
+
 from cogvit.model.config import CogViTConfig, TextConfig
 
+Size = Literal["tiny", "small", "base", "large", "so400m"]
 
-def reference_vision() -> CogViTConfig:
-    """303M parameters: the published reference build, which is CogViTConfig's defaults."""
-    return CogViTConfig()
+# Width, depth, heads and hidden width of the MLP. Source: ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) for
+# tiny and small, SoViT-400m/14 (Alabdulmohsin et al. 2023).
+_SHAPES: dict[Size, tuple[int, int, int, int]] = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+}
+
+
+def reference_vision(size: Size = "large") -> CogViTConfig:
+    """Return the published reference build's options; its own size is large, 303M parameters and all defaults."""
+    width, depth, heads, mlp = _SHAPES[size]
+    return CogViTConfig(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
+
+
+def cogvit_vision(size: Size = "large") -> CogViTConfig:
+    """Return the options of GLM-5V-Turbo's encoder, which transformers' GlmOcrVisionModel has; large is `cogvit_l`.
+
+    SwiGLU has three matrices of the MLP's width where GELU has two, so a size has a third more parameters.
+    """
+    width, depth, heads, mlp = _SHAPES[size]
+    return CogViTConfig(
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp / width,
+        norm="rmsnorm",
+        mlp="swiglu",
+        position="rotary",
+        use_cls_token=False,
+        eps=1e-5,
+    )
 
 
 def cogvit_l_vision() -> CogViTConfig:
-    """403M parameters: the encoder of GLM-5V-Turbo, in the layout of transformers' GlmOcrVisionModel."""
-    return CogViTConfig(norm="rmsnorm", mlp="swiglu", position="rotary", use_cls_token=False, eps=1e-5)
+    """Return the 403M encoder of GLM-5V-Turbo."""
+    return cogvit_vision("large")
 
 
 def base_text() -> TextConfig:
