@@ -22,7 +22,7 @@ class PackedImages:
     cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding; cu_seqlens[-1] == T
     grid_hw: Tensor  # [N, 2] int32, (0, 0) where absent
     key: Tensor  # [N] int64, seed of every random draw for this image
-    weight: Tensor  # [N] float32, 0 for an image that is absent or failed to decode
+    weight: Tensor  # [N] float32, 1, or 0 for an image that is absent or failed to decode
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +49,7 @@ class PackedText:
     cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding
     caption_id: Tensor  # [N] int64, hash of the caption: equal captions are not negatives of each other
     concept_id: Tensor  # [N] int64, hash of all captions of the sample, in every language: nor are translations
-    weight: Tensor  # [N] float32, 0 where absent
+    weight: Tensor  # [N] float32, 1, or 0 where absent
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -72,6 +73,17 @@ class TeachersConfig:
     max_wait_s: float = option(300.0, "how long a rank waits for features before the run stops")
     precision: Literal["fp32", "bf16"] = option("fp32", "of the teachers' forward")
     ray_address: str = option("", "cluster to join; starts one on this machine if empty")
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """The sigmoid loss of stage 2."""
+
+    loss: Literal["ring", "gather"] = option(
+        "ring", "how ranks meet each other's texts: passed around, or all gathered"
+    )
+    chunk_pairs: int = option(1024, "rows and columns of the largest block of logits; bounds the memory of the loss")
+    max_temperature: float = option(1000.0, "the learned temperature counts as this where it is higher")
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class RunConfig:
     init_bias: float = option(-10.0, "bias of the sigmoid loss at the start (stage 2)")
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -229,6 +242,12 @@ def _check_data(config: RunConfig) -> None:
         " data.max_patches",
     )
     if config.objective == "contrast":
+        contrast = config.contrast
+        _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
+        _require(
+            0.0 < contrast.max_temperature < math.inf,
+            f"contrast.max_temperature={contrast.max_temperature} must be positive and finite",
+        )
         _require(
             config.text.max_tokens <= data.text_tokens_per_pack,
             f"a caption of text.max_tokens={config.text.max_tokens} does not fit"
@@ -328,7 +347,7 @@ _EXECUTION = (
     "data.index_dir", "data.eval_shards", "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.max_bad_fraction",
     "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",
-    "teachers.source", "teachers.store",
+    "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
 )  # fmt: skip
 
 

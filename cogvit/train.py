@@ -262,7 +262,7 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
         objective: Any = Distill(weights, config.teachers.mask_ratio)
     else:
         text = TextStage(config.text, mesh, parallel, num_tokens=data.text_tokens_per_pack)
-        model, objective = ContrastModel(vision, text, config.proj_dim), Contrast()
+        model, objective = ContrastModel(vision, text, config.proj_dim), Contrast(config.contrast)
     fill(model.to(mesh.device), mesh, initial_weights(config))
     return model, objective
 

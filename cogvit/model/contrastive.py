@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cogvit.model.sigmoid import Logits, Side, add_pairs, no_sums
 from cogvit.model.vit import CogViT
 
-_CHUNK_TEXTS = 4096  # texts per block of logits
+_CHUNK_PAIRS = 1024  # rows and columns of the largest block of logits
 
 
 def _all_gather(x: Tensor) -> Tensor:
@@ -34,34 +35,24 @@ def _all_reduce(x: Tensor) -> Tensor:
 class _SigmoidLoss(torch.autograd.Function):
     """Sum over all pairs of the global batch of -log sigmoid(+-logit), with its gradients, a block of logits at a time.
 
-    A rank computes the rows of its own images against everybody's texts. Gradients are multiplied by the number of
-    ranks, because DistributedDataParallel averages them over the ranks while the loss is already that of all.
+    A rank compares its own images with everybody's texts. Gradients are multiplied by the number of ranks, because
+    DistributedDataParallel averages them over the ranks while the loss is already that of all.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, image_nE: Tensor, text_nE: Tensor, log_t: Tensor, bias: Tensor) -> Tensor:
-        texts_GE = _all_gather(text_nE)
-        num_local, num_ranks = len(image_nE), len(texts_GE) // len(text_nE)
-        first = num_local * (dist.get_rank() if num_ranks > 1 else 0)
-        own_n1 = torch.arange(first, first + num_local, device=image_nE.device).unsqueeze(1)
-        scale = log_t.exp()
-        loss, d_log_t, d_bias = torch.zeros(3, device=image_nE.device).unbind()
-        d_image, d_texts = torch.zeros_like(image_nE), torch.empty_like(texts_GE)
-        for start in range(0, len(texts_GE), _CHUNK_TEXTS):
-            text_cE = texts_GE[start : start + _CHUNK_TEXTS]
-            column_c = torch.arange(start, start + len(text_cE), device=image_nE.device)
-            sign_nc = torch.where(own_n1 == column_c, 1.0, -1.0)
-            scaled_nc = scale * (image_nE @ text_cE.T)
-            margin_nc = sign_nc * (scaled_nc + bias)
-            loss = loss + F.softplus(-margin_nc).sum()
-            d_logit = -sign_nc * torch.sigmoid(-margin_nc)
-            d_image += scale * (d_logit @ text_cE)
-            d_texts[start : start + len(text_cE)] = scale * (d_logit.T @ image_nE)
-            d_log_t = d_log_t + (d_logit * scaled_nc).sum()
-            d_bias = d_bias + d_logit.sum()
-        d_text = _all_reduce(d_texts)[first : first + num_local]
-        ctx.save_for_backward(*(g * num_ranks for g in (d_image, d_text, d_log_t.view_as(log_t), d_bias.view_as(bias))))
-        return _all_reduce(loss)
+        all_texts_RnE = _all_gather(text_nE.unsqueeze(0))
+        num_ranks = len(all_texts_RnE)
+        rank = dist.get_rank() if num_ranks > 1 else 0
+        no_identity_nK = torch.empty(len(image_nE), 0, dtype=torch.int64, device=image_nE.device)
+        images, logits = Side(image_nE, no_identity_nK), Logits(log_t.exp(), bias, _CHUNK_PAIRS)
+        sums, d_texts_RnE = no_sums(images), torch.zeros_like(all_texts_RnE)
+        for owner, (texts_nE, d_texts_nE) in enumerate(zip(all_texts_RnE, d_texts_RnE, strict=True)):
+            add_pairs(sums, images, Side(texts_nE, no_identity_nK), d_texts_nE, logits, paired=owner == rank)
+        scalars = (sums.d_log_t(images, _CHUNK_PAIRS).to(log_t), sums.d_bias.to(bias))
+        gradients = (sums.d_image_nE, _all_reduce(d_texts_RnE)[rank], *scalars)
+        ctx.save_for_backward(*(g * num_ranks for g in gradients))
+        return _all_reduce(sums.loss).to(image_nE)
 
     @staticmethod
     @once_differentiable

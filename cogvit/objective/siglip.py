@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvit.batch import Batch
+from cogvit.config import ContrastConfig
 from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.distill import reduce_terms
+from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients
 from cogvit.parallel.encoder import TextStage, VisionStage
-from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.schedule import Schedule
-
-_CHUNK = 4096  # texts per block of logits
 
 
 class ContrastModel(nn.Module):
@@ -50,64 +48,6 @@ class ContrastModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What the loss needs to know of this rank's pairs beside their embeddings."""
-
-    caption_id: Tensor  # [n] int64
-    concept_id: Tensor  # [n] int64
-    weight: Tensor  # [n] float32
-
-
-@dataclass(frozen=True)
-class SigmoidGradients:
-    """This rank's share of the loss, and the global loss's gradient with respect to what this rank brought."""
-
-    loss: Tensor  # 0-dim, summed over dp it is the global loss
-    image: Tensor  # [n, E]
-    text: Tensor  # [n, E]
-    log_t: Tensor  # [1], this rank's share
-    bias: Tensor  # [1], this rank's share
-
-
-def sigmoid_gradients(
-    image_nE: Tensor, text_nE: Tensor, pairs: Pairs, log_t: Tensor, bias: Tensor, mesh: Mesh
-) -> SigmoidGradients:
-    """Return the exact loss and gradients over the global batch; every dp rank brings the same number of slots.
-
-    A rank computes the rows of its own images against all texts, in blocks, in fp32.
-    """
-    image_nE, text_nE = image_nE.detach().float(), text_nE.detach().float()
-    texts_GE = _gather(text_nE, mesh)
-    captions_G, concepts_G = _gather(pairs.caption_id, mesh), _gather(pairs.concept_id, mesh)
-    weights_G = _gather(pairs.weight, mesh)
-    num_pairs = weights_G.sum().clamp(min=1.0)
-    temperature, offset = log_t.detach().float().exp(), bias.detach().float()
-    first = mesh.dp_rank * len(image_nE)
-    row_n1 = torch.arange(first, first + len(image_nE), device=image_nE.device).unsqueeze(1)
-    loss = image_nE.new_zeros(())
-    d_image, d_texts = torch.zeros_like(image_nE), torch.zeros_like(texts_GE)
-    d_log_t, d_bias = torch.zeros_like(temperature), torch.zeros_like(offset)
-    for start in range(0, len(texts_GE), _CHUNK):
-        stop = min(start + _CHUNK, len(texts_GE))
-        text_cE = texts_GE[start:stop]
-        positive = row_n1 == torch.arange(start, stop, device=image_nE.device)
-        same = pairs.caption_id.unsqueeze(1) == captions_G[start:stop]
-        same |= pairs.concept_id.unsqueeze(1) == concepts_G[start:stop]
-        weight = pairs.weight.unsqueeze(1) * weights_G[start:stop] * (positive | ~same)
-        scaled = temperature * (image_nE @ text_cE.T)
-        signed = torch.where(positive, 1.0, -1.0)
-        margin = signed * (scaled + offset)
-        loss = loss + (F.softplus(-margin) * weight).sum() / num_pairs
-        d_logit = -signed * torch.sigmoid(-margin) * weight / num_pairs
-        d_image += temperature * (d_logit @ text_cE)
-        d_texts[start:stop] = temperature * (d_logit.T @ image_nE)
-        d_log_t += (d_logit * scaled).sum()
-        d_bias += d_logit.sum()
-    dist.all_reduce(d_texts, group=mesh.dp_group)
-    return SigmoidGradients(loss, d_image, d_texts[first : first + len(text_nE)], d_log_t, d_bias)
-
-
-@dataclass(frozen=True)
 class Contrast:
     """The sigmoid objective on two towers: one pass where one microbatch meets one stage, else two.
 
@@ -115,19 +55,21 @@ class Contrast:
     second backs those through the towers, so the result is that of the global batch for any number of microbatches.
     """
 
+    config: ContrastConfig
+
     def train(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Leave the gradients of one step on the parameters; returns the global loss (0-dim tensor)."""
         if schedule.mesh.pp_size == 1 and len(micro) == 1:
-            local = _one_pass(model, micro[0], schedule)
+            local = _one_pass(model, micro[0], schedule, self.config)
         else:
-            local = _two_passes(model, micro, schedule)
-        return _terms(model, local, schedule)
+            local = _two_passes(model, micro, schedule, self.config)
+        return _terms(model, local, schedule, self.config)
 
     def evaluate(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the loss without gradients."""
-        gradients = _embed_and_compare(model, micro, schedule)
+        gradients = _embed_and_compare(model, micro, schedule, self.config)
         local = torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
-        return _terms(model, local, schedule)
+        return _terms(model, local, schedule, self.config)
 
 
 def _pairs(micro: Sequence[Batch]) -> Pairs:
@@ -145,19 +87,21 @@ def _surrogate(gradients: SigmoidGradients, model: ContrastModel) -> Tensor:
     return (model.log_t * gradients.log_t).sum() + (model.bias * gradients.bias).sum()
 
 
-def _one_pass(model: ContrastModel, batch: Batch, schedule: Schedule) -> Tensor:
+def _one_pass(model: ContrastModel, batch: Batch, schedule: Schedule, config: ContrastConfig) -> Tensor:
     def forward(index: int) -> tuple[PackedFeatures, Tensor]:
         return model.vision(batch.images), model.text(batch.text, batch.images.key)
 
     def loss(towers: tuple[PackedFeatures, Tensor], index: int) -> tuple[Tensor, Tensor]:
         image, text = model.embed_image(towers[0], batch), model.embed_text(towers[1])
-        g = sigmoid_gradients(image, text, _pairs([batch]), model.log_t, model.bias, schedule.mesh)
+        g = sigmoid_gradients(image, text, _pairs([batch]), model.log_t, model.bias, schedule.mesh, config)
         return (image * g.image).sum() + (text * g.text).sum() + _surrogate(g, model), g.loss
 
     return schedule.forward_backward(model.vision.trunk, forward, 1, loss)[0]
 
 
-def _embed_and_compare(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> SigmoidGradients | None:
+def _embed_and_compare(
+    model: ContrastModel, micro: Sequence[Batch], schedule: Schedule, config: ContrastConfig
+) -> SigmoidGradients | None:
     """The first pass; None on stages that hold no loss."""
     images = schedule.forward_only(
         model.vision.trunk,
@@ -173,11 +117,13 @@ def _embed_and_compare(model: ContrastModel, micro: Sequence[Batch], schedule: S
     )
     if not schedule.mesh.is_last_stage:
         return None
-    return sigmoid_gradients(torch.cat(images), torch.cat(texts), _pairs(micro), model.log_t, model.bias, schedule.mesh)
+    return sigmoid_gradients(
+        torch.cat(images), torch.cat(texts), _pairs(micro), model.log_t, model.bias, schedule.mesh, config
+    )
 
 
-def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> Tensor:
-    gradients = _embed_and_compare(model, micro, schedule)
+def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule, config: ContrastConfig) -> Tensor:
+    gradients = _embed_and_compare(model, micro, schedule, config)
     slots = micro[0].images.num_slots
 
     def image_loss(features: PackedFeatures, index: int) -> tuple[Tensor, None]:
@@ -198,18 +144,11 @@ def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule
     return torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
 
 
-def _terms(model: ContrastModel, local: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+def _terms(model: ContrastModel, local: Tensor, schedule: Schedule, config: ContrastConfig) -> dict[str, Tensor]:
     mesh = schedule.mesh
     share = torch.stack([local, torch.zeros_like(local), torch.zeros_like(local)])
     if mesh.is_last_stage and mesh.dp_rank == 0:
-        share[1], share[2] = model.log_t.detach().exp()[0], model.bias.detach()[0]
+        share[1] = model.log_t.detach().exp().clamp(max=config.max_temperature)[0]
+        share[2] = model.bias.detach()[0]
     loss, temperature, bias = reduce_terms(share, schedule)
     return {"loss": loss, "temperature": temperature, "bias": bias}
-
-
-def _gather(local: Tensor, mesh: Mesh) -> Tensor:
-    if mesh.dp_size == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(mesh.dp_size)]
-    dist.all_gather(parts, local.contiguous(), group=mesh.dp_group)
-    return torch.cat(parts)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.batch import Batch
-from cogvit.config import OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
+from cogvit.config import ContrastConfig, OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
 from cogvit.objective.distill import Distill, DistillModel
@@ -22,7 +22,6 @@ from cogvit.training.engine import Engine
 from tests.packs import MASK_RATIO, random_batch
 
 TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
-NUM_MICRO = 4  # of the global batch
 FAMILIES = {
     "reference": {},
     "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
@@ -42,10 +41,12 @@ class Case:
     recompute: Literal["none", "full"] = "none"
     stage: Literal["distill", "contrast"] = "distill"
     family: str = "reference"
+    num_micro: int = 4  # of the global batch
+    loss: Literal["ring", "gather"] = "ring"
 
     def alone(self) -> Case:
         """The same run on one process."""
-        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family)
+        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, num_micro=self.num_micro)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def run_config(case: Case) -> RunConfig:
             **FAMILIES[case.family],
         ),
         text=TextConfig(embed_dim=32, depth=2, num_heads=4, max_tokens=16, drop_path_rate=0.2),
+        contrast=ContrastConfig(loss=case.loss, chunk_pairs=5),  # divides no batch
         optim=OptimConfig(
             name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5
         ),
@@ -90,7 +92,7 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
         objective: Distill | Contrast = Distill({"siglip2": 1.0, "dinov3": 0.5}, MASK_RATIO)
     else:
         text = TextStage(config.text, mesh, config.parallel, num_tokens=80)
-        model, objective = ContrastModel(vision, text, 32), Contrast()
+        model, objective = ContrastModel(vision, text, 32), Contrast(config.contrast)
 
     def weights(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in ("log_t", "bias"):
@@ -102,9 +104,9 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
     return Engine(model, config, mesh), objective
 
 
-def micro_of(mesh: Mesh) -> tuple[Batch, ...]:
+def micro_of(case: Case, mesh: Mesh) -> tuple[Batch, ...]:
     """This rank's share of the global batch, which is the same for every layout."""
-    share = NUM_MICRO // mesh.dp_size
+    share = case.num_micro // mesh.dp_size
     return tuple(random_batch(seed, TEACHER_DIMS) for seed in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
 
 
@@ -114,7 +116,7 @@ def train(rank: int, world: int, case: Case, steps: int) -> Trace:
     engine, objective = start_engine(case, mesh)
     losses, norms = [], []
     for step in range(steps):
-        report = engine.step(objective, micro_of(mesh), step)
+        report = engine.step(objective, micro_of(case, mesh), step)
         losses.append(report.terms["loss"])
         norms.append(report.grad_norm)
     return Trace(losses, norms, whole_state(engine, mesh))

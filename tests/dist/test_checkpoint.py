@@ -26,7 +26,7 @@ def train_and_save(rank: int, world: int, case: Case, directory: Path, until: in
     state = checkpoints.resume(engine) or START
     losses, norms = [], []
     while state.step < until:
-        report = engine.step(objective, micro_of(mesh), state.step)
+        report = engine.step(objective, micro_of(case, mesh), state.step)
         state = state.after(DataPosition("plan", state.step + 1), images=20, tokens=100, seconds=0.0)
         losses.append(report.terms["loss"])
         norms.append(report.grad_norm)

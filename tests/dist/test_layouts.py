@@ -21,6 +21,9 @@ CASES = [
     Case(world=2, tp=2, stage="contrast"),
     Case(world=2, pp=2, stage="contrast", family="cogvit_l"),
     Case(world=2, stage="contrast", zero=2),
+    Case(world=2, pp=2, stage="contrast", num_micro=1),
+    Case(world=4, stage="contrast", num_micro=8, loss="gather"),
+    Case(world=4, pp=2, stage="contrast", num_micro=8),
     Case(world=4, tp=2, pp=2, stage="contrast", recompute="full"),
     Case(world=4, tp=2, stage="contrast", sequence=True, zero=2, optimizer="muon", family="cogvit_l"),
     Case(world=4, pp=2, zero=2, optimizer="muon"),
@@ -32,6 +35,7 @@ def name_of(case: Case) -> str:
     """A readable test id."""
     flags = [f"tp{case.tp}", f"pp{case.pp}", f"dp{case.world // (case.tp * case.pp)}", f"zero{case.zero}"]
     flags += ["sp"] * case.sequence + ["recompute"] * (case.recompute == "full")
+    flags += [case.loss, f"micro{case.num_micro}"] * (case.stage == "contrast")
     return "-".join([case.stage, case.family, case.optimizer, *flags])
 
 
