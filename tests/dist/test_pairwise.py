@@ -213,13 +213,17 @@ def test_no_rank_holds_more_than_chunk_by_chunk_logits(pool: Pool, loss: str) ->
 
 def degenerate(rank: int, world: int) -> dict[str, SigmoidGradients]:
     mesh, own = start_mesh(ParallelConfig()), slots_of(0, 6, 1, torch.float32)
+    aligned = replace(own, text=own.image)
     one_caption = replace(own, pairs=replace(own.pairs, caption_id=torch.zeros(7, dtype=torch.int64)))
     nobody = replace(own, pairs=replace(own.pairs, weight=torch.zeros(7)))
     return {
         "one caption": compare(mesh, one_caption),
         "nobody": compare(mesh, nobody),
         "hot": compare(mesh, own, log_t=200.0),
-        "at the limit": compare(mesh, own, log_t=math.log(50.0), max_temperature=50.0),
+        "limited": compare(mesh, own, log_t=200.0, max_temperature=50.0),
+        "at 50": compare(mesh, own, log_t=math.log(50.0)),
+        "aligned": compare(mesh, aligned),
+        "aligned at the limit": compare(mesh, aligned, max_temperature=math.exp(1.2)),
         "cold": compare(mesh, own, log_t=-300.0),
     }
 
@@ -234,8 +238,9 @@ def test_degenerate_batches_and_temperatures_give_finite_numbers(pool: Pool) -> 
     # Equal captions are no negatives, so the positives are all there is.
     torch.testing.assert_close(answers["one caption"].loss, -F.logsigmoid(positives).mean())
     assert answers["nobody"].loss == 0.0 and not answers["nobody"].image.any()
-    # Above the limit the temperature counts as the limit, and it may only come down.
-    assert answers["hot"].log_t >= 0.0 and answers["at the limit"].log_t >= 0.0
+    # Above its limit a temperature counts as the limit, and what would raise it further is dropped.
+    torch.testing.assert_close(answers["limited"].loss, answers["at 50"].loss)
+    assert answers["aligned"].log_t < 0.0 and answers["aligned at the limit"].log_t == 0.0
 
 
 def step_with_a_nan_on_the_last_rank(rank: int, world: int) -> tuple[str, bool]:
