@@ -1,7 +1,28 @@
 """CogViT: training and use of the vision encoder of GLM-5V-Turbo (arXiv 2604.26752).
 
-`import cogvit` needs torch alone. Here are the model and the reference build's classes; training starts with
-`python -m cogvit.train`.
+Encode images of any size, packed end to end without padding:
+
+    import torch
+    from cogvit import CogViT, CogViTConfig, naflex_pack
+
+    vit = CogViT(CogViTConfig()).eval()  # or CogViT.from_pretrained(DIR)
+    images = [torch.rand(3, 480, 640) * 2 - 1, torch.rand(3, 720, 480) * 2 - 1]  # uint8 from 0 to 255 will do too
+    pack = naflex_pack(images, patch_size=14, max_tokens=1024)
+    features = vit.forward_packed(pack)  # patch_TD: of image n, rows cu_seqlens[n] to cu_seqlens[n + 1]; cls_ND
+
+What is here, by purpose:
+
+    encoder             CogViT, CogViTConfig
+    images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
+    language model      MLPAdapter, GlmAdapter, insert_visual_tokens_mmtp, save_glm_ocr
+    stage 1             CogViTForMIM, TeacherWrapper
+    stage 2             CogViTForContrastive, SigLIPLoss, TextTower, TextConfig, PackedText
+    optimizer           build_param_groups, apply_lr_mult
+
+Shape letters: B images of a dense batch, T patches of a pack, N images of a pack (or patches of an image, in [B, N]),
+C channels, P patch size in px, D width, E shared space, L caption tokens. Float images are in [-1, 1].
+
+`import cogvit` needs torch alone; training starts with `python -m cogvit.train`.
 """
 
 from cogvit.batch import PackedImages, PackedText

@@ -15,14 +15,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedImages:
-    """Whole images end to end in one row of exactly T patch tokens; T and N are static for a run."""
+    """Whole images end to end in one row of exactly T patch tokens; T and N are static for a run.
 
-    patches: Tensor  # [T, 3 * P * P] uint8 (normalized on the device) or float, channel-major as a Conv2d weight is
-    row_col: Tensor  # [T, 2] int32, patch position inside its own image
-    cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding; cu_seqlens[-1] == T
-    grid_hw: Tensor  # [N, 2] int32, (0, 0) where absent
-    key: Tensor  # [N] int64, seed of every random draw for this image
-    weight: Tensor  # [N] float32, 1, or 0 for an image that is absent or failed to decode
+    Attributes:
+        patches: [T, C * P * P] uint8 (normalized on the device) or float, channel-major as a Conv2d weight is.
+        row_col: [T, 2] int32, place of each patch in its own image.
+        cu_seqlens: [N + 2] int32, rows of image n are from entry n to n + 1; the last segment is padding.
+        grid_hw: [N, 2] int32, rows and columns of patches; (0, 0) where absent.
+        key: [N] int64, seed of every random draw for this image.
+        weight: [N] float32, 1, or 0 for an image that is absent or failed to decode.
+    """
+
+    patches: Tensor
+    row_col: Tensor
+    cu_seqlens: Tensor
+    grid_hw: Tensor
+    key: Tensor
+    weight: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -42,14 +51,23 @@ class PackedImages:
 
 @dataclass(frozen=True, slots=True)
 class PackedText:
-    """Whole captions end to end in one row of exactly L tokens; slot n belongs to image slot n of the same batch."""
+    """Whole captions end to end in one row of exactly L tokens; slot n belongs to image slot n of the same batch.
 
-    ids: Tensor  # [L] int64
-    position: Tensor  # [L] int32, position inside its own caption
-    cu_seqlens: Tensor  # [N + 2] int32, the last segment is padding
-    caption_id: Tensor  # [N] int64, hash of the caption: equal captions are not negatives of each other
-    concept_id: Tensor  # [N] int64, hash of all captions of the sample, in every language: nor are translations
-    weight: Tensor  # [N] float32, 1, or 0 where absent
+    Attributes:
+        ids: [L] int64.
+        position: [L] int32, place of each token in its own caption.
+        cu_seqlens: [N + 2] int32, as in `PackedImages`.
+        caption_id: [N] int64, hash of the caption: equal captions are not negatives of each other.
+        concept_id: [N] int64, hash of all captions of the sample, in every language: nor are translations.
+        weight: [N] float32, 1, or 0 where absent.
+    """
+
+    ids: Tensor
+    position: Tensor
+    cu_seqlens: Tensor
+    caption_id: Tensor
+    concept_id: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,11 @@ class PatchGroups(nn.Module):
     Errors: ValueError when spatial_pool is below 1.
     """
 
-    def __init__(self, spatial_pool: int) -> None:
+    def __init__(self, vision_dim: int, spatial_pool: int) -> None:
         super().__init__()
         if spatial_pool < 1:
             raise ValueError(f"spatial_pool={spatial_pool} must be at least 1")
-        self.spatial_pool = spatial_pool
+        self.vision_dim, self.spatial_pool = vision_dim, spatial_pool
 
     def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
         """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
@@ -44,8 +44,10 @@ class PatchGroups(nn.Module):
             grid: rows and columns of the batch, or a list of each image's for sequences, as in the encoder's output.
             valid_mask: bool [B, N], as given to the encoder.
 
-        Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
+        Errors: ValueError when the tokens are not [B, N, D], the grid is not that of N or the mask is not [B, N].
         """
+        if patch_tokens.ndim != 3 or patch_tokens.shape[2] != self.vision_dim:
+            raise ValueError(f"patch tokens have shape {tuple(patch_tokens.shape)}; expected (B, N, {self.vision_dim})")
         index_BVG = self._group_index(patch_tokens, grid, valid_mask)
         padded = F.pad(patch_tokens, (0, 0, 0, 1))  # one zero token that absent patches point at
         image_B11 = torch.arange(len(padded), device=padded.device)[:, None, None]
@@ -87,7 +89,8 @@ class MLPAdapter(PatchGroups):
     """
 
     def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
-        super().__init__(spatial_pool)
+        """Build an adapter with new weights."""
+        super().__init__(vision_dim, spatial_pool)
         hidden_dim = llm_dim if hidden_dim is None else hidden_dim
         self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, llm_dim)
@@ -103,7 +106,7 @@ class MLPAdapter(PatchGroups):
             grid: rows and columns of the batch, or a list of each image's for sequences, as in the encoder's output.
             valid_mask: bool [B, N], as given to the encoder.
 
-        Errors: ValueError when the grid is not that of N tokens or the mask is not [B, N].
+        Errors: ValueError when the tokens are not [B, N, D], the grid is not that of N or the mask is not [B, N].
         """
         x, present_BV1 = self.merge(patch_tokens, grid, valid_mask)
         return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
@@ -123,7 +126,8 @@ class GlmAdapter(PatchGroups):
     """
 
     def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 2) -> None:
-        super().__init__(spatial_pool)
+        """Build an adapter with new weights."""
+        super().__init__(vision_dim, spatial_pool)
         self.llm_dim = llm_dim
         hidden_dim = 3 * llm_dim if hidden_dim is None else hidden_dim
         self.downsample = nn.Linear(vision_dim * spatial_pool**2, llm_dim)
@@ -204,8 +208,12 @@ def insert_visual_tokens_mmtp(
         raise ValueError(
             f"visual_embeds has {len(visual_embeds)} rows; expected {len(input_ids)}, one for each of input_ids"
         )
-    rows = list(visual_embeds)
+    rows, width = list(visual_embeds), text_embeds.shape[2]
+    if any(row.ndim != 2 or row.shape[1] != width for row in rows):
+        raise ValueError(f"visual_embeds are {[tuple(row.shape) for row in rows]}; expected (V, {width}) for each row")
     if visual_mask is not None:
+        if [len(real) for real in visual_mask] != [len(row) for row in rows]:
+            raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; expected one value for each embedding")
         rows = [row[real] for row, real in zip(rows, visual_mask, strict=True)]
     placeholder = input_ids == image_token_id
     counts = placeholder.sum(dim=1).tolist()

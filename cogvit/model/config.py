@@ -10,14 +10,34 @@ from typing import Literal
 class CogViTConfig:
     """Shape and options of the vision encoder.
 
-    The names and defaults of the first block are those of the reference build; the options below choose the block
-    family (`reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR).
+    Names and defaults up to eps are those of the reference build; the last three choose the family of the blocks:
+    `reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR.
+
+    Attributes:
+        image_size: side of the square image that the learned position table is sized for, px.
+        patch_size: P, px.
+        in_chans: C of the images.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: of attention.
+        mlp_ratio: hidden width of the MLP over D.
+        qkv_bias: of the query, key and value projection.
+        proj_bias: of the output projection of attention.
+        use_qk_norm: normalize queries and keys per head.
+        use_cls_token: put a learned token before each image's patches.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0 in the first.
+        layer_scale_init: start of a learned factor per channel of each residual branch; none of them if None.
+        naflex_max_tokens: patches of the largest image; what users give to `naflex_pack`.
+        eps: of the norms.
+        norm: of blocks, QK-norm and the final norm.
+        mlp: gelu has two matrices, swiglu three.
+        position: 2-D table added to the tokens, or 2-D rotation of queries and keys.
 
     Errors: ValueError when a size is not positive, the heads do not divide the width or an option is unknown.
     """
 
-    image_size: int = 224  # px, the square the learned position table is sized for
-    patch_size: int = 14  # px
+    image_size: int = 224
+    patch_size: int = 14
     in_chans: int = 3
     embed_dim: int = 1024
     depth: int = 24
@@ -27,19 +47,21 @@ class CogViTConfig:
     proj_bias: bool = True
     use_qk_norm: bool = True
     use_cls_token: bool = True
-    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    drop_path_rate: float = 0.0
     layer_scale_init: float | None = None
     naflex_max_tokens: int = 1024
     eps: float = 1e-6
 
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of blocks, QK-norm and the final norm
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    position: Literal["learned", "rotary"] = "learned"  # 2-D table added to the tokens, or 2-D rotary inside attention
+    position: Literal["learned", "rotary"] = "learned"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "naflex_max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eps <= 0.0 or self.mlp_dim < 1:
+            raise ValueError(f"eps={self.eps} and mlp_ratio={self.mlp_ratio} must be positive")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
         if self.image_size % self.patch_size:
@@ -77,11 +99,17 @@ class CogViTConfig:
 class TextConfig:
     """Shape of the text tower: the vision tower's blocks over a token embedding with learned 1-D positions.
 
-    Errors: ValueError when the heads do not divide the width.
+    What is not listed means the same as in `CogViTConfig`.
+
+    Attributes:
+        vocab_size: number of token ids; the default is ByT5Tokenizer's, 256 bytes, 3 specials and 125 sentinels.
+        max_tokens: of a caption; the data plane truncates longer ones.
+
+    Errors: ValueError when a size is not positive or the heads do not divide the width.
     """
 
-    vocab_size: int = 384  # ByT5Tokenizer: 256 bytes, 3 specials and 125 sentinels
-    max_tokens: int = 64  # longer captions are truncated
+    vocab_size: int = 384
+    max_tokens: int = 64
     embed_dim: int = 512
     depth: int = 12
     num_heads: int = 8
@@ -96,10 +124,11 @@ class TextConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_tokens", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
-        if min(self.vocab_size, self.max_tokens, self.depth) < 1:
-            raise ValueError("vocab_size, max_tokens and depth must be at least 1")
 
     @property
     def head_dim(self) -> int:

@@ -79,6 +79,7 @@ class SigLIPLoss(nn.Module):
     def __init__(
         self, init_t: float = 10.0, init_b: float = -10.0, normalization: Literal["images", "pairs"] = "images"
     ) -> None:
+        """Start temperature and bias."""
         super().__init__()
         if init_t <= 0.0:
             raise ValueError(f"init_t={init_t} must be positive")
@@ -149,6 +150,7 @@ class CogViTForContrastive(nn.Module):
         proj_dim: int = 768,
         loss: SigLIPLoss | None = None,
     ) -> None:
+        """Join two towers by new projections."""
         super().__init__()
         self.vision = vision
         self.text_encoder = text_encoder
@@ -170,7 +172,16 @@ class CogViTForContrastive(nn.Module):
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, valid_mask: Tensor | None = None
     ) -> ContrastiveOutput:
-        """Return the loss over all ranks' pairs and this rank's embeddings; image i belongs to text i."""
+        """Return the "loss" over all ranks' pairs and this rank's "image_embed" and "text_embed" [B, E].
+
+        Args:
+            images: [B, C, H, W], or the sequences of `naflex_collate`.
+            input_ids: [B, L]; text i belongs to image i.
+            attention_mask: [B, L], nonzero where a token belongs to the text.
+            valid_mask: bool [B, N], true where a patch belongs to its image; all if None.
+
+        Errors: ValueError when a shape is wrong or there are not as many texts as images.
+        """
         image_embed = self.encode_image(images, valid_mask=valid_mask)
         text_embed = self.encode_text(input_ids, attention_mask)
         loss = self.loss_fn(image_embed, text_embed)

@@ -23,6 +23,8 @@ class TeacherWrapper(nn.Module):
         preprocess: applied to the images before the teacher (its own size and normalization).
         feature_mean: [C], subtracted from the features.
         feature_std: [C], divides the features.
+
+    Errors: ValueError when the mean or deviation is not [C].
     """
 
     feature_mean: Tensor | None
@@ -37,9 +39,13 @@ class TeacherWrapper(nn.Module):
         feature_mean: Tensor | None = None,
         feature_std: Tensor | None = None,
     ) -> None:
+        """Freeze a teacher."""
         super().__init__()
         self.model = model.requires_grad_(False)
         self.feature_dim, self.out_grid, self.preprocess = feature_dim, out_grid, preprocess
+        for name, given in (("feature_mean", feature_mean), ("feature_std", feature_std)):
+            if given is not None and given.shape != (feature_dim,):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({feature_dim},)")
         self.register_buffer("feature_mean", feature_mean)
         self.register_buffer("feature_std", feature_std)
         self.eval()
@@ -97,6 +103,7 @@ class CogViTForMIM(nn.Module):
         mask_ratio: float = 0.35,
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
+        """Put new heads on a student, one for each teacher."""
         super().__init__()
         if not 0.0 < mask_ratio < 1.0:
             raise ValueError(f"mask_ratio={mask_ratio} must be in (0, 1)")

@@ -34,10 +34,12 @@ def naflex_grid(
             whole patches.
         multiple: both sides of the grid are multiples of it (2 for the 2 x 2 groups of a language model's adapter).
 
-    Errors: ValueError when a side or the budget is not positive.
+    Errors: ValueError when a side, the patch or the budget is not positive.
     """
     if height_px < 1 or width_px < 1:
         raise ValueError(f"an image of {height_px} x {width_px} px has no pixels; both sides must be positive")
+    if patch_size < 1 or multiple < 1:
+        raise ValueError(f"patch_size={patch_size} and multiple={multiple} must be at least 1")
     groups = max_patches // multiple**2
     if groups < 1:
         raise ValueError(f"a budget of {max_patches} patches cannot hold one group of {multiple} x {multiple}")
@@ -59,10 +61,29 @@ def naflex_grid(
 def naflex_target_size(h: int, w: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
     """Return the height and width in px that an image of h x w px is resized to: whole patches within the budget.
 
-    Errors: ValueError when a side is not positive.
+    The aspect is kept up to rounding, and the scale is the largest at which the grid has at most max_tokens patches.
+
+    Errors: ValueError when a side, the patch or the budget is not positive.
+    Source: NaFlex of SigLIP 2 (arXiv 2502.14786, section 2.4.2).
     """
     rows, columns = naflex_grid(h, w, patch_size, max_tokens)
     return rows * patch_size, columns * patch_size
+
+
+def _check_images(images: Sequence[Tensor]) -> None:
+    """Refuse what is no list of images of one kind, before anything is computed from it."""
+    if not images:
+        raise ValueError("the list of images is empty; expected at least one")
+    for number, image in enumerate(images):
+        if image.ndim != 3:
+            raise ValueError(f"image {number} has shape {tuple(image.shape)}; expected (C, H, W)")
+        if image.is_floating_point() and not bool(torch.isfinite(image.sum(dtype=torch.float64))):
+            raise ValueError(f"image {number} holds NaN or infinite values; expected finite ones")
+    channels, dtypes = {image.shape[0] for image in images}, {image.dtype for image in images}
+    if len(channels) > 1:
+        raise ValueError(f"images of one batch have {sorted(channels)} channels; expected one number")
+    if torch.uint8 in dtypes and len(dtypes) > 1:
+        raise ValueError(f"images of one batch are {sorted(map(str, dtypes))}; expected all torch.uint8 or all floats")
 
 
 def resize_to_grid(image: Tensor, grid: Grid, patch_size: int) -> Tensor:
@@ -80,12 +101,11 @@ def resize_to_grid(image: Tensor, grid: Grid, patch_size: int) -> Tensor:
 
 
 def naflex_resize(image: Tensor, patch_size: int, max_tokens: int) -> Tensor:
-    """Resize one image [C, H, W] to its `naflex_target_size`.
+    """Resize one image [C, H, W] to its `naflex_target_size`, bilinear and antialiased; fp32 comes out.
 
-    Errors: ValueError when the image is not [C, H, W] or has no pixels.
+    Errors: ValueError when the image is not [C, H, W], has no pixels or is not finite.
     """
-    if image.ndim != 3:
-        raise ValueError(f"an image has shape {tuple(image.shape)}; expected (C, H, W)")
+    _check_images([image])
     grid = naflex_grid(image.shape[1], image.shape[2], patch_size, max_tokens)
     return resize_to_grid(image.float(), grid, patch_size)
 
@@ -102,19 +122,16 @@ def naflex_collate(images: Sequence[Tensor], patch_size: int, max_tokens: int) -
         patch_size: P, in px.
         max_tokens: the budget of each image, padding included.
 
-    Errors: ValueError when the list is empty or an image is not [C, H, W] or their channels differ.
+    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels or is not finite, or the images
+    differ in channels or kind.
     """
-    if not images:
-        raise ValueError("the list of images is empty; expected at least one")
-    channels = {image.shape[0] for image in images}
-    if len(channels) > 1:
-        raise ValueError(f"images of one batch have {sorted(channels)} channels; expected one number")
+    _check_images(images)
     resized = [naflex_resize(image, patch_size, max_tokens) for image in images]
     grids = [(image.shape[1] // patch_size, image.shape[2] // patch_size) for image in resized]
     rows, columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
     if rows * columns > max_tokens:
         return _sequences(resized, grids, patch_size)
-    batch = resized[0].new_zeros(len(images), *channels, rows * patch_size, columns * patch_size)
+    batch = resized[0].new_zeros(len(images), images[0].shape[0], rows * patch_size, columns * patch_size)
     valid = torch.zeros(len(images), rows, columns, dtype=torch.bool, device=batch.device)
     for index, (image, grid) in enumerate(zip(resized, grids, strict=True)):
         batch[index, :, : image.shape[1], : image.shape[2]] = image
@@ -143,21 +160,24 @@ def naflex_pack(
 ) -> PackedImages:
     """Resize images of any size and lay them end to end for `CogViT.forward_packed`, without padding.
 
+    An image gets the largest grid that fits its budget (`naflex_target_size`), resized bilinear and antialiased.
+
     Args:
         images: each [C, H, W]; uint8 is normalized by the model, floats are taken as they are.
         patch_size: P, in px.
         max_tokens: the budget of each image.
         tokens_per_pack: T; the images' own sum if None.
         images_per_pack: N; their number if None.
-        enlarge: as in `naflex_grid`.
-        multiple: as in `naflex_grid`.
+        enlarge: whether an image smaller than the budget is enlarged to it; otherwise it keeps its size, rounded up to
+            whole patches.
+        multiple: both sides of an image's grid are multiples of it (2 for the 2 x 2 groups of an adapter).
 
-    Errors: ValueError when the list is empty, an image is not [C, H, W] or the images do not fit the pack.
+    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels or is not finite, the images
+    differ in channels or kind, or they do not fit the pack.
     """
+    _check_images(images)
     patches, grids = [], []
     for image in images:
-        if image.ndim != 3:
-            raise ValueError(f"an image has shape {tuple(image.shape)}; expected (C, H, W)")
         grid = naflex_grid(image.shape[1], image.shape[2], patch_size, max_tokens, enlarge=enlarge, multiple=multiple)
         patches.append(patchify(resize_to_grid(image, grid, patch_size), patch_size))
         grids.append(grid)

@@ -51,10 +51,15 @@ class TextEmbedding(nn.Module):
 class TextTower(TextEmbedding):
     """A bidirectional text encoder whose captions are mean-pooled.
 
-    Initial weights follow torch's default generator (`torch.manual_seed`). Set `recompute` to trade time for memory.
+    Initial weights follow torch's default generator (`torch.manual_seed`).
+
+    Attributes:
+        cfg: the shape and options that it was built with.
+        recompute: set it to compute each block again in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, cfg: TextConfig) -> None:
+        """Build a text tower with new weights."""
         super().__init__(cfg)
         self.recompute = False
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
@@ -73,12 +78,16 @@ class TextTower(TextEmbedding):
             input_ids: [B, L] int64.
             attention_mask: [B, L], nonzero where a token belongs to the caption.
 
-        Errors: ValueError when the shapes differ or a caption is longer than max_tokens.
+        Errors: ValueError when the shapes differ, an id is not of the vocabulary or a caption exceeds max_tokens.
         """
         if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
             raise ValueError(
                 f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must share (B, L)"
             )
+        vocab_size = self.cfg.vocab_size
+        if bool(((input_ids < 0) | (input_ids >= vocab_size)).any()):
+            low, high = int(input_ids.min()), int(input_ids.max())
+            raise ValueError(f"token ids are {low} to {high}; expected 0 to {vocab_size - 1}")
         text = _pack_captions(input_ids, attention_mask.bool())
         if text.position.numel() and int(text.position.max()) >= self.cfg.max_tokens:
             raise ValueError(

@@ -32,10 +32,15 @@ class PackedTokens(PackedLayout):
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """Features of a pack, in the pack's own order."""
+    """Features of a pack, in the pack's own order.
 
-    patch_TD: Tensor  # rows of padding carry no meaning
-    cls_ND: Tensor | None  # rows of absent images carry no meaning
+    Attributes:
+        patch_TD: of each patch; rows of padding carry no meaning.
+        cls_ND: of each image slot, None where the encoder has no CLS token; rows of absent images carry no meaning.
+    """
+
+    patch_TD: Tensor
+    cls_ND: Tensor | None
 
 
 def pool_mean(x_TD: Tensor, slot_T: Tensor, num_slots: int) -> Tensor:

@@ -127,10 +127,15 @@ class EncoderOutput(TypedDict):
 class CogViT(VisionEmbedding):
     """The CogViT vision encoder (arXiv 2604.26752, section 2.1); names and state-dict keys are the reference build's.
 
-    Initial weights follow torch's default generator (`torch.manual_seed`). Set `recompute` to trade time for memory.
+    Initial weights follow torch's default generator (`torch.manual_seed`).
+
+    Attributes:
+        cfg: the shape and options that it was built with.
+        recompute: set it to compute each block again in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, cfg: CogViTConfig) -> None:
+        """Build an encoder with new weights."""
         super().__init__(cfg)
         self.recompute = False
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
@@ -144,16 +149,20 @@ class CogViT(VisionEmbedding):
         """Encode a pack; its features are those of its images one by one.
 
         Args:
-            images: the pack.
+            images: the pack, as `naflex_pack` makes it.
             mask_T: bool [T], true where a patch is replaced by the mask token.
 
-        Errors: ValueError when the patches are not [T, C * P * P] or the mask is not [T].
+        Errors: ValueError when the patches are not [T, C * P * P] of uint8 or floats, or the mask is not [T].
         """
         patch_dim = self.patch_embed.proj.weight[0].numel()
         if images.patches.shape[1:] != (patch_dim,):
             raise ValueError(f"patches have shape {tuple(images.patches.shape)}; expected (T, {patch_dim})")
-        if mask_T is not None and mask_T.shape != (images.num_tokens,):
-            raise ValueError(f"mask has shape {tuple(mask_T.shape)}; expected ({images.num_tokens},)")
+        if not (images.patches.dtype == torch.uint8 or images.patches.is_floating_point()):
+            raise ValueError(f"patches are {images.patches.dtype}; expected torch.uint8 or floats")
+        if mask_T is not None and (mask_T.shape != (images.num_tokens,) or mask_T.dtype != torch.bool):
+            raise ValueError(
+                f"mask is {mask_T.dtype} of shape {tuple(mask_T.shape)}; expected torch.bool of ({images.num_tokens},)"
+            )
         tokens = self.embed_packed(images, mask_T)
         x_SD = run_blocks(self.blocks, tokens, self.recompute and torch.is_grad_enabled())
         return self.split_packed(self.norm(x_SD), images)
@@ -165,6 +174,9 @@ class CogViT(VisionEmbedding):
             x: images [B, C, H, W], both sides multiples of the patch; or the sequences of `naflex_collate`.
             mask: bool [B, N], true where a patch is replaced by the mask token.
             valid_mask: bool [B, N], true where a patch belongs to its image; its grid is the smallest that holds them.
+
+        Returns a dict: "patch_tokens" [B, N, D], zeros at padding; "cls_token" [B, D] or None; "grid", rows and columns
+        of the batch, or a list of each image's for sequences.
 
         Errors: ValueError when a shape is wrong, the input is not finite or an image has no valid patch.
         """

@@ -78,6 +78,9 @@ class TestAdapter:
             adapter(tokens, [(2, 3)])
         with pytest.raises(ValueError, match=r"valid_mask has shape \(2, 5\); expected \(2, 6\)"):
             adapter(tokens, (2, 3), torch.ones(2, 5, dtype=torch.bool))
+        for wrong in (tokens[0], torch.randn(2, 6, 4)):
+            with pytest.raises(ValueError, match=r"patch tokens have shape .*; expected \(B, N, 3\)"):
+                adapter(wrong, (2, 3))
 
 
 class TestInsert:
@@ -121,5 +124,9 @@ class TestInsert:
             insert_visual_tokens_mmtp(self.text, torch.ones(3, 3, 2), IMAGE, ids)
         with pytest.raises(ValueError, match=r"must share \(B, T\)"):
             insert_visual_tokens_mmtp(self.text, torch.ones(3, 2, 2), IMAGE, ids[:, :3])
+        with pytest.raises(ValueError, match=r"\(2, 5\), \(2, 5\)\]; expected \(V, 2\)"):
+            insert_visual_tokens_mmtp(self.text, torch.ones(3, 2, 5), IMAGE, ids)
+        with pytest.raises(ValueError, match=r"visual_mask has shape \(3, 4\); expected one value for each"):
+            insert_visual_tokens_mmtp(self.text, torch.ones(3, 2, 2), IMAGE, ids, torch.ones(3, 4, dtype=torch.bool))
         with pytest.raises(ValueError, match="has 2 rows; expected 3"):
             insert_visual_tokens_mmtp(self.text, torch.ones(2, 2, 2), IMAGE, ids)

@@ -138,5 +138,7 @@ def test_bad_input() -> None:
             CogViTForMIM(encoder, *arguments)
     with pytest.raises(ValueError, match=r"features of shape \(1, 16, 6\); expected \(1, 4, 6\)"):
         teacher(torch.randn(1, 3, 32, 32), (2, 2))
+    with pytest.raises(ValueError, match=r"feature_std has shape \(5,\); expected \(6,\)"):
+        TeacherWrapper(PatchTeacher(6, 8), 6, feature_std=torch.ones(5))
     with pytest.raises(ValueError, match=r"16 x 17 px"):
         CogViTForMIM(encoder, {"a": teacher})(torch.randn(1, 3, 16, 17))

@@ -78,8 +78,9 @@ class TestSizes:
                 naflex_target_size(height, width, 14, 256)
         with pytest.raises(ValueError, match="budget of 3 patches"):
             naflex_grid(10, 10, 14, 3, multiple=2)
-        with pytest.raises(ValueError, match=r"expected \(C, H, W\)"):
-            naflex_resize(torch.rand(10, 10), 14, 256)
+        for patch, multiple in ((0, 1), (14, 0)):
+            with pytest.raises(ValueError, match=f"patch_size={patch} and multiple={multiple} must be at least 1"):
+                naflex_grid(10, 10, patch, 256, multiple=multiple)
 
 
 class TestResize:
@@ -144,13 +145,32 @@ def test_a_canvas_within_the_budget_is_the_references_form() -> None:
     assert not batch[1, :, 56:].any()
 
 
-def test_collate_refuses_what_is_no_batch() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        naflex_collate([], 8, 64)
-    with pytest.raises(ValueError, match=r"\[1, 3\] channels"):
-        naflex_collate([torch.rand(3, 9, 9), torch.rand(1, 9, 9)], 8, 64)
-    with pytest.raises(ValueError, match=r"expected \(C, H, W\)"):
-        naflex_collate([torch.rand(9, 9)], 8, 64)
+WRONG_LISTS = {
+    "the list of images is empty": [],
+    r"\[1, 3\] channels": [torch.rand(3, 9, 9), torch.rand(1, 9, 9)],
+    r"image 1 has shape \(9, 9\); expected \(C, H, W\)": [torch.rand(3, 9, 9), torch.rand(9, 9)],
+    "image 1 holds NaN or infinite": [torch.rand(3, 9, 9), torch.full((3, 9, 9), torch.nan)],
+    "image 0 holds NaN or infinite": [torch.full((3, 9, 9), torch.inf)],
+    r"\['torch.float32', 'torch.uint8'\]; expected": [torch.rand(3, 9, 9), torch.zeros(3, 9, 9, dtype=torch.uint8)],
+    "an image of 0 x 9 px has no pixels": [torch.rand(3, 0, 9)],
+}
+
+
+@pytest.mark.parametrize(("message", "images"), WRONG_LISTS.items(), ids=WRONG_LISTS)
+def test_lists_that_are_no_batch_are_refused(message: str, images: list[Tensor]) -> None:
+    for make in (naflex_collate, naflex_pack):
+        with pytest.raises(ValueError, match=message):
+            make(images, 8, 64)
+    if len(images) == 1:
+        with pytest.raises(ValueError, match=message):
+            naflex_resize(images[0], 8, 64)
+
+
+def test_an_image_of_one_row_is_encoded() -> None:
+    model = tiny_vit().float()
+    packed = naflex_pack([torch.rand(3, 1, 100_000), torch.rand(3, 16, 16)], 8, 64)
+    assert packed.grid_hw.tolist() == [[1, 64], [8, 8]]
+    assert model.forward_packed(packed).patch_TD.isfinite().all()
 
 
 def test_sequences_that_were_scaled_or_rounded_are_refused() -> None:
@@ -190,8 +210,6 @@ class TestPack:
         assert packed.grid_hw.tolist() == [[4, 8]]
 
     def test_bad_input(self) -> None:
-        with pytest.raises(ValueError, match="no images"):
-            naflex_pack([], 8, 24)
         with pytest.raises(ValueError, match="1 images of 24 patches do not fit tokens_per_pack=20"):
             naflex_pack([torch.rand(3, 40, 60)], 8, 24, tokens_per_pack=20)
         with pytest.raises(ValueError, match="images_per_pack=1"):

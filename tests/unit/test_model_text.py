@@ -85,5 +85,9 @@ def test_bad_input() -> None:
         tower(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 4))
     with pytest.raises(ValueError, match="a caption has 17 tokens; truncate to max_tokens=16"):
         tower(torch.zeros(1, 17, dtype=torch.int64), torch.ones(1, 17))
+    with pytest.raises(ValueError, match="token ids are -1 to 0; expected 0 to"):
+        tower(torch.tensor([[0, -1]]), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="num_heads=0 must be at least 1"):
+        TextConfig(num_heads=0)
     with pytest.raises(ValueError, match="num_heads=5"):
         TextConfig(num_heads=5)
