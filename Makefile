@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench clean
+.PHONY: demo test test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -34,8 +34,11 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
 
-test: $(RUNTIME)  ## every test that this machine can run
-	python -m pytest
+test: $(RUNTIME)  ## every test of one machine but the long ones
+	python -m pytest --ignore tests/slurm -m "not long"
+
+test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
+	python -m pytest tests/slurm
 
 check: $(TOOLS)  ## lint, format, types, layers, sizes
 	ruff check $(CODE)

@@ -124,6 +124,11 @@ class ParallelConfig:
     sequence: bool = option(False, "sequence parallelism over the tensor ranks")
     recompute: Literal["none", "full"] = option("none", "recompute every block's activations in backward")
 
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """Return a rank's place on the tp, pp and dp axes: tp is the fastest, dp the slowest."""
+        replica_rank, dp_rank = rank % (self.tp * self.pp), rank // (self.tp * self.pp)
+        return replica_rank % self.tp, replica_rank // self.tp, dp_rank
+
 
 @dataclass(frozen=True)
 class ZeroConfig:
@@ -138,6 +143,7 @@ class CheckpointConfig:
 
     every_steps: int = option(1000, "0 saves at the end only")
     keep_last: int = option(2, "newest checkpoints that are kept (the best by evaluation is kept beside them)")
+    keep_every_steps: int = option(0, "checkpoints of multiples of this are kept for good; 0 keeps none of them")
 
 
 @dataclass(frozen=True)

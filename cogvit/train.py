@@ -45,20 +45,48 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n" + help_text())
         return 0 if argv else 2
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
+        join_slurm()
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         config = parse(load_preset(argv[0]), [word for word in argv[1:] if word != "--dry-run"])
         config.check(world_size)
         if "--dry-run" in argv:
             print(json.dumps(to_json(config), indent=1))
             return 0
+        if "SLURM_STEP_NUM_TASKS" in os.environ:
+            print(place_line(config, rank), flush=True)
         corpus = open_corpus(config)
         claim_directory(config, writer=rank == 0)
         return run(config, corpus)
     except CogViTError as error:
-        if rank == 0:
+        # In a Slurm step each rank has a log of its own.
+        if os.environ.get("RANK", "0") == "0" or "SLURM_STEP_NUM_TASKS" in os.environ:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def join_slurm() -> None:
+    """Under srun, take this process's rank from Slurm, unless a launcher inside the step has given it one.
+
+    Errors: ConfigError when nobody said where the ranks meet.
+    """
+    environ = os.environ
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        raise ConfigError(
+            "srun does not say where its ranks meet; use launch/stage1.sh or set MASTER_ADDR and MASTER_PORT"
+        )
+    environ["RANK"], environ["LOCAL_RANK"] = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+
+
+def place_line(config: RunConfig, rank: int) -> str:
+    """Say where a rank is: the first line of its log on a cluster."""
+    tp_rank, pp_rank, dp_rank = config.parallel.place(rank)
+    node = os.environ.get("SLURMD_NODENAME", "?")
+    switches = os.environ.get("SLURM_TOPOLOGY_ADDR", node).split(".")[:-1]
+    return f"rank={rank} tp={tp_rank} pp={pp_rank} dp={dp_rank} node={node} switch={switches[-1] if switches else '?'}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +125,10 @@ def claim_directory(config: RunConfig, *, writer: bool) -> None:
     if writer:
         try:
             (Path(config.out) / "logs").mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(to_json(config), indent=1) + "\n")
+            # In one move, for other ranks may be reading it.
+            fresh = path.with_name("config.json.tmp")
+            fresh.write_text(json.dumps(to_json(config), indent=1) + "\n")
+            fresh.replace(path)
         except OSError as error:
             raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
 
@@ -122,9 +153,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         stop = resources.enter_context(StopRequest())
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
-        checkpoints = Checkpoints(
-            Path(config.out) / "checkpoints", mesh, config.checkpoint.every_steps, config.checkpoint.keep_last
-        )
+        checkpoints = resources.enter_context(Checkpoints(Path(config.out) / "checkpoints", mesh, config.checkpoint))
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0, train_s=0.0)
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
         evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, corpus, mesh, source))

@@ -1,6 +1,7 @@
 """The process mesh: which rank is where on the tp, pp and dp axes, and the groups that talk.
 
-Order of axes: tp fastest, then dp, then pp (Megatron-core's default), so tensor ranks are neighbors on a node.
+Order of axes: tp fastest, then pp, then dp (`ParallelConfig.place`). When ranks are numbered along the switches,
+tensor ranks sit on one node, pipeline neighbors under one switch, and only the gradients of dp cross the spine.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def start_mesh(layout: ParallelConfig, *, timeout_s: float = 600.0) -> Mesh:
     device = _local_device()
     if not dist.is_initialized():
         _join_world(device, timeout_s)
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, order="tp-cp-ep-pp-dp")
     # Recompute saves and restores Megatron's tracked RNG states, so they must exist; no draw of ours uses them.
     tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
     return Mesh(

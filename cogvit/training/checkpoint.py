@@ -1,7 +1,7 @@
 """Checkpoints: plain tensors under plain names in torch.distributed.checkpoint files, so any layout loads any other.
 
-A save goes to a hidden directory; a manifest with sizes and SHA-256 is written last and one rename makes it visible.
-The latest checkpoint is the highest step whose manifest verifies.
+A save copies the tensors and returns; a thread writes them to a hidden directory, then a manifest with sizes and
+SHA-256, and one rename makes it visible. The latest checkpoint is the highest step whose manifest verifies.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ import json
 import logging
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from cogvit.config import CheckpointConfig
 from cogvit.errors import CheckpointError
 from cogvit.training.optim import MASTER
 from cogvit.training.state import TrainState, state_from_json, state_to_json
+from cogvit.training.storage import SafeReader
 
 if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
     from cogvit.parallel.mesh import Mesh
@@ -35,43 +38,58 @@ if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspee
 FORMAT = 1
 _MANIFEST, _STATE, _BEST = "manifest.json", "state.json", "best.json"
 _log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+Digests = dict[str, dict[str, Any]]  # {"bytes": size, "sha256": digest} by file name
 
 
-@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory; making one is collective over all ranks.
 
-    directory: Path  # RUN/checkpoints
-    mesh: Mesh
-    every_steps: int
-    keep_last: int
+    The context's end waits for the save under way.
+    """
+
+    def __init__(self, directory: Path, mesh: Mesh, config: CheckpointConfig) -> None:
+        self._directory, self._mesh, self._config = directory, mesh, config
+        # A group of its own, so that what the thread sends never meets what training sends.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
 
     def due(self, step: int) -> bool:
         """Whether a step ends with a save."""
-        return self.every_steps > 0 and step % self.every_steps == 0
+        return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
-    def save(self, state: TrainState, engine: Engine) -> Path:
-        """Write the run's state; collective over all ranks."""
-        final = step_directory(self.directory, state.step)
-        partial = final.with_name(f".{final.name}.partial")
-        if self.mesh.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        save(_owned(engine, self.mesh), checkpoint_id=partial)
-        if self.mesh.is_writer:
-            (partial / _STATE).write_text(json.dumps(state_to_json(state)))
-            _write_manifest(partial, state.step)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._mark_best(state)
-            self._prune(state.best_step)
-        dist.barrier()
-        return final
+    def save(self, state: TrainState, engine: Engine) -> None:
+        """Copy the run's state and begin to write it; collective over all ranks.
+
+        Waits for the save before this one first; one that failed (a full disk) is told as a warning, and training goes
+        on with the checkpoints that are there. Memory: this rank's share of the tensors and one whole tensor at a time.
+        """
+        try:
+            self.finish()
+        except CheckpointError as error:
+            if self._mesh.is_writer:
+                _log.warning("%s; the checkpoints before it are kept and training goes on", error)
+        owned = _owned(engine, self._mesh)
+        self._under_way = self._thread.submit(self._write, owned, state)
+
+    def finish(self) -> None:
+        """Wait until the save under way is on disk. Errors: CheckpointError on every rank when it was not written."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def resume(self, engine: Engine) -> TrainState | None:
         """Load the newest good checkpoint into the engine; None when the run has none. Collective over all ranks."""
-        path = self.mesh.from_writer(lambda: latest(self.directory))
+        path = self._mesh.from_writer(lambda: latest(self._directory))
         if path is None:
             return None
 
@@ -85,14 +103,68 @@ class Checkpoints:
         engine.zero.load_update_count(state.step)
         return state
 
-    def _mark_best(self, state: TrainState) -> None:
-        if state.best_step is not None:
-            (self.directory / _BEST).write_text(json.dumps({"step": state.best_step, "loss": state.best_loss}))
+    def _write(self, owned: dict[str, Tensor], state: TrainState) -> None:
+        """Write a save's files on every rank, then make it visible on one; runs in the thread."""
+        final = step_directory(self._directory, state.step)
+        partial = final.with_name(f".{final.name}.partial")
+
+        def prepare() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def digest_own() -> Digests:
+            return {file.name: _digest(file) for file in sorted(partial.glob(f"__{self._mesh.rank}_*"))}
+
+        def publish() -> None:
+            (partial / _STATE).write_text(json.dumps(state_to_json(state)))
+            files = {name: entry for entries in digests for name, entry in entries.items()}
+            files |= {name: _digest(partial / name) for name in (".metadata", _STATE)}
+            manifest = {"format": FORMAT, "step": state.step, "files": files}
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            if state.best_step is not None:
+                best = {"step": state.best_step, "loss": state.best_loss}
+                (self._directory / _BEST).write_text(json.dumps(best))
+            self._prune(state.best_step)
+
+        try:
+            self._on_writer(prepare)
+            save(owned, checkpoint_id=partial, process_group=self._group)
+            digests = self._on_all(digest_own)
+            self._on_writer(publish)
+        except (CheckpointException, CheckpointError) as error:
+            if self._mesh.is_writer:
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would stand in the way of the next one
+            reason = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"checkpoint {final.name} could not be written: {reason}") from None
+
+    def _on_writer(self, work: Callable[[], None]) -> None:
+        self._on_all(work if self._mesh.is_writer else _nothing)
+
+    def _on_all(self, work: Callable[[], Result]) -> list[Result]:
+        """Run something on every rank; returns every rank's result. Errors: CheckpointError on all if one fails."""
+        answers: list[Any] = [None] * self._mesh.world_size
+        try:
+            mine: tuple[Any, str] = (work(), "")
+        except OSError as error:
+            mine = (None, str(error))
+        dist.all_gather_object(answers, mine, group=self._group)
+        for _, fault in answers:
+            if fault:
+                raise CheckpointError(fault)
+        return [result for result, _ in answers]
 
     def _prune(self, best_step: int | None) -> None:
-        for old in list_checkpoints(self.directory)[: -self.keep_last]:
-            if best_step is None or old != step_directory(self.directory, best_step):
+        keep_every = self._config.keep_every_steps
+        for old in list_checkpoints(self._directory)[: -self._config.keep_last]:
+            step = int(old.name.removeprefix("step_"))
+            if step != best_step and not (keep_every and step % keep_every == 0):
                 shutil.rmtree(old)
+
+
+def _nothing() -> None:
+    """What the ranks that only wait for the writer do."""
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -139,7 +211,7 @@ def read_state(path: Path) -> TrainState:
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint, by KIND/NAME; KIND is MASTER or a moment of the optimizer."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = SafeReader(path).read_metadata().state_dict_metadata
     return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -155,7 +227,7 @@ def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` asks for
-            load(full, checkpoint_id=path, no_dist=alone)
+            load(full, storage_reader=SafeReader(path), no_dist=alone)
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
@@ -172,13 +244,8 @@ def _owned(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
     return owned
 
 
-def _write_manifest(directory: Path, step: int) -> None:
-    files = {
-        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
-    (directory / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+def _digest(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _sha256(file: Path) -> str:

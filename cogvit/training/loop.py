@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cogvit.batch import StepBatch, move
-from cogvit.errors import CogViTError
+from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.engine import Engine, Objective, StepReport
@@ -56,13 +56,21 @@ def train(
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
-    Errors: NonFiniteStep, DataError and TeacherUnavailable pass through; the last checkpoint stays as it is.
+    Errors: NonFiniteStep and DataError pass through, and the last checkpoint stays as it is; TeacherUnavailable too,
+    after a save. CheckpointError when the last save could not be written.
     """
     mesh = engine.mesh
     source = iter(batches)
+    saved_step = state.step
     while state.step < steps:
         start_s = time.perf_counter()
-        batch = take(source, mesh)
+        try:
+            batch = take(source, mesh)
+        except TeacherUnavailable:
+            if saved_step != state.step:
+                checkpoints.save(state, engine)
+            checkpoints.finish()
+            raise
         micro = tuple(move(one, mesh.device) for one in batch.micro)
         data_s = time.perf_counter() - start_s
         report = engine.step(objective, micro, state.step)
@@ -78,8 +86,10 @@ def train(
         leaving = stop.agreed(mesh.agree_max)
         if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
             checkpoints.save(state, engine)
+            saved_step = state.step
         if leaving:
             break
+    checkpoints.finish()
     return state
 
 

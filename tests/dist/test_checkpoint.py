@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cogvit.batch import DataPosition
+from cogvit.config import CheckpointConfig
+from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import start_mesh
 from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
 from cogvit.training.state import TrainState
 from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
 from tests.pool import Pool
 
+EACH_STEP = CheckpointConfig(every_steps=1, keep_last=2)
 START = TrainState(step=0, position=DataPosition("plan", 0), images=0, tokens=0, train_s=0.0)
 
 
-def train_and_save(rank: int, world: int, case: Case, directory: Path, until: int) -> Trace:
+def train_and_save(
+    rank: int, world: int, case: Case, directory: Path, until: int, config: CheckpointConfig = EACH_STEP
+) -> Trace:
     """Resume if there is something to resume, train to `until`, save after every step."""
     mesh = start_mesh(run_config(case).parallel)
     engine, objective = start_engine(case, mesh)
-    checkpoints = Checkpoints(directory, mesh, every_steps=1, keep_last=2)
-    state = checkpoints.resume(engine) or START
-    losses, norms = [], []
-    while state.step < until:
-        report = engine.step(objective, micro_of(case, mesh), state.step)
-        state = state.after(DataPosition("plan", state.step + 1), images=20, tokens=100, seconds=0.0)
-        losses.append(report.terms["loss"])
-        norms.append(report.grad_norm)
-        checkpoints.save(state, engine)
+    with Checkpoints(directory, mesh, config) as checkpoints:
+        state = checkpoints.resume(engine) or START
+        losses, norms = [], []
+        while state.step < until:
+            report = engine.step(objective, micro_of(case, mesh), state.step)
+            state = state.after(DataPosition("plan", state.step + 1), images=20, tokens=100, seconds=0.0)
+            losses.append(report.terms["loss"])
+            norms.append(report.grad_norm)
+            checkpoints.save(state, engine)
+        checkpoints.finish()
     return Trace(losses, norms, whole_state(engine, mesh))
 
 
@@ -93,3 +105,71 @@ def test_weights_are_read_without_any_layout(pool: Pool, tmp_path: Path) -> None
     }
     assert vision.keys() == expected.keys()
     assert all(torch.equal(vision[name], tensor) for name, tensor in expected.items())
+
+
+def test_every_kth_checkpoint_is_kept(pool: Pool, tmp_path: Path) -> None:
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_every_steps=2)
+    pool.run(train_and_save, world=1, args=(Case(), tmp_path, 5, config))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
+
+
+def fill_the_disk(rank: int, world: int, case: Case, directory: Path) -> list[str]:
+    """Save twice on a file system that holds one checkpoint; returns what the two saves said."""
+    mesh = start_mesh(run_config(case).parallel)
+    engine, _ = start_engine(case, mesh)
+    said = []
+    with Checkpoints(directory, mesh, EACH_STEP) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(replace(START, step=step), engine)
+            try:
+                checkpoints.finish()
+                said.append("")
+            except CheckpointError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 checkpoints of the test's model."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "full", mounted], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a full disk needs a file system of its own, and mounting is not allowed: {mount.stderr.strip()}")
+    yield mounted
+    subprocess.run(["umount", mounted], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(pool: Pool, small_disk: Path) -> None:
+    said = pool.run(fill_the_disk, world=2, args=(Case(world=2), small_disk))
+    assert said[0] == said[1]
+    assert said[0][0] == "" and "step_00000002 could not be written" in said[0][1] and "No space left" in said[0][1]
+    assert latest(small_disk) == small_disk / "step_00000001"
+    assert [path.name for path in small_disk.iterdir()] == ["step_00000001"]
+
+
+class Exploit:
+    """What unpickling must never call."""
+
+    def __init__(self, proof: Path) -> None:
+        self._proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self._proof),)
+
+
+def test_a_checkpoint_of_a_stranger_runs_nothing(pool: Pool, tmp_path: Path) -> None:
+    pool.run(train_and_save, world=1, args=(Case(), tmp_path, 1))
+    metadata = tmp_path / "step_00000001" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Exploit(tmp_path / "proof")))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
+        weights(tmp_path / "step_00000001", "vision.")
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(pool: Pool, tmp_path: Path) -> None:
+    pool.run(train_and_save, world=1, args=(Case(), tmp_path, 1))
+    manifest = tmp_path / "step_00000001" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 7}))
+    assert verify(manifest.parent) == "its format is 7, this version reads 1"

@@ -129,7 +129,8 @@ ELSEWHERE = {
 
 @pytest.mark.timeout(900)
 def test_every_command_of_the_readme_runs(world: Path, stage1: Path) -> None:
-    commands = [command for command in readme_commands() if command not in ELSEWHERE]
+    # sbatch is for tests/slurm.
+    commands = [line for line in readme_commands() if line not in ELSEWHERE and not line.startswith("sbatch")]
     assert len(commands) >= 6
     for command in commands:
         words = [word.strip("'") for word in command.split()]

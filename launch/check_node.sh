@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Run once on every node before anything heavy: check_node.sh PYTHON OUT. Prints "SWITCH NODE ADDRESS SECONDS", or one line
+# that says why the node cannot take part, and leaves with 2.
+set -uo pipefail
+node=$(hostname -s)
+
+refuse() {
+    echo "error: $node: $1" >&2
+    exit 2
+}
+
+"$1" -c "" 2>/dev/null || refuse "PYTHON=$1 does not start; is the venv or container there?"
+absent=$("$1" -c '
+from importlib.util import find_spec
+print(*(name for name in ("torch", "megatron.core", "deepspeed", "ray", "transformers", "cogvit") if find_spec(name) is None))
+' 2>&1) || absent="an import fails: ${absent##*$'\n'}"
+[[ -z $absent ]] || refuse "$1 lacks $absent"
+probe=$2/logs/.writable-$node
+{ mkdir -p "$2/logs" && : >"$probe" && rm "$probe"; } 2>/dev/null || refuse "--out $2 cannot be written"
+address=$(getent ahostsv4 "$node" | awk '{ print $1; exit }')
+[[ -n $address ]] || refuse "its own name has no IPv4 address; see /etc/hosts or DNS"
+echo "${SLURM_TOPOLOGY_ADDR:-$node} ${SLURMD_NODENAME:-$node} $address $(date +%s)"

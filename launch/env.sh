@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Settings of the cluster scripts. Each can be set in the environment of sbatch instead: PYTHON=... sbatch launch/stage1.sh
+# Nodes, tasks, GPUs, time and partition are the #SBATCH lines of the scripts; sbatch's own flags win over them.
+
+# ---- software: a venv that every node sees, or a container
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}     # inside the container, if there is one
+SRUN_FLAGS=${SRUN_FLAGS:-}                  # for every step; with pyxis: "--container-image=FILE --container-mounts=/data,/runs"
+
+# ---- communication
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}  # a lost peer is an error, not a wait
+# The network's own variables pass through as they are: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME, ...
+MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 10000))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+
+# ---- Ray, for the teachers of stage 1 and precompute; one cluster a job, seen by nobody else
+RAY_PORT=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+RAY_CPUS=${RAY_CPUS:-2}                     # teacher actors that a node can hold
+RAY_GPUS=${RAY_GPUS:-0}                     # GPUs of a node that Ray may give to actors
+RAY_STORE_BYTES=${RAY_STORE_BYTES:-268435456}
+RAY_TMPDIR=${RAY_TMPDIR:-/tmp}              # on the node itself; short, for sockets are made in it
+RAY_START_S=${RAY_START_S:-120}             # how long its start on all nodes may take
+export RAY_USAGE_STATS_ENABLED=0
+
+# ---- restarts
+MAX_RESTARTS=${MAX_RESTARTS:-3}             # after failures without a new checkpoint in between
+NODE_FAILURES=${NODE_FAILURES:-2}           # a node on which so many attempts failed first is excluded
+MAX_CLOCK_SKEW_S=${MAX_CLOCK_SKEW_S:-30}    # more is said, and changes nothing

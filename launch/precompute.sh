@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Teachers' features of every training image, on a Slurm cluster: sbatch [options] launch/precompute.sh [PRESET] --out DIR [flags]
+#
+# Runs tools.precompute_features on a Ray cluster of all nodes. The same command goes on after an interruption.
+#SBATCH --job-name=cogvit-precompute
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+[[ -f launch/job.sh ]] || { echo "error: submit from the repository's root, not from $PWD" >&2 && exit 2; }
+# shellcheck source=launch/job.sh
+source launch/job.sh
+
+read_flags stage1_cogvit_l "$@"
+check_nodes
+start_ray
+run_step --nodes=1 --ntasks=1 --nodelist="$HEAD" --output="$LOGS/rank_%5t.log" --open-mode=append \
+    "$PYTHON" -m tools.precompute_features "$PRESET" "${FLAGS[@]}" --teachers.ray-address "$RAY_ADDRESS"
+finish "$STATUS"
