@@ -22,7 +22,7 @@ def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callabl
 
     An error that the user can act on becomes one line.
     """
-    if not argv or "--help" in argv or "-h" in argv:
+    if not argv or asks_for_help(argv):
         print(usage.strip())
         return 0 if argv else 2
     try:
@@ -30,6 +30,11 @@ def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callabl
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether --help or -h stands anywhere on a command line."""
+    return "--help" in argv or "-h" in argv
 
 
 def read_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:

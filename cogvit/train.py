@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvit.arguments import asks_for_help
 from cogvit.config import RunConfig, load_config, recipe_differences, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import help_text, load_preset, parse
@@ -36,16 +37,17 @@ USAGE = """usage: python -m cogvit.train PRESET [flags]
 
 Trains a stage. PRESET names a file of configs/ (demo_stage1, stage1_cogvit_l, ...) or is a path to a config.json.
 Run it bare, under torchrun, or under srun; the same command in the same --out resumes.
---dry-run prints the resolved configuration and stops.
+--dry-run prints the resolved configuration and stops. --help after a PRESET shows its defaults.
 """
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE + "\n" + help_text())
-        return 0 if argv else 2
     try:
+        if not argv or asks_for_help(argv):
+            if os.environ.get("RANK", "0") == "0":
+                print(USAGE + "\n" + help_text(load_preset(argv[0]) if argv and argv[0][0] != "-" else None))
+            return 0 if argv else 2
         join_slurm()
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         config = parse(load_preset(argv[0]), [word for word in argv[1:] if word != "--dry-run"])

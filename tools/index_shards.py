@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from cogvit.arguments import asks_for_help
 from cogvit.errors import CogViTError, ConfigError
 from data_pipeline.index import DEFAULT_SOURCE, build_index, load_index
 from data_pipeline.shards import expand_shards
@@ -75,7 +76,7 @@ def index_shards(arguments: Arguments) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or asks_for_help(argv):
         print(__doc__)
         return 0 if argv else 2
     try:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cogvit.arguments import asks_for_help
 from cogvit.config import RunConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
@@ -115,7 +116,7 @@ def _store_shard(job: Job, source: FeatureSource, shard: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or asks_for_help(argv):
         print(__doc__)
         return 0 if argv else 2
     try:

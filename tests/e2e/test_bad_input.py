@@ -30,6 +30,33 @@ def refuse(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str) 
 
 def test_missing_preset(capsys: pytest.CaptureFixture[str]) -> None:
     refuse(capsys, ["demo_stage3"], "demo_stage3", "demo_stage1")
+    refuse(capsys, ["demo_stage3", "--help"], "demo_stage3", "demo_stage1")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_help_wherever_it_stands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    for argv in (["--help"], ["-h"], ["demo_stage1", "--help"], ["demo_stage1", "--no-such-flag", "-h"]):
+        assert main(argv) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        if rank:
+            assert printed.out == ""  # one page, not one from every process
+            continue
+        assert "usage: python -m cogvit.train PRESET" in printed.out
+        own = argv[0] == "demo_stage1"  # the preset's defaults
+        assert ("[120]" in printed.out) == ("--teachers.members.dinov3.path TEXT" in printed.out) == own
+
+
+def test_help_of_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.index_shards import main as index_shards
+    from tools.precompute_features import main as precompute
+
+    for command in (index_shards, precompute):
+        assert command(["x", "--help"]) == 0
+        assert "usage:" in capsys.readouterr().out.lower()
 
 
 def test_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
