@@ -9,6 +9,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNTIME := $(VENV)/made-runtime
 TOOLS := $(VENV)/made-tools
+PEERS := $(VENV)/peers
 CODE := cogvit data_pipeline configs tools tests
 DEMO := runs/demo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -47,8 +48,8 @@ check: $(TOOLS)  ## lint, format, types, layers, sizes
 	lint-imports --no-logo
 	python -m tools.check_size $(CODE)
 
-bench: $(RUNTIME)  ## every benchmark, one after the other
-	shopt -s nullglob; for file in tools/bench/[a-z]*.py; do python -m tools.bench.$$(basename $$file .py); done
+bench: $(RUNTIME) $(PEERS)/made  ## every benchmark, one after the other
+	for file in tools/bench/[a-z]*.py; do PYTHONPATH=$(PEERS) python -m tools.bench.$$(basename $$file .py); done
 
 clean:  ## leaves the sources; removes the environment, caches and runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build runs
@@ -76,4 +77,12 @@ $(TOOLS): $(RUNTIME)
 	@echo "Installing the tools of make check"
 	@$(call requirements,check) > $(VENV)/requirements.txt
 	@$(install) --requirement $(VENV)/requirements.txt
+	@touch $@
+
+# Beside the environment and without dependencies: torchvision's binary may not fit torch, which transformers cannot bear.
+$(PEERS)/made: pyproject.toml requirements.lock $(RUNTIME)
+	@echo "Installing what is measured beside"
+	@$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*p['optional-dependencies']['bench'], sep='\n')" > $(VENV)/requirements.txt
+	@$(install) --no-deps --upgrade --target $(PEERS) --requirement $(VENV)/requirements.txt
 	@touch $@
