@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -215,11 +215,21 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
+def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return stored tensors by their keys (KIND/NAME); in this process alone.
+
+    Errors: CheckpointError when the checkpoint does not hold one of them.
+    """
+    shapes = stored_shapes(path)
+    full = {key: torch.empty(shapes.get(key, ())) for key in keys}
+    _load(full, path, alone=True)
+    return full
+
+
 def weights(path: Path, prefix: str) -> dict[str, Tensor]:
     """Return the plain weights whose names begin with prefix, without it; in this process alone."""
     wanted = f"{MASTER}/{prefix}"
-    full = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith(wanted)}
-    _load(full, path, alone=True)
+    full = read_tensors(path, (key for key in stored_shapes(path) if key.startswith(wanted)))
     return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 
 
