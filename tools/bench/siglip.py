@@ -1,0 +1,244 @@
+"""Time and memory of the sigmoid loss beside open_clip's SigLipLoss, and of the two-pass step beside one pass, on CPU.
+
+Usage: python -m tools.bench.siglip [flags]     (needs open_clip_torch, of which the loss alone is loaded)
+  --pairs 1024,4096,16384  pairs of the global batch
+  --alone 32768            the same without open_clip, which cannot hold them; 0 for none
+  --ranks 1,4              processes that share the pairs
+  --dim 768                width of the embeddings
+  --chunk 1024             rows and columns of our blocks
+  --threads 1              of each process
+  --rounds 3               each round runs every contender once; the table has the medians
+  --step 1,2,4,8           microbatches of the step's comparison; 1 is one pass; 0 leaves it out
+  --out FILE               also write the record there
+
+Loss with the gradients of both embeddings, temperature and bias, fp32. "Products" are the three matrix products of
+every block and nothing else: what any exact method has to compute. Memory is what a process holds at its peak above its
+inputs, the gradients included; of several processes, the one that holds most.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvit.arguments import read_arguments
+from cogvit.config import ContrastConfig, ParallelConfig
+from cogvit.errors import CogViTError, ConfigError
+from cogvit.objective.pairwise import Pairs, sigmoid_gradients
+from cogvit.parallel.mesh import Mesh, start_mesh
+from tools.bench._contrast_step import step_lines
+from tools.bench._probe import Probe, probe
+
+OURS: dict[str, Literal["ring", "gather"]] = {"ours, ring": "ring", "ours, gather": "gather"}
+PEER = "open_clip"
+PRODUCTS = "products"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The flags, as the usage explains them."""
+
+    pairs: str = "1024,4096,16384"
+    alone: str = "32768"
+    ranks: str = "1,4"
+    dim: str = "768"
+    chunk: str = "1024"
+    threads: str = "1"
+    rounds: str = "3"
+    step: str = "1,2,4,8"
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one group of processes measures."""
+
+    pairs: int  # of the global batch
+    ranks: int
+    dim: int
+    chunk: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One rank's share of the pairs."""
+
+    image_nE: Tensor
+    text_nE: Tensor
+    pairs: Pairs
+    log_t: Tensor
+    bias: Tensor
+
+
+def inputs_of(setting: Setting, rank: int) -> Inputs:
+    """Return random unit vectors with captions that all differ."""
+    count, generator = setting.pairs // setting.ranks, torch.Generator().manual_seed(rank)
+    image, text = (F.normalize(torch.randn(count, setting.dim, generator=generator), dim=1) for _ in range(2))
+    number = torch.arange(count) + rank * count
+    return Inputs(image, text, Pairs(number, number, torch.ones(count)), torch.tensor([2.3]), torch.tensor([-10.0]))
+
+
+def ours(inputs: Inputs, mesh: Mesh, config: ContrastConfig) -> None:
+    """Compute loss and gradients."""
+    sigmoid_gradients(inputs.image_nE, inputs.text_nE, inputs.pairs, inputs.log_t, inputs.bias, mesh, config)
+
+
+def open_clip_loss(rank: int, ranks: int) -> Any:
+    """Return open_clip's loss, from its file: the package would import torchvision and timm, which the loss needs not.
+
+    Errors: ConfigError when open_clip_torch is not installed.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ConfigError("open_clip_torch is not installed; pip install --no-deps open_clip_torch")
+    path = Path(package.submodule_search_locations[0]) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SigLipLoss(rank=rank, world_size=ranks)
+
+
+def peer(inputs: Inputs, loss: Any) -> None:
+    """Compute open_clip's loss and gradients."""
+    leaves = [x.detach().requires_grad_() for x in (inputs.image_nE, inputs.text_nE, inputs.log_t, inputs.bias)]
+    loss(leaves[0], leaves[1], leaves[2].exp(), leaves[3]).backward()
+
+
+def products(inputs: Inputs, setting: Setting) -> None:
+    """Multiply what has to be multiplied, block by block, for this rank's images and everybody's texts."""
+    d_image, d_text = torch.empty_like(inputs.image_nE), torch.empty_like(inputs.text_nE)
+    size, block = setting.chunk, torch.empty(setting.chunk**2)
+    for text, d_text_c in zip(inputs.text_nE.split(size), d_text.split(size), strict=True):
+        for image, d_image_r in zip(inputs.image_nE.split(size), d_image.split(size), strict=True):
+            logits = block[: len(image) * len(text)].view(len(image), len(text))
+            for _ in range(setting.ranks):
+                torch.mm(image, text.T, out=logits)
+                torch.mm(logits, text, out=d_image_r)
+                torch.mm(logits.T, image, out=d_text_c)
+
+
+def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
+    """Return what runs under a name."""
+    inputs = inputs_of(setting, mesh.dp_rank)
+    if name == PRODUCTS:
+        return partial(products, inputs, setting)
+    if name == PEER:
+        return partial(peer, inputs, open_clip_loss(mesh.dp_rank, mesh.dp_size))
+    return partial(ours, inputs, mesh, ContrastConfig(loss=OURS[name], chunk_pairs=setting.chunk))
+
+
+def run_rank(rank: int, rendezvous: str, setting: Setting, names: Sequence[str], rounds: int) -> dict[str, list[Probe]]:
+    """Join the ranks and run the contenders in turn, round after round."""
+    torch.set_num_threads(setting.threads)
+    store = dist.FileStore(rendezvous, setting.ranks)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=setting.ranks)
+    mesh = start_mesh(ParallelConfig())
+    for name in names:
+        contender(name, replace(setting, pairs=256), mesh)()  # what libraries set up on first use is nobody's
+    runs = {name: contender(name, setting, mesh) for name in names}
+    probes: dict[str, list[Probe]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            dist.barrier()
+            probes[name].append(probe(run))
+    dist.barrier()
+    return probes
+
+
+def measure(setting: Setting, names: Sequence[str], rounds: int) -> dict[str, Probe]:
+    """Run contenders on fresh processes; the median time of the busiest rank, and the largest peak."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(setting.ranks, mp_context=get_context("spawn")) as pool,
+    ):
+        work = partial(run_rank, rendezvous=f"{scratch}/rendezvous", setting=setting, names=tuple(names), rounds=rounds)
+        ranks = list(pool.map(work, range(setting.ranks)))
+    found = {}
+    for name in names:
+        by_round = list(zip(*(rank[name] for rank in ranks), strict=True))
+        cpu_s = statistics.median(max(one.cpu_s for one in probes) for probes in by_round)
+        found[name] = Probe(cpu_s, max(one.peak_bytes for probes in by_round for one in probes))
+    return found
+
+
+def loss_lines(setting: Setting, names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield a row of each contender."""
+    found = measure(setting, names, rounds)
+    for name, one in found.items():
+        yield (
+            f"| {setting.ranks} | {setting.pairs:,} | {name} | {one.cpu_s:.2f}"
+            f" | {one.cpu_s / found[PRODUCTS].cpu_s:.2f} | {one.peak_bytes / 2**20:,.0f} |"
+        )
+
+
+def report(arguments: Arguments) -> Iterator[str]:
+    """Yield the record line by line. Errors: ConfigError for a flag that is no number, or without open_clip."""
+    try:
+        numbers = {
+            name: [int(number) for number in value.split(",") if number != "0"]
+            for name, value in vars(arguments).items()
+            if name != "out"
+        }
+    except ValueError as error:
+        raise ConfigError(
+            f"flags are whole numbers, --pairs, --alone, --ranks and --step lists of them: {error}"
+        ) from None
+    (dim,), (chunk,), (threads,), (rounds,) = (numbers[name] for name in ("dim", "chunk", "threads", "rounds"))
+    open_clip_loss(0, 1)
+    flags = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "out" and value)
+    yield "# The sigmoid loss, time and memory on CPU"
+    yield ""
+    yield f"{date.today()}, `python -m tools.bench.siglip {flags}`; torch {version('torch')},"
+    yield f"open_clip_torch {version('open_clip_torch')}, gloo, {threads} thread(s) a process, fp32, E = {dim}."
+    yield ""
+    yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
+    yield "|---|---|---|---|---|---|"
+    for ranks in numbers["ranks"]:
+        way = list(OURS) if ranks > 1 else list(OURS)[:1]
+        for pairs in sorted({*numbers["pairs"], *numbers["alone"]}):
+            peers = [PEER] if pairs in numbers["pairs"] else []
+            yield from loss_lines(Setting(pairs, ranks, dim, chunk, threads), [*way, *peers, PRODUCTS], rounds)
+    yield ""
+    if numbers["step"]:
+        yield from step_lines(numbers["step"], rounds)
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; returns the exit status."""
+    if "--help" in argv or "-h" in argv:
+        print((__doc__ or "").strip())
+        return 0
+    lines = []
+    try:
+        arguments = read_arguments(Arguments, argv)
+        for line in report(arguments):
+            print(line, flush=True)
+            lines.append(line)
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if arguments.out:
+        Path(arguments.out).write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
