@@ -1,0 +1,108 @@
+"""A user's own shards, as img2dataset writes them, train stage 2 with no code; odd captions and batches included."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cogvit.train import main
+from cogvit.training.meter import read_metrics
+from data_pipeline.index import build_index, load_index
+from tests.data.corpus import picture, write_tar
+from tests.pool import Pool
+
+CAPTIONS = [
+    "a photo of something red",
+    "",
+    "  \n",
+    "\u4e00\u53ea\u732b",
+    "word " * 20_000,
+    "caf\u00e9 \U0001f600",
+    "two lines\nof text",
+    "x",
+]
+
+
+def write_img2dataset(directory: Path, captions: list[str], shards: int = 2) -> Path:
+    """Shards with KEY.jpg, KEY.txt and KEY.json, and beside each shard its table and statistics."""
+    for shard in range(shards):
+        entries, table = [], []
+        for number, caption in enumerate(captions):
+            key = f"{shard:05d}{number:04d}"
+            metadata: dict[str, Any] = {
+                "caption": caption, "url": f"https://example.org/{key}.jpg", "key": key, "status": "success",
+                "error_message": None, "width": 40, "height": 24, "original_width": 400, "original_height": 240,
+                "exif": "{}", "sha256": "0" * 64,
+            }  # fmt: skip
+            image = picture(24, 40, seed=100 * shard + number, image_format="JPEG")
+            entries += [(f"{key}.jpg", image), (f"{key}.json", json.dumps(metadata).encode())]
+            entries += [(f"{key}.txt", caption.encode())]
+            table.append(metadata)
+        write_tar(directory / f"{shard:05d}.tar", entries)
+        pq.write_table(pa.Table.from_pylist(table), directory / f"{shard:05d}.parquet")
+        (directory / f"{shard:05d}_stats.json").write_text(
+            json.dumps({"count": len(captions), "successes": len(table)})
+        )
+    for _ in build_index(str(directory)):
+        continue
+    return directory
+
+
+def train_on_rank(rank: int, world: int, argv: list[str]) -> int:
+    return main(argv)
+
+
+def train(pool: Pool, world: int, shards: Path, out: Path, *flags: str) -> list[dict[str, float]]:
+    """Train two steps of the demo's stage 2; returns the lines of metrics.jsonl."""
+    argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(out), "--schedule.steps", "2"]
+    argv += ["--eval.every-steps", "0", "--log.wandb", "off", "--data.tokens-per-pack", "256", *flags]
+    argv += ["--data.images-per-pack", "8", "--data.text-tokens-per-pack", "256"]
+    assert pool.run(train_on_rank, world, (argv,), timeout_s=100.0) == [0] * world
+    return read_metrics(out / "metrics.jsonl")
+
+
+def test_shards_of_img2dataset_train_with_any_caption(pool: Pool, tmp_path: Path) -> None:
+    shards = write_img2dataset(tmp_path / "shards", CAPTIONS)
+    captioned = load_index(str(shards)).captioned()
+    assert len(captioned) == 2 * sum(bool(caption.strip()) for caption in CAPTIONS)
+    whole = ["--data.global-batch-images", str(len(captioned)), "--data.lookahead-steps", "1"]
+    lines = train(pool, 2, shards, tmp_path / "run", *whole)
+    # Each step holds every sample with a caption once; the one of 100,000 characters is cut, which is reported.
+    assert [line["images"] for line in lines] == [len(captioned)] * 2
+    assert [line["cut_captions"] for line in lines] == [2] * 2
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0.0 for line in lines)
+
+
+@pytest.mark.parametrize("pairs", [1, 6])
+def test_batches_without_a_negative(pool: Pool, tmp_path: Path, pairs: int) -> None:
+    """One pair, or equal captions everywhere: only the positives count, so the loss is that of each alone."""
+    shards = write_img2dataset(tmp_path / "shards", ["the same"] * 3)
+    start = ["--init-log-t", "0", "--init-bias", "-5", "--data.global-batch-images", str(pairs)]
+    lines = train(pool, 1, shards, tmp_path / "run", *start)
+    assert [line["images"] for line in lines] == [pairs] * 2
+    # -log sigmoid(cos - 5): between the cosines of 1 and -1; a single negative would add next to nothing.
+    assert math.log1p(math.exp(4.0)) - 1e-3 <= lines[0]["loss"] <= math.log1p(math.exp(6.0)) + 1e-3
+
+
+def refusal(rank: int, world: int, argv: list[str]) -> tuple[int, str]:
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        status = main(argv)
+    return status, printed.getvalue()
+
+
+def test_unknown_tokenizer(pool: Pool, tmp_path: Path) -> None:
+    shards = write_img2dataset(tmp_path / "shards", ["one", "two"])
+    argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(tmp_path / "run"), "--eval.every-steps", "0"]
+    status, printed = pool.run(refusal, 1, ([*argv, "--data.tokenizer", str(tmp_path / "nowhere")],))[0]
+    assert status == 2
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--data.tokenizer" in errors[0] and "byt5" in errors[0]
