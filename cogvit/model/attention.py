@@ -12,16 +12,6 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How segments of equal length are batched."""
-
-    batches: tuple[tuple[int, int], ...]  # segments and tokens of each
-    order: Tensor | None  # [tokens] int64, in which the tokens are taken; as they lie where None
-    inverse: Tensor | None  # [tokens] int64
 
 
 @dataclass(frozen=True)
@@ -38,22 +28,10 @@ class Segments:
         return sum(self.lengths[: self.num_valid])
 
     @cached_property
-    def runs(self) -> Runs:
-        """Equal lengths batched together: neighbors as they lie, or sorted where that halves the number of batches."""
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Neighbors of equal length, which share one batch: segments and tokens of each."""
         valid = self.lengths[: self.num_valid]
-        neighbors = tuple((len(list(run)), length) for length, run in groupby(valid) if length)
-        by_length = sorted(range(len(valid)), key=valid.__getitem__)
-        batches = tuple((len(list(run)), length) for length, run in groupby(valid[i] for i in by_length) if length)
-        if 2 * len(batches) > len(neighbors):
-            return Runs(neighbors, None, None)
-        start = torch.tensor((0, *valid)).cumsum(0)[:-1]
-        length = torch.tensor(valid)
-        rank = torch.tensor(by_length)
-        shift = start[rank] - (length[rank].cumsum(0) - length[rank])
-        order = torch.arange(self.num_valid_tokens) + shift.repeat_interleave(length[rank])
-        order = torch.cat([order, torch.arange(self.num_valid_tokens, sum(self.lengths))])
-        device = self.cu_seqlens.device
-        return Runs(batches, order.to(device), invert(order).to(device))
+        return tuple((len(list(run)), length) for length, run in groupby(valid) if length)
 
 
 def segments_of(cu_seqlens: Tensor) -> Segments:
@@ -61,33 +39,6 @@ def segments_of(cu_seqlens: Tensor) -> Segments:
     bounds = cu_seqlens.tolist()
     lengths = tuple(stop - start for start, stop in pairwise(bounds))
     return Segments(cu_seqlens, lengths, len(lengths) - 1)
-
-
-def invert(order: Tensor) -> Tensor:
-    """Return the inverse of a permutation [n] int64."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
-
-
-class _Permute(torch.autograd.Function):
-    """Reorder rows by a permutation; the gradient is a gather by its inverse, not a scatter."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0].index_select(0, inverse), None, None
-
-
-def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Return x[order] for a permutation and its inverse, both [len(x)] int64."""
-    permuted: Tensor = _Permute.apply(x, order, inverse)  # type: ignore[no-untyped-call]
-    return permuted
 
 
 def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
@@ -109,24 +60,19 @@ def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segm
 
 
 def _batched_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
-    runs = segments.runs
-    qkv = [q_THK, k_THK, v_THK]
-    if runs.order is not None and runs.inverse is not None:
-        qkv = [permute_rows(x, runs.order, runs.inverse) for x in qkv]
     padding = len(q_THK) - segments.num_valid_tokens
-    sizes = [count * length for count, length in runs.batches] + [padding]
+    sizes = [count * length for count, length in segments.runs] + [padding]
     outputs = []
     # split, not slices: its gradient is one concatenation
-    for (count, length), *parts in zip(runs.batches, *(x.split(sizes)[:-1] for x in qkv), strict=True):
+    for (count, length), *parts in zip(
+        segments.runs, *(x.split(sizes)[:-1] for x in (q_THK, k_THK, v_THK)), strict=True
+    ):
         batch = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
         out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     if padding:
         outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
-    out_THK = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    if runs.order is not None and runs.inverse is not None:
-        return permute_rows(out_THK, runs.inverse, runs.order)
-    return out_THK
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:

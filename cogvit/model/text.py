@@ -11,7 +11,7 @@ from cogvit.model.attention import segments_of
 from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
 from cogvit.model.config import TextConfig
 from cogvit.model.init import init_model
-from cogvit.model.tokens import PackedLayout, PackedTokens, pool_mean
+from cogvit.model.tokens import PackedLayout, PackedTokens, pool_mean, token_order
 
 _TEXT_SALT = 0x74657874  # "text": an image and its caption share a key but not their draws
 
@@ -24,11 +24,11 @@ def text_layout(text: PackedText, key_N: Tensor | None = None) -> PackedLayout:
         key_N: the slots' keys (`PackedImages.key`), which seed stochastic depth; by default the captions' ids, whose
             draws never change.
     """
-    segments = segments_of(text.cu_seqlens)
+    order = token_order(segments_of(text.cu_seqlens), cls=False)
     index_L = torch.arange(len(text.ids), device=text.cu_seqlens.device, dtype=torch.int32)
     slot_L = torch.searchsorted(text.cu_seqlens[1:-1].contiguous(), index_L, right=True)
     key_N = text.caption_id if key_N is None else key_N
-    return PackedLayout(segments, None, None, slot_L, mix(key_N, _TEXT_SALT))
+    return PackedLayout(order, None, None, order.arrange(slot_L), mix(key_N, _TEXT_SALT))
 
 
 class TextEmbedding(nn.Module):
@@ -45,7 +45,7 @@ class TextEmbedding(nn.Module):
         """Embed a pack of captions; `key_N` as in `text_layout`."""
         layout = text_layout(text, key_N)
         x_LD = self.token_embed(text.ids) + self.pos_embed(text.position)
-        return PackedTokens(layout.segments, None, None, layout.slot_S, layout.key_N, x_LD)
+        return PackedTokens(layout.order, None, None, layout.slot_S, layout.key_N, layout.order.arrange(x_LD))
 
 
 class TextTower(TextEmbedding):

@@ -3,10 +3,84 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from cogvit.model.attention import Segments
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder rows by a permutation; the gradient is a gather by its inverse, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0].index_select(0, inverse), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return x[order] for a permutation and its inverse, both [len(x)] int64."""
+    permuted: Tensor = _Permute.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """How a tower lays out a pack: segments of equal length side by side, so that they share a batch of attention.
+
+    Attributes:
+        segments: of the tower's tokens.
+        source_S: int64, the row of the pack that each token is: one of T tokens, then one of N CLS tokens; None where
+            all tokens lie as in the pack.
+        place_S: int64, the inverse of source_S.
+    """
+
+    segments: Segments
+    source_S: Tensor | None
+    place_S: Tensor | None
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Take rows [S, ...] from the pack's order to the tower's."""
+        return x if self.source_S is None or self.place_S is None else permute_rows(x, self.source_S, self.place_S)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Take rows [S, ...] from the tower's order to the pack's."""
+        return x if self.source_S is None or self.place_S is None else permute_rows(x, self.place_S, self.source_S)
+
+
+def token_order(segments: Segments, *, cls: bool) -> TokenOrder:
+    """Return the order of a pack's tokens, each image behind its CLS token if there is one.
+
+    CLS tokens of absent images lie behind the padding. Images stay as they lie where sorting makes no larger batches.
+    """
+    lengths, bounds = segments.lengths[:-1], [0, *accumulate(segments.lengths)]
+    num_tokens, slots = bounds[-1], list(range(len(lengths)))
+    if len({*lengths} - {0}) < len(segments.runs):
+        slots.sort(key=lengths.__getitem__)
+    elif not cls:
+        return TokenOrder(segments, None, None)
+    rows: list[int] = []
+    for slot in slots:
+        patches = range(bounds[slot], bounds[slot + 1])
+        rows += [num_tokens + slot, *patches] if cls and patches else patches
+    rows += range(bounds[-2], num_tokens)
+    rows += [num_tokens + slot for slot in slots if cls and not lengths[slot]]
+    ordered = [lengths[slot] + (1 if cls and lengths[slot] else 0) for slot in slots]
+    ends = [*accumulate(ordered, initial=0), len(rows)]
+    source_S, device = torch.tensor(rows), segments.cu_seqlens.device
+    return TokenOrder(
+        Segments(torch.tensor(ends, dtype=torch.int32).to(device), (*ordered, ends[-1] - ends[-2]), len(slots)),
+        source_S.to(device),
+        source_S.argsort().to(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -16,11 +90,16 @@ class PackedLayout:
     It has no parameters, so every pipeline stage can make its own.
     """
 
-    segments: Segments
+    order: TokenOrder
     cos_SK: Tensor | None  # rotary positions; None where positions are learned
     sin_SK: Tensor | None
     slot_S: Tensor  # int64, slot of each token; N for padding
     key_N: Tensor  # int64, seed of each slot's stochastic depth
+
+    @property
+    def segments(self) -> Segments:
+        """Where each image or caption lies among the S tokens."""
+        return self.order.segments
 
 
 @dataclass(frozen=True)

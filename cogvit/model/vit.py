@@ -5,7 +5,6 @@ A dense batch is a pack too: padding patches are left out, so there is one path 
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,63 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvit.batch import PackedImages
-from cogvit.model.attention import Segments, invert, permute_rows, segments_of
+from cogvit.model.attention import segments_of
 from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_model
 from cogvit.model.interop import load_checked, read_model, write_model
 from cogvit.model.packing import Grid, pack_batch
 from cogvit.model.position import PositionTable, rotary_2d
-from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens
-
-
-def _cls_places(images: PackedImages) -> Tensor:
-    """[T + N] int64: where each patch and then each image's CLS token goes; absent images' go behind the padding."""
-    length_N = images.cu_seqlens[:-1].diff().to(torch.int64)
-    present_N = length_N > 0
-    before_N = present_N.cumsum(0) - present_N.to(torch.int64)  # CLS tokens of earlier images
-    num_present = present_N.sum()
-    shift_S = torch.cat([before_N + 1, num_present.unsqueeze(0)])
-    index_T = torch.arange(images.num_tokens, device=length_N.device)
-    patch_T = index_T + shift_S[images.segment()]
-    absent_N = images.num_tokens + num_present + (~present_N).cumsum(0) - 1
-    cls_N = torch.where(present_N, images.cu_seqlens[:-2] + before_N, absent_N)
-    return torch.cat([patch_T, cls_N])
-
-
-def _cls_segments(segments: Segments, num_tokens: int) -> Segments:
-    """One token more in each image that is there, all the others in the padding."""
-    lengths = [length + 1 if length else 0 for length in segments.lengths[:-1]]
-    bounds = [*accumulate(lengths, initial=0), num_tokens]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=segments.cu_seqlens.device)
-    return Segments(cu_seqlens, (*lengths, num_tokens - bounds[-2]), segments.num_valid)
+from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens, token_order
 
 
 def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
     """Return the layout of a pack's S tokens: S = T, or T + N where the tower has a CLS token (first in each image)."""
-    segments, slot_S, row_col_S2 = segments_of(images.cu_seqlens), images.segment(), images.row_col
+    slot_S, row_col_S2 = images.segment(), images.row_col
     if cfg.use_cls_token:
         num_slots = images.num_slots
-        source = invert(_cls_places(images))
         present_N = images.cu_seqlens[:-1].diff() > 0
         slot_N = torch.where(present_N, torch.arange(num_slots, device=slot_S.device), num_slots)
-        slot_S = torch.cat([slot_S, slot_N])[source]
-        row_col_S2 = F.pad(row_col_S2, (0, 0, 0, num_slots))[source]
-        segments = _cls_segments(segments, len(source))
+        slot_S = torch.cat([slot_S, slot_N])
+        row_col_S2 = F.pad(row_col_S2, (0, 0, 0, num_slots))
+    order = token_order(segments_of(images.cu_seqlens), cls=cfg.use_cls_token)
     cos_SK = sin_SK = None
     if cfg.position == "rotary":
-        cos_SK, sin_SK = rotary_2d(row_col_S2, cfg.head_dim)
-    return PackedLayout(segments, cos_SK, sin_SK, slot_S, images.key)
+        cos_SK, sin_SK = rotary_2d(order.arrange(row_col_S2), cfg.head_dim)
+    return PackedLayout(order, cos_SK, sin_SK, order.arrange(slot_S), images.key)
 
 
-def split_packed(x_SD: Tensor, images: PackedImages, cfg: CogViTConfig) -> PackedFeatures:
-    """Return the tokens of `vision_layout` to the pack's order: patches, and CLS tokens by slot."""
-    if not cfg.use_cls_token:
-        return PackedFeatures(x_SD, None)
-    places = _cls_places(images)
-    x_SD = permute_rows(x_SD, places, invert(places))
-    patch_TD, cls_ND = x_SD.split([images.num_tokens, images.num_slots])
-    return PackedFeatures(patch_TD, cls_ND)
+def split_packed(x_SD: Tensor, layout: PackedLayout, num_tokens: int) -> PackedFeatures:
+    """Return a tower's tokens to their pack's order: its num_tokens patches, and CLS tokens by slot."""
+    x_SD = layout.order.restore(x_SD)
+    return PackedFeatures(x_SD[:num_tokens], x_SD[num_tokens:] if len(x_SD) > num_tokens else None)
 
 
 class PatchEmbed(nn.Module):
@@ -110,10 +82,9 @@ class VisionEmbedding(nn.Module):
             grids = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
             x_SD = x_SD + self.pos_embed(grids, images.row_col, images.segment())
         if self.cls_token is not None:
-            cls_ND = self.cls_token[0].expand(images.num_slots, -1)
-            places = _cls_places(images)
-            x_SD = permute_rows(torch.cat([x_SD, cls_ND]), invert(places), places)
-        return PackedTokens(layout.segments, layout.cos_SK, layout.sin_SK, layout.slot_S, layout.key_N, x_SD)
+            x_SD = torch.cat([x_SD, self.cls_token[0].expand(images.num_slots, -1)])
+        x_SD = layout.order.arrange(x_SD)
+        return PackedTokens(layout.order, layout.cos_SK, layout.sin_SK, layout.slot_S, layout.key_N, x_SD)
 
 
 class EncoderOutput(TypedDict):
@@ -141,10 +112,6 @@ class CogViT(VisionEmbedding):
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         init_model(self, int(torch.randint(2**62, (), device="cpu")), layer_scale=cfg.layer_scale_init)
 
-    def split_packed(self, x_SD: Tensor, images: PackedImages) -> PackedFeatures:
-        """Return normalized tokens to the pack's order."""
-        return split_packed(x_SD, images, self.cfg)
-
     def forward_packed(self, images: PackedImages, mask_T: Tensor | None = None) -> PackedFeatures:
         """Encode a pack; its features are those of its images one by one.
 
@@ -165,7 +132,7 @@ class CogViT(VisionEmbedding):
             )
         tokens = self.embed_packed(images, mask_T)
         x_SD = run_blocks(self.blocks, tokens, self.recompute and torch.is_grad_enabled())
-        return self.split_packed(self.norm(x_SD), images)
+        return split_packed(self.norm(x_SD), tokens, images.num_tokens)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, valid_mask: Tensor | None = None) -> EncoderOutput:
         """Encode a dense batch; padding is left out, so an image's features do not depend on its batch.

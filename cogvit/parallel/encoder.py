@@ -81,10 +81,12 @@ class VisionStage(VisionEmbedding):
         """Return the features on the last stage, hidden states for the next one elsewhere."""
         if self.trunk.mesh.is_first_stage:
             tokens = self.embed_packed(images, mask_T)
+            layout: PackedLayout = tokens
             x = self.trunk.run(tokens.x_SD, tokens)
         else:
-            x = self.trunk.run(None, vision_layout(images, self.cfg))
-        return split_packed(self.norm(x), images, self.cfg) if self.trunk.mesh.is_last_stage else x
+            layout = vision_layout(images, self.cfg)
+            x = self.trunk.run(None, layout)
+        return split_packed(self.norm(x), layout, images.num_tokens) if self.trunk.mesh.is_last_stage else x
 
 
 class TextStage(TextEmbedding):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvit.model.attention import packed_attention, permute_rows, segments_of
+from cogvit.model.attention import packed_attention, segments_of
 
 
 def bounds(lengths: list[int], padding: int) -> Tensor:
@@ -54,22 +54,9 @@ def test_a_pack_of_padding_still_reaches_q_k_and_v() -> None:
     assert all(x.grad is not None and not x.grad.any() for x in qkv)
 
 
-def test_equal_lengths_become_one_batch() -> None:
-    assert segments_of(bounds([6, 6, 6], 2)).runs.batches == ((3, 6),)
-    assert segments_of(bounds([6, 6, 6], 2)).runs.order is None
-    scattered = segments_of(bounds([3, 5, 0, 3, 5, 3, 5], 4)).runs
-    assert scattered.batches == ((3, 3), (3, 5))
-    assert scattered.order is not None
-    distinct = segments_of(bounds([9, 3, 7], 0)).runs
-    assert distinct.batches == ((1, 9), (1, 3), (1, 7))
-    assert distinct.order is None
-
-
-def test_permutation_has_the_gradient_of_a_gather() -> None:
-    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    order = torch.tensor([3, 0, 5, 1, 2, 4])
-    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, order.argsort()), x)
-    assert torch.equal(permute_rows(x, order, order.argsort()), x[order])
+def test_neighbors_of_equal_length_become_one_batch() -> None:
+    assert segments_of(bounds([6, 6, 6], 2)).runs == ((3, 6),)
+    assert segments_of(bounds([3, 3, 0, 3, 5, 3], 4)).runs == ((2, 3), (1, 3), (1, 5), (1, 3))
 
 
 def test_wrong_shapes_are_refused() -> None:

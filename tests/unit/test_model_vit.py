@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from cogvit.batch import PackedImages
 from cogvit.draws import mix
+from cogvit.model.attention import segments_of
 from cogvit.model.blocks import depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_tensor
 from cogvit.model.packing import pack_images, patchify
-from cogvit.model.tokens import PackedFeatures, pool_mean
+from cogvit.model.tokens import PackedFeatures, permute_rows, pool_mean, token_order
 from cogvit.model.vit import CogViT, vision_layout
 from tests.packs import random_images
 from tests.plain_vit import FAMILIES, encode, tiny_config, tiny_vit
@@ -199,6 +200,27 @@ def test_layout_names_the_slot_of_every_token() -> None:
     assert layout.slot_S.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 3, 3, 3]
     assert layout.segments.lengths == (3, 5, 0, 3)
     assert layout.segments.cu_seqlens.tolist() == [0, 3, 8, 8, 11]
+
+
+def test_equal_lengths_lie_side_by_side_in_a_tower() -> None:
+    segments = segments_of(torch.tensor([0, 1, 3, 3, 4, 6, 9], dtype=torch.int32))  # 1, 2, 0, 1, 2 and 3 of padding
+    order = token_order(segments, cls=False)
+    assert order.segments.runs == ((2, 1), (2, 2))
+    assert order.arrange(torch.arange(9)).tolist() == [0, 3, 1, 2, 4, 5, 6, 7, 8]
+    assert torch.equal(order.restore(order.arrange(torch.arange(9))), torch.arange(9))
+    behind_cls = token_order(segments, cls=True)
+    assert behind_cls.segments.lengths == (0, 2, 2, 3, 3, 4)
+    assert behind_cls.source_S is not None
+    assert behind_cls.source_S.tolist() == [9, 0, 12, 3, 10, 1, 2, 13, 4, 5, 6, 7, 8, 11]
+    distinct = torch.tensor([0, 2, 3, 6, 6], dtype=torch.int32)
+    assert token_order(segments_of(distinct), cls=False).source_S is None
+
+
+def test_permutation_has_the_gradient_of_a_gather() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, order.argsort()), x)
+    assert torch.equal(permute_rows(x, order, order.argsort()), x[order])
 
 
 def test_pool_mean_leaves_out_padding() -> None:
