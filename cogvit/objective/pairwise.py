@@ -51,23 +51,35 @@ def sigmoid_gradients(
     dtype = torch.promote_types(image_nE.dtype, torch.float32)
     here = pairs.weight.nonzero().squeeze(1)
     identity_nK = torch.stack([pairs.caption_id[here], pairs.concept_id[here]], dim=1)
-    images = Side(image_nE.detach()[here].to(dtype), identity_nK)
-    texts = Side(text_nE.detach()[here].to(dtype), identity_nK)
+    images = Side(_rows(image_nE.detach(), here).to(dtype), identity_nK)
+    texts = Side(_rows(text_nE.detach(), here).to(dtype), identity_nK)
     limit = math.log(config.max_temperature)
     logits = Logits(log_t.detach().to(dtype).clamp(max=limit).exp(), bias.detach().to(dtype), config.chunk_pairs)
     counts = _counts(len(here), mesh)
     num_pairs = max(sum(counts), 1)
     sums = no_sums(images)
     compare = _ring if config.loss == "ring" else _gather
-    d_text = compare(sums, images, texts, logits, counts, mesh) / num_pairs
+    d_text = compare(sums, images, texts, logits, counts, mesh).div_(num_pairs)
     d_log_t = sums.d_log_t(images, logits.chunk) / num_pairs
     return SigmoidGradients(
         loss=(sums.loss / num_pairs).to(dtype),
-        image=torch.zeros_like(image_nE, dtype=dtype).index_copy_(0, here, sums.d_image_nE.div_(num_pairs)),
-        text=torch.zeros_like(text_nE, dtype=dtype).index_copy_(0, here, d_text),
+        image=_in_slots(sums.d_image_nE.div_(num_pairs), here, len(image_nE)),
+        text=_in_slots(d_text, here, len(text_nE)),
         log_t=_held(d_log_t, log_t.detach() >= limit, mesh).to(dtype),
         bias=(sums.d_bias / num_pairs).to(dtype).reshape(1),
     )
+
+
+def _rows(x_nE: Tensor, here: Tensor) -> Tensor:
+    """Return some rows; all of them without a copy."""
+    return x_nE if len(here) == len(x_nE) else x_nE[here]
+
+
+def _in_slots(rows_nE: Tensor, here: Tensor, num_slots: int) -> Tensor:
+    """Put rows back where they were taken, zeros elsewhere."""
+    if len(rows_nE) == num_slots:
+        return rows_nE
+    return rows_nE.new_zeros(num_slots, rows_nE.shape[1]).index_copy_(0, here, rows_nE)
 
 
 def _held(d_log_t: Tensor, at_limit: Tensor, mesh: Mesh) -> Tensor:
@@ -135,7 +147,9 @@ def _ring(sums: Sums, images: Side, texts: Side, logits: Logits, counts: Sequenc
     home = [mail.exchange(part[n], -lane.step * lane.hops, len(d_own)) for n, lane in enumerate(lanes) if lane.hops]
     mail.post()
     mail.wait()
-    return d_own + sum(home)
+    for passed in home:
+        d_own += passed
+    return d_own
 
 
 class _Mail:
