@@ -6,6 +6,11 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 --data PATTERN        indexed held-out shards; by default the run's data.eval_shards
 --train-data PATTERN  indexed shards that knn and linear learn from; by default the run's data.shards
 --index-dir DIR       where the indexes of both lie; by default as in the run, or beside the shards
+--prompts FILE        names of zeroshot's classes, by label, {"en": {"classes": ["cat", ["dog", "pup"]],
+                      "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some. By default
+                      classes go by the captions of the held-out samples
+--resolution KIND     native or square: show images at their own shape or as squares of the encoder's size, under the
+                      tasks' names with _native or _square; by default as the run was trained
 --out FILE            add the figures to a JSON file, {task: {metric: {"value": v, "chance": c}}}
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
@@ -23,9 +28,10 @@ samples' json. Every figure comes with what guessing gives.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +41,7 @@ from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
 from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
+from cogvit.evaluation.prompts import Prompts, read_prompts
 from cogvit.evaluation.results import Evaluation, read_evaluation, score, table, write_evaluation
 from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
 from cogvit.evaluation.subject import Subject, load_subject
@@ -44,6 +51,7 @@ from data_pipeline.index import Index, load_index
 TASKS = ("knn", "linear", "zeroshot", "retrieval", "distill")
 CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
 RECALL_AT = (1, 5)
+RESOLUTIONS: dict[str, Literal["naflex", "square"]] = {"native": "naflex", "square": "square"}
 MAX_TRAIN_IMAGES = 20_000  # of one source, evenly spread
 
 
@@ -56,6 +64,8 @@ class Arguments:
     data: str = ""
     train_data: str = ""
     index_dir: str = ""
+    prompts: str = ""
+    resolution: str = ""
     out: str = ""
 
 
@@ -65,18 +75,29 @@ def evaluate(arguments: Arguments) -> int:
     for name in asked:
         if name not in TASKS:
             raise ConfigError(f"unknown task {name!r} in --tasks; tasks are {', '.join(TASKS)}")
+    if arguments.resolution not in ("", *RESOLUTIONS):
+        raise ConfigError(f"--resolution {arguments.resolution} must be one of {', '.join(RESOLUTIONS)}")
     earlier = read_evaluation(Path(arguments.out)) if arguments.out and Path(arguments.out).exists() else {}
     subject = load_subject(Path(arguments.run_or_export), arguments.data, arguments.index_dir)
+    if arguments.resolution:
+        subject = shown_at(subject, RESOLUTIONS[arguments.resolution])
     tasks = asked or possible_tasks(subject)
     if not tasks:
         raise DataError(
             f"the held-out shards have neither labels nor captions; every task of {subject.path} needs them"
         )
     results = run_tasks(subject, tasks, arguments)
+    if arguments.resolution:
+        results = {f"{task}_{arguments.resolution}": figures for task, figures in results.items()}
     print(table(results))
     if arguments.out:
         write_evaluation(Path(arguments.out), earlier | results)
     return 0
+
+
+def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
+    """Return the subject with images shown at their own shape or as squares of the encoder's size."""
+    return replace(subject, sizing=replace(subject.sizing, kind=kind))
 
 
 def possible_tasks(subject: Subject) -> list[str]:
@@ -98,7 +119,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
     if learned := [name for name in CLASSIFIERS if name in tasks]:
         results |= probe_results(subject, _train_index(subject, arguments), learned)
     if "zeroshot" in tasks:
-        results |= zeroshot_results(subject)
+        results |= zeroshot_results(subject, read_prompts(Path(arguments.prompts)) if arguments.prompts else {})
     if "retrieval" in tasks:
         results |= retrieval_results(subject)
     if "distill" in tasks:
@@ -132,18 +153,33 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
     yield "_pixels", (pixel_features(train), pixel_features(test))
 
 
-def zeroshot_results(subject: Subject) -> Evaluation:
-    """Classify held-out samples by the captions of their classes."""
+def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
+    """Classify held-out samples by the prompts of their classes; without prompts, by the classes' captions."""
     results: Evaluation = {}
     for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
-        for language, captions in samples.captions.items():
-            labels, prompts = zip(*sorted(set(zip(samples.label.tolist(), captions, strict=True))), strict=True)
-            accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, prompts), torch.tensor(labels))
+        by_language = {language: one.texts() for language, one in prompts.items()} or _captions_as_prompts(samples)
+        for language, (texts, labels) in by_language.items():
+            if int(samples.label.max()) > max(labels):
+                raise ConfigError(
+                    f"{samples.source} has the label {int(samples.label.max())} and --prompts {language} names"
+                    f" {max(labels) + 1} classes; name all of them"
+                )
+            accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
             results[f"zeroshot_{samples.source}_{language}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
     return results
+
+
+def _captions_as_prompts(samples: Samples) -> dict[str, tuple[list[str], list[int]]]:
+    assert samples.label is not None
+    labels = samples.label.tolist()
+    found = {}
+    for language, captions in samples.captions.items():
+        pairs = sorted(set(zip(labels, captions, strict=True)))
+        found[language] = ([text for _, text in pairs], [label for label, _ in pairs])
+    return found
 
 
 def retrieval_results(subject: Subject) -> Evaluation:
