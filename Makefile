@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slurm check bench clean
+.PHONY: demo test test-matrix test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -40,6 +40,9 @@ test: $(RUNTIME)  ## every test of one machine but the long ones
 
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
 	python -m pytest tests/slurm
+
+test-matrix: $(RUNTIME)  ## every legal layout of up to 4 processes; hours on 2 cores
+	python -m pytest tests/dist/test_layouts.py --matrix
 
 check: $(TOOLS)  ## lint, format, types, layers, sizes
 	ruff check $(CODE)

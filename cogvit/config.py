@@ -1,14 +1,13 @@
-"""The run configuration: one frozen tree of dataclasses, strict JSON in and out, one check for what spans fields.
+"""The run configuration: one frozen tree of dataclasses, strict JSON in and out.
 
-What lives here: the fields, their meaning and the rules between them. Flags are read in `cogvit/flags.py`; presets are
-functions in `configs/` that return a RunConfig.
+What lives here: the fields and their meaning. The rules between them are in `cogvit/rules.py`, flags are read in
+`cogvit/flags.py`, presets are functions in `configs/` that return a RunConfig.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.rules import check_data, check_layout, check_training
 
 Node = TypeVar("Node")
 
@@ -87,22 +87,41 @@ class ContrastConfig:
 
 
 @dataclass(frozen=True)
+class ModuleConfig:
+    """How one module of the model departs from the run's rates."""
+
+    lr_mult: float = option(1.0, "its rates as multiples of optim.lr and optim.adamw_lr")
+    weight_decay: float | None = option(None, "of its matrices; optim.weight_decay if none")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] | None = option(None, "its decay; schedule.kind if none")
+    final_fraction: float | None = option(
+        None, "its last rate as a fraction of the peak; schedule.final_fraction if none"
+    )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer; rates of the modules are multiples of lr."""
+    """The optimizer; the modules' own settings are multiples of it or replace it."""
 
     name: Literal["muon", "adamw", "sgd"] = option("muon", "muon: Muon for matrices of blocks, AdamW for the rest")
     lr: float = option(1e-3, "rate of matrices (muon), or of everything (adamw, sgd)")
     adamw_lr: float = option(1e-3, "muon: rate of what Muon does not handle")
     weight_decay: float = option(0.05, "of every matrix; vectors, norms, biases and temperature have none")
     momentum: float = option(0.95, "muon and sgd")
+    muon_qkv: Literal["split", "heads", "fused"] = option(
+        "split", "what of the fused q, k, v matrix Muon makes orthogonal: each of the three, each head's, or the whole"
+    )
+    muon_tp: Literal["gather", "sharded"] = option(
+        "gather", "matrices split over tp: every rank orthogonalizes the whole, or its shard with shared Gram matrices"
+    )
     beta1: float = option(0.9, "adamw")
     beta2: float = option(0.95, "adamw")
     eps: float = option(1e-8, "adamw")
     clip_norm: float = option(1.0, "global gradient norm; 0 turns clipping off")
-    vision_lr_mult: float = option(1.0, "rate of the vision tower")
-    text_lr_mult: float = option(1.0, "rate of the text tower")
-    projection_lr_mult: float = option(1.0, "rate of projections and distillation heads")
-    temperature_lr_mult: float = option(1.0, "rate of the temperature and bias of the sigmoid loss")
+    vision: ModuleConfig = field(default_factory=ModuleConfig)
+    text: ModuleConfig = field(default_factory=ModuleConfig)
+    projection: ModuleConfig = field(default_factory=ModuleConfig)  # and distillation heads
+    temperature: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
+    bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
 
 
 @dataclass(frozen=True)
@@ -111,8 +130,11 @@ class ScheduleConfig:
 
     steps: int = option(1000, "optimizer steps of the run")
     warmup_steps: int = option(100, "linear warm-up from 0")
-    kind: Literal["cosine", "linear", "constant"] = option("cosine", "decay after the warm-up")
+    kind: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine", "decay after the warm-up; wsd: constant, then linear over the last decay_fraction"
+    )
     final_fraction: float = option(0.0, "rate at the end as a fraction of the peak")
+    decay_fraction: float = option(0.2, "wsd: share of the steps, at the end, in which the rate decays")
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,9 @@ class ParallelConfig:
     tp: int = option(1, "tensor-parallel ranks")
     pp: int = option(1, "pipeline stages")
     sequence: bool = option(False, "sequence parallelism over the tensor ranks")
-    recompute: Literal["none", "full"] = option("none", "recompute every block's activations in backward")
+    step_timeout_s: float = option(
+        600.0, "a step after the first that takes longer dumps all stacks and ends; 0: never"
+    )
 
     def place(self, rank: int) -> tuple[int, int, int]:
         """Return a rank's place on the tp, pp and dp axes: tp is the fastest, dp the slowest."""
@@ -131,10 +155,33 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ActivationConfig:
+    """What one tower keeps of its activations between forward and backward."""
+
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "done again in backward: nothing, attention and MLP inside each block, or whole blocks"
+    )
+    recompute_blocks: int = option(1, "full: blocks that are recomputed together; only their input is kept")
+    offload: bool = option(False, "what is kept waits in host memory")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Activation memory of each module; never changes the numbers."""
+
+    vision: ActivationConfig = field(default_factory=ActivationConfig)
+    text: ActivationConfig = field(default_factory=ActivationConfig)
+    projection_recompute: bool = option(False, "projections and distillation heads are done again in backward")
+
+
+@dataclass(frozen=True)
 class ZeroConfig:
     """DeepSpeed ZeRO."""
 
     stage: int = option(1, "1: optimizer state is sharded over dp; 2: gradients too")
+    overlap: bool = option(False, "reduce a bucket of gradients while the next one is filled")
+    reduce_bucket_elements: int = option(50_000_000, "gradients that are reduced together")
+    gather_bucket_elements: int = option(500_000_000, "updated parameters that are gathered together")
 
 
 @dataclass(frozen=True)
@@ -152,6 +199,17 @@ class EvalConfig:
 
     every_steps: int = option(0, "0 turns it off")
     steps: int = option(2, "global batches of one evaluation")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens when training goes wrong."""
+
+    non_finite: Literal["raise", "skip"] = option(
+        "raise", "a NaN or infinite loss or gradient stops the run, or is skipped"
+    )
+    max_skips: int = option(3, "skip: stop after so many steps in a row")
+    spike_factor: float = option(2.0, "report a loss above this multiple of the recent median; 0: never")
 
 
 @dataclass(frozen=True)
@@ -178,7 +236,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -189,107 +249,9 @@ class RunConfig:
 
     def check(self, world_size: int) -> None:
         """Refuse, before any heavy import, what cannot run on world_size processes."""
-        _check_layout(self, world_size)
-        _check_data(self)
-        _check_training(self)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _check_layout(config: RunConfig, world_size: int) -> None:
-    tp, pp = config.parallel.tp, config.parallel.pp
-    _require(tp >= 1 and pp >= 1, f"--parallel.tp {tp} and --parallel.pp {pp} must be at least 1")
-    _require(
-        world_size % (tp * pp) == 0,
-        f"{world_size} processes cannot be split into tp={tp} x pp={pp}; start a multiple of {tp * pp}",
-    )
-    towers: list[tuple[str, CogViTConfig | TextConfig]] = [("vision", config.vision)]
-    if config.objective == "contrast":
-        towers.append(("text", config.text))
-    for name, tower in towers:
-        _require(
-            tower.num_heads % tp == 0,
-            f"--parallel.tp {tp} does not divide {name}.num_heads={tower.num_heads}; use a divisor of it",
-        )
-        _require(tower.mlp_dim % tp == 0, f"--parallel.tp {tp} does not divide the {name} MLP width {tower.mlp_dim}")
-        _require(
-            tower.depth % pp == 0,
-            f"--parallel.pp {pp} does not divide {name}.depth={tower.depth}; use a divisor of it",
-        )
-    _require(
-        config.zero.stage in (1, 2),
-        f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3"
-        " does not compose with Megatron's shards; use 1 or 2",
-    )
-    if config.parallel.sequence:
-        _require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
-        cls = config.data.images_per_pack if config.vision.use_cls_token else 0
-        for what, tokens in (
-            ("data.tokens_per_pack", config.data.tokens_per_pack + cls),
-            ("data.text_tokens_per_pack", config.data.text_tokens_per_pack),
-        ):
-            _require(
-                tokens % tp == 0, f"sequence parallelism splits {what}: {tokens} tokens over tp={tp} do not divide"
-            )
-
-
-def _check_data(config: RunConfig) -> None:
-    data = config.data
-    for name in ("global_batch_images", "tokens_per_pack", "images_per_pack", "max_patches", "canonical_shares"):
-        _require(getattr(data, name) >= 1, f"data.{name}={getattr(data, name)} must be at least 1")
-    rows, columns = config.vision.base_grid
-    largest = rows * columns if data.sizing == "square" else data.max_patches
-    _require(
-        largest <= data.tokens_per_pack,
-        f"an image of {largest} patches does not fit data.tokens_per_pack={data.tokens_per_pack}; raise it or lower"
-        " data.max_patches",
-    )
-    if config.objective == "contrast":
-        contrast = config.contrast
-        _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
-        _require(
-            0.0 < contrast.max_temperature < math.inf,
-            f"contrast.max_temperature={contrast.max_temperature} must be positive and finite",
-        )
-        _require(
-            config.text.max_tokens <= data.text_tokens_per_pack,
-            f"a caption of text.max_tokens={config.text.max_tokens} does not fit"
-            f" data.text_tokens_per_pack={data.text_tokens_per_pack}",
-        )
-    _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
-    _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
-
-
-def _check_training(config: RunConfig) -> None:
-    optim, schedule = config.optim, config.schedule
-    for name in ("lr", "adamw_lr", "weight_decay", "clip_norm", "eps"):
-        _require(getattr(optim, name) >= 0.0, f"optim.{name}={getattr(optim, name)} must not be negative")
-    for name in ("momentum", "beta1", "beta2"):
-        _require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
-    _require(schedule.steps >= 1, f"--schedule.steps {schedule.steps} must be at least 1")
-    _require(schedule.warmup_steps >= 0, f"schedule.warmup_steps={schedule.warmup_steps} must not be negative")
-    _require(config.log.every_steps >= 1, f"--log.every-steps {config.log.every_steps} must be at least 1")
-    if config.objective == "distill":
-        teachers = config.teachers
-        _require(bool(teachers.members), "stage 1 needs teachers.members: at least one teacher")
-        names = [member.name for member in teachers.members]
-        _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
-        _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
-        _require(
-            teachers.source != "store_then_online",
-            "--teachers.source store_then_online is not built yet; use store or online",
-        )
-        _require(
-            not (teachers.source == "store" and config.data.flip),
-            "--teachers.source store holds features of images as they are; turn --data.flip off",
-        )
-        _require(
-            teachers.source == "online" or bool(teachers.store),
-            f"--teachers.source {teachers.source} needs --teachers.store DIR (make one with tools.precompute_features)",
-        )
+        check_layout(self, world_size)
+        check_data(self)
+        check_training(self)
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -349,7 +311,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
 
 # What may differ between a run and its resumption: how it is executed, never what it computes.
 _EXECUTION = (
-    "parallel.", "zero.", "checkpoint.", "eval.", "log.", "out",
+    "parallel.", "memory.", "zero.", "guard.", "checkpoint.", "eval.", "log.", "out", "optim.muon_tp",
     "data.index_dir", "data.eval_shards", "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.max_bad_fraction",
     "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cogvit.batch import DataPosition, StepBatch
     from cogvit.parallel.mesh import Mesh
     from cogvit.teacher.stream import FeatureSource
-    from cogvit.training.engine import Objective
+    from cogvit.training.objective import Objective
     from data_pipeline.index import Index
 
 REQUEUE_STATUS = 75
@@ -143,7 +143,9 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     from cogvit.training.loop import Evaluation, train
     from cogvit.training.meter import Meter
     from cogvit.training.signals import StopRequest
+    from cogvit.training.spikes import SpikeLog
     from cogvit.training.state import TrainState
+    from cogvit.training.watchdog import Watchdog
     from data_pipeline.loader import start_position
 
     mesh = start_mesh(config.parallel)
@@ -158,6 +160,8 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         checkpoints = resources.enter_context(Checkpoints(Path(config.out) / "checkpoints", mesh, config.checkpoint))
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0, train_s=0.0)
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
+        stacks = Path(config.out) / "logs" / f"stacks_rank{mesh.rank}.txt"
+        watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, corpus, mesh, source))
         batches = resources.enter_context(closing(rank_batches(config, corpus.train, mesh, source, state.position)))
         state = train(
@@ -170,6 +174,8 @@ def run(config: RunConfig, corpus: Corpus) -> int:
             evaluation=evaluation,
             meter=meter,
             stop=stop,
+            watchdog=watchdog,
+            spikes=SpikeLog(Path(config.out) / "logs" / "spikes.jsonl", config.guard.spike_factor),
         )
     return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
 
@@ -285,15 +291,20 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
     from cogvit.parallel.convert import fill
     from cogvit.parallel.encoder import TextStage, VisionStage
 
-    data, parallel = config.data, config.parallel
-    vision = VisionStage(config.vision, mesh, parallel, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack)
+    data, parallel, memory = config.data, config.parallel, config.memory
+    vision = VisionStage(
+        config.vision, mesh, parallel, memory.vision, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
+    )
     if config.objective == "distill":
         weights = {member.name: member.weight for member in config.teachers.members}
-        model: nn.Module = DistillModel(vision, teacher_dims)
+        model: nn.Module = DistillModel(vision, teacher_dims, recompute=memory.projection_recompute)
         objective: Any = Distill(weights, config.teachers.mask_ratio)
     else:
-        text = TextStage(config.text, mesh, parallel, num_tokens=data.text_tokens_per_pack)
-        model, objective = ContrastModel(vision, text, config.proj_dim), Contrast(config.contrast)
+        text = TextStage(config.text, mesh, parallel, memory.text, num_tokens=data.text_tokens_per_pack)
+        model, objective = (
+            ContrastModel(vision, text, config.proj_dim, recompute=memory.projection_recompute),
+            Contrast(config.contrast),
+        )
     fill(model.to(mesh.device), mesh, initial_weights(config))
     return model, objective
 

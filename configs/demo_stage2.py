@@ -3,7 +3,7 @@
 launch/local.sh 2 demo_stage2 --init runs/demo/stage1 --out runs/demo/stage2
 """
 
-from cogvit.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, ScheduleConfig
+from cogvit.config import CheckpointConfig, DataConfig, EvalConfig, ModuleConfig, OptimConfig, RunConfig, ScheduleConfig
 from configs.models import demo_text, demo_vision
 
 
@@ -25,7 +25,7 @@ def config() -> RunConfig:
             max_patches=36,
             canonical_shares=2,
         ),
-        optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature_lr_mult=2.0),
+        optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature=ModuleConfig(lr_mult=2.0), bias=ModuleConfig(lr_mult=2.0)),
         schedule=ScheduleConfig(steps=400, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=200),
         eval=EvalConfig(every_steps=200),

@@ -25,7 +25,7 @@ def config() -> RunConfig:
             tokenizer="google/siglip2-so400m-patch16-naflex",
             decode_threads=4,
         ),
-        optim=OptimConfig(lr=5e-4, adamw_lr=5e-4, text_lr_mult=1.0, projection_lr_mult=1.0),
+        optim=OptimConfig(lr=5e-4, adamw_lr=5e-4),
         schedule=ScheduleConfig(steps=120_000, warmup_steps=4_000),
         checkpoint=CheckpointConfig(every_steps=500, keep_last=3),
         precision="bf16",

@@ -21,6 +21,11 @@ settings.load_profile("project")
 DEFAULT_TIMEOUT_S = 120.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-matrix` turns on."""
+    parser.addoption("--matrix", action="store_true", help="train every legal layout, not a cover of them")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Pool:
     """The gloo workers of the whole run."""

@@ -12,7 +12,7 @@ from cogvit.objective.masking import mask_tokens
 MASK_RATIO = 0.35
 
 
-def random_images(seed: int, *, num_tokens: int = 96, num_slots: int = 6, patch_px: int = 8) -> PackedImages:
+def random_images(seed: int, *, num_tokens: int = 96, num_slots: int = 8, patch_px: int = 8) -> PackedImages:
     """A pack of images of 2 to 4 patches a side; the slots that do not fit and the last one are absent."""
     g = torch.Generator().manual_seed(seed)
     grids: list[tuple[int, int]] = []

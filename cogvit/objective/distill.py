@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cogvit.batch import Batch
 from cogvit.model.tokens import PackedFeatures
@@ -23,13 +24,21 @@ from cogvit.parallel.schedule import Schedule
 class DistillModel(nn.Module):
     """This rank's stage of the student, with one linear head per teacher on the last stage."""
 
-    def __init__(self, vision: VisionStage, teacher_dims: Mapping[str, int]) -> None:
+    def __init__(self, vision: VisionStage, teacher_dims: Mapping[str, int], *, recompute: bool = False) -> None:
         super().__init__()
-        self.vision = vision
+        self.vision, self.recompute = vision, recompute
         self.heads = nn.ModuleDict()
         if vision.trunk.mesh.is_last_stage:
             for name, dim in teacher_dims.items():
                 self.heads[name] = nn.Linear(vision.cfg.embed_dim, dim)
+
+    def error(self, name: str, x_MD: Tensor, target_MC: Tensor) -> Tensor:
+        """[M] the Smooth-L1 error of one teacher's head, mean over its channels."""
+
+        def error_of(x_MD: Tensor) -> Tensor:
+            return F.smooth_l1_loss(self.heads[name](x_MD), target_MC, reduction="none").mean(dim=1)
+
+        return checkpoint(error_of, x_MD, use_reentrant=False) if self.recompute else error_of(x_MD)
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,7 @@ class Distill:
             x_MD = features.patch_TD[masks[index]].float()
             terms = {}
             for name in self.weights:
-                error_MC = F.smooth_l1_loss(model.heads[name](x_MD), targets.features[name], reduction="none")
-                terms[name] = (error_MC.mean(dim=1) * weights[index]).sum() / count
+                terms[name] = (model.error(name, x_MD, targets.features[name]) * weights[index]).sum() / count
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
             return total, {name: term.detach() for name, term in terms.items()}
 

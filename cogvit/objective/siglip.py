@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cogvit.batch import Batch
 from cogvit.config import ContrastConfig
@@ -26,9 +27,9 @@ from cogvit.parallel.schedule import Schedule
 class ContrastModel(nn.Module):
     """This rank's stages of both towers; projections, temperature and bias live on the last stage."""
 
-    def __init__(self, vision: VisionStage, text: TextStage, proj_dim: int) -> None:
+    def __init__(self, vision: VisionStage, text: TextStage, proj_dim: int, *, recompute: bool = False) -> None:
         super().__init__()
-        self.vision, self.text = vision, text
+        self.vision, self.text, self.recompute = vision, text, recompute
         if vision.trunk.mesh.is_last_stage:
             self.vision_proj = nn.Linear(vision.cfg.embed_dim, proj_dim)
             self.text_proj = nn.Linear(text.cfg.embed_dim, proj_dim)
@@ -39,12 +40,18 @@ class ContrastModel(nn.Module):
     def embed_image(self, features: PackedFeatures, batch: Batch) -> Tensor:
         """[N, E] unit vectors, mean-pooled over each image's patches."""
         images = batch.images
-        pooled_ND = pool_mean(features.patch_TD, images.segment(), images.num_slots)
-        return F.normalize(self.vision_proj(pooled_ND.float()), dim=-1)
+        return self._project(self.vision_proj, pool_mean(features.patch_TD, images.segment(), images.num_slots))
 
     def embed_text(self, pooled_ND: Tensor) -> Tensor:
         """[N, E] unit vectors."""
-        return F.normalize(self.text_proj(pooled_ND.float()), dim=-1)
+        return self._project(self.text_proj, pooled_ND)
+
+    def _project(self, linear: nn.Linear, pooled_ND: Tensor) -> Tensor:
+        def unit(x_ND: Tensor) -> Tensor:
+            return F.normalize(linear(x_ND), dim=-1)
+
+        x_ND = pooled_ND.float()
+        return checkpoint(unit, x_ND, use_reentrant=False) if self.recompute else unit(x_ND)
 
 
 @dataclass(frozen=True)

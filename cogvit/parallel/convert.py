@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import Mesh
 
 
@@ -119,8 +120,17 @@ def gather_plain(tensor: PlainTensor, local: Tensor, mesh: Mesh) -> Tensor:
 
 
 def fill(module: nn.Module, mesh: Mesh, source: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Set every parameter of this rank from a source of plain tensors, called with plain name and full shape."""
+    """Set every parameter of this rank from a source of plain tensors, called with plain name and full shape.
+
+    All are NaN until they are set, so that none can keep what its memory held. Errors: CheckpointError names the
+    parameter that the source left unset or gave values that are not finite.
+    """
     with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
         for tensor in plain_tensors(module):
             full = source(tensor.name, tensor.plain_shape(mesh.tp_size))
             tensor.parameter.copy_(to_local(tensor, full, mesh.tp_rank, mesh.tp_size))
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{name} has no finite initial value; every parameter needs one")

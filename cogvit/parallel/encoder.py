@@ -6,10 +6,13 @@ names, and its share of the layers under `trunk`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from cogvit.batch import PackedImages, PackedText
-from cogvit.config import ParallelConfig
+from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextEmbedding, text_layout
 from cogvit.model.tokens import PackedFeatures, PackedLayout, pool_mean
@@ -27,11 +30,19 @@ from megatron.core.transformer.enums import ModelType  # isort: skip
 class TrunkStage(nn.Module):
     """This rank's layers of one tower, with what Megatron's schedule asks of a model."""
 
-    def __init__(self, cfg: CogViTConfig | TextConfig, mesh: Mesh, parallel: ParallelConfig, num_tokens: int) -> None:
+    def __init__(
+        self,
+        cfg: CogViTConfig | TextConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        memory: ActivationConfig,
+        num_tokens: int,
+    ) -> None:
         super().__init__()
         self.mesh = mesh
         self.num_tokens = num_tokens  # S: the rows that travel between stages
-        self.config = megatron_config(cfg, mesh, sequence=parallel.sequence, recompute=parallel.recompute)
+        self.offload = memory.offload
+        self.config = megatron_config(cfg, mesh, memory, sequence=parallel.sequence)
         self.model_type = ModelType.encoder_or_decoder
         self.layers = build_trunk(cfg, self.config, mesh)
 
@@ -50,7 +61,8 @@ class TrunkStage(nn.Module):
         x_S1D = None if x_SD is None else x_SD.unsqueeze(1)
         if x_S1D is not None and self.config.sequence_parallel:
             x_S1D = scatter_to_sequence_parallel_region(x_S1D)
-        x_S1D = self.layers(hidden_states=x_S1D, attention_mask=None, packed_seq_params=stream)
+        with save_on_cpu(pin_memory=self.mesh.device.type == "cuda") if self.offload else nullcontext():
+            x_S1D = self.layers(hidden_states=x_S1D, attention_mask=None, packed_seq_params=stream)
         if not self.mesh.is_last_stage:
             return x_S1D
         if self.config.sequence_parallel:
@@ -68,14 +80,21 @@ class VisionStage(VisionEmbedding):
     """This rank's stage of the vision tower, for packs of num_tokens patches and num_slots images."""
 
     def __init__(
-        self, cfg: CogViTConfig, mesh: Mesh, parallel: ParallelConfig, *, num_tokens: int, num_slots: int
+        self,
+        cfg: CogViTConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        memory: ActivationConfig,
+        *,
+        num_tokens: int,
+        num_slots: int,
     ) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
             _disown(self, "patch_embed", "pos_embed", "mask_token", "cls_token")
         if not mesh.is_last_stage:
             _disown(self, "norm")
-        self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens + (num_slots if cfg.use_cls_token else 0))
+        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens + (num_slots if cfg.use_cls_token else 0))
 
     def forward(self, images: PackedImages, mask_T: Tensor | None = None) -> Tensor | PackedFeatures:
         """Return the features on the last stage, hidden states for the next one elsewhere."""
@@ -92,13 +111,15 @@ class VisionStage(VisionEmbedding):
 class TextStage(TextEmbedding):
     """This rank's stage of the text tower, for packs of num_tokens caption tokens."""
 
-    def __init__(self, cfg: TextConfig, mesh: Mesh, parallel: ParallelConfig, *, num_tokens: int) -> None:
+    def __init__(
+        self, cfg: TextConfig, mesh: Mesh, parallel: ParallelConfig, memory: ActivationConfig, *, num_tokens: int
+    ) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
             _disown(self, "token_embed", "pos_embed")
         if not mesh.is_last_stage:
             _disown(self, "norm")
-        self.trunk = TrunkStage(cfg, mesh, parallel, num_tokens)
+        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens)
 
     def forward(self, text: PackedText, key_N: Tensor) -> Tensor:
         """Return each caption's mean token [N, D] on the last stage, hidden states for the next one elsewhere.

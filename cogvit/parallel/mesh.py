@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
 from cogvit.errors import CogViTError
@@ -121,6 +122,11 @@ class Mesh:
     def agree_max(self, value: int) -> int:
         """Return the largest value any rank brings; the same answer everywhere."""
         return int(self.all_reduce(torch.tensor([value], device=self.device), dist.ReduceOp.MAX))
+
+    def shorten_timeouts(self, timeout_s: float) -> None:
+        """Let collectives wait this long from now on: start-up takes minutes, a step must not."""
+        for group in (dist.group.WORLD, self.tp_group, self.pp_group, self.dp_group, self.model_group):
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     def from_writer(self, make: Callable[[], Result]) -> Result:
         """Run `make` on the writer; its (picklable) result is returned, or its CogViTError raised, on every rank."""

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from cogvit.config import ActivationConfig
 from cogvit.errors import ConfigError
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
@@ -113,6 +115,22 @@ class PackedCoreAttention(nn.Module):
         return packed_attention(query, key, value, layout.segments)
 
 
+class RecomputedMLP(MLP):
+    """An MLP that is done again in backward; with the attention's own recompute this is the "selective" choice.
+
+    Megatron's recompute of the MLP returns the bias parameter through a custom autograd function, which gives the
+    parameter a history and makes backward recurse for ever.
+    """
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the output without its bias, and the bias."""
+
+        def output(x: Tensor) -> Tensor:
+            return MLP.forward(self, x)[0]
+
+        return checkpoint(output, hidden_states, use_reentrant=False), self.linear_fc2.bias
+
+
 class ResidualBranch(nn.Module):
     """Megatron's bias-dropout-add slot: bias, LayerScale and stateless stochastic depth of one residual branch."""
 
@@ -168,7 +186,14 @@ def local_layout(layout: PackedLayout, mesh: Mesh, sequence: bool) -> PackedLayo
     return replace(layout, slot_S=layout.slot_S.chunk(mesh.tp_size)[mesh.tp_rank]) if sequence else layout
 
 
-def megatron_config(tower: TowerConfig, mesh: Mesh, *, sequence: bool, recompute: str) -> TransformerConfig:
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform"},
+}
+
+
+def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
     """Translate a tower's shape and the layout into Megatron's configuration.
 
     Errors: ConfigError for options that Megatron's layers cannot express.
@@ -205,9 +230,8 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, *, sequence: bool, recompute
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=True,
-        recompute_granularity="full" if recompute == "full" else None,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_num_layers=memory.recompute_blocks if memory.recompute == "full" else None,
+        **_RECOMPUTE[memory.recompute],
     )
 
 
@@ -235,7 +259,8 @@ def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> Tr
             ),
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                RecomputedMLP if config.recompute_granularity == "selective" else MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
         ),
     )

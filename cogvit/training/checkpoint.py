@@ -100,7 +100,7 @@ class Checkpoints:
 
         engine.load_plain_state(read)
         state = read_state(path)
-        engine.zero.load_update_count(state.step)
+        engine.zero.load_update_count(state.step - state.skipped)
         return state
 
     def _write(self, owned: dict[str, Tensor], state: TrainState) -> None:

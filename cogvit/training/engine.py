@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,13 @@ from torch import Tensor, nn
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import NonFiniteStep
-from cogvit.parallel.convert import gather_plain, plain_tensors, to_local
+from cogvit.parallel.convert import Split, gather_plain, plain_tensors, to_local
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.schedule import Schedule
 from cogvit.training import zero
-from cogvit.training.optim import Module, param_groups
-
-
-class Objective(Protocol):
-    """What a stage trains: it runs the model's towers on the microbatches and leaves gradients behind."""
-
-    def train(self, model: nn.Module, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
-        """Return the global loss terms; "loss" is the one that is minimized."""
-        ...
-
-    def evaluate(self, model: nn.Module, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
-        """Return the global loss terms without gradients."""
-        ...
+from cogvit.training.blame import find_suspects
+from cogvit.training.objective import Objective
+from cogvit.training.optim import Module, lr_at, module_config, module_schedule, param_groups
 
 
 @dataclass(frozen=True)
@@ -41,6 +31,8 @@ class StepReport:
     grad_norm: float
     grad_norms: dict[Module, float]
     lr: float
+    lrs: dict[Module, float]
+    skipped: str  # why nothing was updated; empty where it was
     forward_backward_s: float
     optimizer_s: float
 
@@ -50,35 +42,60 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: RunConfig, mesh: Mesh) -> None:
         self.mesh, self.model = mesh, model
+        self.skips_in_a_row = 0
         self.tensors = list(plain_tensors(model))
-        self.peak_lr = config.optim.lr
+        self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
         self.schedule = Schedule(mesh, config.precision)
-        groups = param_groups([(t.name, t.parameter, module_of(t.name)) for t in self.tensors], config.optim)
-        self.zero = zero.initialize(model, groups, config, mesh.mpu, mesh.dp_size)
+        named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
+        groups = param_groups(named, config.optim, config.schedule)
+        qkv_heads = {t.parameter: t.num_heads // mesh.tp_size for t in self.tensors if t.split is Split.QKV}
+        self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
 
     def step(self, objective: Objective, micro: Sequence[Batch], step: int) -> StepReport:
         """Train on one global batch with the rates of `step`.
 
-        Errors: NonFiniteStep on every rank, before anything is updated, when a loss or gradient is not finite.
+        Where a loss or gradient is not finite, nothing is updated, on any rank. Errors: NonFiniteStep on every rank for
+        such a step, or for one too many in a row where the guard lets them be skipped.
         """
         start_s = time.perf_counter()
         self.model.train()
-        factor = self.zero.set_lr(step)
+        self.zero.set_lr(step)
         with self.zero.one_reduction():
             terms = objective.train(self.model, micro, self.schedule)
         values = {name: float(term) for name, term in terms.items()}
         reduced_s = time.perf_counter()
-        if not math.isfinite(values["loss"]) or self.zero.has_non_finite_gradient():
-            raise NonFiniteStep(f"step {step}: loss {values['loss']} or a gradient is not finite; nothing was updated")
-        self.zero.step()
-        return StepReport(
+        report = StepReport(
             terms=values,
             grad_norm=self.zero.grad_norm(),
             grad_norms=self.zero.grad_norms_by_module(),
-            lr=self.peak_lr * factor,
+            lr=self.optim.lr * lr_at(self.lr_schedule, step),
+            lrs={module: self._lr_of(module, step) for module in get_args(Module)},
+            skipped="",
             forward_backward_s=reduced_s - start_s,
-            optimizer_s=time.perf_counter() - reduced_s,
+            optimizer_s=0.0,
         )
+        if not math.isfinite(values["loss"]) or self.zero.has_non_finite_gradient():
+            return replace(report, skipped=self._skip(objective, micro, step, values["loss"]))
+        self.skips_in_a_row = 0
+        self.zero.step()
+        return replace(report, optimizer_s=time.perf_counter() - reduced_s)
+
+    def _lr_of(self, module: Module, step: int) -> float:
+        schedule = module_schedule(module, self.optim, self.lr_schedule)
+        return self.optim.lr * module_config(module, self.optim).lr_mult * lr_at(schedule, step)
+
+    def _skip(self, objective: Objective, micro: Sequence[Batch], step: int, loss: float) -> str:
+        """Give up the step's gradients and say who is to blame. Errors: NonFiniteStep where the guard wants it."""
+        self.zero.drop_gradients()
+        found = find_suspects(self.model, objective, micro, self.schedule, self.zero)
+        who = "; ".join(map(str, found[:3])) or "no microbatch shows it when done again alone"
+        message = f"step {step}: loss {loss} or a gradient is not finite; nothing was updated; {who}"
+        self.skips_in_a_row += 1
+        if self.guard.non_finite == "raise":
+            raise NonFiniteStep(message)
+        if self.skips_in_a_row > self.guard.max_skips:
+            raise NonFiniteStep(f"{message}; guard.max_skips={self.guard.max_skips} steps in a row were skipped before")
+        return message
 
     def evaluate(self, objective: Objective, micro: Sequence[Batch]) -> dict[str, float]:
         """Return the loss terms of one global batch without training on it."""
@@ -86,6 +103,19 @@ class Engine:
         with torch.no_grad():
             terms = objective.evaluate(self.model, micro, self.schedule)
         return {name: float(term) for name, term in terms.items()}
+
+    def plain_gradients(self, objective: Objective, micro: Sequence[Batch]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full plain gradient) of one global batch, before clipping; nothing is updated.
+
+        Collective over the tp and dp ranks of a stage, which all see the same sequence.
+        """
+        self.model.train()
+        with self.zero.one_reduction():
+            objective.train(self.model, micro, self.schedule)
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        for name, local in self.zero.full_gradients({t.name: t.parameter for t in self.tensors}):
+            yield name, gather_plain(by_name[name], local, self.mesh)
+        self.zero.drop_gradients()
 
     def plain_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor), one at a time.
@@ -112,4 +142,4 @@ def module_of(name: str) -> Module:
     first = name.split(".")[0]
     if first in ("vision", "text"):
         return cast(Module, first)
-    return "temperature" if first in ("log_t", "bias") else "projection"
+    return "temperature" if first == "log_t" else "bias" if first == "bias" else "projection"

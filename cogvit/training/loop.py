@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,10 +14,16 @@ from cogvit.batch import StepBatch, move
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
-from cogvit.training.engine import Engine, Objective, StepReport
+from cogvit.training.engine import Engine, StepReport
 from cogvit.training.meter import Meter
+from cogvit.training.objective import Objective
 from cogvit.training.signals import StopRequest
+from cogvit.training.spikes import SpikeLog
 from cogvit.training.state import TrainState
+from cogvit.training.watchdog import Watchdog
+
+# A collective gives up this much after the watchdog, so that every rank's stacks are written before a peer is gone.
+_STACKS_FIRST_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ def train(
     evaluation: Evaluation,
     meter: Meter,
     stop: StopRequest,
+    watchdog: Watchdog,
+    spikes: SpikeLog,
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
@@ -62,6 +71,7 @@ def train(
     mesh = engine.mesh
     source = iter(batches)
     saved_step = state.step
+    first_step = state.step
     while state.step < steps:
         start_s = time.perf_counter()
         try:
@@ -76,21 +86,35 @@ def train(
         report = engine.step(objective, micro, state.step)
         work = measure(replace(batch, micro=micro), mesh)
         seconds = time.perf_counter() - start_s
-        state = state.after(batch.position, images=work.images, tokens=work.tokens, seconds=seconds)
+        state = state.after(
+            batch.position, images=work.images, tokens=work.tokens, seconds=seconds, skipped=bool(report.skipped)
+        )
         values = step_values(report, work, seconds=seconds, data_s=data_s)
         if evaluation.due(state.step):
             losses = evaluate(engine, objective, evaluation)
             state = state.with_evaluation(losses["eval_loss"])
             values |= losses
         meter.record(state.step, values)
+        if mesh.is_writer:
+            tell_trouble(report, spikes, state.step, values)
         leaving = stop.agreed(mesh.agree_max)
         if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
             checkpoints.save(state, engine)
             saved_step = state.step
         if leaving:
             break
+        if state.step == first_step + 1 and watchdog.timeout_s > 0:
+            mesh.shorten_timeouts(watchdog.timeout_s + _STACKS_FIRST_S)
+        watchdog.feed()
     checkpoints.finish()
     return state
+
+
+def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[str, float]) -> None:
+    """Print what somebody should look at: a step that was skipped, or a loss that stands out."""
+    line = f"skipped {report.skipped}" if report.skipped else spikes.record(step, values)
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
@@ -139,6 +163,8 @@ def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: f
         "grad_norm": report.grad_norm,
         **{f"grad_norm_{name}": norm for name, norm in report.grad_norms.items()},
         "lr": report.lr,
+        **{f"lr_{name}": lr for name, lr in report.lrs.items()},
+        "skipped": float(bool(report.skipped)),
         "images": float(work.images),
         "tokens": float(work.tokens),
         "valid_fraction": work.tokens / work.slots,

@@ -7,25 +7,26 @@ over tp. Each rank keeps its slice of the result; a matrix that several ranks sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.config import OptimConfig
-from cogvit.training.optim import Kind, ParamGroup
+from cogvit.training.optim import Kind, ParamGroup, lr_at
+from cogvit.training.orthogonal import Shards, newton_schulz, parts_of_qkv, qkv_of_parts, rms_matched_scale
+
+Item = TypeVar("Item")
 
 MOMENTS: dict[Kind, tuple[str, ...]] = {
     "muon": ("momentum",),
     "sgd": ("momentum",),
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
-NEWTON_SCHULZ_STEPS = 5
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_RMS_OF_ADAMW = 0.2
+_BUCKET_ELEMENTS = 25_000_000  # 100 MB: matrices that travel together
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class MatrixSpan:
 
     start: int
     shape: tuple[int, int]
-    tp_dim: int | None  # dim that tp splits; None where every tp rank holds the whole matrix
+    tp_dim: int | None = None  # dim that tp splits; None where every tp rank holds the whole matrix
+    qkv_heads: int | None = None  # of this tp rank, where the rows are Megatron's [H, 3, K]; None for other matrices
 
     @property
     def stop(self) -> int:
@@ -50,38 +52,39 @@ class Partition:
     size: int
     matrices: tuple[MatrixSpan, ...]  # of the whole group, in buffer order
 
+    def overlap(self, span: MatrixSpan) -> slice:
+        """The elements of a matrix in this partition, counted from its start; empty where there are none."""
+        first, last = max(span.start, self.start), min(span.stop, self.start + self.size)
+        return slice(first - self.start, max(first, last) - self.start)
+
+    def is_cut(self, span: MatrixSpan) -> bool:
+        """Whether a border between partitions runs through a matrix; the same answer on every dp rank."""
+        return span.start // self.size != (span.stop - 1) // self.size
+
 
 def _whole(matrix_RC: Tensor) -> Partition:
     """Describe a parameter that is one matrix and not partitioned."""
     rows, columns = matrix_RC.shape
-    return Partition(0, matrix_RC.numel(), (MatrixSpan(0, (rows, columns), None),))
+    return Partition(0, matrix_RC.numel(), (MatrixSpan(0, (rows, columns)),))
 
 
-def newton_schulz(matrix_RC: Tensor) -> Tensor:
-    """Return the matrix with its singular values moved close to 1 (0.7 to 1.2), singular vectors kept.
+@dataclass(frozen=True)
+class Piece:
+    """A matrix that meets this rank's partition, as this tp rank holds it."""
 
-    fp32, bf16 on CUDA. The result follows a permutation of rows or columns, so Megatron's interleaved q, k, v rows and
-    the per-rank [gate; up] order of SwiGLU give what the plain order gives. Fused q, k, v count as one matrix.
-    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
-    """
-    rows, columns = matrix_RC.shape
-    x = matrix_RC.to(torch.bfloat16) if matrix_RC.is_cuda else matrix_RC
-    x = x.mT if rows > columns else x
-    x = x / (x.norm() + 1e-7)
-    a, b, c = _QUINTIC
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if rows > columns else x).to(matrix_RC.dtype)
+    span: MatrixSpan
+    mine: slice  # of the partition: the elements of the matrix that this dp rank owns
+    start: int  # of those, inside the matrix
+    matrix_RC: Tensor
 
 
-def rms_matched_scale(rows: int, columns: int) -> float:
-    """Return the factor that gives an orthogonalized matrix the RMS of a typical AdamW update.
+@dataclass(frozen=True)
+class Gather:
+    """Matrices on their way: each tp rank's shards end to end, complete when `work` is."""
 
-    With it lr and adamw_lr mean steps of the same size and one weight decay serves both; the first Muon's
-    sqrt(max(1, rows / columns)) would need its own, larger rate. Source: Liu et al. 2025, arXiv:2502.16982, 2.2.
-    """
-    return _RMS_OF_ADAMW * max(rows, columns) ** 0.5
+    pieces: tuple[Piece, ...]
+    shards_F: tuple[Tensor, ...]  # one flat tensor per tp rank
+    work: dist.Work | None
 
 
 class InnerOptimizer(torch.optim.Optimizer):
@@ -109,6 +112,7 @@ class InnerOptimizer(torch.optim.Optimizer):
         )
         self.newton_schulz_calls = 0
         self._config = config
+        self._schedules = [group.schedule for group in groups]
         self._partitions: dict[Tensor, Partition] = {}
         self._dp_group: dist.ProcessGroup | None = None
         self._tp_group: dist.ProcessGroup | None = None
@@ -123,10 +127,10 @@ class InnerOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 self._state_of(param, group["kind"])
 
-    def set_lr_factor(self, factor: float) -> None:
-        """Set every group's rate to this fraction of its peak."""
-        for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    def set_lr_step(self, step: int) -> None:
+        """Set every group's rate to that of the update with this index."""
+        for group, schedule in zip(self.param_groups, self._schedules, strict=True):
+            group["lr"] = group["peak_lr"] * lr_at(schedule, step)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -166,39 +170,107 @@ class InnerOptimizer(torch.optim.Optimizer):
         momentum.lerp_(grad, 1.0 - self._config.momentum)
         update = grad.lerp(momentum, self._config.momentum)
         partition = self._partitions.get(param) or _whole(param)
-        update_F, direction_F = update.reshape(-1), torch.zeros_like(update).reshape(-1)
-        for span in partition.matrices:
-            first, last = max(span.start, partition.start), min(span.stop, partition.start + partition.size)
-            mine = slice(first - partition.start, max(first, last) - partition.start)
-            matrix = self._matrix_over_dp(update_F[mine], span, first, partition.size)
-            if matrix is not None:
-                orthogonal = self._orthogonalize_over_tp(matrix, span.tp_dim)
-                direction_F[mine] = orthogonal.reshape(-1)[first - span.start : last - span.start]
+        direction_F = torch.zeros_like(update).reshape(-1)
+        pieces = self._over_dp(update.reshape(-1), partition)
+        for gather in _one_ahead(self._over_tp(pieces)):
+            if gather.work is not None:
+                gather.work.wait()
+            offset = 0
+            for piece in gather.pieces:
+                size = piece.matrix_RC.numel()
+                shards = [flat_F[offset : offset + size].view(piece.span.shape) for flat_F in gather.shards_F]
+                offset += size
+                shard_F = self._orthogonal_shard(piece.span, shards).reshape(-1)
+                owned = piece.mine.stop - piece.mine.start
+                direction_F[piece.mine] = shard_F[piece.start : piece.start + owned]
         return direction_F.view_as(param)
 
-    def _matrix_over_dp(self, piece_F: Tensor, span: MatrixSpan, first: int, partition_size: int) -> Tensor | None:
-        """Put a matrix together from the dp ranks that own pieces; None where this rank owns none.
+    def _over_dp(self, update_F: Tensor, partition: Partition) -> Iterator[Piece]:
+        """Yield the matrices that meet this rank's partition, put together from the dp ranks that own pieces.
 
-        A matrix inside one partition needs no communication. One that a border cuts is summed from the pieces by all dp
-        ranks, one matrix at a time, so that the exchange never takes more memory than a matrix.
+        A matrix inside one partition needs no communication. Those that a border cuts are summed from the pieces by all
+        dp ranks, a bucket at a time, so that the exchange never takes more memory than a bucket or a matrix.
         """
-        if span.start // partition_size != (span.stop - 1) // partition_size:
-            matrix_F = piece_F.new_zeros(span.stop - span.start)
-            matrix_F[first - span.start :][: piece_F.numel()] = piece_F
-            dist.all_reduce(matrix_F, group=self._dp_group)
-        else:
-            matrix_F = piece_F
-        return matrix_F.view(span.shape) if piece_F.numel() else None
+        cut = [span for span in partition.matrices if partition.is_cut(span)]
+        for span in partition.matrices:
+            mine = partition.overlap(span)
+            if mine.start < mine.stop and not partition.is_cut(span):
+                yield Piece(span, mine, 0, update_F[mine].view(span.shape))
+        for bucket in _buckets(cut, [span.stop - span.start for span in cut]):
+            wholes = [update_F.new_zeros(span.stop - span.start) for span in bucket]
+            for span, whole_F in zip(bucket, wholes, strict=True):
+                mine = partition.overlap(span)
+                start = partition.start + mine.start - span.start
+                whole_F[start : start + mine.stop - mine.start] = update_F[mine]
+            flat_F = torch.cat(wholes)
+            dist.all_reduce(flat_F, group=self._dp_group)
+            for span, whole_F in zip(bucket, flat_F.split([len(whole) for whole in wholes]), strict=True):
+                mine = partition.overlap(span)
+                if mine.start < mine.stop:
+                    yield Piece(span, mine, partition.start + mine.start - span.start, whole_F.view(span.shape))
 
-    def _orthogonalize_over_tp(self, matrix_RC: Tensor, tp_dim: int | None) -> Tensor:
-        """Orthogonalize the whole matrix, whichever part of it this tp rank holds, and return that part."""
-        if tp_dim is None:
-            return self._orthogonalize(matrix_RC)
-        tp_size, tp_rank = dist.get_world_size(self._tp_group), dist.get_rank(self._tp_group)
-        shards = [torch.empty_like(matrix_RC) for _ in range(tp_size)]
-        dist.all_gather(shards, matrix_RC.contiguous(), group=self._tp_group)
-        return self._orthogonalize(torch.cat(shards, dim=tp_dim)).chunk(tp_size, dim=tp_dim)[tp_rank]
+    def _over_tp(self, pieces: Iterator[Piece]) -> Iterator[Gather]:
+        """Start to gather the matrices that tp splits, a bucket at a time; the others are there already."""
+        held = list(pieces)
+        gathered = [piece for piece in held if self._gathers(piece.span)]
+        for piece in held:
+            if not self._gathers(piece.span):
+                yield Gather((piece,), (piece.matrix_RC.reshape(-1),), None)
+        for bucket in _buckets(gathered, [piece.matrix_RC.numel() for piece in gathered]):
+            flat_F = torch.cat([piece.matrix_RC.reshape(-1) for piece in bucket])
+            shards = [torch.empty_like(flat_F) for _ in range(dist.get_world_size(self._tp_group))]
+            work = dist.all_gather(shards, flat_F, group=self._tp_group, async_op=True)
+            yield Gather(tuple(bucket), tuple(shards), work)
 
-    def _orthogonalize(self, matrix_RC: Tensor) -> Tensor:
-        self.newton_schulz_calls += 1
-        return newton_schulz(matrix_RC) * rms_matched_scale(*matrix_RC.shape)
+    def _gathers(self, span: MatrixSpan) -> bool:
+        """Whether a whole matrix is put together: heads that are orthogonal by themselves stay where they are."""
+        by_head = span.qkv_heads is not None and self._config.muon_qkv == "heads"
+        return span.tp_dim is not None and self._config.muon_tp == "gather" and not by_head
+
+    def _orthogonal_shard(self, span: MatrixSpan, shards: list[Tensor]) -> Tensor:
+        """Return this tp rank's part of the orthogonalized matrix, given all parts or its own alone."""
+        if len(shards) > 1:
+            assert span.tp_dim is not None
+            whole = replace(span, qkv_heads=None if span.qkv_heads is None else span.qkv_heads * len(shards))
+            orthogonal = self._orthogonalize(whole, torch.cat(shards, dim=span.tp_dim), None)
+            return orthogonal.chunk(len(shards), dim=span.tp_dim)[dist.get_rank(self._tp_group)]
+        split = span.tp_dim is not None and not (span.qkv_heads is not None and self._config.muon_qkv == "heads")
+        if not split:
+            return self._orthogonalize(span, shards[0], None)
+        assert self._tp_group is not None and span.tp_dim is not None
+        return self._orthogonalize(span, shards[0], Shards(self._tp_group, span.tp_dim))
+
+    def _orthogonalize(self, span: MatrixSpan, matrix_RC: Tensor, shards: Shards | None) -> Tensor:
+        kind = self._config.muon_qkv
+        heads = span.qkv_heads
+        parts_BRC = matrix_RC.unsqueeze(0) if heads is None else parts_of_qkv(matrix_RC, heads, kind)
+        self.newton_schulz_calls += len(parts_BRC)
+        rows, columns = parts_BRC.shape[1:]
+        if shards is not None:
+            split = dist.get_world_size(shards.group)
+            rows, columns = (rows * split, columns) if shards.dim == 0 else (rows, columns * split)
+        parts_BRC = newton_schulz(parts_BRC, shards) * rms_matched_scale(rows, columns)
+        return parts_BRC[0] if heads is None else qkv_of_parts(parts_BRC, heads, kind)
+
+
+def _buckets(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
+    """Group neighbors up to _BUCKET_ELEMENTS; an item that is larger is alone."""
+    bucket: list[Item] = []
+    held = 0
+    for item, size in zip(items, sizes, strict=True):
+        if bucket and held + size > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(item)
+        held += size
+    if bucket:
+        yield bucket
+
+
+def _one_ahead(started: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item after the one behind it was started, so that it travels while this one is computed."""
+    held = next(started, None)
+    while held is not None:
+        following = next(started, None)
+        yield held
+        held = following

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch.nn import Parameter
 
-from cogvit.config import OptimConfig, ScheduleConfig
+from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
 
-Module = Literal["vision", "text", "projection", "temperature"]
+Module = Literal["vision", "text", "projection", "temperature", "bias"]
 Kind = Literal["muon", "adamw", "sgd"]
 Role = Literal["block_matrix", "matrix", "vector"]
+
+_ROLES: dict[Module, tuple[Role, ...]] = {
+    "vision": ("block_matrix", "matrix", "vector"),
+    "text": ("block_matrix", "matrix", "vector"),
+    "projection": ("matrix", "vector"),
+    "temperature": ("vector",),
+    "bias": ("vector",),
+}
 
 MASTER = "master"  # what the fp32 parameter is called beside its moments
 
@@ -27,6 +35,7 @@ class ParamGroup:
     base_lr: float
     lr_mult: float
     weight_decay: float
+    schedule: ScheduleConfig
     params: tuple[Parameter, ...]
 
     @property
@@ -47,33 +56,55 @@ def role_of(name: str, param: Parameter) -> Role:
     return "block_matrix" if in_block and param.ndim == 2 else "matrix"
 
 
-def param_groups(named: Iterable[tuple[str, Parameter, Module]], config: OptimConfig) -> list[ParamGroup]:
+def param_groups(
+    named: Iterable[tuple[str, Parameter, Module]], config: OptimConfig, schedule: ScheduleConfig
+) -> list[ParamGroup]:
     """Sort parameters into groups: the same list in the same order for every model and stage, empty groups included.
 
-    named: name, parameter and module of every trainable parameter of this rank. Every module has one group per role.
+    named: name, parameter and module of every trainable parameter of this rank. A module has one group per role.
     """
     members: dict[tuple[Module, Role], list[Parameter]] = {
-        (module, role): [] for module in get_args(Module) for role in get_args(Role)
+        (module, role): [] for module, roles in _ROLES.items() for role in roles
     }
     for name, param, module in named:
         members[module, role_of(name, param)].append(param)
-    return [_group(module, role, params, config) for (module, role), params in members.items()]
+    return [_group(module, role, params, config, schedule) for (module, role), params in members.items()]
 
 
-def _group(module: Module, role: Role, params: list[Parameter], config: OptimConfig) -> ParamGroup:
-    lr_mult = {
-        "vision": config.vision_lr_mult,
-        "text": config.text_lr_mult,
-        "projection": config.projection_lr_mult,
-        "temperature": config.temperature_lr_mult,
+def module_config(module: Module, config: OptimConfig) -> ModuleConfig:
+    """Return a module's own settings."""
+    return {
+        "vision": config.vision,
+        "text": config.text,
+        "projection": config.projection,
+        "temperature": config.temperature,
+        "bias": config.bias,
     }[module]
+
+
+def module_schedule(module: Module, config: OptimConfig, run: ScheduleConfig) -> ScheduleConfig:
+    """Return the run's schedule with the module's own decay."""
+    own = module_config(module, config)
+    return replace(
+        run,
+        kind=own.schedule or run.kind,
+        final_fraction=run.final_fraction if own.final_fraction is None else own.final_fraction,
+    )
+
+
+def _group(
+    module: Module, role: Role, params: list[Parameter], config: OptimConfig, schedule: ScheduleConfig
+) -> ParamGroup:
+    own = module_config(module, config)
+    decay = config.weight_decay if own.weight_decay is None else own.weight_decay
     beside_muon = config.name == "muon" and role != "block_matrix"
     return ParamGroup(
         module=module,
         kind="adamw" if beside_muon else config.name,
         base_lr=config.adamw_lr if beside_muon else config.lr,
-        lr_mult=lr_mult,
-        weight_decay=0.0 if role == "vector" else config.weight_decay,
+        lr_mult=own.lr_mult,
+        weight_decay=0.0 if role == "vector" else decay,
+        schedule=module_schedule(module, config, schedule),
         params=tuple(params),
     )
 
@@ -82,12 +113,16 @@ def lr_at(schedule: ScheduleConfig, step: int) -> float:
     """Return the factor in [0, 1] on every peak rate for the update with this index; the first update is step 0.
 
     Warm-up is linear and starts one part above 0, so no update is lost: step s has (s + 1) / warmup_steps. The decay
-    starts at 1 in step warmup_steps and reaches final_fraction in step `steps`, where it stays.
+    starts at 1 in step warmup_steps and reaches final_fraction in step `steps`, where it stays. "wsd" (warm-up, stable,
+    decay: Hu et al. 2024, arXiv:2404.06395) stays at 1 until the last decay_fraction of the steps and falls linearly.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return 1.0
-    done = min(1.0, (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps))
+    start = schedule.warmup_steps
+    if schedule.kind == "wsd":
+        start = max(start, schedule.steps - round(schedule.decay_fraction * schedule.steps))
+    done = min(1.0, max(0, step - start) / max(1, schedule.steps - start))
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1.0 - done
     return schedule.final_fraction + (1.0 - schedule.final_fraction) * left

@@ -17,10 +17,13 @@ class TrainState:
     images: int  # trained on so far, over all ranks
     tokens: int  # valid patch tokens so far, over all ranks
     train_s: float  # wall time spent in steps so far, over all restarts
+    skipped: int = 0  # steps whose gradients were not finite: they updated nothing
     best_step: int | None = None  # of the checkpoint with the lowest evaluation loss
     best_loss: float | None = None
 
-    def after(self, position: DataPosition, *, images: int, tokens: int, seconds: float) -> TrainState:
+    def after(
+        self, position: DataPosition, *, images: int, tokens: int, seconds: float, skipped: bool = False
+    ) -> TrainState:
         """Return the state one step later."""
         return replace(
             self,
@@ -29,6 +32,7 @@ class TrainState:
             images=self.images + images,
             tokens=self.tokens + tokens,
             train_s=self.train_s + seconds,
+            skipped=self.skipped + skipped,
         )
 
     def with_evaluation(self, loss: float) -> TrainState:

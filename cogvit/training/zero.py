@@ -23,18 +23,17 @@ from cogvit.errors import CheckpointError, NonFiniteStep
 from cogvit.parallel.cpu import prepare_process
 from cogvit.parallel.mesh import MegatronGroups
 from cogvit.training.muon import MOMENTS, InnerOptimizer, MatrixSpan, Partition
-from cogvit.training.optim import MASTER, Module, ParamGroup, lr_at
+from cogvit.training.optim import MASTER, Module, ParamGroup
 
 prepare_process()
 import deepspeed  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-
-_REDUCE_BUCKET_ELEMENTS = 50_000_000  # 200 MB; DeepSpeed's default allocates 2 GB in every step
 
 
 class StateTensor(NamedTuple):
@@ -58,8 +57,9 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # InnerOptimizer
         "zero_optimization": {
             "stage": config.zero.stage,
-            "overlap_comm": False,  # there is one reduction, after the last backward
-            "reduce_bucket_size": _REDUCE_BUCKET_ELEMENTS,
+            "overlap_comm": config.zero.overlap,
+            "reduce_bucket_size": config.zero.reduce_bucket_elements,
+            "allgather_bucket_size": config.zero.gather_bucket_elements,
         },
     }
 
@@ -79,11 +79,17 @@ class _Trainee(nn.Module):
 
 
 def initialize(
-    module: nn.Module, groups: list[ParamGroup], config: RunConfig, mpu: type[MegatronGroups], dp_size: int
+    module: nn.Module,
+    groups: list[ParamGroup],
+    qkv_heads: Mapping[Parameter, int],
+    config: RunConfig,
+    mpu: type[MegatronGroups],
+    dp_size: int,
 ) -> ZeroEngine:
     """Partition the optimizer over dp and return the engine; `module` itself stays the one to run.
 
-    groups: the list of `param_groups`, of one length and order on all ranks. Parameters are broadcast from dp rank 0,
+    groups: the list of `param_groups`, of one length and order on all ranks. qkv_heads: heads of this rank in its fused
+    q, k, v matrices, whose rows are [H, 3, K]. Parameters are broadcast from dp rank 0,
     and each has at least one dim because DeepSpeed cannot broadcast a scalar.
     """
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -95,7 +101,9 @@ def initialize(
     engine, zero_optimizer, _, _ = deepspeed.initialize(
         model=trainee, optimizer=inner, config=deepspeed_config(config, dp_size), mpu=mpu, dist_init_required=False
     )
-    partitions = {flat: _partition(zero_optimizer, index) for index, flat in enumerate(_flat_params(zero_optimizer))}
+    partitions = {
+        flat: _partition(zero_optimizer, index, qkv_heads) for index, flat in enumerate(_flat_params(zero_optimizer))
+    }
     inner.bind_partitions(partitions, mpu.get_data_parallel_group(), mpu.get_tensor_model_parallel_group())
     zero_optimizer._lazy_init_hp_params_optimizer_state()
     return ZeroEngine(engine, inner, filled, config)
@@ -105,12 +113,12 @@ def _flat_params(zero_optimizer: Any) -> list[Tensor]:
     return zero_optimizer.single_partition_of_fp32_groups
 
 
-def _partition(zero_optimizer: Any, index: int) -> Partition:
+def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, int]) -> Partition:
     """Describe the slice of a group's flat buffer that this rank owns, and where the group's matrices lie in it."""
     params, starts = zero_optimizer.round_robin_bit16_groups[index], zero_optimizer.round_robin_bit16_offsets[index]
     size = _flat_params(zero_optimizer)[index].numel()
     matrices = tuple(
-        MatrixSpan(start, tuple(param.shape), param.partition_dim if _is_sharded(param) else None)
+        MatrixSpan(start, tuple(param.shape), param.partition_dim if _is_sharded(param) else None, qkv_heads.get(param))
         for param, start in zip(params, starts, strict=True)
         if param.ndim == 2
     )
@@ -129,7 +137,6 @@ class ZeroEngine:
         self._engine = engine
         self._zero = engine.optimizer
         self._groups = groups
-        self._schedule = config.schedule
         self._kinds = {param: (MASTER, *MOMENTS[group.kind]) for group in groups for param in group.params}
         self._group_norms: list[float] = []
         self._overflow = False
@@ -151,6 +158,22 @@ class ZeroEngine:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
         self._measure_gradients()
+
+    @contextmanager
+    def local_gradients(self) -> Iterator[None]:
+        """Keep the gradients of the passes inside on this rank and drop them on leaving; talks to no one."""
+        with self._engine.coalesce_grad_reduction():
+            try:
+                yield
+            finally:
+                self._zero.zero_grad()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Give up what the last reduction left, as if the step had not been taken."""
+        self._zero.zero_grad()
+        for index in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[index] = None
 
     def _measure_gradients(self) -> None:
         """Take every group's norm (DeepSpeed says -1 for one that is not finite) and look for NaN and infinity."""
@@ -182,11 +205,9 @@ class ZeroEngine:
             norms[group.module] = math.hypot(norms.get(group.module, 0.0), norm)
         return norms
 
-    def set_lr(self, step: int) -> float:
-        """Set the rates of the update with this index (from 0) and return the schedule's factor."""
-        factor = lr_at(self._schedule, step)
-        self.inner.set_lr_factor(factor)
-        return factor
+    def set_lr(self, step: int) -> None:
+        """Set the rates of the update with this index (from 0)."""
+        self.inner.set_lr_step(step)
 
     def step(self) -> None:
         """Clip, update, and gather the parameters. Errors: NonFiniteStep, before anything is changed."""
@@ -209,6 +230,11 @@ class ZeroEngine:
                     yield StateTensor(name, kind, safe_get_full_fp32_param(param))
                 else:
                     yield StateTensor(name, kind, safe_get_full_optimizer_state(param, kind))
+
+    def full_gradients(self, named: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's last reduced gradient before clipping, whole over dp; collective as `full_tensors`."""
+        for name, param in named.items():
+            yield name, safe_get_full_grad(param)
 
     @torch.no_grad()
     def load_tensor(self, param: Parameter, kind: str, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.batch import Batch
-from cogvit.config import ContrastConfig, OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
+from cogvit.config import (
+    ActivationConfig,
+    ContrastConfig,
+    MemoryConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    ZeroConfig,
+)
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
 from cogvit.objective.distill import Distill, DistillModel
@@ -38,15 +48,24 @@ class Case:
     sequence: bool = False
     zero: int = 1
     optimizer: Literal["sgd", "muon", "adamw"] = "sgd"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     stage: Literal["distill", "contrast"] = "distill"
     family: str = "reference"
     num_micro: int = 4  # of the global batch
     loss: Literal["ring", "gather"] = "ring"
+    muon_qkv: Literal["split", "heads", "fused"] = "split"
+    muon_tp: Literal["gather", "sharded"] = "gather"
+    overlap: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.world // (self.tp * self.pp)
 
     def alone(self) -> Case:
         """The same run on one process."""
-        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, num_micro=self.num_micro)
+        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro)
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,9 @@ class Trace:
 
     losses: list[float]
     grad_norms: list[float]
+    gradients: dict[str, Tensor]  # of the first step, before clipping
     state: dict[str, Tensor]
+    newton_schulz_calls: int  # over all ranks
 
 
 def run_config(case: Case) -> RunConfig:
@@ -72,27 +93,38 @@ def run_config(case: Case) -> RunConfig:
             layer_scale_init=0.5,
             **FAMILIES[case.family],
         ),
-        text=TextConfig(embed_dim=32, depth=2, num_heads=4, max_tokens=16, drop_path_rate=0.2),
+        text=TextConfig(embed_dim=32, depth=4, num_heads=4, max_tokens=16, drop_path_rate=0.2),
         contrast=ContrastConfig(loss=case.loss, chunk_pairs=5),  # divides no batch
         optim=OptimConfig(
-            name=case.optimizer, lr=0.002 if case.optimizer == "adamw" else 0.05, adamw_lr=0.002, clip_norm=0.5
+            name=case.optimizer,
+            lr=0.002 if case.optimizer == "adamw" else 0.05,
+            adamw_lr=0.002,
+            clip_norm=0.5,
+            muon_qkv=case.muon_qkv,
+            muon_tp=case.muon_tp,
         ),
-        schedule=ScheduleConfig(steps=10, warmup_steps=2),
-        parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence, recompute=case.recompute),
-        zero=ZeroConfig(case.zero),
+        schedule=ScheduleConfig(steps=20, warmup_steps=2),
+        parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence),
+        memory=MemoryConfig(
+            vision=ActivationConfig(case.recompute, recompute_blocks=1 if case.pp == 4 else 2, offload=case.recompute == "selective"),
+            text=ActivationConfig(case.recompute),
+            projection_recompute=case.recompute != "none",
+        ),
+        zero=ZeroConfig(case.zero, overlap=case.overlap),
+        precision=case.precision,
     )
 
 
 def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
     """The engine with weights that depend on names alone, scaled up so that gradients are not tiny."""
     config = run_config(case)
-    vision = VisionStage(config.vision, mesh, config.parallel, num_tokens=96, num_slots=6)
+    vision = VisionStage(config.vision, mesh, config.parallel, memory=config.memory.vision, num_tokens=96, num_slots=8)
     if case.stage == "distill":
-        model: torch.nn.Module = DistillModel(vision, TEACHER_DIMS)
+        model: torch.nn.Module = DistillModel(vision, TEACHER_DIMS, recompute=config.memory.projection_recompute)
         objective: Distill | Contrast = Distill({"siglip2": 1.0, "dinov3": 0.5}, MASK_RATIO)
     else:
-        text = TextStage(config.text, mesh, config.parallel, num_tokens=80)
-        model, objective = ContrastModel(vision, text, 32), Contrast(config.contrast)
+        text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80)
+        model, objective = ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute), Contrast(config.contrast)
 
     def weights(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in ("log_t", "bias"):
@@ -114,16 +146,23 @@ def train(rank: int, world: int, case: Case, steps: int) -> Trace:
     """Run on this worker; rank 0 returns the whole state."""
     mesh = start_mesh(run_config(case).parallel)
     engine, objective = start_engine(case, mesh)
+    gradients = whole(engine.plain_gradients(objective, micro_of(case, mesh)), mesh)
     losses, norms = [], []
     for step in range(steps):
         report = engine.step(objective, micro_of(case, mesh), step)
         losses.append(report.terms["loss"])
         norms.append(report.grad_norm)
-    return Trace(losses, norms, whole_state(engine, mesh))
+    calls = mesh.all_reduce(torch.tensor([engine.zero.inner.newton_schulz_calls]))
+    return Trace(losses, norms, gradients, whole_state(engine, mesh), int(calls))
 
 
 def whole_state(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
     """Weights and moments of all pipeline stages."""
+    return whole(engine.plain_state(), mesh)
+
+
+def whole(named: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+    """Put together what the pipeline stages yield."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(mesh.world_size)]
-    dist.all_gather_object(parts, {key: tensor.clone() for key, tensor in engine.plain_state()})
+    dist.all_gather_object(parts, {key: tensor.clone() for key, tensor in named})
     return {key: tensor for part in parts for key, tensor in part.items()}

@@ -43,7 +43,7 @@ def train_and_save(
             norms.append(report.grad_norm)
             checkpoints.save(state, engine)
         checkpoints.finish()
-    return Trace(losses, norms, whole_state(engine, mesh))
+    return Trace(losses, norms, {}, whole_state(engine, mesh), 0)
 
 
 @pytest.mark.parametrize(

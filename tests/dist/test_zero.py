@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from cogvit.config import OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, ZeroConfig
 from cogvit.errors import CheckpointError, NonFiniteStep
 from cogvit.training.muon import InnerOptimizer
-from cogvit.training.optim import Module, lr_at, param_groups
+from cogvit.training.optim import Module, param_groups
 from tests.pool import Pool
 
 CUT_BY_DP2 = "vision.blocks.1.fc.weight"  # half of the block matrices' elements end inside it
@@ -100,8 +100,8 @@ def start(config: RunConfig, layout: ParallelConfig | None = None):
     mesh = start_mesh(layout or ParallelConfig())
     names = [name for name in SHAPES if mesh.pp_size == 1 or STAGE_OF[name] == mesh.pp_rank]
     toy = Toy(names, mesh.tp_rank, mesh.tp_size)
-    groups = param_groups(toy.trainable(), config.optim)
-    return mesh, toy, initialize(toy, groups, config, mesh.mpu, mesh.dp_size)
+    groups = param_groups(toy.trainable(), config.optim, config.schedule)
+    return mesh, toy, initialize(toy, groups, {}, config, mesh.mpu, mesh.dp_size)
 
 
 def take_step(engine, toy: Toy, step: int, dp_rank: int) -> float:
@@ -130,14 +130,14 @@ def train_on_rank(rank: int, world: int, layout: ParallelConfig, config: RunConf
 def train_alone(config: RunConfig, dp_size: int) -> Trace:
     """The reference: one process, whole parameters, mean gradients, torch's clipping."""
     toy = Toy(list(SHAPES))
-    optimizer = InnerOptimizer(param_groups(toy.trainable(), config.optim), config.optim)
+    optimizer = InnerOptimizer(param_groups(toy.trainable(), config.optim, config.schedule), config.optim)
     norms = []
     for step in range(STEPS):
         for name, param in toy.named.items():
             param.grad = torch.stack([gradient(name, step, r) for r in range(dp_size)]).mean(0)
         clip_norm = config.optim.clip_norm or math.inf
         norms.append(nn.utils.clip_grad_norm_(toy.parameters(), clip_norm).item())
-        optimizer.set_lr_factor(lr_at(config.schedule, step))
+        optimizer.set_lr_step(step)
         optimizer.step()
     return Trace(0, norms, params_of(toy), optimizer.newton_schulz_calls)
 
@@ -208,7 +208,8 @@ def reload_on_rank(rank: int, world: int, before: RunConfig, after: RunConfig) -
     with torch.no_grad():
         for param in fresh.parameters():
             param.fill_(7.0)
-    resumed = initialize(fresh, param_groups(fresh.trainable(), after.optim), after, mesh.mpu, mesh.dp_size)
+    groups = param_groups(fresh.trainable(), after.optim, after.schedule)
+    resumed = initialize(fresh, groups, {}, after, mesh.mpu, mesh.dp_size)
     for name, kind, tensor in saved:
         resumed.load_tensor(fresh.named[name], kind, tensor)
     resumed.load_update_count(2)
@@ -280,7 +281,7 @@ def leave_out_on_rank(rank: int, world: int, stage: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_parameter_without_gradient_counts_as_zero(pool: Pool, stage: int) -> None:
-    expected = {"vision": 0.0, "text": 0.0, "projection": pytest.approx(math.sqrt(7 * 8) / 2), "temperature": 0.0}
+    expected = {"vision": 0.0, "text": 0.0, "projection": pytest.approx(math.sqrt(7 * 8) / 2), "temperature": 0.0, "bias": 0.0}
     assert pool.run(leave_out_on_rank, args=(stage,)) == [expected, expected]
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from cogvit.config import OptimConfig, ScheduleConfig
-from cogvit.training.muon import InnerOptimizer, newton_schulz, rms_matched_scale
+from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
+from cogvit.training.muon import InnerOptimizer
 from cogvit.training.optim import ParamGroup, lr_at, param_groups, role_of
+from cogvit.training.orthogonal import newton_schulz, parts_of_qkv, qkv_of_parts, rms_matched_scale
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -21,7 +22,8 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def group_of(param: Parameter, kind: str, weight_decay: float = 0.0) -> ParamGroup:
-    return ParamGroup("vision", kind, base_lr=0.02, lr_mult=0.5, weight_decay=weight_decay, params=(param,))
+    schedule = ScheduleConfig(steps=8, warmup_steps=4, kind="constant")
+    return ParamGroup("vision", kind, 0.02, 0.5, weight_decay, schedule, (param,))
 
 
 def run_steps(optimizer: torch.optim.Optimizer, param: Parameter, steps: int) -> torch.Tensor:
@@ -44,6 +46,26 @@ def test_newton_schulz_keeps_singular_vectors_and_moves_values_to_one(shape: tup
 def test_newton_schulz_follows_row_order() -> None:
     matrix, order = rand(48, 16), torch.randperm(48, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(newton_schulz(matrix[order]), newton_schulz(matrix)[order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["split", "heads", "fused"])
+def test_qkv_parts_are_what_they_say(kind: str) -> None:
+    heads, dim = 2, 4
+    plain = rand(3, heads, dim, 5)  # the plain model's order
+    megatron = plain.transpose(0, 1).reshape(-1, 5)
+    parts = parts_of_qkv(megatron, heads, kind)
+    torch.testing.assert_close(qkv_of_parts(parts, heads, kind), megatron, atol=0, rtol=0)
+    expected = {
+        "split": plain.reshape(3, heads * dim, 5),
+        "heads": plain.transpose(0, 1).reshape(3 * heads, dim, 5),
+        "fused": megatron.unsqueeze(0),
+    }[kind]
+    torch.testing.assert_close(parts, expected, atol=0, rtol=0)
+
+
+def test_a_batch_of_matrices_is_orthogonalized_one_by_one() -> None:
+    batch = rand(3, 8, 6)
+    torch.testing.assert_close(newton_schulz(batch), torch.stack([newton_schulz(one) for one in batch]))
 
 
 def test_newton_schulz_of_zeros_is_zeros() -> None:
@@ -84,10 +106,10 @@ def test_muon_kind_is_nesterov_then_newton_schulz() -> None:
     assert optimizer.newton_schulz_calls == 3
 
 
-def test_rates_follow_the_factor() -> None:
+def test_rates_follow_the_schedule() -> None:
     param = Parameter(torch.zeros(3))
     optimizer = InnerOptimizer([group_of(param, "sgd")], OptimConfig())
-    optimizer.set_lr_factor(0.25)
+    optimizer.set_lr_step(0)
     param.grad = torch.ones(3)
     optimizer.step()
     torch.testing.assert_close(param.detach(), torch.full((3,), -0.02 * 0.5 * 0.25))
@@ -125,7 +147,9 @@ NAMED = [
     ("text.token_embed.weight", Parameter(torch.zeros(9, 2)), "text"),
     ("proj.weight", Parameter(torch.zeros(3, 2)), "projection"),
     ("log_t", Parameter(torch.zeros(())), "temperature"),
+    ("bias", Parameter(torch.zeros(())), "bias"),
 ]
+SCHEDULE = ScheduleConfig(steps=100, warmup_steps=0, kind="cosine", final_fraction=0.1)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
@@ -134,25 +158,50 @@ def test_groups_are_the_same_list_for_every_stage(name: str) -> None:
         return [replace(group, params=()) for group in groups]
 
     config = OptimConfig(name=name)
-    whole = param_groups(NAMED, config)
-    assert shape_of(whole) == shape_of(param_groups(NAMED[:2], config)) == shape_of(param_groups([], config))
+    whole, part, none = (param_groups(named, config, SCHEDULE) for named in (NAMED, NAMED[:2], []))
+    assert shape_of(whole) == shape_of(part) == shape_of(none)
     assert [id(p) for g in whole for p in g.params] == [id(p) for _, p, _ in NAMED]
 
 
 def test_groups_carry_kind_rate_and_decay() -> None:
     config = OptimConfig(
-        lr=0.3, adamw_lr=0.01, weight_decay=0.1, vision_lr_mult=2.0, text_lr_mult=3.0, temperature_lr_mult=5.0
+        lr=0.3,
+        adamw_lr=0.01,
+        weight_decay=0.1,
+        vision=ModuleConfig(lr_mult=2.0, weight_decay=0.2),
+        text=ModuleConfig(lr_mult=3.0, schedule="linear"),
+        temperature=ModuleConfig(lr_mult=5.0),
+        bias=ModuleConfig(lr_mult=7.0, final_fraction=0.5),
     )
-    groups = [g for g in param_groups(NAMED, config) if g.params]
+    groups = [g for g in param_groups(NAMED, config, SCHEDULE) if g.params]
     assert [(g.module, g.kind, round(g.peak_lr, 6), g.weight_decay) for g in groups] == [
-        ("vision", "muon", 0.6, 0.1),
+        ("vision", "muon", 0.6, 0.2),
         ("vision", "adamw", 0.02, 0.0),
         ("text", "adamw", 0.03, 0.1),
         ("projection", "adamw", 0.01, 0.1),
         ("temperature", "adamw", 0.05, 0.0),
+        ("bias", "adamw", 0.07, 0.0),
     ]
-    assert {g.kind for g in param_groups(NAMED, replace(config, name="sgd"))} == {"sgd"}
-    assert {g.base_lr for g in param_groups(NAMED, replace(config, name="adamw"))} == {0.3}
+    assert [(g.schedule.kind, g.schedule.final_fraction) for g in groups[1:]] == [
+        ("cosine", 0.1),
+        ("linear", 0.1),
+        ("cosine", 0.1),
+        ("cosine", 0.1),
+        ("cosine", 0.5),
+    ]
+    assert {g.kind for g in param_groups(NAMED, replace(config, name="sgd"), SCHEDULE)} == {"sgd"}
+    assert {g.base_lr for g in param_groups(NAMED, replace(config, name="adamw"), SCHEDULE)} == {0.3}
+
+
+def test_a_modules_own_schedule_drives_its_rates() -> None:
+    config = OptimConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, text=ModuleConfig(schedule="linear"))
+    named = [(name, Parameter(torch.zeros(1)), module) for name, module in (("vision.a", "vision"), ("text.a", "text"))]
+    optimizer = InnerOptimizer(param_groups(named, config, ScheduleConfig(100, 0, "constant")), config)
+    for _, param, _ in named:
+        param.grad = torch.ones(1)
+    optimizer.set_lr_step(75)
+    optimizer.step()
+    assert [param.item() for _, param, _ in named] == pytest.approx([-1.0, -0.25])
 
 
 @pytest.mark.parametrize(("kind", "middle"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
@@ -163,6 +212,12 @@ def test_schedule_values(kind: str, middle: float) -> None:
     assert lr_at(schedule, 110) == lr_at(schedule, 500) == pytest.approx(1.0 if kind == "constant" else 0.1)
 
 
+def test_wsd_is_stable_then_falls() -> None:
+    schedule = ScheduleConfig(steps=100, warmup_steps=10, kind="wsd", final_fraction=0.1, decay_fraction=0.2)
+    factors = [lr_at(schedule, step) for step in (4, 10, 79, 80, 90, 100)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.55, 0.1])
+
+
 def test_cosine_is_a_cosine() -> None:
     schedule = ScheduleConfig(steps=100, warmup_steps=0, kind="cosine")
     assert lr_at(schedule, 25) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
@@ -171,7 +226,7 @@ def test_cosine_is_a_cosine() -> None:
 @given(
     steps=st.integers(1, 50),
     warmup_steps=st.integers(0, 60),
-    kind=st.sampled_from(["cosine", "linear", "constant"]),
+    kind=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     final_fraction=st.floats(0.0, 1.0),
 )
 def test_schedule_rises_then_falls_within_bounds(

@@ -1,0 +1,140 @@
+"""The rules between the fields of a run's configuration: what cannot run is refused before any heavy import.
+
+Errors: ConfigError with the value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from cogvit.errors import ConfigError
+from cogvit.model.config import CogViTConfig, TextConfig
+
+if TYPE_CHECKING:  # config.py imports this file
+    from cogvit.config import RunConfig
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Check that world_size processes can be laid out as asked."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    _require(tp >= 1 and pp >= 1, f"--parallel.tp {tp} and --parallel.pp {pp} must be at least 1")
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be split into tp={tp} x pp={pp}; start a multiple of {tp * pp}",
+    )
+    towers: list[tuple[str, CogViTConfig | TextConfig]] = [("vision", config.vision)]
+    if config.objective == "contrast":
+        towers.append(("text", config.text))
+    for name, tower in towers:
+        _require(
+            tower.num_heads % tp == 0,
+            f"--parallel.tp {tp} does not divide {name}.num_heads={tower.num_heads}; use a divisor of it",
+        )
+        _require(tower.mlp_dim % tp == 0, f"--parallel.tp {tp} does not divide the {name} MLP width {tower.mlp_dim}")
+        _require(
+            tower.depth % pp == 0,
+            f"--parallel.pp {pp} does not divide {name}.depth={tower.depth}; use a divisor of it",
+        )
+    _require(
+        config.zero.stage in (1, 2),
+        f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3"
+        " does not compose with Megatron's shards; use 1 or 2",
+    )
+    for what in ("reduce_bucket_elements", "gather_bucket_elements"):
+        _require(getattr(config.zero, what) >= 1, f"zero.{what}={getattr(config.zero, what)} must be at least 1")
+    for what, tower_memory in (("vision", config.memory.vision), ("text", config.memory.text)):
+        blocks = tower_memory.recompute_blocks
+        depth = (config.vision if what == "vision" else config.text).depth // pp
+        _require(
+            blocks >= 1 and (tower_memory.recompute != "full" or depth % blocks == 0),
+            f"memory.{what}.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
+        )
+    if config.parallel.sequence:
+        _require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
+        cls = config.data.images_per_pack if config.vision.use_cls_token else 0
+        for what, tokens in (
+            ("data.tokens_per_pack", config.data.tokens_per_pack + cls),
+            ("data.text_tokens_per_pack", config.data.text_tokens_per_pack),
+        ):
+            _require(
+                tokens % tp == 0, f"sequence parallelism splits {what}: {tokens} tokens over tp={tp} do not divide"
+            )
+
+
+def check_data(config: RunConfig) -> None:
+    """Check sizes, budgets and shares of the data plane."""
+    data = config.data
+    for name in ("global_batch_images", "tokens_per_pack", "images_per_pack", "max_patches", "canonical_shares"):
+        _require(getattr(data, name) >= 1, f"data.{name}={getattr(data, name)} must be at least 1")
+    rows, columns = config.vision.base_grid
+    largest = rows * columns if data.sizing == "square" else data.max_patches
+    _require(
+        largest <= data.tokens_per_pack,
+        f"an image of {largest} patches does not fit data.tokens_per_pack={data.tokens_per_pack}; raise it or lower"
+        " data.max_patches",
+    )
+    if config.objective == "contrast":
+        contrast = config.contrast
+        _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
+        _require(
+            0.0 < contrast.max_temperature < math.inf,
+            f"contrast.max_temperature={contrast.max_temperature} must be positive and finite",
+        )
+        _require(
+            config.text.max_tokens <= data.text_tokens_per_pack,
+            f"a caption of text.max_tokens={config.text.max_tokens} does not fit"
+            f" data.text_tokens_per_pack={data.text_tokens_per_pack}",
+        )
+    _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
+    _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
+
+
+def check_training(config: RunConfig) -> None:
+    """Check rates, schedule, guard and teachers."""
+    optim, schedule = config.optim, config.schedule
+    for name in ("lr", "adamw_lr", "weight_decay", "clip_norm", "eps"):
+        _require(getattr(optim, name) >= 0.0, f"optim.{name}={getattr(optim, name)} must not be negative")
+    for name in ("momentum", "beta1", "beta2"):
+        _require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
+    for name in ("vision", "text", "projection", "temperature", "bias"):
+        module = getattr(optim, name)
+        for what, value in (("lr_mult", module.lr_mult), ("weight_decay", module.weight_decay)):
+            _require(value is None or value >= 0.0, f"optim.{name}.{what}={value} must not be negative")
+        fraction = module.final_fraction
+        _require(fraction is None or fraction >= 0.0, f"optim.{name}.final_fraction={fraction} must not be negative")
+    _require(schedule.steps >= 1, f"--schedule.steps {schedule.steps} must be at least 1")
+    _require(schedule.warmup_steps >= 0, f"schedule.warmup_steps={schedule.warmup_steps} must not be negative")
+    _require(schedule.final_fraction >= 0.0, f"schedule.final_fraction={schedule.final_fraction} must not be negative")
+    fraction = schedule.decay_fraction
+    _require(0.0 < fraction <= 1.0, f"schedule.decay_fraction={fraction} must be in (0, 1]")
+    _require(config.guard.max_skips >= 0, f"guard.max_skips={config.guard.max_skips} must not be negative")
+    _require(config.log.every_steps >= 1, f"--log.every-steps {config.log.every_steps} must be at least 1")
+    if config.objective == "distill":
+        teachers = config.teachers
+        _require(bool(teachers.members), "stage 1 needs teachers.members: at least one teacher")
+        names = [member.name for member in teachers.members]
+        _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
+        _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
+        _require(
+            teachers.source != "store_then_online",
+            "--teachers.source store_then_online is not built yet; use store or online",
+        )
+        _require(
+            teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
+            f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
+            f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
+        )
+        _require(
+            not (teachers.source == "store" and config.data.flip),
+            "--teachers.source store holds features of images as they are; turn --data.flip off",
+        )
+        _require(
+            teachers.source == "online" or bool(teachers.store),
+            f"--teachers.source {teachers.source} needs --teachers.store DIR (make one with tools.precompute_features)",
+        )

@@ -1,0 +1,73 @@
+"""Muon's matrix function: the nearest matrix with equal singular values, by Newton-Schulz iterations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NEWTON_SCHULZ_STEPS = 5
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_RMS_OF_ADAMW = 0.2
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the ranks of a group share a matrix: each holds an equal part along `dim`."""
+
+    group: dist.ProcessGroup
+    dim: int
+
+
+def newton_schulz(matrix_RC: Tensor, shards: Shards | None = None) -> Tensor:
+    """Return the matrices [..., R, C] with singular values moved close to 1 (0.7 to 1.2), singular vectors kept.
+
+    fp32, bf16 on CUDA. The result follows a permutation of rows or columns, so Megatron's interleaved q, k, v rows and
+    the per-rank [gate; up] order of SwiGLU give what the plain order gives. With `shards` each rank brings its part of
+    the matrix and gets its part of the result: products over the split dim are summed over the group.
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    """
+    x = matrix_RC.to(torch.bfloat16) if matrix_RC.is_cuda else matrix_RC
+    transposed = x.shape[-2] > x.shape[-1] if shards is None else shards.dim == 0
+    x = x.mT if transposed else x
+    square = _summed(x.float().square().sum(dim=(-2, -1), keepdim=True), shards)
+    x = x / (square.sqrt() + 1e-7).to(x.dtype)
+    a, b, c = _QUINTIC
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = _summed(x @ x.mT, shards)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if transposed else x).to(matrix_RC.dtype)
+
+
+def _summed(partial: Tensor, shards: Shards | None) -> Tensor:
+    if shards is not None:
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=shards.group)
+    return partial
+
+
+def rms_matched_scale(rows: int, columns: int) -> float:
+    """Return the factor that gives an orthogonalized matrix the RMS of a typical AdamW update.
+
+    With it lr and adamw_lr mean steps of the same size and one weight decay serves both; the first Muon's
+    sqrt(max(1, rows / columns)) would need its own, larger rate. Source: Liu et al. 2025, arXiv:2502.16982, 2.2.
+    """
+    return _RMS_OF_ADAMW * max(rows, columns) ** 0.5
+
+
+def parts_of_qkv(matrix_RC: Tensor, num_heads: int, kind: Literal["split", "heads", "fused"]) -> Tensor:
+    """Return what is made orthogonal of Megatron's [H, 3, K] rows: [3, H*K, C], [H*3, K, C] or [1, R, C]."""
+    if kind == "fused":
+        return matrix_RC.unsqueeze(0)
+    by_head_H3KC = matrix_RC.unflatten(0, (num_heads, 3, -1))
+    return by_head_H3KC.transpose(0, 1).flatten(1, 2) if kind == "split" else by_head_H3KC.flatten(0, 1)
+
+
+def qkv_of_parts(parts_BRC: Tensor, num_heads: int, kind: Literal["split", "heads", "fused"]) -> Tensor:
+    """Put the rows back where `parts_of_qkv` took them from."""
+    if kind == "split":
+        parts_BRC = parts_BRC.unflatten(1, (num_heads, -1)).transpose(0, 1)
+    return parts_BRC.reshape(-1, parts_BRC.shape[-1])

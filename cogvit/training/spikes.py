@@ -1,0 +1,32 @@
+"""The log of loss spikes: steps whose loss stands out of the recent ones, with what helps to explain them."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+from statistics import median
+
+_WINDOW_STEPS = 64
+_FEWEST_STEPS = 8  # before them there is no recent past to compare with
+
+
+class SpikeLog:
+    """Appends a line to logs/spikes.jsonl for each loss above `factor` times the median of the last 64."""
+
+    def __init__(self, path: Path, factor: float) -> None:
+        self._path, self._factor = path, factor
+        self._recent: deque[float] = deque(maxlen=_WINDOW_STEPS)
+
+    def record(self, step: int, values: dict[str, float]) -> str | None:
+        """Take one step's metrics; returns a line for people where it was a spike."""
+        loss, usual = values["loss"], median(self._recent) if self._recent else 0.0
+        enough = len(self._recent) >= _FEWEST_STEPS
+        self._recent.append(loss)
+        if not (self._factor > 0 and enough and loss > self._factor * usual):
+            return None
+        row = {"step": step, "loss": loss, "median": usual}
+        row |= {name: value for name, value in values.items() if name.startswith(("grad_norm", "loss_", "lr"))}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return f"step {step}: loss {loss:.4g} is {loss / usual:.1f} times the recent median; see {self._path}"
