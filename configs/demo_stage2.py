@@ -25,7 +25,9 @@ def config() -> RunConfig:
             max_patches=36,
             canonical_shares=2,
         ),
-        optim=OptimConfig(lr=1e-2, adamw_lr=2e-3, temperature=ModuleConfig(lr_mult=2.0), bias=ModuleConfig(lr_mult=2.0)),
+        optim=OptimConfig(
+            lr=1e-2, adamw_lr=2e-3, temperature=ModuleConfig(lr_mult=2.0), bias=ModuleConfig(lr_mult=2.0)
+        ),
         schedule=ScheduleConfig(steps=400, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=200),
         eval=EvalConfig(every_steps=200),
