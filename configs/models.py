@@ -47,9 +47,12 @@ def cogvit_l_vision() -> CogViTConfig:
     return cogvit_vision("large")
 
 
-def base_text() -> TextConfig:
-    """The width of a ViT-B; the paper does not publish its text tower. 256K ids fit SigLIP2's Gemma tokenizer."""
-    return TextConfig(vocab_size=256_000, max_tokens=64, embed_dim=768, depth=12, num_heads=12)
+def text_tower(size: Size = "base") -> TextConfig:
+    """Return a text tower of a size; the paper does not publish its own. 256K ids fit SigLIP2's Gemma tokenizer."""
+    width, depth, heads, mlp = _SHAPES[size]
+    return TextConfig(
+        vocab_size=256_000, max_tokens=64, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width
+    )
 
 
 def demo_vision() -> CogViTConfig:

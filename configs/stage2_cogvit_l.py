@@ -6,7 +6,7 @@ The paper publishes neither rates nor steps: those here are starting points, not
 """
 
 from cogvit.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig
-from configs.models import base_text, cogvit_l_vision
+from configs.models import cogvit_l_vision, text_tower
 
 
 def config() -> RunConfig:
@@ -14,7 +14,7 @@ def config() -> RunConfig:
     return RunConfig(
         objective="contrast",
         vision=cogvit_l_vision(),
-        text=base_text(),
+        text=text_tower(),
         data=DataConfig(
             global_batch_images=65_536,
             tokens_per_pack=16_384,

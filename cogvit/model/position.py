@@ -23,10 +23,7 @@ class PositionTable(nn.Module):
 
     def on_grid(self, rows: int, columns: int) -> Tensor:
         """Return the table at one grid, [rows * columns, D] in raster order."""
-        embed: Tensor = self.embed
-        if embed.shape[-2:] != (rows, columns):
-            embed = F.interpolate(embed, size=(rows, columns), mode="bicubic", align_corners=False)
-        return embed.flatten(2)[0].T
+        return resized_table(self.embed, (rows, columns)).flatten(2)[0].T
 
     def forward(self, grids: Sequence[tuple[int, int]], row_col_T2: Tensor, slot_T: Tensor) -> Tensor:
         """Return the position of every token, [T, D].
@@ -48,6 +45,13 @@ class PositionTable(nn.Module):
         start_T, columns_T = torch.tensor(place, device=slot_T.device)[slot_T].unbind(1)
         index_T = start_T + row_col_T2[:, 0] * columns_T + row_col_T2[:, 1]
         return F.embedding(torch.where(slot_T < len(grids), index_T, 0), torch.cat(tables))
+
+
+def resized_table(embed_1DHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return a position table on another grid, bicubic; as it is where the grid is its own."""
+    if embed_1DHW.shape[-2:] == grid:
+        return embed_1DHW
+    return F.interpolate(embed_1DHW, size=grid, mode="bicubic", align_corners=False)
 
 
 def rotary_2d(row_col_T2: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

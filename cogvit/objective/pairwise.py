@@ -184,7 +184,7 @@ def _counts(own: int, mesh: Mesh) -> list[int]:
     if mesh.dp_size == 1:
         return [own]
     counts = torch.zeros(mesh.dp_size, dtype=torch.int64, device=mesh.device)
-    dist.all_gather_into_tensor(counts, counts.new_tensor([own]), group=mesh.dp_group)
+    dist.all_gather(list(counts.split(1)), counts.new_tensor([own]), group=mesh.dp_group)
     return counts.tolist()
 
 

@@ -12,9 +12,12 @@ from cogvit.config import RunConfig, load_config
 from cogvit.errors import CheckpointError
 from cogvit.model.init import init_tensor
 from cogvit.model.interop import load_checked, read_model
+from cogvit.model.position import resized_table
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
 from cogvit.training.checkpoint import latest, weights
+
+_POSITIONS = "vision.pos_embed.embed"
 
 Tower = TypeVar("Tower", bound=nn.Module)
 
@@ -59,6 +62,7 @@ def untrained_towers(path: Path) -> Towers:
 def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     """Return the plain tensors that a run takes from its --init: the vision tower, and the text side where it has one.
 
+    A learned position table of another image size is resized as the tower itself resizes it to an image's grid.
     Errors: CheckpointError when the vision tower of --init has another shape than this run's.
     """
     path = Path(config.init)
@@ -69,8 +73,6 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
         cfg = load_config(path / "config.json").vision
         given = {key: tensor for key, tensor in weights(latest_of_run(path), "").items() if _is_tower(key, config)}
     shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
-    if cfg.position == "learned":
-        shape.append("image_size")
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
         for name in shape
@@ -78,6 +80,8 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     ]
     if differences:
         raise CheckpointError(f"--init {path} is another vision tower ({'; '.join(differences)})")
+    if _POSITIONS in given:
+        given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
     return given
 
 

@@ -73,6 +73,19 @@ def test_export_for_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[s
         initial_towers(RunConfig(vision=replace(cfg, mlp_ratio=2.0), init=str(out)))
 
 
+def test_a_learned_table_starts_a_run_of_another_image_size(tmp_path: Path) -> None:
+    trained = CogViT(VISION)
+    run = write_run(tmp_path / "run", RunConfig(vision=VISION), {"vision": trained})
+    larger = CogViT(replace(VISION, image_size=2 * VISION.image_size))
+    started = initial_towers(RunConfig(vision=larger.cfg, init=str(run)))
+    larger.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in started.items()})
+    # On the larger image's own grid the first tower resizes its table; the second one's has that size.
+    image = torch.rand(1, 3, larger.cfg.image_size, larger.cfg.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(larger(image)["patch_tokens"], trained(image)["patch_tokens"])
+    assert not torch.equal(larger.pos_embed.embed[..., :4, :4], trained.pos_embed.embed)
+
+
 def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
