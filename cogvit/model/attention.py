@@ -41,6 +41,15 @@ def segments_of(cu_seqlens: Tensor) -> Segments:
     return Segments(cu_seqlens, lengths, len(lengths) - 1)
 
 
+def varlen_kernel_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention takes a pack as it lies; what it refuses is batched by length.
+
+    Source: `mha_varlen_fwd` of torch, the kernel under `varlen_attn`.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+
+
 def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
     """Softmax attention of every token over its own segment, scaled by K ** -0.5; [T, H, K] in and out.
 
@@ -54,7 +63,7 @@ def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segm
         raise ValueError(f"q, k and v have shapes {shapes}; expected three of ({num_tokens}, heads, head_dim)")
     if not segments.num_valid_tokens:
         return (q_THK + k_THK + v_THK) * 0.0
-    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+    if varlen_kernel_takes(q_THK.device, q_THK.dtype, q_THK.shape[-1]):
         return _varlen_attention(q_THK, k_THK, v_THK, segments)
     return _batched_attention(q_THK, k_THK, v_THK, segments)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvit.model.attention import packed_attention, segments_of
+from cogvit.model.attention import packed_attention, segments_of, varlen_kernel_takes
 
 
 def bounds(lengths: list[int], padding: int) -> Tensor:
@@ -57,6 +57,21 @@ def test_a_pack_of_padding_still_reaches_q_k_and_v() -> None:
 def test_neighbors_of_equal_length_become_one_batch() -> None:
     assert segments_of(bounds([6, 6, 6], 2)).runs == ((3, 6),)
     assert segments_of(bounds([3, 3, 0, 3, 5, 3], 4)).runs == ((2, 3), (1, 3), (1, 5), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "takes"),
+    [
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.float16, 256, True),
+        ("cuda", torch.bfloat16, 264, False),
+        ("cuda", torch.bfloat16, 36, False),
+        ("cuda", torch.float32, 64, False),
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_what_the_varlen_kernel_takes(device: str, dtype: torch.dtype, head_dim: int, takes: bool) -> None:
+    assert varlen_kernel_takes(torch.device(device), dtype, head_dim) == takes
 
 
 def test_wrong_shapes_are_refused() -> None:
