@@ -130,3 +130,28 @@ def move(batch: Batch, device: torch.device) -> Batch:
     if targets is not None:
         targets = TeacherTargets({name: x.to(device, non_blocking=True) for name, x in targets.features.items()})
     return replace(batch, images=to_device(batch.images, device), text=text, targets=targets)
+
+
+def pad_step(step: StepBatch, num_packs: int) -> StepBatch:
+    """Append empty packs: ranks that balance apart need different numbers of packs, and a step has one for all."""
+    empty = (_emptied(step.micro[0]),) * (num_packs - len(step.micro))
+    return replace(step, micro=step.micro + empty)
+
+
+def _emptied(batch: Batch) -> Batch:
+    """Return a pack of the same shape that is all padding."""
+    targets = batch.targets
+    if targets is not None:
+        targets = TeacherTargets({name: features[:0] for name, features in targets.features.items()})
+    return Batch(
+        images=_padding_like(batch.images),
+        text=None if batch.text is None else _padding_like(batch.text),
+        targets=targets,
+        samples=(None,) * len(batch.samples),
+    )
+
+
+def _padding_like(packed: Packed) -> Packed:
+    blank = {f.name: torch.zeros_like(getattr(packed, f.name)) for f in fields(packed)}
+    blank["cu_seqlens"][-1] = packed.cu_seqlens[-1]
+    return replace(packed, **blank)

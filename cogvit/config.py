@@ -33,6 +33,8 @@ class DataConfig:
     shards: str = option("", "glob, brace range or directory of webdataset shards, local or fsspec URL")
     eval_shards: str = option("", "held-out shards for --eval.every-steps")
     index_dir: str = option("", "where SHARD.parquet lies; beside the shard if empty")
+    where: str = option("", "a rule over the index for the samples to use, like 'width_px >= 64 and source != \"ads\"'")
+    duplicates: Literal["drop", "keep"] = option("drop", "of images that are equal byte for byte, use the first or all")
     mixture: tuple[tuple[str, float], ...] = option((), "weights of the index's sources; by their sizes if empty")
     global_batch_images: int = option(256, "images of one optimizer step, over all ranks")
     tokens_per_pack: int = option(4096, "T: patch tokens of one microbatch on one rank")
@@ -41,6 +43,8 @@ class DataConfig:
     sizing: Literal["square", "naflex"] = option("naflex", "resize to vision.image_size squares, or keep the aspect")
     max_patches: int = option(256, "naflex: the largest grid an image may have, in patches")
     enlarge: bool = option(False, "naflex: enlarge images that are smaller than max_patches")
+    grid_multiple: int = option(1, "naflex: rows and columns are multiples of it (2: a language model's 2 x 2 groups)")
+    topology: str = option("", "file of 'HOST ADDRESS' lines; SLURM_TOPOLOGY_ADDR or the host's name if empty")
     canonical_shares: int = option(8, "C: equal-cost shares of a global batch; fixed for the life of a run")
     lookahead_steps: int = option(16, "shuffle window of the plan, in steps")
     flip: bool = option(False, "mirror half of the images, seeded by sample and epoch")
@@ -312,7 +316,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
 # What may differ between a run and its resumption: how it is executed, never what it computes.
 _EXECUTION = (
     "parallel.", "memory.", "zero.", "guard.", "checkpoint.", "eval.", "log.", "out", "optim.muon_tp",
-    "data.index_dir", "data.eval_shards", "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
+    "data.index_dir", "data.eval_shards", "data.topology",
+    "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.max_bad_fraction",
     "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",
     "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",

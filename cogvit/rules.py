@@ -70,8 +70,15 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 def check_data(config: RunConfig) -> None:
     """Check sizes, budgets and shares of the data plane."""
     data = config.data
-    for name in ("global_batch_images", "tokens_per_pack", "images_per_pack", "max_patches", "canonical_shares"):
+    for name in (
+        "global_batch_images", "tokens_per_pack", "images_per_pack", "max_patches", "grid_multiple", "canonical_shares",
+        "lookahead_steps", "decode_threads",
+    ):  # fmt: skip
         _require(getattr(data, name) >= 1, f"data.{name}={getattr(data, name)} must be at least 1")
+    _require(
+        data.grid_multiple**2 <= data.max_patches,
+        f"data.max_patches={data.max_patches} cannot hold one group of data.grid_multiple={data.grid_multiple} squared",
+    )
     rows, columns = config.vision.base_grid
     largest = rows * columns if data.sizing == "square" else data.max_patches
     _require(

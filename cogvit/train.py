@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cogvit.teacher.stream import FeatureSource
     from cogvit.training.objective import Objective
     from data_pipeline.index import Index
+    from data_pipeline.topology import Seat
 
 REQUEUE_STATUS = 75
 STATS_REQUESTS = 16  # packs on which the teachers' mean and deviation are fitted
@@ -101,15 +102,15 @@ class Corpus:
 
 def open_corpus(config: RunConfig) -> Corpus:
     """Load the indexes, before any process group or heavy library. Errors: DataError, ConfigError."""
-    from data_pipeline.index import load_index
+    from data_pipeline.index import open_index
 
     data = config.data
     if not data.shards:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
     if config.eval.every_steps and not data.eval_shards:
         raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
-    held_out = load_index(data.eval_shards, data.index_dir) if config.eval.every_steps else None
-    return Corpus(load_index(data.shards, data.index_dir), held_out)
+    held_out = open_index(data, data.eval_shards) if config.eval.every_steps else None
+    return Corpus(open_index(data, data.shards), held_out)
 
 
 def claim_directory(config: RunConfig, *, writer: bool) -> None:
@@ -152,6 +153,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     contrast = config.objective == "contrast"
     with ExitStack() as resources:
         resources.callback(stop_mesh)
+        seat = take_seat(config, mesh)
         start = start_position(corpus.train, config, with_text=contrast)
         source = None if contrast else resources.enter_context(feature_source(config, corpus, mesh))
         stop = resources.enter_context(StopRequest())
@@ -162,8 +164,10 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
         stacks = Path(config.out) / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
-        evaluation = Evaluation(config.eval.every_steps, partial(held_out, config, corpus, mesh, source))
-        batches = resources.enter_context(closing(rank_batches(config, corpus.train, mesh, source, state.position)))
+        evaluation = Evaluation(
+            config.eval.every_steps, config.eval.steps, partial(held_out, config, corpus, seat, source)
+        )
+        batches = resources.enter_context(closing(rank_batches(config, corpus.train, seat, source, state.position)))
         state = train(
             engine,
             objective,
@@ -180,15 +184,33 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
 
 
+def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
+    """Return this rank's part of the global batches, by where all ranks sit.
+
+    Errors: ConfigError, on all ranks, when one does not find its place.
+    """
+    from data_pipeline.topology import local_address, topology_of
+
+    address, failure = "", None
+    try:
+        address = local_address(config.data.topology)
+    except ConfigError as error:
+        failure = error
+    mesh.raise_together(failure)
+    # Where a replica spans nodes, its first rank reads the images.
+    leaders = sorted(mesh.gather((mesh.pp_rank, mesh.tp_rank, mesh.dp_rank, address)))[: mesh.dp_size]
+    return topology_of([place for *_, place in leaders], config.data.canonical_shares).seat(mesh.dp_rank)
+
+
 def rank_batches(
-    config: RunConfig, index: Index, mesh: Mesh, source: FeatureSource | None, position: DataPosition | None
+    config: RunConfig, index: Index, seat: Seat, source: FeatureSource | None, position: DataPosition | None
 ) -> Generator[StepBatch]:
     """Yield this rank's batches with their teacher targets where the objective has teachers."""
     from cogvit.teacher.stream import attach_targets
     from data_pipeline.loader import step_batches
 
     with_text = config.objective == "contrast"
-    with closing(step_batches(index, config, mesh.dp_rank, mesh.dp_size, position, with_text=with_text)) as batches:
+    with closing(step_batches(index, config, seat, position, with_text=with_text)) as batches:
         if source is None:
             yield from batches
         else:
@@ -198,12 +220,11 @@ def rank_batches(
             )
 
 
-def held_out(config: RunConfig, corpus: Corpus, mesh: Mesh, source: FeatureSource | None) -> Generator[StepBatch]:
-    """Yield the same first global batches of the held-out shards each time."""
+def held_out(config: RunConfig, corpus: Corpus, seat: Seat, source: FeatureSource | None) -> Generator[StepBatch]:
+    """Return the global batches of the held-out shards, the same each time."""
     assert corpus.held_out is not None
     data = replace(config.data, mixture=(), flip=False)
-    with closing(rank_batches(replace(config, data=data), corpus.held_out, mesh, source, None)) as batches:
-        yield from islice(batches, config.eval.steps)
+    return rank_batches(replace(config, data=data), corpus.held_out, seat, source, None)
 
 
 @contextmanager
@@ -243,9 +264,9 @@ def stored_features(
     Errors: ConfigError names what differs.
     """
     from cogvit.teacher.store import StoreFeatures, contents_of, headers_of
-    from data_pipeline.plan import plan_spec
+    from data_pipeline.sizing import sizing_of
 
-    sizing = plan_spec(config).sizing
+    sizing = sizing_of(config)
     contents: dict[str, str] = {}
     for index in [corpus.train] + ([] if corpus.held_out is None else [corpus.held_out]):
         grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
@@ -266,6 +287,7 @@ def standardized(
     from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
     from cogvit.teacher.stream import Shared, request_of
     from data_pipeline.loader import step_batches
+    from data_pipeline.topology import topology_of
 
     path = Path(config.out) / "teacher_stats.safetensors"
 
@@ -274,7 +296,8 @@ def standardized(
             return
         # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
         alone = replace(config, parallel=replace(config.parallel, pp=1))
-        with closing(step_batches(index, alone, 0, 1, None, with_text=False)) as batches:
+        seat = topology_of(["alone"], config.data.canonical_shares).seat(0)
+        with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
             packs = (batch for step in batches for batch in step.micro)
             requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
         save_stats(path, fit_stats(source, requests, fingerprints))

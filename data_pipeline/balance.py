@@ -1,6 +1,6 @@
-"""Balance: a global batch into shares of equal cost, and a rank's images into packs under hard caps.
+"""Balance: samples into parts of equal cost, and the images of a group of ranks into packs under hard caps.
 
-All arithmetic is in integers, so every rank, on any machine, computes the same placement of all of them.
+All arithmetic that decides is exact, so every rank, on any machine, computes the same parts and packs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ from heapq import heappop, heappush
 from operator import attrgetter
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from cogvit.draws import uniform
 from cogvit.errors import DataError
-from data_pipeline.topology import Topology
 
 Ints = NDArray[np.int64]
+Costs = NDArray[np.float64]
+
+EVENED_ROUNDS = 1024  # of `spread`: the heaviest items; what is lighter differs too little to matter
+EVEN_ENOUGH = 1.002  # heaviest part over the mean, or rank over the bound: no swap or exchange is looked for
+SWAPS_PER_PART = 4  # that `spread` makes at most
+EXCHANGES_PER_RANK = 4  # that `place` makes at most
+EXCHANGE_RANKS = 3  # of the lightest, that the heaviest may exchange with
+EXCHANGE_CHOICES = 24  # images of a rank that an exchange is chosen from
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +39,15 @@ class PackLimits:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each of B images goes: every rank has the same number of packs, some of which may be empty."""
+    """Where each of B images of a group of ranks goes: each rank has the same number of packs, some may be empty."""
 
     packs_per_rank: int
-    rank: Ints  # [B], data-parallel
+    rank: Ints  # [B], inside the group
     pack: Ints  # [B], 0 .. packs_per_rank - 1
 
-    def packs_of(self, dp_rank: int) -> tuple[Ints, ...]:
+    def packs_of(self, rank: int) -> tuple[Ints, ...]:
         """Return the images of each pack of a rank, as positions in the batch."""
-        mine = self.rank == dp_rank
+        mine = self.rank == rank
         return tuple(np.flatnonzero(mine & (self.pack == pack)) for pack in range(self.packs_per_rank))
 
 
@@ -47,33 +56,72 @@ def attention_cost(num_tokens: Ints, attention_tokens: int) -> Ints:
     return num_tokens * (attention_tokens + num_tokens)
 
 
-def deal(cost: Ints, num_shares: int) -> Ints:
-    """Split items into shares of equal cost; returns the share of each.
+def spread(cost: Ints, sizes: Ints, key: Ints) -> Ints:
+    """Split items at random into parts of given sizes, each of which costs its size times the mean; returns the parts.
 
-    Longest processing time first, many items at a time: in each round the lightest shares, all within the next item's
-    cost of each other, take one item each.
+    A stratified draw: sorted by cost, the items fall into rounds in which every part takes one. Among the heaviest
+    rounds, the part that is behind takes the round's heaviest item: the light ones even out what the heavy left.
+    key [B] seeds the draw.
     """
-    order = np.argsort(-cost, kind="stable")
-    share = np.empty(len(cost), np.int64)
-    load = np.zeros(num_shares, np.int64)
-    done = 0
-    while done < len(order):
-        lightest = np.argsort(load, kind="stable")
-        width = int(np.searchsorted(load[lightest], load[lightest[0]] + cost[order[done]], side="right"))
-        items = order[done : done + width]
-        takers = lightest[: len(items)]
-        share[items] = takers
-        load[takers] += cost[items]
-        done += len(items)
-    return share
+    order = np.lexsort((key, -cost))
+    part = np.repeat(np.arange(len(sizes)), sizes)
+    inside = np.arange(len(part)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    when = (inside + uniform(torch.from_numpy(key)).numpy().astype(np.float64)) / sizes[part]
+    part = part[np.argsort(when, kind="stable")]
+    heaviest_first = cost[order].astype(np.float64)  # exact: far below 2^53
+    ahead = np.bincount(part, heaviest_first, len(sizes)) - sizes * (heaviest_first.sum() / max(len(part), 1))
+    num_rounds = int(sizes.max(initial=0))
+    starts = np.arange(min(num_rounds, EVENED_ROUNDS) + 1) * len(part) // max(num_rounds, 1)
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        takers, costs = part[start:stop], heaviest_first[start:stop]
+        np.subtract.at(ahead, takers, costs)
+        takers = takers[np.argsort(ahead[takers], kind="stable")]
+        np.add.at(ahead, takers, costs)
+        part[start:stop] = takers
+    _settle(part, heaviest_first, ahead)
+    answer = np.empty_like(part)
+    answer[order] = part
+    return answer
 
 
-def place(
-    share: Ints, cost: Ints, tokens: Ints, text_tokens: Ints, *, topology: Topology, limits: PackLimits
-) -> Placement:
-    """Place B images on ranks and packs: balanced in cost over the ranks of each group, every cap kept.
+def _settle(part: Ints, cost: Costs, ahead: Costs) -> None:
+    """Swap items between the part that is most ahead and the one most behind until all are even; in place.
 
-    All ranks get the same number of packs, the smallest for which the greedy placement succeeds.
+    Only an outlier needs it: rounds are narrow, and cannot make up for one item that is worth many.
+    """
+    members = np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=len(ahead)))[:-1])
+    enough = (EVEN_ENOUGH - 1.0) / 2 * cost.sum() / len(ahead)
+    for _ in range(SWAPS_PER_PART * len(ahead)):
+        most, least = int(ahead.argmax()), int(ahead.argmin())
+        wanted = min(ahead[most], -ahead[least])
+        if wanted <= enough / 2 and ahead[most] <= enough:
+            return
+        mine, theirs = members[most], members[least][::-1]  # theirs: lightest first
+        beside = np.searchsorted(cost[theirs], cost[mine] - wanted)
+        miss, one, other = min(
+            _nearest(cost[mine] - wanted, cost[theirs], np.clip(beside - side, 0, len(theirs) - 1)) for side in (0, 1)
+        )
+        if miss >= wanted:
+            return
+        mine[one], theirs[other] = theirs[other], mine[one]
+        part[[mine[one], theirs[other]]] = most, least
+        change = cost[theirs[other]] - cost[mine[one]]
+        ahead[[most, least]] += -change, change
+        members[most], members[least] = np.sort(mine), np.sort(theirs)
+
+
+def _nearest(wanted: Costs, cost: Costs, at: Ints) -> tuple[float, int, int]:
+    """Return how far cost[at] is from what is wanted where it is nearest, and the two places."""
+    miss = np.abs(wanted - cost[at])
+    best = int(miss.argmin())
+    return float(miss[best]), best, int(at[best])
+
+
+def place(cost: Ints, tokens: Ints, text_tokens: Ints, *, num_ranks: int, limits: PackLimits) -> Placement:
+    """Place B images on the packs of a group of ranks: balanced in cost over the ranks, every cap kept.
+
+    All ranks get the same number of packs, the smallest for which the greedy placement succeeds: the heaviest image
+    left goes to the lightest rank with room. Where caps stood in its way, exchanges between ranks even the loads out.
     Errors: DataError when a single image or caption exceeds a cap.
     """
     for name, demand, cap in (
@@ -82,24 +130,76 @@ def place(
     ):
         if demand.max(initial=0) > cap:
             raise DataError(f"one sample needs {demand.max()} tokens of {name}={cap}; raise that")
-    group = share // topology.shares_per_group
-    members = [np.flatnonzero(group == number) for number in range(topology.num_groups)]
-    members = [mine[np.argsort(-cost[mine], kind="stable")] for mine in members]
-    loads = [np.array([tokens[mine].sum(), len(mine), text_tokens[mine].sum()]) for mine in members]
+    order = np.argsort(-cost, kind="stable")
+    items = np.stack([cost, tokens, text_tokens], axis=1)[order].tolist()
+    load = np.array([tokens.sum(), len(cost), text_tokens.sum()])
     caps = np.maximum([limits.tokens, limits.images, limits.text_tokens], 1)  # no text at all has a cap of 0
-    fewest = -(-np.max(loads, axis=0) // (caps * topology.ranks_per_group))
-    packs_per_rank = max(limits.min_packs, int(fewest.max()))
-    items = np.stack([cost, tokens, text_tokens], axis=1)
-    while True:
-        bins = [_fill(items[mine].tolist(), limits, topology.ranks_per_group, packs_per_rank) for mine in members]
-        if all(len(filled) == len(mine) for filled, mine in zip(bins, members, strict=True)):
-            break
+    packs_per_rank = max(limits.min_packs, int((-(-load // (caps * num_ranks))).max()))
+    while len(spots := _fill(items, limits, num_ranks, packs_per_rank)) < len(items):
         packs_per_rank += 1
     spot = np.empty(len(cost), np.int64)
-    for mine, filled in zip(members, bins, strict=True):
-        spot[mine] = filled
+    spot[order] = spots
+    demand = np.stack([cost, tokens, text_tokens, np.ones_like(cost)], axis=1)
+    room = np.tile(np.array([limits.tokens, limits.text_tokens, limits.images]), (num_ranks * packs_per_rank, 1))
+    np.subtract.at(room, spot, demand[:, 1:])
+    load = np.zeros(num_ranks, np.int64)
+    np.add.at(load, spot // packs_per_rank, cost)
+    _even_out(_Loads(spot, demand, room, load))
     rank, pack = np.divmod(spot, packs_per_rank)
-    return Placement(packs_per_rank, group * topology.ranks_per_group + rank, pack)
+    return Placement(packs_per_rank, rank, pack)
+
+
+@dataclass(slots=True)
+class _Loads:
+    """A placement that is being evened out."""
+
+    spot: Ints  # [B], rank * packs_per_rank + pack
+    items: Ints  # [B, 4]: cost, tokens, text tokens, and 1 for the image itself
+    room: Ints  # [spots, 3]: what each pack still takes of tokens, text tokens and images
+    load: Ints  # [ranks], cost
+
+    def images_of(self, rank: int) -> Ints:
+        """Return some images of a rank, evenly spaced."""
+        mine = np.flatnonzero(self.spot // (len(self.room) // len(self.load)) == rank)
+        return mine[:: max(1, len(mine) // EXCHANGE_CHOICES)]
+
+    def exchange(self, heavy: int, light: int) -> bool:
+        """Give an image of the heavy rank for one or two of the light one, where the caps allow it and it evens loads.
+
+        One for two matters at full packs: of equal tokens, the longer image costs more.
+        """
+        mine, theirs = self.images_of(heavy), self.images_of(light)
+        first, second = np.triu_indices(len(theirs))
+        theirs = np.stack([theirs[first], theirs[second]], axis=1)
+        theirs = theirs[self.spot[theirs[:, 0]] == self.spot[theirs[:, 1]]]
+        alone = theirs[:, 0] == theirs[:, 1]
+        bundle = self.items[theirs].sum(axis=1) // (1 + alone[:, None])
+        moved = self.items[mine][:, None] - bundle
+        fits = (moved[..., 1:] <= self.room[self.spot[theirs[:, 0]]]).all(axis=-1)
+        fits &= (-moved[..., 1:] <= self.room[self.spot[mine]][:, None]).all(axis=-1)
+        gap, change = self.load[heavy] - self.load[light], moved[..., 0]
+        lack = np.where(fits & (change > 0) & (change < gap), np.abs(gap - 2 * change), gap)
+        if lack.min(initial=gap) >= gap:
+            return False
+        one, other = np.unravel_index(lack.argmin(), lack.shape)
+        here, there = self.spot[mine[one]], self.spot[theirs[other, 0]]
+        self.spot[theirs[other]], self.spot[mine[one]] = here, there
+        self.room[here] += moved[one, other, 1:]
+        self.room[there] -= moved[one, other, 1:]
+        self.load[[heavy, light]] += np.array([-1, 1]) * change[one, other]
+        return True
+
+
+def _even_out(loads: _Loads) -> None:
+    """Relieve the heaviest rank by exchanges with the lightest that can, until it is close to the bound."""
+    enough = EVEN_ENOUGH * max(loads.load.mean(), loads.items[:, 0].max(initial=0))
+    for _ in range(EXCHANGES_PER_RANK * len(loads.load)):
+        heavy = int(loads.load.argmax())
+        if loads.load[heavy] <= enough:
+            return
+        lightest = np.argsort(loads.load, kind="stable")[:EXCHANGE_RANKS].tolist()
+        if not any(loads.exchange(heavy, light) for light in lightest if light != heavy):
+            return
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ the size in its header is accepted.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -26,8 +27,17 @@ _EXIF_MARK = b"Exif\0\0"
 _JPEG_MARK = b"\xff\xd8\xff"
 
 
-def image_size_px(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from the header alone, EXIF orientation applied.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an image's first bytes say."""
+
+    height_px: int  # upright
+    width_px: int
+    format: str  # lower case
+
+
+def read_header(data: bytes) -> Header:
+    """Read the size, EXIF orientation applied, and the format, without decoding.
 
     Errors: DataError when it is no image or has more than MAX_PIXELS.
     """
@@ -38,7 +48,8 @@ def image_size_px(data: bytes) -> tuple[int, int]:
         raise
     except Exception as error:  # Pillow's parsers raise about anything on foreign bytes
         raise DataError(f"the header does not parse: {error}") from error
-    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    height_px, width_px = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    return Header(height_px, width_px, str(image.format).lower())
 
 
 def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pixels:

@@ -7,63 +7,28 @@ placement and loading work on.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cogvit.batch import SampleRef
-from cogvit.draws import name_to_int64
-from cogvit.errors import DataError
-from data_pipeline.caption import LANGUAGES, CaptionChoice, captions_of, parse_metadata
-from data_pipeline.decode import image_size_px
-from data_pipeline.shards import Member, expand_shards, read_members, retry, stat_shard
+from cogvit.config import DataConfig
+from cogvit.errors import ConfigError, DataError
+from data_pipeline.caption import LANGUAGES, CaptionChoice
+from data_pipeline.rules import Rules, read_rule
+from data_pipeline.scan import scan_shard
+from data_pipeline.shards import expand_shards, stat_shard
+from data_pipeline.table import ROW, STORED, VERSION, index_path, read_table, table_exists, write_table
 
-VERSION = 1
-IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
-CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
 DEFAULT_SOURCE = "default"
-_METADATA_KEY = b"cogvit.index"
+RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh")
 _LOAD_THREADS = 8
-
-# One row per sample; its key and the lengths of its captions lie beside it.
-ROW = np.dtype(
-    [
-        ("sample_id", np.int64),
-        ("content_hash", np.int64),  # of the encoded image
-        ("offset_bytes", np.int64),
-        ("size_bytes", np.int64),
-        ("height_px", np.int32),  # upright
-        ("width_px", np.int32),
-        ("caption_offset_bytes", np.int64),
-        ("caption_size_bytes", np.int32),
-        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
-        ("num_captions", np.int64, (len(LANGUAGES),)),
-        ("caption_start", np.int64, (len(LANGUAGES),)),  # of its entries in Index.caption_bytes[language]
-        ("shard", np.int32),
-        ("source", np.int32),
-    ]
-)
-_STORED = tuple(name for name in ROW.names or () if name not in ("num_captions", "caption_start", "shard", "source"))
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        *((name, pa.from_numpy_dtype(ROW[name])) for name in _STORED),
-        *((f"{language}_bytes", pa.list_(pa.int32())) for language in LANGUAGES),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +50,7 @@ class Index:
     keys: pa.ChunkedArray  # of strings
     rows: NDArray[Any]  # [S] of ROW
     caption_bytes: tuple[NDArray[np.int32], ...]  # per language: UTF-8 lengths of all captions, end to end
+    left_out: dict[str, int] = field(default_factory=dict)  # by load_index: reason -> how many
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,183 +97,134 @@ class Index:
         captions = ", ".join(
             f"{language} {count:,}" for language, count in zip(LANGUAGES, self.rows["num_captions"].sum(0), strict=True)
         )
-        return f"{len(self):,} images in {len(self.shards):,} shards; sources: {sources}; captions: {captions}"
+        left_out = "".join(f"; left out: {count:,} x {reason}" for reason, count in self.left_out.items())
+        return (
+            f"{len(self):,} images in {len(self.shards):,} shards; sources: {sources}; captions: {captions}{left_out}"
+        )
 
 
-def index_path(shard: str, index_dir: str = "") -> str:
-    """Return where the index of a shard lies: SHARD.parquet beside it, or in index_dir."""
-    directory, _, name = shard.rpartition("/")
-    return f"{index_dir.rstrip('/') if index_dir else directory}/{name}.parquet"
-
-
-def build_index(pattern: str, index_dir: str = "", source: str = DEFAULT_SOURCE) -> Iterator[ShardReport]:
+def build_index(
+    pattern: str, index_dir: str = "", source: str = DEFAULT_SOURCE, rules: Rules | None = None
+) -> Iterator[ShardReport]:
     """Index the shards of a pattern one by one; a shard whose index fits is left alone.
 
-    source names the samples whose json names none. Errors: DataError for a pattern without shards, two shards of one
-    name in an index_dir, or a shard that is not a sound tar.
+    source names the samples whose json names none. Errors: DataError as `shards_to_index` and `index_shard`.
+    """
+    for shard in shards_to_index(pattern, index_dir):
+        yield index_shard(shard, index_dir, source, rules or Rules())
+
+
+def shards_to_index(pattern: str, index_dir: str) -> tuple[str, ...]:
+    """Return the shards of a pattern.
+
+    Errors: DataError for a pattern without shards, or two shards of one name in an index_dir.
     """
     shards = expand_shards(pattern)
     if len({index_path(shard, index_dir) for shard in shards}) != len(shards):
         raise DataError(f"--index-dir {index_dir}: shards of {pattern!r} share a file name; index each directory apart")
-    for shard in shards:
-        path = index_path(shard, index_dir)
-        identity = {"version": VERSION, "default_source": source, **asdict(stat_shard(shard))}
-        stored = _read_table(path) if _exists(path) else None
-        if stored is not None and _facts(stored)["identity"] == identity:
-            yield ShardReport(shard, stored.num_rows, _facts(stored)["problems"], reused=True)
-            continue
-        problems: Counter[str] = Counter()
-        table = _scan_shard(shard, source, problems)
-        facts = {"identity": identity, "problems": dict(problems)}
-        _write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)}), path)
-        yield ShardReport(shard, table.num_rows, dict(problems), reused=False)
+    return shards
 
 
-def load_index(pattern: str, index_dir: str = "") -> Index:
-    """Load the index of a pattern's shards.
+def index_shard(shard: str, index_dir: str, source: str, rules: Rules) -> ShardReport:
+    """Index one shard, unless its index fits. Errors: DataError when it is not a sound tar."""
+    path = index_path(shard, index_dir)
+    made_from = {"version": VERSION, "default_source": source, **asdict(rules), **asdict(stat_shard(shard))}
+    if table_exists(path):
+        table, facts = read_table(path)
+        if facts["made_from"] == made_from:
+            return ShardReport(shard, table.num_rows, facts["problems"], reused=True)
+    table, problems = scan_shard(shard, source, rules)
+    write_table(path, table, {"made_from": made_from, "problems": problems})
+    return ShardReport(shard, table.num_rows, problems, reused=False)
+
+
+def open_index(data: DataConfig, pattern: str) -> Index:
+    """Load the index of shards as a run uses them. Errors: as `load_index`."""
+    return load_index(pattern, data.index_dir, where=data.where, duplicates=data.duplicates)
+
+
+def load_index(
+    pattern: str, index_dir: str = "", *, where: str = "", duplicates: Literal["keep", "drop"] = "keep"
+) -> Index:
+    """Load the index of a pattern's shards: the samples that a rule keeps, and of equal images the first or all.
 
     Errors: DataError, which names the command to run, when a shard has no index or changed since; when two samples
-    share an id; when there is no sample at all.
+    share an id; when there is no sample at all. ConfigError for a rule that is not understood.
     """
     shards = expand_shards(pattern)
+    rule = read_rule(where, RULE_COLUMNS) if where else None
     command = f"run python -m tools.index_shards '{pattern}'" + (f" --index-dir {index_dir}" if index_dir else "")
 
-    def load(shard: str) -> pa.Table:
+    def load(number: int) -> pa.Table:
+        shard = shards[number]
         path = index_path(shard, index_dir)
-        if not _exists(path):
+        if not table_exists(path):
             raise DataError(f"{shard} has no index {path}; {command}")
-        table, stat = _read_table(path), asdict(stat_shard(shard))
-        identity = _facts(table)["identity"]
-        if identity["version"] != VERSION:
-            raise DataError(f"{path} has version {identity['version']}, this program reads {VERSION}; {command}")
-        if any(identity[name] != value for name, value in stat.items()):
+        (table, facts), stat = read_table(path), asdict(stat_shard(shard))
+        made_from = facts["made_from"]
+        if made_from["version"] != VERSION:
+            raise DataError(f"{path} has version {made_from['version']}, this program reads {VERSION}; {command}")
+        if any(made_from[name] != value for name, value in stat.items()):
             raise DataError(f"{shard} changed after it was indexed ({stat} now); {command}")
-        return table
+        return table.append_column("shard", pa.array(np.full(table.num_rows, number, np.int32)))
 
     with ThreadPoolExecutor(_LOAD_THREADS) as pool:
-        index = _join(shards, list(pool.map(load, shards)))
+        tables = list(pool.map(load, range(len(shards))))
+    table = pa.concat_tables(one.replace_schema_metadata(None) for one in tables)
+    left_out = {}
+    if rule is not None:
+        table, left_out["data.where"] = _apply(rule, where, table)
+    if duplicates == "drop":
+        table, left_out["a second copy of an image"] = _first_of_each(table)
+    index = _join(shards, table, {reason: count for reason, count in left_out.items() if count})
     if not len(index):
         raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; the indexing printed why")
-    ids, first = np.unique(index.rows["sample_id"], return_index=True)
-    if len(ids) != len(index):
-        twin = int(np.setdiff1d(np.arange(len(index)), first)[0])
-        raise DataError(
-            f"{index.name(twin)} has the source, shard name and key of another sample; rename the shard, or index its"
-            " directory with another --source"
-        )
+    _check_ids(index)
     return index
 
 
-def _join(shards: tuple[str, ...], tables: list[pa.Table]) -> Index:
-    table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
-    rows = np.empty(table.num_rows, ROW)
-    for name in _STORED:
+def _apply(rule: pc.Expression, where: str, table: pa.Table) -> tuple[pa.Table, int]:
+    """Return the rows that a user's rule keeps, and how many it leaves out."""
+    described = table.select([name for name in RULE_COLUMNS if name in table.column_names])
+    for language in LANGUAGES:
+        described = described.append_column(f"captions_{language}", pc.list_value_length(table[f"{language}_bytes"]))
+    described = described.append_column("row", pa.array(np.arange(table.num_rows)))
+    try:
+        kept = described.filter(rule)["row"]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ConfigError(f"--data.where {where!r} does not fit the columns: {str(error).splitlines()[0]}") from None
+    return table.take(kept), table.num_rows - len(kept)
+
+
+def _first_of_each(table: pa.Table) -> tuple[pa.Table, int]:
+    """Return the rows without those whose image came before, byte for byte, and how many those are."""
+    _, first = np.unique(table["content_hash"].to_numpy(), return_index=True)
+    return (table, 0) if len(first) == table.num_rows else (table.take(np.sort(first)), table.num_rows - len(first))
+
+
+def _check_ids(index: Index) -> None:
+    ids = np.sort(index.rows["sample_id"])
+    if (ids[1:] != ids[:-1]).all():
+        return
+    _, first = np.unique(index.rows["sample_id"], return_index=True)
+    twin = int(np.setdiff1d(np.arange(len(index)), first)[0])
+    raise DataError(
+        f"{index.name(twin)} has the source, shard name and key of another sample; rename the shard, or index its"
+        " directory with another --source"
+    )
+
+
+def _join(shards: tuple[str, ...], table: pa.Table, left_out: dict[str, int]) -> Index:
+    rows = np.zeros(table.num_rows, ROW)
+    for name in (*STORED, "shard"):
         rows[name] = table[name].to_numpy()
-    rows["shard"] = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
     sources = table["source"].unique().sort()
-    rows["source"] = pa.compute.index_in(table["source"], sources).to_numpy()
+    rows["source"] = pc.index_in(table["source"], sources).to_numpy()
     flat = []
     for number, language in enumerate(LANGUAGES):
         column = table[f"{language}_bytes"]
-        count = pa.compute.list_value_length(column).to_numpy()
+        count = pc.list_value_length(column).to_numpy()
         rows["num_captions"][:, number] = count
         rows["caption_start"][:, number] = np.cumsum(count) - count
-        flat.append(pa.compute.list_flatten(column).to_numpy().astype(np.int32))
-    return Index(shards, tuple(sources.to_pylist()), table["key"], rows, tuple(flat))
-
-
-def _scan_shard(shard: str, default_source: str, problems: Counter[str]) -> pa.Table:
-    """Read a shard once and return its table; what cannot be used is counted in problems."""
-    images: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, Member]] = {}
-    for member in read_members(shard):
-        if not member.name.isprintable():
-            problems["a name is not printable UTF-8"] += 1
-        elif member.extension in CAPTION_EXTENSIONS:
-            texts.setdefault(member.key, {})[member.extension] = member
-        elif member.extension in IMAGE_EXTENSIONS and member.key in images:
-            problems["a second image of the same key"] += 1
-        elif member.extension in IMAGE_EXTENSIONS:
-            try:
-                images[member.key] = _image_columns(member)
-            except DataError as error:
-                problems[str(error)] += 1
-    problems["captions without an image"] += len(texts.keys() - images.keys())
-    shard_name = shard.rpartition("/")[2]
-    for key, row in images.items():
-        row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
-        row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name}/{key}")
-    problems += Counter()  # drops what was counted zero times
-    return pa.Table.from_pylist(list(images.values()), schema=SCHEMA)
-
-
-def _image_columns(member: Member) -> dict[str, Any]:
-    height_px, width_px = image_size_px(member.data)
-    return {
-        "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
-        "offset_bytes": member.offset_bytes,
-        "size_bytes": len(member.data),
-        "height_px": height_px,
-        "width_px": width_px,
-    }
-
-
-def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
-    """Return the source, if the json names one, and where the captions lie: in the json, or else in the txt."""
-    columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
-    columns |= {f"{language}_bytes": [] for language in LANGUAGES}
-    for number, extension in enumerate(CAPTION_EXTENSIONS):
-        if extension not in members:
-            continue
-        member = members[extension]
-        try:
-            metadata = parse_metadata(member.data, extension)
-        except DataError as error:
-            problems[str(error)] += 1
-            continue
-        if isinstance(source := metadata.get("source"), str) and source:
-            columns["source"] = source
-        captions = captions_of(metadata)
-        if any(captions.values()) and columns["caption_member"] < 0:
-            columns |= {
-                f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions
-            }
-            columns["caption_member"] = number
-            columns["caption_offset_bytes"] = member.offset_bytes
-            columns["caption_size_bytes"] = len(member.data)
-    return columns
-
-
-def _exists(path: str) -> bool:
-    fs, bare = fsspec.url_to_fs(path)
-    return retry(lambda: bool(fs.exists(bare)), path)
-
-
-def _read_table(path: str) -> pa.Table:
-    def read() -> bytes:
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
-
-    foreign = DataError(f"{path} is no index of this program; remove it and run python -m tools.index_shards again")
-    try:
-        table = pq.read_table(io.BytesIO(retry(read, path)))
-    except pa.ArrowInvalid:
-        raise foreign from None
-    if table.schema.names != SCHEMA.names or _METADATA_KEY not in (table.schema.metadata or {}):
-        raise foreign
-    return table
-
-
-def _facts(table: pa.Table) -> dict[str, Any]:
-    return json.loads(table.schema.metadata[_METADATA_KEY])
-
-
-def _write_table(table: pa.Table, path: str) -> None:
-    """Write all or nothing: a reader never sees half an index."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    fs, bare = fsspec.url_to_fs(path)
-    temporary = f"{bare}.{os.getpid()}.partial"
-    fs.makedirs(bare.rpartition("/")[0], exist_ok=True)
-    fs.pipe_file(temporary, buffer.getvalue())
-    fs.mv(temporary, bare)
+        flat.append(pc.list_flatten(column).to_numpy().astype(np.int32))
+    return Index(shards, tuple(sources.to_pylist()), table["key"], rows, tuple(flat), left_out)

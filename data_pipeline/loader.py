@@ -22,7 +22,7 @@ from cogvit.config import RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
-from data_pipeline.balance import PackLimits, place
+from data_pipeline.balance import PackLimits, attention_cost, place
 from data_pipeline.caption import (
     LANGUAGES,
     CaptionTokens,
@@ -34,10 +34,11 @@ from data_pipeline.caption import (
     token_bound,
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
-from data_pipeline.index import CAPTION_EXTENSIONS, Index
-from data_pipeline.plan import GlobalBatch, PlanSpec, plan, plan_hash, plan_spec
+from data_pipeline.index import Index
+from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
 from data_pipeline.shards import ShardReader, read_range
-from data_pipeline.topology import Topology, topology_of
+from data_pipeline.table import CAPTION_EXTENSIONS
+from data_pipeline.topology import Seat
 
 Ints = NDArray[np.int64]
 
@@ -56,12 +57,13 @@ class Spoken:
 
 
 def step_batches(
-    index: Index, config: RunConfig, dp_rank: int, dp_size: int, position: DataPosition | None, *, with_text: bool
+    index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, with_text: bool
 ) -> Generator[StepBatch]:
     """Yield what a data-parallel rank trains on, step by step without end, from a position or the start.
 
-    Every rank gets the same number of packs in a step, at least one for each pipeline stage. An image that does not
-    decode keeps its slot with weight 0. Close the iterator to stop the threads that load ahead.
+    The ranks of a seat's group get the same number of packs in a step, at least one for each pipeline stage; groups
+    agree on theirs by `cogvit.batch.pad_step`. An image that does not decode keeps its slot with weight 0. Close the
+    iterator to stop the threads that load ahead.
     Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or,
     while iterating, a shard cannot be read or too many images do not decode.
     """
@@ -75,10 +77,9 @@ def step_batches(
     loading = _Loading(
         index=usable,
         config=config,
-        spec=plan_spec(config),
+        planner=Planner(usable, plan_spec(config), config.seed),
         plan_hash=start.plan_hash,
-        dp_rank=dp_rank,
-        topology=topology_of(dp_size, config.data.canonical_shares),
+        seat=seat,
         tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
         reader=ShardReader(),
     )
@@ -139,27 +140,27 @@ class _Loading:
 
     index: Index
     config: RunConfig
-    spec: PlanSpec
+    planner: Planner
     plan_hash: str
-    dp_rank: int
-    topology: Topology
+    seat: Seat
     tokenizer: Tokenizer | None
     reader: ShardReader
 
     def step(self, step: int) -> StepBatch:
         """Plan, place, read, decode and pack a step."""
         config = self.config
-        batch = plan(self.index, self.spec, config.seed, step)
-        num_tokens = batch.grid_hw.prod(axis=1)
+        batch = self.planner.batch(step, self.seat.shares)
+        num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
         choice, text_tokens = None, np.zeros_like(num_tokens)
         if self.tokenizer is not None:
             num_captions = self.index.rows["num_captions"][batch.rows]
             choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
             text_tokens = token_bound(self.index.chosen_bytes(batch.rows, choice), config.text.max_tokens)
+            cost = cost + caption_cost(text_tokens, config)
         limits = pack_limits(config)
-        placement = place(batch.share, batch.cost, num_tokens, text_tokens, topology=self.topology, limits=limits)
+        placement = place(cost, num_tokens, text_tokens, num_ranks=self.seat.num_ranks, limits=limits)
         micro, cut_captions = [], 0
-        for members in placement.packs_of(self.dp_rank):
+        for members in placement.packs_of(self.seat.rank):
             # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
             order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
             refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
@@ -176,7 +177,7 @@ class _Loading:
         return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions)
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef]) -> PackedImages:
-        patch_px = self.spec.sizing.patch_size_px
+        patch_px = self.config.vision.patch_size
         flips = mirrored(batch.key[order]) & self.config.data.flip
         patches: list[Tensor | None] = []
         for ref, (rows, columns), flip in zip(refs, batch.grid_hw[order].tolist(), flips, strict=True):
@@ -198,6 +199,13 @@ class _Loading:
             found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
             captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions
+
+
+def caption_cost(num_tokens: Ints, config: RunConfig) -> Ints:
+    """Return the cost of encoding captions of n tokens, in the units of `attention_cost` of the vision tower."""
+    vision, text = config.vision, config.text
+    units = attention_cost(num_tokens, attention_tokens(text))
+    return units * (text.embed_dim * text.depth) // (vision.embed_dim * vision.depth)
 
 
 def pack_limits(config: RunConfig) -> PackLimits:

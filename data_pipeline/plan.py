@@ -1,20 +1,22 @@
 """The plan: which samples make the global batch of a step, a pure function of the index, a spec, a seed and the step.
 
 It knows nothing of ranks, so the sequence of global batches is the same on any number of them, and a step can be
-replayed anywhere. Samples stream through each source epoch after epoch, in short runs of neighbors (reads stay
-sequential); a look-ahead window of some steps takes its exact share of every source and is shuffled.
+replayed anywhere. The samples of a source belong to C canonical shares: stretches of neighbors that cost the same.
+Every share walks through its own stretch, epoch after epoch; whoever trains on a share plans it alone and reads nothing
+of the others. A window of some steps takes its exact part of every source; inside an epoch the windows of a share, and
+inside a window its steps, cost the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from threading import Lock
 
 import numpy as np
 import torch
@@ -23,40 +25,19 @@ from numpy.typing import NDArray
 from cogvit.config import RunConfig
 from cogvit.draws import mix
 from cogvit.errors import DataError
-from cogvit.model.naflex import naflex_grid
-from data_pipeline.balance import attention_cost, deal
+from cogvit.model.config import CogViTConfig, TextConfig
+from data_pipeline.balance import attention_cost, spread
 from data_pipeline.index import Index
+from data_pipeline.permutation import permute
+from data_pipeline.sizing import Sizing, sizing_of
 
 Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
 
-RUN_SAMPLES = 64  # neighbors of a shard that stay together within an epoch's order; the window shuffles them apart
-_FEISTEL_ROUNDS = 6
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplying by it spreads every bit upward
-
-
-@dataclass(frozen=True, slots=True)
-class Sizing:
-    """How an image's size becomes a grid of patches."""
-
-    kind: Literal["square", "naflex"]
-    patch_size_px: int
-    square_hw: tuple[int, int]  # grid of every image where kind is square
-    max_patches: int
-    enlarge: bool
-
-    def grids(self, height_px: Ints, width_px: Ints) -> Ints:
-        """Return the grid of each image: [B, 2] rows and columns of patches."""
-        if self.kind == "square":
-            return np.tile(np.array(self.square_hw, np.int64), (len(height_px), 1))
-        sizes, inverse = np.unique(np.stack([height_px, width_px], axis=1), axis=0, return_inverse=True)
-        grids = [_naflex_grid(height, width, self) for height, width in sizes.tolist()]
-        return np.array(grids, np.int64).reshape(-1, 2)[inverse]
-
-
-@lru_cache(1 << 16)
-def _naflex_grid(height_px: int, width_px: int, sizing: Sizing) -> tuple[int, int]:
-    return naflex_grid(height_px, width_px, sizing.patch_size_px, sizing.max_patches, enlarge=sizing.enlarge)
+VERSION = 2  # of the sequence: the same spec gives other batches in another version
+FEWEST_SAMPLES = 64  # of a source in each share; a smaller source belongs to all shares
+FEWEST_DRAWS = 4  # of a source in each share and window; likewise (at 2 or less, rounding could ask for less than none)
+_WINDOW_SALT = 0x77696E64  # "wind"
+_STEP_SALT = 0x73746570  # "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,141 +51,240 @@ class PlanSpec:
     sizing: Sizing
     attention_tokens: int  # n0: the length at which attention costs as much as everything else
 
+    @property
+    def window_images(self) -> int:
+        """Images of one look-ahead window."""
+        return self.global_batch_images * self.lookahead_steps
+
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """The B images of one optimizer step, in canonical order."""
+    """The images of some shares of one optimizer step, share by share; B of them where the shares are all."""
 
     step: int
     rows: Ints  # [B], into the index
     epoch: Ints  # [B], of the image's source
+    share: Ints  # [B], 0 .. canonical_shares - 1; shares cost about the same
     key: Ints  # [B], seed of every draw for the image
     grid_hw: Ints  # [B, 2]
     cost: Ints  # [B]
-    share: Ints  # [B], 0 .. canonical_shares - 1; shares cost about the same
+    downsized: int  # how many images have more patches than data.max_patches
 
 
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """The samples of one source, or all of them."""
-
-    rows: Ints | None  # None: every row of the index
-    size: int
-    upto: Fraction  # share of the mixture up to and with this pool
+def attention_tokens(tower: CogViTConfig | TextConfig) -> int:
+    """Return n0 of a tower: the length at which attention costs as much as everything else."""
+    branches = 3 if tower.mlp == "swiglu" else 2
+    # Per token and layer: 8 D^2 + 2 * branches * D * F of matrix products, 4 n D of attention.
+    return 2 * tower.embed_dim + branches * tower.mlp_dim // 2
 
 
 def plan_spec(config: RunConfig) -> PlanSpec:
     """Return the part of a configuration that the plan depends on."""
-    vision, data = config.vision, config.data
-    branches = 3 if vision.mlp == "swiglu" else 2
+    data = config.data
     return PlanSpec(
         mixture=data.mixture,
         global_batch_images=data.global_batch_images,
         canonical_shares=data.canonical_shares,
         lookahead_steps=data.lookahead_steps,
-        sizing=Sizing(data.sizing, vision.patch_size, vision.base_grid, data.max_patches, data.enlarge),
-        # Per token and layer: 8 D^2 + 2 * branches * D * F of matrix products, 4 n D of attention.
-        attention_tokens=2 * vision.embed_dim + branches * vision.mlp_dim // 2,
+        sizing=sizing_of(config),
+        attention_tokens=attention_tokens(config.vision),
     )
 
 
 def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     """Return the hash that names a sequence of global batches."""
-    text = json.dumps([index.content_hash(), asdict(spec), seed], sort_keys=True)
+    text = json.dumps([VERSION, index.content_hash(), asdict(spec), seed], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def plan(index: Index, spec: PlanSpec, seed: int, step: int) -> GlobalBatch:
-    """Return the global batch of a step.
+@dataclass(frozen=True)
+class _Stream:
+    """One source, epoch after epoch. Draw number p of the stream falls into epoch p // S."""
 
-    Every sample of a source comes exactly once in each of the source's epochs, and each window of lookahead_steps holds
-    every source's share of the mixture to within one sample, with no drift.
-    Errors: DataError for a mixture that names an unknown source or gives one less than a sample a window.
+    number: int
+    rows: Ints  # [S], into the index
+    cost: Ints  # [S]
+    bounds: Ints | None  # [C + 1]: share c owns rows[bounds[c] : bounds[c + 1]]; None where every share draws from all
+    before: Fraction  # share of the mixture before this source, and up to and with it
+    upto: Fraction
+
+    def drawn(self, images: int) -> int:
+        """Return how many of the run's first images are this source's; with no drift, the sources' sum is exact."""
+        before, upto = self.before, self.upto
+        return images * upto.numerator // upto.denominator - images * before.numerator // before.denominator
+
+    def drawn_by_shares(self, draws: Ints) -> Ints:
+        """Return, for each number of draws [W], how many of them fell to the shares before share 0 .. C: [W, C + 1]."""
+        assert self.bounds is not None
+        epoch, at = np.divmod(draws, len(self.rows))
+        return epoch[:, None] * self.bounds + self.bounds * at[:, None] // len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Samples of a source: row and epoch of each."""
+
+    stream: _Stream
+    member: Ints  # into stream.rows
+    epoch: Ints
+
+
+class Planner:
+    """The plan of one run. What it keeps between calls could be computed again: it is a pure function that remembers.
+
+    Threads may share it. Errors: DataError for a mixture that names an unknown source or gives one less than a sample a
+    window.
     """
-    batch, window_images = spec.global_batch_images, spec.global_batch_images * spec.lookahead_steps
-    window, first = divmod(step * batch, window_images)
-    slot = permute(np.arange(first, first + batch), window_images, "window", seed, window)
-    rows, epoch = np.empty(batch, np.int64), np.empty(batch, np.int64)
-    taken, before = 0, Fraction(0)
-    for number, pool in enumerate(_pools(index, spec)):
-        # Rounding the cumulative shares keeps the sum exact: the sources' counts always add up to the images so far.
-        start = int(window * window_images * pool.upto) - int(window * window_images * before)
-        stop = int((window + 1) * window_images * pool.upto) - int((window + 1) * window_images * before)
-        mine = (slot >= taken) & (slot < taken + stop - start)
-        rows[mine], epoch[mine] = _stream(pool, start + slot[mine] - taken, seed, number)
-        taken, before = taken + stop - start, pool.upto
-    found = index.rows[rows]
-    key = mix(torch.from_numpy(found["sample_id"].copy()), seed, torch.from_numpy(epoch)).numpy()
-    grid_hw = spec.sizing.grids(found["height_px"], found["width_px"])
-    cost = attention_cost(grid_hw.prod(axis=1), spec.attention_tokens)
-    return GlobalBatch(step, rows, epoch, key, grid_hw, cost, deal(cost, spec.canonical_shares))
+
+    def __init__(self, index: Index, spec: PlanSpec, seed: int) -> None:
+        self._index, self._spec, self._seed = index, spec, seed
+        self._streams = tuple(_streams(index, spec))
+        self._lock = Lock()
+        kept = 2 * len(self._streams) * spec.canonical_shares  # an epoch or window and the next one
+        self._epoch_windows = lru_cache(kept)(self._epoch_windows_anew)
+        self._common_draws = lru_cache(kept)(self._common_draws_anew)
+        self._share_window = lru_cache(kept)(self._share_window_anew)
+
+    def batch(self, step: int, shares: Iterable[int] | None = None) -> GlobalBatch:
+        """Return some shares of a step's global batch, or all of it.
+
+        Every sample of a source comes exactly once in each of the source's epochs, and each window of lookahead_steps
+        holds every source's part of the mixture to within one sample, with no drift.
+        """
+        spec = self._spec
+        shares = range(spec.canonical_shares) if shares is None else shares
+        window, inside = divmod(step, spec.lookahead_steps)
+        with self._lock:
+            found = [self._share_window(window, share)[inside] for share in shares]
+        rows, epoch = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        sizes = self._index.rows[rows]
+        grid_hw = spec.sizing.grids(sizes["height_px"], sizes["width_px"])
+        return GlobalBatch(
+            step=step,
+            rows=rows,
+            epoch=epoch,
+            share=np.repeat(list(shares), [len(part) for part, _ in found]),
+            key=self._keys(rows, epoch),
+            grid_hw=grid_hw,
+            cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
+            downsized=int(spec.sizing.exceeds(sizes["height_px"], sizes["width_px"]).sum()),
+        )
+
+    def _keys(self, rows: Ints, epoch: Ints, *salts: int) -> Ints:
+        sample_id = torch.from_numpy(self._index.rows["sample_id"][rows])
+        return mix(sample_id, self._seed, torch.from_numpy(epoch), *salts).numpy()
+
+    def _share_window_anew(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
+        """Return (rows, epochs) of a share for each step of a window; the steps cost the same."""
+        spec = self._spec
+        draws, before = [], 0  # slots of the window that belong to the shares before this one
+        for stream in self._streams:
+            mine, others = self._draws(stream, window, share)
+            draws.append(mine)
+            before += others
+        rows = np.concatenate([one.stream.rows[one.member] for one in draws])
+        epoch = np.concatenate([one.epoch for one in draws])
+        cost = np.concatenate([one.stream.cost[one.member] for one in draws])
+        # All slots of the window go round the steps, so that every step gets exactly its number of images.
+        sizes = np.bincount((before + np.arange(len(rows))) % spec.lookahead_steps, minlength=spec.lookahead_steps)
+        step = spread(cost, sizes, self._keys(rows, epoch, _STEP_SALT))
+        return [(rows[step == one], epoch[step == one]) for one in range(spec.lookahead_steps)]
+
+    def _draws(self, stream: _Stream, window: int, share: int) -> tuple[_Draws, int]:
+        """Return what a share draws from a source in a window, and how much the shares before it draw."""
+        first, last = (stream.drawn(self._spec.window_images * edge) for edge in (window, window + 1))
+        if stream.bounds is None:
+            common, owner = self._common_draws(stream.number, window)
+            mine = owner == share
+            return _Draws(stream, common.member[mine], common.epoch[mine]), int((owner < share).sum())
+        drawn = stream.drawn_by_shares(np.array([first, last]))
+        start, stop = np.diff(drawn[:, share : share + 2], axis=1)[:, 0].tolist()
+        size = int(stream.bounds[share + 1] - stream.bounds[share])
+        parts, epochs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for epoch in range(start // size, -(-stop // size)):
+            whole = start <= epoch * size and (epoch + 1) * size <= stop
+            parts.append(np.arange(size) if whole else self._members(stream, share, epoch, window))
+            epochs.append(np.full(len(parts[-1]), epoch))
+        member = stream.bounds[share] + np.concatenate(parts)
+        return _Draws(stream, member, np.concatenate(epochs)), int(drawn[1, share] - drawn[0, share])
+
+    def _members(self, stream: _Stream, share: int, epoch: int, window: int) -> Ints:
+        """Return which samples of its stretch a share draws in one window of an epoch."""
+        first_window, bounds, order = self._epoch_windows(stream.number, share, epoch)
+        start, stop = bounds[window - first_window : window - first_window + 2].tolist()
+        return order[start:stop]
+
+    def _epoch_windows_anew(self, number: int, share: int, epoch: int) -> tuple[int, Ints, Ints]:
+        """Split a share's epoch into the windows that it meets, which cost in proportion to their sizes.
+
+        Returns the first window, and the bounds of each in the order of samples that comes last.
+        """
+        stream = self._streams[number]
+        assert stream.bounds is not None
+        low, high = stream.bounds[share : share + 2].tolist()
+        start, stop = epoch * (high - low), (epoch + 1) * (high - low)
+
+        def reached(windows: range) -> Ints:
+            draws = np.array([stream.drawn(self._spec.window_images * window) for window in windows])
+            return np.diff(stream.drawn_by_shares(draws)[:, share : share + 2], axis=1)[:, 0]
+
+        # The mixture's share says where the epoch lies to within a few windows; the counts say where exactly.
+        length = self._spec.window_images * (stream.upto - stream.before) / len(stream.rows)  # in epochs
+        first = max(int(epoch / length) - 2, 0)
+        edges = reached(range(first, int((epoch + 1) / length) + 4))
+        skipped = int((edges <= start).sum()) - 1
+        bounds = edges[skipped : skipped + 1 + int((edges[skipped + 1 :] < stop).sum()) + 1]
+        bounds = np.clip(bounds, start, stop) - start
+        rows = stream.rows[low:high]
+        key = self._keys(rows, np.full(len(rows), epoch), _WINDOW_SALT)
+        part = spread(stream.cost[low:high], np.diff(bounds), key)
+        return first + skipped, bounds, np.argsort(part, kind="stable")
+
+    def _common_draws_anew(self, number: int, window: int) -> tuple[_Draws, Ints]:
+        """Return what all shares draw in a window from a source that none owns, and the share of each draw."""
+        stream, shares = self._streams[number], self._spec.canonical_shares
+        first, last = (stream.drawn(self._spec.window_images * edge) for edge in (window, window + 1))
+        epoch, at = np.divmod(np.arange(first, last), len(stream.rows))
+        for one in np.unique(epoch).tolist():
+            mine = epoch == one
+            at[mine] = permute(at[mine], len(stream.rows), "epoch", self._seed, number, one)
+        sizes = np.diff(np.arange(shares + 1) * len(at) // shares)
+        key = self._keys(stream.rows[at], epoch, _WINDOW_SALT)
+        return _Draws(stream, at, epoch), spread(stream.cost[at], sizes, key)
 
 
-def _pools(index: Index, spec: PlanSpec) -> Iterator[_Pool]:
+def _streams(index: Index, spec: PlanSpec) -> Iterator[_Stream]:
+    """Yield the sources of the mixture, or all samples as one."""
     if not spec.mixture:
-        yield _Pool(None, len(index), Fraction(1))
+        yield _stream(index, spec, np.arange(len(index)), 0, Fraction(0), Fraction(1))
         return
     for name, weight in spec.mixture:
         if not 0.0 < weight < float("inf"):
             raise DataError(f"data.mixture gives {name!r} the weight {weight}; weights are positive")
     total = sum((Fraction(weight) for _, weight in spec.mixture), Fraction(0))
-    window_images = spec.global_batch_images * spec.lookahead_steps
-    upto = accumulate(Fraction(weight) / total for _, weight in spec.mixture)
-    for (name, weight), share in zip(spec.mixture, upto, strict=True):
+    upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
+    for number, (name, weight) in enumerate(spec.mixture):
         if name not in index.sources:
             raise DataError(f"data.mixture names {name!r}; the shards' sources are {', '.join(index.sources)}")
-        if weight * window_images < total:
+        if weight * spec.window_images < total:
             raise DataError(
-                f"data.mixture gives {name!r} less than one of the {window_images} images of a window; raise its weight"
-                f" from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
+                f"data.mixture gives {name!r} less than one of the {spec.window_images} images of a window; raise its"
+                f" weight from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
             )
         rows = np.flatnonzero(index.rows["source"] == index.sources.index(name))
         if not len(rows):
             raise DataError(f"data.mixture names {name!r}, which has no usable sample")
-        yield _Pool(rows, len(rows), share)
+        yield _stream(index, spec, rows, number, upto[number], upto[number + 1])
 
 
-def _stream(pool: _Pool, position: Ints, seed: int, number: int) -> tuple[Ints, Ints]:
-    """Return row and epoch at some positions of a pool's endless stream.
-
-    An epoch walks through runs of RUN_SAMPLES neighbors in random order; where the runs begin is random too, and the
-    rest that fills no run comes last.
-    """
-    epoch, at = np.divmod(position, pool.size)
-    member = np.empty_like(at)
-    num_runs = pool.size // RUN_SAMPLES
-    for one in np.unique(epoch).tolist():
-        mine = epoch == one
-        run, inside = np.divmod(at[mine], RUN_SAMPLES)
-        whole = run < num_runs
-        run[whole] = permute(run[whole], num_runs, "run", seed, number, one)
-        turn = int(_salts("turn", seed, number, one)[0]) % pool.size
-        member[mine] = (run * RUN_SAMPLES + inside + turn) % pool.size
-    return (member if pool.rows is None else pool.rows[member]), epoch
-
-
-def permute(position: Ints, size: int, *names: int | str) -> Ints:
-    """Return where a random permutation of range(size), which names select, sends some positions.
-
-    A Feistel network over the next power of four, walked until it is back in range: no table, any size.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    salts = _salts(*names)
-    moved = _feistel(position.astype(np.uint64), half_bits, salts)
-    while (outside := moved >= size).any():
-        moved[outside] = _feistel(moved[outside], half_bits, salts)
-    return moved.astype(np.int64)
-
-
-def _feistel(position: Words, half_bits: int, salts: Words) -> Words:
-    half, rest, middle = np.uint64(half_bits), np.uint64(64 - half_bits), np.uint64(32)
-    left, right = position >> half, position & np.uint64((1 << half_bits) - 1)
-    for salt in salts[:_FEISTEL_ROUNDS]:
-        word = (right ^ salt) * _ODD
-        left, right = right, left ^ (((word ^ (word >> middle)) * _ODD) >> rest)
-    return (left << half) | right
-
-
-def _salts(*names: int | str) -> Words:
-    """Return eight random words for a purpose."""
-    return np.frombuffer(hashlib.blake2b(repr(names).encode()).digest(), "<u8").astype(np.uint64)
+def _stream(index: Index, spec: PlanSpec, rows: Ints, number: int, before: Fraction, upto: Fraction) -> _Stream:
+    found = index.rows[["height_px", "width_px"]][rows]
+    num_tokens = spec.sizing.grids(found["height_px"], found["width_px"]).prod(axis=1)
+    cost, shares = attention_cost(num_tokens, spec.attention_tokens), spec.canonical_shares
+    total = np.cumsum(cost)
+    cuts = np.searchsorted(total, total[-1] / shares * np.arange(1, shares))
+    bounds = np.array([0, *cuts, len(rows)], np.int64)
+    smallest = int(np.diff(bounds).min())
+    draws = spec.window_images * (upto - before) * smallest / len(rows)  # of the smallest share in a window
+    owned = shares == 1 or (smallest >= FEWEST_SAMPLES and draws >= FEWEST_DRAWS)
+    return _Stream(number, rows, cost, bounds if owned else None, before, upto)

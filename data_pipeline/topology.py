@@ -1,25 +1,73 @@
-"""Which canonical shares of a global batch go to which data-parallel ranks."""
+"""Where ranks sit, and which canonical shares of a global batch go to which of them."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
+
+from cogvit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One data-parallel rank's place: the group that it balances with and the canonical shares that are the group's."""
+
+    rank: int  # inside the group
+    num_ranks: int
+    shares: range
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Groups of neighboring ranks; each group takes an equal number of canonical shares and balances within itself.
+    """Groups of data-parallel ranks; each takes an equal number of neighboring shares and balances within itself.
 
-    Ranks are numbered node by node under torchrun and srun, so a group is a node, a part of one, or several whole ones
-    where the numbers divide; otherwise groups are larger and the balance is still exact, only less local.
+    A group is a node where the nodes divide the shares, and otherwise the fewest neighboring nodes that do: exact and
+    balanced all the same, only less local.
     """
 
-    num_groups: int
-    ranks_per_group: int
+    groups: tuple[tuple[int, ...], ...]  # dp ranks
     shares_per_group: int
 
+    def seat(self, dp_rank: int) -> Seat:
+        """Return a rank's place."""
+        number, group = next((number, group) for number, group in enumerate(self.groups) if dp_rank in group)
+        first = number * self.shares_per_group
+        return Seat(group.index(dp_rank), len(group), range(first, first + self.shares_per_group))
 
-def topology_of(dp_size: int, canonical_shares: int) -> Topology:
-    """Return the finest grouping of dp_size ranks whose groups take whole shares."""
-    num_groups = gcd(dp_size, canonical_shares)
-    return Topology(num_groups, dp_size // num_groups, canonical_shares // num_groups)
+
+def topology_of(addresses: Sequence[str], canonical_shares: int) -> Topology:
+    """Return the finest grouping by whole nodes whose groups take whole shares.
+
+    addresses are those of the dp ranks, from the network's root down (spine.leaf1.node3, or a host's name alone), so
+    that neighbors in their order share a switch. Nodes of unequal numbers of ranks make one group.
+    """
+    order = sorted(range(len(addresses)), key=lambda rank: addresses[rank])  # stable: neighbors share a node
+    nodes = Counter(addresses)
+    num_groups = gcd(len(nodes), canonical_shares) if len(set(nodes.values())) == 1 else 1
+    size = len(order) // num_groups
+    groups = tuple(tuple(order[start : start + size]) for start in range(0, len(order), size))
+    return Topology(groups, canonical_shares // num_groups)
+
+
+def local_address(path: str) -> str:
+    """Return this process's place in the network: from a file, else SLURM_TOPOLOGY_ADDR, else the host's name.
+
+    The file has a line for each host: its name and its address, as in `node3 spine.leaf1.node3`.
+    Errors: ConfigError for a file that cannot be read or lacks this host.
+    """
+    host = socket.gethostname()
+    if not path:
+        return os.environ.get("SLURM_TOPOLOGY_ADDR") or host
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--data.topology {path} cannot be read: {error}") from None
+    words = {parts[0]: parts[1] for line in lines if len(parts := line.split()) == 2}
+    if host not in words:
+        raise ConfigError(f"--data.topology {path} has no line 'HOST ADDRESS' for {host}; add it")
+    return words[host]

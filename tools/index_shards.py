@@ -1,90 +1,106 @@
 """Indexes webdataset shards for training: one pass over each tar and the headers of its images, no decoding.
 
-Usage: python -m tools.index_shards PATTERN [--index-dir DIR] [--source NAME]
+Usage: python -m tools.index_shards PATTERN [flags]
 
 PATTERN is a glob, a brace range ({00000..00012}) or a directory of .tar files, local or an fsspec URL; quote it.
-A sample is KEY.png, .jpg, .jpeg or .webp with captions in KEY.json ({"captions": {"en": [...], "zh": [...]}}, or
-{"caption": ...} as img2dataset writes it) or in KEY.txt.
+A sample is KEY.png, .jpg, .webp, .gif, .bmp or .tif with captions in KEY.json ({"captions": {"en": [...], "zh": [...]}}
+or, as img2dataset writes it, {"caption": ...}) or in KEY.txt.
 
---index-dir DIR   write SHARD.parquet there instead of beside each shard
---source NAME     source of the samples whose json names none, for data.mixture ("default")
+--index-dir DIR      write SHARD.parquet there instead of beside each shard
+--source NAME        source of the samples whose json names none, for data.mixture ("default")
+--min-side-px N      leave out images with a shorter side (8)
+--max-aspect X       leave out images whose longer side is more than X times the shorter (6)
+--max-pixels N       leave out images with more pixels (89478485)
+--captions required  leave out images without a caption (any)
+--workers N          index N shards at a time, in Ray workers (1: in this process)
+--ray-address H:P    the Ray cluster of the workers; one of its own on this machine if not given
 
 A shard whose index fits is left alone, so the same command goes on after an interruption and after new shards.
-What cannot be used is counted and printed, with the reason. Exit status: 0, or 2 for shards that cannot be indexed.
+What is left out is counted and printed, with the reason. Exit status: 0, or 2 for shards that cannot be indexed.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
-from cogvit.arguments import asks_for_help
-from cogvit.errors import CogViTError, ConfigError
-from data_pipeline.index import DEFAULT_SOURCE, build_index, load_index
-from data_pipeline.shards import expand_shards
+from tqdm import tqdm
+
+from cogvit.arguments import run_command
+from cogvit.errors import ConfigError
+from cogvit.teacher.actors import connect, plan_cluster
+from data_pipeline.index import DEFAULT_SOURCE, ShardReport, index_shard, load_index, shards_to_index
+from data_pipeline.rules import Rules
+from data_pipeline.server import run_tasks
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """The command line."""
 
-    pattern: str = ""
+    pattern: str
     index_dir: str = ""
     source: str = DEFAULT_SOURCE
+    min_side_px: str = str(Rules.min_side_px)
+    max_aspect: str = str(Rules.max_aspect)
+    max_pixels: str = str(Rules.max_pixels)
+    captions: str = Rules.captions
+    workers: str = "1"
+    ray_address: str = ""
 
 
-def read_arguments(argv: list[str]) -> Arguments:
-    """Read the command line. Errors: ConfigError for an unknown flag, a missing value or no PATTERN."""
-    arguments, words = Arguments(), [part for word in argv for part in _split(word)]
-    while words:
-        word = words.pop(0)
-        if word in ("--index-dir", "--source"):
-            if not words or not words[0]:
-                raise ConfigError(f"{word} needs a value; see --help")
-            arguments = replace(arguments, **{word[2:].replace("-", "_"): words.pop(0)})
-        elif word.startswith("-") or arguments.pattern:
-            raise ConfigError(f"unexpected argument {word!r}; quote PATTERN, and see --help")
-        else:
-            arguments = replace(arguments, pattern=word)
-    if not arguments.pattern:
-        raise ConfigError("PATTERN is missing: a glob, a brace range or a directory of shards; see --help")
-    return arguments
+def read_rules(arguments: Arguments) -> Rules:
+    """Return the rules of a command line. Errors: ConfigError for what is no number, or no choice."""
+    if arguments.captions not in ("any", "required"):
+        raise ConfigError(f"--captions {arguments.captions} must be any or required")
+    try:
+        return Rules(
+            int(arguments.min_side_px),
+            float(arguments.max_aspect),
+            int(arguments.max_pixels),
+            "required" if arguments.captions == "required" else "any",
+        )
+    except ValueError as error:
+        raise ConfigError(f"--min-side-px, --max-aspect and --max-pixels take numbers: {error}") from None
 
 
-def _split(word: str) -> list[str]:
-    """Take --flag=value apart."""
-    return word.split("=", 1) if word.startswith("--") else [word]
+def index_all(arguments: Arguments, shards: tuple[str, ...]) -> Iterator[ShardReport]:
+    """Index shards, in this process or several at a time; yields each when it is done."""
+    if not arguments.workers.isdecimal() or int(arguments.workers) < 1:
+        raise ConfigError(f"--workers {arguments.workers} must be a number of 1 or more")
+    workers, rules = int(arguments.workers), read_rules(arguments)
+    index_one = partial(index_shard, index_dir=arguments.index_dir, source=arguments.source, rules=rules)
+    if workers == 1:
+        yield from map(index_one, shards)
+        return
+    with connect(plan_cluster(arguments.ray_address), workers):
+        yield from run_tasks(index_one, shards, in_flight=2 * workers)
 
 
-def index_shards(arguments: Arguments) -> None:
-    """Index the shards with a line of progress for each, then print what they hold."""
-    total = len(expand_shards(arguments.pattern))
+def index_shards(arguments: Arguments) -> int:
+    """Index the shards with a line of progress for each, or a bar on a terminal, then print what they hold."""
+    shards = shards_to_index(arguments.pattern, arguments.index_dir)
     problems: Counter[str] = Counter()
-    on_terminal = sys.stdout.isatty()
-    for done, report in enumerate(build_index(arguments.pattern, arguments.index_dir, arguments.source), start=1):
+    on_terminal = sys.stderr.isatty()
+    reports = index_all(arguments, shards)
+    for done, report in enumerate(tqdm(reports, total=len(shards), unit="shard", disable=not on_terminal), start=1):
         problems.update(report.problems)
-        state = "fits" if report.reused else "indexed"
-        line = f"[{done}/{total}] {report.shard.rpartition('/')[2]}: {report.num_images:,} images, {state}"
-        print(f"\r\033[K{line}" if on_terminal else line, end="" if on_terminal else "\n", flush=True)
-    if on_terminal:
-        print()
+        if not on_terminal:
+            state = "fits" if report.reused else "indexed"
+            name = report.shard.rpartition("/")[2]
+            print(f"[{done}/{len(shards)}] {name}: {report.num_images:,} images, {state}", flush=True)
     for reason, count in problems.most_common():
         print(f"left out: {count:,} x {reason}")
-    print(load_index(arguments.pattern, arguments.index_dir).describe())
+    print(load_index(arguments.pattern, arguments.index_dir, duplicates="drop").describe())
+    return 0
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not argv or asks_for_help(argv):
-        print(__doc__)
-        return 0 if argv else 2
-    try:
-        index_shards(read_arguments(argv))
-        return 0
-    except CogViTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    return run_command(argv, __doc__ or "", Arguments, index_shards)
 
 
 if __name__ == "__main__":

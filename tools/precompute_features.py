@@ -31,9 +31,9 @@ from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.store import contents_of, headers_of, is_complete, path_of, shard_name, write_shard
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, submit_ahead
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
-from data_pipeline.index import Index, load_index
+from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
-from data_pipeline.plan import plan_spec
+from data_pipeline.sizing import sizing_of
 
 Ints = NDArray[np.int64]
 
@@ -69,9 +69,9 @@ def plan_job(config: RunConfig) -> Job:
         raise ConfigError("--out DIR is needed: the store")
     if not config.teachers.members:
         raise ConfigError("the preset has no teachers; take one of stage 1")
-    out, index = Path(config.out), load_index(config.data.shards, config.data.index_dir)
+    out, index = Path(config.out), open_index(config.data, config.data.shards)
     fingerprints = {member.name: fingerprint(inspect_teacher(member.path)) for member in config.teachers.members}
-    grid_hw = plan_spec(config).sizing.grids(index.rows["height_px"], index.rows["width_px"])
+    grid_hw = sizing_of(config).grids(index.rows["height_px"], index.rows["width_px"])
     headers = headers_of(fingerprints, contents_of(index.shards, index.rows, grid_hw), config.teachers.precision)
     stale = {shard for (name, shard), header in headers.items() if not is_complete(path_of(out, name, shard), header)}
     names = [shard_name(shard) for shard in index.shards]

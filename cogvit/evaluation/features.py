@@ -16,7 +16,7 @@ from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
 from data_pipeline.caption import load_tokenizer
-from data_pipeline.plan import Sizing
+from data_pipeline.sizing import Sizing
 
 _PIXELS_SIDE_PX = 32
 _CAPTIONS_PER_BATCH = 256

@@ -16,9 +16,10 @@ from cogvit.errors import DataError
 from cogvit.model.packing import pack_images
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
 from data_pipeline.decode import Pixels, decode_patches
-from data_pipeline.index import CAPTION_EXTENSIONS, Index
-from data_pipeline.plan import Sizing
+from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
+from data_pipeline.sizing import Sizing
+from data_pipeline.table import CAPTION_EXTENSIONS
 
 Ints = NDArray[np.int64]
 

@@ -13,7 +13,7 @@ from cogvit.evaluation.samples import Samples, read_samples, rows_of
 from cogvit.model.config import CogViTConfig
 from cogvit.training.restore import Towers, is_run, load_towers
 from data_pipeline.index import Index, load_index
-from data_pipeline.plan import Sizing, plan_spec
+from data_pipeline.sizing import Sizing, sizing_of
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def load_subject(path: Path, data: str = "", index_dir: str = "") -> Subject:
 def _sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
     """As the run sized images; for an export at their own size, up to its largest."""
     if config is not None:
-        return plan_spec(config).sizing
+        return sizing_of(config)
     return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)

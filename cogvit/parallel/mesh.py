@@ -128,6 +128,12 @@ class Mesh:
         for group in (dist.group.WORLD, self.tp_group, self.pp_group, self.dp_group, self.model_group):
             _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
+    def gather(self, value: Result) -> list[Result]:
+        """Return what every rank brings, by rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_writer(self, make: Callable[[], Result]) -> Result:
         """Run `make` on the writer; its (picklable) result is returned, or its CogViTError raised, on every rank."""
         answer: list[Any] = [None, None]
@@ -148,8 +154,7 @@ class Mesh:
         """
         if not self.agree_max(int(error is not None)):
             return
-        errors: list[CogViTError | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error)
+        errors = self.gather(error)
         raise error or next(other for other in errors if other is not None)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from cogvit.batch import StepBatch, move
+from cogvit.batch import StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
@@ -42,7 +43,8 @@ class Evaluation:
     """Evaluation during training: held-out global batches, made anew for each pass."""
 
     every_steps: int
-    batches: Callable[[], Iterator[StepBatch]]
+    steps: int
+    batches: Callable[[], Generator[StepBatch]]
 
     def due(self, step: int) -> bool:
         """Whether a step is followed by an evaluation."""
@@ -118,7 +120,10 @@ def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[s
 
 
 def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
-    """Return the next global batch; when one rank's data or teachers fail, all ranks raise and none waits for it."""
+    """Return the next global batch, with as many packs on every rank as the fullest needs.
+
+    When one rank's data or teachers fail, all ranks raise and none waits for it. Errors: StopIteration at the end.
+    """
     batch, failure = None, None
     try:
         batch = next(source)
@@ -126,19 +131,19 @@ def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
         failure = error
     mesh.raise_together(failure)
     assert batch is not None
-    return batch
+    return pad_step(batch, mesh.agree_max(len(batch.micro)))
 
 
 def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
     """Return the mean loss terms over the held-out batches, named eval_*."""
     sums: dict[str, float] = {}
-    count = 0
-    for batch in evaluation.batches():
-        micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
-        for name, value in engine.evaluate(objective, micro).items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += 1
-    return {f"eval_{name}": value / count for name, value in sums.items()}
+    with closing(evaluation.batches()) as source:
+        for _ in range(evaluation.steps):
+            batch = take(source, engine.mesh)
+            micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
+            for name, value in engine.evaluate(objective, micro).items():
+                sums[name] = sums.get(name, 0.0) + value
+    return {f"eval_{name}": value / evaluation.steps for name, value in sums.items()}
 
 
 def measure(step: StepBatch, mesh: Mesh) -> Workload:

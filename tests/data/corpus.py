@@ -11,9 +11,12 @@ from PIL import Image
 
 from cogvit.config import DataConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
-from data_pipeline.index import ROW, Index, build_index, load_index
+from data_pipeline.index import Index, build_index, load_index
+from data_pipeline.rules import Rules
+from data_pipeline.table import ROW
 
 PATCH_PX = 4
+ANY_SIZE = Rules(min_side_px=1, max_aspect=1e9)
 
 
 def picture(height_px, width_px, seed, image_format="PNG", **options):
@@ -63,7 +66,7 @@ def write_corpus(directory: Path, num_shards=3, per_shard=20):
 
 def indexed(directory: Path, num_shards=3, per_shard=20):
     pattern = write_corpus(directory, num_shards, per_shard)
-    for _ in build_index(pattern):
+    for _ in build_index(pattern, rules=ANY_SIZE):
         pass
     return load_index(pattern)
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
-from data_pipeline.decode import decode_patches, image_size_px, read_image, read_image_at
+from data_pipeline.decode import Header, decode_patches, read_header, read_image, read_image_at
 from tests.data.corpus import picture
 
 
@@ -31,7 +31,8 @@ def test_pixels_are_those_of_pillow(image_format):
     data = picture(30, 44, 1, image_format)
     reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     pixels = read_image(data)
-    assert image_size_px(data) == pixels.shape[:2] == (30, 44)
+    assert pixels.shape[:2] == (30, 44)
+    assert read_header(data) == Header(30, 44, image_format.lower())
     assert np.abs(pixels.astype(int) - reference).max() <= 2
 
 
@@ -42,7 +43,8 @@ def test_orientation_is_applied_to_size_and_pixels(image_format, orientation):
     exif[0x112] = orientation
     data = picture(32, 48, 2, image_format, exif=exif.tobytes())
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert image_size_px(data) == upright.shape[:2]
+    header = read_header(data)
+    assert (header.height_px, header.width_px) == upright.shape[:2]
     assert np.abs(read_image(data).astype(int) - upright).max() <= 2
     assert read_image(data, (2, 2)).shape[0] * upright.shape[1] == read_image(data, (2, 2)).shape[1] * upright.shape[0]
 
@@ -109,7 +111,7 @@ def test_foreign_bytes_are_a_data_error(data):
 @pytest.mark.filterwarnings("error")
 def test_a_bomb_is_refused_by_its_header():
     with pytest.raises(DataError, match="pixel"):
-        image_size_px(bomb())
+        read_header(bomb())
 
 
 def test_resized_image_follows_the_antialiased_reference():

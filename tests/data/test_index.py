@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from cogvit.draws import name_to_int64
-from cogvit.errors import DataError
+from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import CaptionChoice
-from data_pipeline.index import build_index, index_path, load_index
+from data_pipeline.index import build_index, load_index
+from data_pipeline.rules import Rules
 from data_pipeline.shards import read_range
-from tests.data.corpus import indexed, members, picture, write_corpus, write_tar
+from data_pipeline.table import index_path
+from tests.data.corpus import ANY_SIZE, indexed, members, picture, write_corpus, write_tar
 from tools.index_shards import main
 
 
 def build(pattern, **options):
-    return list(build_index(str(pattern), **options))
+    return list(build_index(str(pattern), **({"rules": ANY_SIZE} | options)))
 
 
 def test_index_records_every_sample(tmp_path):
@@ -86,11 +88,90 @@ def test_what_is_left_out_is_counted(tmp_path):
     write_tar(tmp_path / "s.tar", entries)
     (report,) = build(tmp_path)
     assert report.num_images == 3
-    assert sum(report.problems.values()) == 6
+    assert sum(report.problems.values()) == 8
     assert report.problems["a second image of the same key"] == 1
     assert report.problems["captions without an image"] == 1
     assert report.problems["a name is not printable UTF-8"] == 1
     assert report.problems["a caption is not UTF-8: invalid continuation byte"] == 1
+    assert report.problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] == 2
+
+
+def test_rules_leave_out_what_they_say(tmp_path):
+    sizes = {
+        "good": (12, 70),
+        "small": (7, 12),
+        "wide": (12, 73),
+        "tall": (300, 9),
+        "large": (40, 40),
+        "sliver": (1, 3000),
+    }
+    entries = [(f"{name}.png", picture(*size, seed)) for seed, (name, size) in enumerate(sizes.items())]
+    entries += [("good.txt", b"a caption"), ("blank.png", picture(12, 12, 9)), ("blank.txt", b" ")]
+    write_tar(tmp_path / "s.tar", entries)
+    (report,) = build(tmp_path, rules=Rules(max_pixels=1500, captions="required"))
+    assert load_index(str(tmp_path)).keys.to_pylist() == ["good"]
+    assert report.problems == {
+        "a side is shorter than 8 px": 2,
+        "the aspect ratio is beyond 6": 2,
+        "more than 1,500 pixels": 1,
+        "a sample's captions are empty or missing in its json or txt (it serves stage 1)": 1,
+        "no caption": 1,
+    }
+    assert [one.reused for one in build(tmp_path, rules=Rules(max_pixels=1500, captions="required"))] == [True]
+    (again,) = build(tmp_path)  # other rules: another index
+    assert not again.reused and again.num_images == 7
+
+
+def test_equal_images_are_used_once_when_asked(tmp_path):
+    image = picture(8, 8, 0)
+    for shard in range(2):
+        entries = [("same.png", image), (f"own{shard}.png", picture(8, 8, 1 + shard)), ("twin.png", image)]
+        write_tar(tmp_path / f"s-{shard}.tar", entries)
+    build(tmp_path)
+    assert len(load_index(str(tmp_path))) == 6
+    index = load_index(str(tmp_path), duplicates="drop")
+    assert index.keys.to_pylist() == ["same", "own0", "own1"]
+    assert "left out: 3 x a second copy of an image" in index.describe()
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ("width_px > 12 and source != 'blue'", lambda row, key: row["width_px"] > 12 and row["source"] == 1),
+        ("not (height_px * width_px < 100) or format in ('jpeg', 'webp')", lambda row, key: True),
+        ("key in ['0003', '0005']", lambda row, key: key in ("0003", "0005")),
+        ("captions_zh >= 1", lambda row, key: row["num_captions"][1] >= 1),
+    ],
+)
+def test_rules_over_the_index(tmp_path, rule, kept):
+    every = indexed(tmp_path)
+    wanted = [kept(row, key.as_py()) for row, key in zip(every.rows, every.keys, strict=True)]
+    if "format" in rule:
+        wanted = [h * w >= 100 or n % 3 for n, (h, w) in enumerate(every.rows[["height_px", "width_px"]].tolist())]
+    index = load_index(str(tmp_path), where=rule)
+    assert 0 < len(index) < 60
+    assert index.rows["sample_id"].tolist() == every.rows["sample_id"][np.array(wanted, bool)].tolist()
+    texts = CaptionChoice(np.zeros(len(index), np.int64), np.zeros(len(index), np.int64))
+    chosen = np.flatnonzero(wanted)
+    expected = every.chosen_bytes(chosen, CaptionChoice(np.zeros(len(chosen), int), np.zeros(len(chosen), int)))
+    assert index.chosen_bytes(np.arange(len(index)), texts).tolist() == expected.tolist()
+    assert f"left out: {60 - len(index)} x data.where" in index.describe()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("width_px >", "is no expression: invalid syntax"),
+        ("breadth > 3", "does not understand 'breadth'; columns are key, source, format"),
+        ("__import__('os').system('x')", "does not understand"),
+        ("1 < 2", "does not compare columns"),
+        ("source > 3", "does not fit the columns"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(tmp_path, rule, message):
+    indexed(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_index(str(tmp_path), where=rule)
 
 
 def test_second_run_reuses_and_a_changed_shard_is_refused_until_it_is_indexed_again(tmp_path):
@@ -149,7 +230,7 @@ def test_samples_of_one_identity_are_refused(tmp_path):
 def test_foreign_parquet_is_not_taken_for_an_index(tmp_path):
     pattern = write_corpus(tmp_path, num_shards=1)
     (tmp_path / "train-00000.tar.parquet").write_bytes(b"something else")
-    with pytest.raises(DataError, match="is no index of this program"):
+    with pytest.raises(DataError, match="is no index of this version"):
         load_index(pattern)
 
 
@@ -176,14 +257,45 @@ def test_remote_shards_are_indexed_beside_themselves(tmp_path):
 def test_command_indexes_and_reports(tmp_path, capsys):
     pattern = write_corpus(tmp_path, num_shards=2)
     write_tar(tmp_path / "train-00002.tar", [("bad.png", b"junk"), *members("ok", picture(4, 4, 4), caption="c")])
-    assert main([pattern, f"--index-dir={tmp_path}/index", "--source", "mine"]) == 0
+    sizes = ["--min-side-px", "1"]
+    assert main([pattern, f"--index-dir={tmp_path}/index", "--source", "mine", *sizes]) == 0
     out = capsys.readouterr().out
     assert "[2/3] train-00001.tar: 20 images, indexed" in out
     assert "left out: 1 x no known image format, or a damaged header" in out
     assert "41 images in 3 shards; sources: blue 8, mine 1, red 32; captions: en 81, zh 20" in out
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["x", "y"], ["x", "--nope"], ["x", "--source"], ["/nowhere/*.tar"]])
+@pytest.mark.timeout(180)
+def test_workers_write_what_one_process_writes_and_report_a_bad_shard(tmp_path, capsys):
+    pattern = write_corpus(tmp_path, num_shards=5)
+    whole = (tmp_path / "train-00004.tar").read_bytes()
+    (tmp_path / "train-00004.tar").write_bytes(b"no tar" * 400)
+    command = [pattern, "--min-side-px", "1", f"--index-dir={tmp_path}/one"]
+    assert main([*command, "--workers", "2"]) == 2
+    assert "train-00004.tar is not a plain tar" in capsys.readouterr().err
+    (tmp_path / "train-00004.tar").write_bytes(whole)
+    assert main(command) == 0  # goes on where the workers stopped
+    assert "[1/5] train-00000.tar: 20 images, fits" in capsys.readouterr().out
+    assert main([pattern, "--min-side-px", "1", f"--index-dir={tmp_path}/two"]) == 0
+    one, two = (load_index(pattern, str(tmp_path / name)) for name in ("one", "two"))
+    assert one.content_hash() == two.content_hash()
+    assert one.rows.tobytes() == two.rows.tobytes()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--help"],
+        ["x", "y"],
+        ["x", "--nope"],
+        ["x", "--source"],
+        ["x", "--workers", "no"],
+        ["x", "--max-aspect", "wide"],
+        ["x", "--captions", "some"],
+        ["/nowhere/*.tar"],
+    ],
+)
 def test_command_explains_itself_and_fails_in_one_line(argv, capsys):
     assert main(argv) == (0 if argv == ["--help"] else 2)
     printed = capsys.readouterr()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from cogvit.batch import DataPosition
+from cogvit.batch import DataPosition, pad_step
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
@@ -22,8 +22,9 @@ from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
-from data_pipeline.plan import plan, plan_spec
+from data_pipeline.plan import Planner, plan_spec
 from data_pipeline.shards import read_members, read_range
+from data_pipeline.topology import topology_of
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
 
 
@@ -32,8 +33,14 @@ def corpus(tmp_path_factory):
     return indexed(tmp_path_factory.mktemp("corpus"))
 
 
-def take(index, config, steps, dp_rank=0, dp_size=1, position=None, with_text=True):
-    with closing(step_batches(index, config, dp_rank, dp_size, position, with_text=with_text)) as batches:
+def seat_of(config, dp_rank=0, dp_size=1, per_node=1):
+    addresses = [f"node{rank // per_node}" for rank in range(dp_size)]
+    return topology_of(addresses, config.data.canonical_shares).seat(dp_rank)
+
+
+def take(index, config, steps, seat=None, position=None, with_text=True):
+    seat = seat or seat_of(config)
+    with closing(step_batches(index, config, seat, position, with_text=with_text)) as batches:
         return list(islice(batches, steps))
 
 
@@ -60,26 +67,29 @@ def contents(step_batch):
     return found
 
 
-@pytest.mark.parametrize("dp_size", [2, 4, 6])
-def test_global_batches_are_the_same_on_any_number_of_ranks(corpus, dp_size):
+@pytest.mark.parametrize(("dp_size", "per_node"), [(2, 1), (4, 2), (4, 4), (6, 1), (64, 8)])
+def test_global_batches_are_the_same_on_any_number_of_ranks(corpus, dp_size, per_node):
     config = run_config()
     alone = [contents(step_batch) for step_batch in take(corpus, config, 6)]
-    ranks = [take(corpus, config, 6, rank, dp_size) for rank in range(dp_size)]
+    ranks = [take(corpus, config, 6, seat_of(config, rank, dp_size, per_node)) for rank in range(dp_size)]
     for step, expected in enumerate(alone):
         together = [contents(rank[step]) for rank in ranks]
         assert sum(map(len, together)) == len(expected) == config.data.global_batch_images
         assert {key: value for mine in together for key, value in mine.items()} == expected
-        assert len({len(rank[step].micro) for rank in ranks}) == 1
+        most = max(len(rank[step].micro) for rank in ranks)
+        padded = [pad_step(rank[step], most) for rank in ranks]
+        assert [contents(one) for one in padded] == together
+        assert {len(one.micro) for one in padded} == {most}
         assert {rank[step].position for rank in ranks} == {DataPosition(ranks[0][0].position.plan_hash, step + 1)}
 
 
 @settings(max_examples=6)
-@given(first=st.integers(1, 7), before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 3, 6]))
+@given(first=st.integers(1, 7), before=st.sampled_from([1, 2, 4, 6]), after=st.sampled_from([1, 3, 6, 64]))
 def test_resume_on_another_layout_continues_each_epoch_exactly_once(corpus, first, before, after):
     config = run_config(global_batch_images=10)  # 6 steps are an epoch of the 60 samples
     position, seen = None, []
     for dp_size, steps in ((before, first), (after, 12 - first)):
-        ranks = [take(corpus, config, steps, rank, dp_size, position) for rank in range(dp_size)]
+        ranks = [take(corpus, config, steps, seat_of(config, rank, dp_size), position) for rank in range(dp_size)]
         position = ranks[0][-1].position
         seen += [[ref.sample_id for rank in ranks for ref in refs(rank[step])] for step in range(steps)]
     assert position.step == 12
@@ -239,11 +249,12 @@ def test_position_of_another_plan_is_refused(corpus):
     position = start_position(corpus, config, with_text=True)
     assert take(corpus, config, 1, position=position)[0].position == replace(position, step=1)
     with pytest.raises(DataError, match="seed changed"):
-        step_batches(corpus, replace(config, seed=8), 0, 1, position, with_text=True)
+        step_batches(corpus, replace(config, seed=8), seat_of(config), position, with_text=True)
 
 
 def test_closing_stops_the_threads(corpus):
-    batches = step_batches(corpus, run_config(decode_threads=2), 0, 1, None, with_text=True)
+    config = run_config(decode_threads=2)
+    batches = step_batches(corpus, config, seat_of(config), None, with_text=True)
     next(batches)
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
     batches.close()
@@ -252,7 +263,7 @@ def test_closing_stops_the_threads(corpus):
 
 def test_batches_are_those_of_the_plan(corpus):
     config = run_config()
-    batch = plan(corpus, plan_spec(config), config.seed, 3)
+    batch = Planner(corpus, plan_spec(config), config.seed).batch(3)
     assert set(contents(take(corpus, config, 4)[3])) == set(batch.key.tolist())
 
 

@@ -1,6 +1,7 @@
 """The plan: a pure function of the step, exact in its epochs and its mixture, balanced in its shares."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import naflex_grid
-from data_pipeline.plan import permute, plan, plan_hash, plan_spec
-from tests.data.corpus import bare_index, run_config
+from data_pipeline.permutation import permute
+from data_pipeline.plan import Planner, plan_hash, plan_spec
+from data_pipeline.sizing import Sizing
+from tests.data.corpus import PATCH_PX, bare_index, run_config
 
 
 def spec_of(**data):
@@ -40,20 +43,23 @@ def test_permute_differs_by_its_names():
 
 @settings(max_examples=30)
 @given(
-    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 700), min_size=1, max_size=3),
     batch=st.integers(6, 48),
     lookahead=st.integers(1, 5),
+    shares=st.sampled_from([1, 2, 4, 6]),
     mixed=st.booleans(),
     seed=st.integers(0, 2**40),
 )
-def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, mixed, seed):
+def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, shares, mixed, seed):
     index = bare_index(sizes)
     mixture = tuple((name, 1.0) for name in index.sources)
     if not mixed or batch * lookahead < len(sizes):
         mixture = ()
-    spec = spec_of(global_batch_images=batch, lookahead_steps=lookahead, mixture=mixture)
+    spec = spec_of(global_batch_images=batch, lookahead_steps=lookahead, canonical_shares=shares, mixture=mixture)
     steps = lookahead * -(-2 * sum(sizes) // (batch * lookahead))  # whole windows
-    batches = [plan(index, spec, seed, step) for step in range(steps)]
+    planner = Planner(index, spec, seed)
+    batches = [planner.batch(step) for step in range(steps)]
+    assert {len(one.rows) for one in batches} == {batch}
     rows, epoch = (np.concatenate([getattr(one, name) for one in batches]) for name in ("rows", "epoch"))
     source = index.rows["source"] if mixture else np.zeros(len(index), int)
     for number in np.unique(source):
@@ -72,17 +78,20 @@ def test_every_window_holds_the_exact_mixture(weights, batch):
     mixture = tuple(zip(index.sources, weights, strict=True))
     spec = spec_of(global_batch_images=batch, lookahead_steps=4, mixture=mixture)
     wanted = np.array(weights) / sum(weights)
-    so_far = np.zeros(len(weights))
+    planner, so_far = Planner(index, spec, 3), np.zeros(len(weights))
     for window in range(12):
         for step in range(4 * window, 4 * window + 4):
-            so_far += np.bincount(index.rows["source"][plan(index, spec, 3, step).rows], minlength=len(weights))
+            so_far += np.bincount(index.rows["source"][planner.batch(step).rows], minlength=len(weights))
         assert np.abs(so_far - wanted * so_far.sum()).max() < 1 + 1e-6
 
 
 def test_plan_is_pure_and_its_draws_follow_the_seed():
     index, spec = bare_index([500]), spec_of(global_batch_images=64)
-    again, other = plan(index, spec, 1, 5), plan(index, spec, 2, 5)
-    first = plan(index, spec, 1, 5)
+    again, other = Planner(index, spec, 1).batch(5), Planner(index, spec, 2).batch(5)
+    planner = Planner(index, spec, 1)
+    for step in (9, 0, 200):  # what was planned before leaves no trace
+        planner.batch(step)
+    first = planner.batch(5)
     assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in ("rows", "key", "share"))
     assert set(first.rows) != set(other.rows)
     assert len(set(first.key)) == 64
@@ -90,7 +99,7 @@ def test_plan_is_pure_and_its_draws_follow_the_seed():
 
 def test_key_changes_with_the_epoch():
     index, spec = bare_index([10]), spec_of(global_batch_images=10, lookahead_steps=1)
-    first, second = plan(index, spec, 0, 0), plan(index, spec, 0, 1)
+    first, second = (Planner(index, spec, 0).batch(step) for step in (0, 1))
     keys = [dict(zip(one.rows.tolist(), one.key.tolist(), strict=True)) for one in (first, second)]
     assert keys[0].keys() == keys[1].keys()
     assert not set(keys[0].values()) & set(keys[1].values())
@@ -99,22 +108,62 @@ def test_key_changes_with_the_epoch():
 def test_window_mixes_the_whole_of_a_small_corpus():
     """Samples of one shard are neighbors in the index; a batch must not be made of few of them."""
     index = bare_index([4096])
-    rows = plan(index, spec_of(global_batch_images=256, lookahead_steps=16), 0, 0).rows
+    rows = Planner(index, spec_of(global_batch_images=256, lookahead_steps=16), 0).batch(0).rows
     assert np.bincount(rows // 512, minlength=8).min() >= 12  # 32 expected of each eighth
 
 
-def test_shares_cost_the_same():
-    index = bare_index([5000])
-    spec = spec_of(global_batch_images=1024, canonical_shares=8, max_patches=60)
-    batch = plan(index, spec, 0, 0)
-    loads = np.bincount(batch.share, weights=batch.cost, minlength=8)
-    assert loads.max() <= 1.005 * loads.mean()
+@pytest.mark.parametrize(("samples", "owned"), [(400, False), (40_000, True)])
+def test_shares_cost_the_same(samples, owned):
+    """At the bounds of an epoch too, where a window draws from two."""
+    index = bare_index([samples])
+    spec = spec_of(global_batch_images=1024, canonical_shares=8, max_patches=60, lookahead_steps=4)
+    planner = Planner(index, spec, 0)
+    stretches = [set() for _ in range(8)]
+    for step in range(0, 60, 3):
+        batch = planner.batch(step)
+        loads = np.bincount(batch.share, weights=batch.cost, minlength=8)
+        assert loads.max() <= 1.01 * loads.mean()
+        for share in range(8):
+            stretches[share] |= set(batch.rows[batch.share == share].tolist())
+    neighbors = all(max(one) < min(other) for one, other in pairwise(stretches))
+    assert neighbors == owned  # each share reads a stretch of its own
+
+
+def test_each_share_is_planned_alone():
+    index, spec = bare_index([3000, 40]), spec_of(global_batch_images=128, mixture=(("source0", 3.0), ("source1", 1.0)))
+    for step in (0, 1, 7, 50):
+        whole = Planner(index, spec, 5).batch(step)
+        for share in range(4):
+            alone = Planner(index, spec, 5).batch(step, [share])
+            assert np.array_equal(alone.rows, whole.rows[whole.share == share])
+            assert np.array_equal(alone.key, whole.key[whole.share == share])
+
+
+def test_downsized_images_are_counted():
+    index = bare_index([300])
+    batch = Planner(index, spec_of(global_batch_images=64, max_patches=20), 0).batch(0)
+    found = index.rows[batch.rows]
+    wanted = -(-found["height_px"] // PATCH_PX) * -(-found["width_px"] // PATCH_PX) > 20
+    assert batch.downsized == wanted.sum() > 0
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40_000), st.integers(1, 40_000)), min_size=1, max_size=20),
+    budget=st.integers(4, 5000),
+    enlarge=st.booleans(),
+    multiple=st.sampled_from([1, 2]),
+)
+def test_grids_are_those_of_the_model(sizes, budget, enlarge, multiple):
+    sizing = Sizing("naflex", 14, (1, 1), budget, enlarge, multiple)
+    height_px, width_px = np.array(sizes).T
+    wanted = [naflex_grid(*size, 14, budget, enlarge=enlarge, multiple=multiple) for size in sizes]
+    assert sizing.grids(height_px, width_px).tolist() == [list(grid) for grid in wanted]
 
 
 def test_naflex_keeps_small_images_unless_told_to_enlarge():
     index = bare_index([300])
     for enlarge in (False, True):
-        batch = plan(index, spec_of(global_batch_images=64, max_patches=20, enlarge=enlarge), 0, 0)
+        batch = Planner(index, spec_of(global_batch_images=64, max_patches=20, enlarge=enlarge), 0).batch(0)
         found = index.rows[batch.rows]
         expected = [naflex_grid(int(row["height_px"]), int(row["width_px"]), 4, 20, enlarge=enlarge) for row in found]
         assert [tuple(grid) for grid in batch.grid_hw.tolist()] == expected
@@ -122,7 +171,7 @@ def test_naflex_keeps_small_images_unless_told_to_enlarge():
 
 
 def test_square_sizing_gives_one_grid():
-    batch = plan(bare_index([50]), spec_of(sizing="square"), 0, 0)
+    batch = Planner(bare_index([50]), spec_of(sizing="square"), 0).batch(0)
     assert {tuple(grid) for grid in batch.grid_hw.tolist()} == {(4, 4)}
 
 
@@ -150,4 +199,4 @@ def test_plan_hash_names_what_defines_the_sequence():
 )
 def test_mixture_that_cannot_be_kept_is_refused(mixture, message):
     with pytest.raises(DataError, match=message):
-        plan(bare_index([60, 40]), spec_of(mixture=mixture), 0, 0)
+        Planner(bare_index([60, 40]), spec_of(mixture=mixture), 0)

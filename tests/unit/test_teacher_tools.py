@@ -94,7 +94,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     members = tuple(TeacherConfig(name, directory) for name, directory in teachers.write_teachers(path).items())
     return RunConfig(
         vision=CogViTConfig(image_size=32, patch_size=8, embed_dim=32, num_heads=2),
-        data=DataConfig(shards=str(path / "shards"), max_patches=16),
+        data=DataConfig(shards=str(path / "shards"), max_patches=16, duplicates="keep"),
         teachers=TeachersConfig(members=members),
         out=str(path / "store"),
     )

@@ -1,0 +1,93 @@
+"""One pass over a shard: the headers of its tar and of its images, and its captions. No pixel is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from cogvit.draws import name_to_int64
+from cogvit.errors import DataError
+from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
+from data_pipeline.decode import read_header
+from data_pipeline.rules import Rules
+from data_pipeline.shards import Member, read_members
+from data_pipeline.table import CAPTION_EXTENSIONS, SCHEMA
+
+IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
+
+
+def scan_shard(shard: str, default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
+    """Read a shard once; returns its rows and how many members or samples were left out for which reason.
+
+    Errors: DataError when it is not a sound tar.
+    """
+    problems: Counter[str] = Counter()
+    images: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, Member]] = {}
+    for member in read_members(shard):
+        if not member.name.isprintable():
+            problems["a name is not printable UTF-8"] += 1
+        elif member.extension in CAPTION_EXTENSIONS:
+            texts.setdefault(member.key, {})[member.extension] = member
+        elif member.extension in IMAGE_EXTENSIONS and member.key in images:
+            problems["a second image of the same key"] += 1
+        elif member.extension in IMAGE_EXTENSIONS:
+            try:
+                images[member.key] = _image_columns(member, rules)
+            except DataError as error:
+                problems[str(error)] += 1
+    problems["captions without an image"] += len(texts.keys() - images.keys())
+    shard_name = shard.rpartition("/")[2]
+    for key, row in images.items():
+        row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
+        row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name}/{key}")
+    rows = list(images.values())
+    if rules.captions == "required":
+        rows = [row for row in rows if row["caption_member"] >= 0]
+        problems["no caption"] += len(images) - len(rows)
+    problems += Counter()  # drops what was counted zero times
+    return pa.Table.from_pylist(rows, schema=SCHEMA), dict(problems)
+
+
+def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
+    header = read_header(member.data)
+    rules.check_size(header.height_px, header.width_px)
+    return {
+        "format": header.format,
+        "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
+        "offset_bytes": member.offset_bytes,
+        "size_bytes": len(member.data),
+        "height_px": header.height_px,
+        "width_px": header.width_px,
+    }
+
+
+def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
+    """Return the source, if the json names one, and where the captions lie: in the json, or else in the txt."""
+    columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
+    columns |= {f"{language}_bytes": [] for language in LANGUAGES}
+    for number, extension in enumerate(CAPTION_EXTENSIONS):
+        if extension not in members:
+            continue
+        member = members[extension]
+        try:
+            metadata = parse_metadata(member.data, extension)
+        except DataError as error:
+            problems[str(error)] += 1
+            continue
+        if isinstance(source := metadata.get("source"), str) and source:
+            columns["source"] = source
+        captions = captions_of(metadata)
+        if any(captions.values()) and columns["caption_member"] < 0:
+            columns |= {
+                f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions
+            }
+            columns["caption_member"] = number
+            columns["caption_offset_bytes"] = member.offset_bytes
+            columns["caption_size_bytes"] = len(member.data)
+    if members and columns["caption_member"] < 0:
+        problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] += 1
+    return columns

@@ -1,0 +1,75 @@
+"""Sizing: from an image's size to its grid of patches, for whole columns of an index at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogvit.config import RunConfig
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """How an image's size becomes a grid of patches."""
+
+    kind: Literal["square", "naflex"]
+    patch_size_px: int
+    square_hw: tuple[int, int]  # grid of every image where kind is square
+    max_patches: int
+    enlarge: bool
+    multiple: int = 1  # both sides of a grid are multiples of it where kind is naflex
+
+    def grids(self, height_px: Ints, width_px: Ints) -> Ints:
+        """Return the grid of each image: [B, 2] rows and columns of patches.
+
+        naflex: as `cogvit.model.naflex.naflex_grid`, many at a time.
+        """
+        if self.kind == "square":
+            return np.tile(np.array(self.square_hw, np.int64), (len(height_px), 1))
+        height, width = height_px.astype(np.int64), width_px.astype(np.int64)
+        budget = self._budget()
+        rows, columns = _largest_side(height, width, budget), _largest_side(width, height, budget)
+        tall = rows * width >= columns * height
+        fitted = np.stack(
+            [np.where(tall, rows, -(-height * columns // width)), np.where(tall, -(-width * rows // height), columns)],
+            axis=1,
+        )
+        if not self.enlarge:
+            native = self._native(height, width)
+            fitted = np.where(native.prod(axis=1, keepdims=True) <= budget, native, fitted)
+        return fitted * self.multiple
+
+    def exceeds(self, height_px: Ints, width_px: Ints) -> NDArray[np.bool_]:
+        """Return which images have more patches than the budget, and so are downsized; none where kind is square."""
+        if self.kind == "square":
+            return np.zeros(len(height_px), np.bool_)
+        return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > self._budget()
+
+    def _budget(self) -> int:
+        return self.max_patches // self.multiple**2
+
+    def _native(self, height_px: Ints, width_px: Ints) -> Ints:
+        """Return the grids of groups of patches that hold the images as they are."""
+        unit_px = self.patch_size_px * self.multiple
+        return np.stack([-(-height_px // unit_px), -(-width_px // unit_px)], axis=1)
+
+
+def sizing_of(config: RunConfig) -> Sizing:
+    """Return how a configuration sizes images."""
+    vision, data = config.vision, config.data
+    return Sizing(data.sizing, vision.patch_size, vision.base_grid, data.max_patches, data.enlarge, data.grid_multiple)
+
+
+def _largest_side(side_px: Ints, other_px: Ints, budget: int) -> Ints:
+    """Return the most patches n of a side, whose grid n x ceil(n * other / side) fits."""
+    low, high = np.zeros_like(side_px), np.full_like(side_px, budget)
+    while (open_ := low < high).any():
+        middle = (low + high + 1) // 2
+        fits = middle * -(-other_px * middle // side_px) <= budget
+        low, high = np.where(open_ & fits, middle, low), np.where(open_ & ~fits, middle - 1, high)
+    return low

@@ -1,0 +1,93 @@
+"""The file of an index: SHARD.parquet with a row for each sample, and what it was made from in its metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cogvit.errors import DataError
+from data_pipeline.caption import LANGUAGES
+from data_pipeline.shards import retry
+
+VERSION = 2
+CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
+_METADATA_KEY = b"cogvit.index"
+
+# One row per sample; its key and the lengths of its captions lie beside it.
+ROW = np.dtype(
+    [
+        ("sample_id", np.int64),
+        ("content_hash", np.int64),  # of the encoded image
+        ("offset_bytes", np.int64),
+        ("size_bytes", np.int64),
+        ("height_px", np.int32),  # upright
+        ("width_px", np.int32),
+        ("caption_offset_bytes", np.int64),
+        ("caption_size_bytes", np.int32),
+        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
+        ("num_captions", np.int64, (len(LANGUAGES),)),
+        ("caption_start", np.int64, (len(LANGUAGES),)),  # of its entries in Index.caption_bytes[language]
+        ("shard", np.int32),
+        ("source", np.int32),
+    ]
+)
+STORED = tuple(name for name in ROW.names or () if name not in ("num_captions", "caption_start", "shard", "source"))
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("format", pa.string()),  # as its bytes say, lower case: jpeg, png, webp, ...
+        *((name, pa.from_numpy_dtype(ROW[name])) for name in STORED),
+        *((f"{language}_bytes", pa.list_(pa.int32())) for language in LANGUAGES),
+    ]
+)
+
+
+def index_path(shard: str, index_dir: str = "") -> str:
+    """Return where the index of a shard lies: SHARD.parquet beside it, or in index_dir."""
+    directory, _, name = shard.rpartition("/")
+    return f"{index_dir.rstrip('/') if index_dir else directory}/{name}.parquet"
+
+
+def table_exists(path: str) -> bool:
+    """Whether there is a file. Errors: DataError when its place is out of reach."""
+    fs, bare = fsspec.url_to_fs(path)
+    return retry(lambda: bool(fs.exists(bare)), path)
+
+
+def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the rows and the facts that were written with them. Errors: DataError when it is no index."""
+
+    def read() -> bytes:
+        with fsspec.open(path, "rb") as file:
+            return bytes(file.read())
+
+    foreign = DataError(f"{path} is no index of this version; remove it and run python -m tools.index_shards again")
+    try:
+        table = pq.read_table(pa.BufferReader(retry(read, path)), use_threads=False)
+    except pa.ArrowInvalid:
+        raise foreign from None
+    if table.schema.names != SCHEMA.names or _METADATA_KEY not in (table.schema.metadata or {}):
+        raise foreign
+    return table, json.loads(table.schema.metadata[_METADATA_KEY])
+
+
+def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """Write all or nothing: a reader never sees half an index."""
+    buffer = io.BytesIO()
+    # Dictionaries and compression would cost more to undo than they save of columns that hardly repeat.
+    rows = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
+    pq.write_table(rows, buffer, compression="none", use_dictionary=["source", "format"])
+    fs, bare = fsspec.url_to_fs(path)
+    temporary = f"{bare}.{os.getpid()}.partial"
+    fs.makedirs(bare.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(temporary, buffer.getvalue())
+    fs.mv(temporary, bare)
