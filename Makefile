@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-matrix test-slurm check bench clean
+.PHONY: demo test test-gpu test-matrix test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -43,6 +43,9 @@ test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside thi
 
 test-matrix: $(RUNTIME)  ## every legal layout of up to 4 processes; hours on 2 cores
 	python -m pytest tests/dist/test_layouts.py --matrix
+
+test-gpu: $(RUNTIME)  ## kernels, parity and both stages on this machine's GPUs; without one it says so
+	python -m pytest tests/gpu -rs
 
 check: $(TOOLS)  ## lint, format, types, layers, sizes
 	ruff check $(CODE)

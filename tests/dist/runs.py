@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvit.batch import Batch
+from cogvit.batch import Batch, move
 from cogvit.config import (
     ActivationConfig,
     ContrastConfig,
@@ -132,14 +132,15 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
         tensor = init_tensor(name, shape, 3, 0.5)
         return tensor * 5.0 if len(shape) == 2 else tensor
 
-    fill(model, mesh, weights)
+    fill(model.to(mesh.device), mesh, weights)
     return Engine(model, config, mesh), objective
 
 
 def micro_of(case: Case, mesh: Mesh) -> tuple[Batch, ...]:
     """This rank's share of the global batch, which is the same for every layout."""
     share = case.num_micro // mesh.dp_size
-    return tuple(random_batch(seed, TEACHER_DIMS) for seed in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
+    seeds = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+    return tuple(move(random_batch(seed, TEACHER_DIMS), mesh.device) for seed in seeds)
 
 
 def train(rank: int, world: int, case: Case, steps: int) -> Trace:
@@ -164,5 +165,5 @@ def whole_state(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
 def whole(named: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
     """Put together what the pipeline stages yield."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(mesh.world_size)]
-    dist.all_gather_object(parts, {key: tensor.clone() for key, tensor in named})
+    dist.all_gather_object(parts, {key: tensor.detach().cpu().clone() for key, tensor in named})
     return {key: tensor for part in parts for key, tensor in part.items()}

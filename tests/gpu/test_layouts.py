@@ -1,0 +1,54 @@
+"""The parity set on GPUs: one GPU trains as one CPU process does, and every layout that fits as one GPU does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.dist.runs import Case, Trace, train
+from tests.dist.test_layouts import COVER, SINGLE, STEPS, name_of
+from tests.gpu.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(900)
+ALONE = [
+    Case(stage=stage, family=family, optimizer=optimizer)
+    for stage, family, optimizer in (
+        ("distill", "reference", "sgd"),
+        ("distill", "cogvit_l", "muon"),
+        ("contrast", "reference", "adamw"),
+        ("contrast", "cogvit_l", "sgd"),
+    )
+]
+
+
+@cache
+def on_one_gpu(case: Case) -> Trace:
+    """The run on one GPU."""
+    return run_ranks(train, 1, (case, STEPS))[0]
+
+
+def assert_same_run(actual: Trace, expected: Trace, case: Case, tolerance: float) -> None:
+    """Losses, gradient norms, weights and moments within a share of their size."""
+    assert actual.losses == pytest.approx(expected.losses, rel=tolerance)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=10 * tolerance)
+    assert actual.state.keys() == expected.state.keys()
+    for key, tensor in expected.state.items():
+        if case.optimizer != "sgd" and key.endswith("k_norm.bias"):
+            continue  # its true gradient is 0; AdamW normalizes the noise
+        assert (actual.state[key] - tensor).norm() <= 100 * tolerance * tensor.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("case", ALONE, ids=name_of)
+def test_one_gpu_trains_as_the_cpu(case: Case) -> None:
+    expected = run_ranks(train, 1, (case, STEPS), cuda=False)[0]
+    assert_same_run(on_one_gpu(case), expected, case, 1e-5)
+
+
+@pytest.mark.parametrize("case", [*SINGLE, *(case for case in COVER if case not in SINGLE)], ids=name_of)
+def test_layout_trains_as_one_gpu(case: Case) -> None:
+    if torch.cuda.device_count() < case.world:
+        pytest.skip(f"needs {case.world} GPUs, here are {torch.cuda.device_count()}")
+    actual = run_ranks(train, case.world, (case, STEPS))[0]
+    assert_same_run(actual, on_one_gpu(case.alone()), case, 1e-5)
