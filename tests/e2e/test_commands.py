@@ -51,10 +51,10 @@ def start(world: Path, command: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def run(world: Path, command: Sequence[str], status: int = 0) -> str:
+def run(world: Path, command: Sequence[str], status: int = 0, *, timeout_s: float = 280.0) -> str:
     """Run to the end; the output is in the failure."""
     process = start(world, command)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == status, f"{' '.join(command)} left with {process.returncode}:\n{output[-3000:]}"
     return output
 

@@ -22,9 +22,13 @@ def run_ranks(
     world_environ = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environ = world_environ if cuda else {**world_environ, "CUDA_VISIBLE_DEVICES": ""}
     # The environment comes before anything that is unpickled, for that imports torch.
-    with ProcessPoolExecutor(world, get_context("spawn"), os.environ.update, (environ,)) as pool:
+    with ProcessPoolExecutor(world, get_context("spawn"), _enter, (environ,)) as pool:
         calls = [pool.submit(_call, fn, rank, world, args) for rank in range(world)]
         return [call.result(timeout_s) for call in calls]
+
+
+def _enter(environ: dict[str, str]) -> None:
+    os.environ.update(environ)
 
 
 def _call(fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...]) -> Any:

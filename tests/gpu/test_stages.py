@@ -42,10 +42,14 @@ def test_the_machine_is_fit(world: Path) -> None:
 def test_two_stages_in_bf16(world: Path) -> None:
     ranks = min(2, torch.cuda.device_count())
     start = ["launch/local.sh", str(ranks)]
-    run(world, [*start, "demo_stage1", "--parallel.tp", str(ranks), "--out", "runs/stage1", *TEACHERS, *COMMON])
+    run(
+        world,
+        [*start, "demo_stage1", "--parallel.tp", str(ranks), "--out", "runs/stage1", *TEACHERS, *COMMON],
+        timeout_s=600.0,
+    )
     assert_trained(world / "runs" / "stage1")
     stage2 = [*start, "demo_stage2", "--init", "runs/stage1", "--out", "runs/stage2", *COMMON]
-    run(world, stage2)
+    run(world, stage2, timeout_s=600.0)
     assert_trained(world / "runs" / "stage2")
     run(world, stage2)  # a finished run resumes at its end and leaves
     assert_trained(world / "runs" / "stage2")
