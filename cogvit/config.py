@@ -94,7 +94,7 @@ class ContrastConfig:
 class ModuleConfig:
     """How one module of the model departs from the run's rates."""
 
-    lr_mult: float = option(1.0, "its rates as multiples of optim.lr and optim.adamw_lr")
+    lr_mult: float = option(1.0, "its rates as multiples of optim.lr and optim.adamw_lr; stage 2 locks a tower of 0")
     weight_decay: float | None = option(None, "of its matrices; optim.weight_decay if none")
     schedule: Literal["cosine", "linear", "constant", "wsd"] | None = option(None, "its decay; schedule.kind if none")
     final_fraction: float | None = option(

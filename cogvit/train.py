@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cogvit.arguments import asks_for_help
-from cogvit.config import RunConfig, load_config, recipe_differences, to_json
+from cogvit.config import ModuleConfig, RunConfig, load_config, recipe_differences, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import help_text, load_preset, parse
 
@@ -326,10 +326,19 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
         text = TextStage(config.text, mesh, parallel, memory.text, num_tokens=data.text_tokens_per_pack)
         model, objective = (
             ContrastModel(vision, text, config.proj_dim, recompute=memory.projection_recompute),
-            Contrast(config.contrast),
+            Contrast(config.contrast, locked_towers(config)),
         )
     fill(model.to(mesh.device), mesh, initial_weights(config))
     return model, objective
+
+
+def locked_towers(config: RunConfig) -> tuple[Literal["vision", "text"], ...]:
+    """Return the towers whose rate is 0: nothing needs their gradients."""
+    towers: tuple[tuple[Literal["vision", "text"], ModuleConfig], ...] = (
+        ("vision", config.optim.vision),
+        ("text", config.optim.text),
+    )
+    return tuple(name for name, own in towers if own.lr_mult == 0.0)
 
 
 def initial_weights(config: RunConfig) -> Any:

@@ -7,8 +7,9 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from cogvit.config import ContrastConfig
 from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.distill import reduce_terms
 from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients
-from cogvit.parallel.encoder import TextStage, VisionStage
+from cogvit.parallel.encoder import TextStage, TrunkStage, VisionStage
 from cogvit.parallel.schedule import Schedule
 
 
@@ -37,10 +38,13 @@ class ContrastModel(nn.Module):
             self.log_t = nn.Parameter(torch.zeros(1))
             self.bias = nn.Parameter(torch.zeros(1))
 
-    def embed_image(self, features: PackedFeatures, batch: Batch) -> Tensor:
-        """[N, E] unit vectors, mean-pooled over each image's patches."""
-        images = batch.images
-        return self._project(self.vision_proj, pool_mean(features.patch_TD, images.segment(), images.num_slots))
+    def pool_image(self, features: PackedFeatures, batch: Batch) -> Tensor:
+        """[N, D] means over each image's patches, fp32."""
+        return pool_mean(features.patch_TD, batch.images.segment(), batch.images.num_slots)
+
+    def embed_image(self, pooled_ND: Tensor) -> Tensor:
+        """[N, E] unit vectors."""
+        return self._project(self.vision_proj, pooled_ND)
 
     def embed_text(self, pooled_ND: Tensor) -> Tensor:
         """[N, E] unit vectors."""
@@ -55,28 +59,120 @@ class ContrastModel(nn.Module):
 
 
 @dataclass(frozen=True)
+class _Tower:
+    """One tower on the microbatches of a step, as the passes see it."""
+
+    trunk: TrunkStage
+    forward: Callable[[int], Any]
+    pool: Callable[[Any, int], Tensor]  # what the last stage gives for a microbatch to [N, D]
+    embed: Callable[[Tensor], Tensor]  # [N, D] to unit vectors [N, E]
+
+
+@dataclass(frozen=True)
 class Contrast:
     """The sigmoid objective on two towers: one pass where one microbatch meets one stage, else two.
 
     Two passes: the first computes all embeddings without gradients, the loss turns them into embedding gradients, the
     second backs those through the towers, so the result is that of the global batch for any number of microbatches.
+    A locked tower has the first pass alone; its projection still learns.
     """
 
     config: ContrastConfig
+    locked: tuple[Literal["vision", "text"], ...] = ()
 
     def train(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Leave the gradients of one step on the parameters; returns the global loss (0-dim tensor)."""
-        if schedule.mesh.pp_size == 1 and len(micro) == 1:
-            local = _one_pass(model, micro[0], schedule, self.config)
+        if schedule.mesh.pp_size == 1 and len(micro) == 1 and not self.locked:
+            local = self._one_pass(model, micro, schedule)
         else:
-            local = _two_passes(model, micro, schedule, self.config)
+            local = self._two_passes(model, micro, schedule)
         return _terms(model, local, schedule, self.config)
 
     def evaluate(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the loss without gradients."""
-        gradients = _embed_and_compare(model, micro, schedule, self.config)
-        local = torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
+        towers = _towers(model, micro)
+        pooled = [_pooled(tower, len(micro), schedule) for tower in towers.values()]
+        local = torch.zeros((), device=schedule.mesh.device)
+        if schedule.mesh.is_last_stage:
+            image, text = (tower.embed(x) for tower, x in zip(towers.values(), pooled, strict=True))
+            local = self._compare(model, image, text, micro, schedule).loss
         return _terms(model, local, schedule, self.config)
+
+    def _compare(
+        self, model: ContrastModel, image_nE: Tensor, text_nE: Tensor, micro: Sequence[Batch], schedule: Schedule
+    ) -> SigmoidGradients:
+        return sigmoid_gradients(image_nE, text_nE, _pairs(micro), model.log_t, model.bias, schedule.mesh, self.config)
+
+    def _one_pass(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> Tensor:
+        towers = _towers(model, micro).values()
+
+        def forward(index: int) -> list[Any]:
+            return [tower.forward(index) for tower in towers]
+
+        def loss(outputs: list[Any], index: int) -> tuple[Tensor, Tensor]:
+            image, text = (tower.embed(tower.pool(out, index)) for tower, out in zip(towers, outputs, strict=True))
+            g = self._compare(model, image, text, micro, schedule)
+            return (image * g.image).sum() + (text * g.text).sum() + _surrogate(g, model), g.loss
+
+        return schedule.forward_backward(model.vision.trunk, forward, 1, loss)[0]
+
+    def _two_passes(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> Tensor:
+        towers = _towers(model, micro)
+        pooled = {name: _pooled(tower, len(micro), schedule) for name, tower in towers.items()}
+        loss = torch.zeros((), device=schedule.mesh.device)
+        gradients: dict[str, Tensor] = {}
+        if schedule.mesh.is_last_stage:
+            with torch.no_grad():
+                image, text = (towers[name].embed(pooled[name]) for name in ("vision", "text"))
+            found = self._compare(model, image, text, micro, schedule)
+            _back(_surrogate(found, model), schedule)
+            loss, gradients = found.loss, {"vision": found.image, "text": found.text}
+        for name, tower in towers.items():
+            if name not in self.locked:
+                _train_tower(tower, gradients.get(name), len(micro), schedule)
+            elif schedule.mesh.is_last_stage:
+                _back((tower.embed(pooled[name]) * gradients[name]).sum(), schedule)
+        return loss
+
+
+def _towers(model: ContrastModel, micro: Sequence[Batch]) -> dict[str, _Tower]:
+    return {
+        "vision": _Tower(
+            model.vision.trunk,
+            forward=lambda index: model.vision(micro[index].images),
+            pool=lambda features, index: model.pool_image(features, micro[index]),
+            embed=model.embed_image,
+        ),
+        "text": _Tower(
+            model.text.trunk,
+            forward=lambda index: model.text(micro[index].text, micro[index].images.key),
+            pool=lambda pooled_ND, index: pooled_ND,
+            embed=model.embed_text,
+        ),
+    }
+
+
+def _pooled(tower: _Tower, num_micro: int, schedule: Schedule) -> Tensor:
+    """The first pass of a tower: [n, D] over all microbatches, nothing on stages that hold no loss."""
+    pooled = schedule.forward_only(tower.trunk, tower.forward, num_micro, tower.pool)
+    return torch.cat(pooled) if pooled else torch.empty(0)
+
+
+def _train_tower(tower: _Tower, d_embed_nE: Tensor | None, num_micro: int, schedule: Schedule) -> None:
+    """The second pass of a tower, which backs the embeddings' gradients through it."""
+
+    def loss(output: Any, index: int) -> tuple[Tensor, None]:
+        assert d_embed_nE is not None, "the last stage has gradients"
+        embed_NE = tower.embed(tower.pool(output, index))
+        slots = len(embed_NE)  # of every pack
+        return (embed_NE * d_embed_nE[index * slots : (index + 1) * slots]).sum(), None
+
+    schedule.forward_backward(tower.trunk, tower.forward, num_micro, loss)
+
+
+def _back(share: Tensor, schedule: Schedule) -> None:
+    """Back this rank's share of the global loss through what no schedule runs; DeepSpeed averages it over dp."""
+    (share * schedule.mesh.dp_size).backward()
 
 
 def _pairs(micro: Sequence[Batch]) -> Pairs:
@@ -92,63 +188,6 @@ def _pairs(micro: Sequence[Batch]) -> Pairs:
 def _surrogate(gradients: SigmoidGradients, model: ContrastModel) -> Tensor:
     """A scalar whose gradient is that of the temperature and bias."""
     return (model.log_t * gradients.log_t).sum() + (model.bias * gradients.bias).sum()
-
-
-def _one_pass(model: ContrastModel, batch: Batch, schedule: Schedule, config: ContrastConfig) -> Tensor:
-    def forward(index: int) -> tuple[PackedFeatures, Tensor]:
-        return model.vision(batch.images), model.text(batch.text, batch.images.key)
-
-    def loss(towers: tuple[PackedFeatures, Tensor], index: int) -> tuple[Tensor, Tensor]:
-        image, text = model.embed_image(towers[0], batch), model.embed_text(towers[1])
-        g = sigmoid_gradients(image, text, _pairs([batch]), model.log_t, model.bias, schedule.mesh, config)
-        return (image * g.image).sum() + (text * g.text).sum() + _surrogate(g, model), g.loss
-
-    return schedule.forward_backward(model.vision.trunk, forward, 1, loss)[0]
-
-
-def _embed_and_compare(
-    model: ContrastModel, micro: Sequence[Batch], schedule: Schedule, config: ContrastConfig
-) -> SigmoidGradients | None:
-    """The first pass; None on stages that hold no loss."""
-    images = schedule.forward_only(
-        model.vision.trunk,
-        lambda i: model.vision(micro[i].images),
-        len(micro),
-        lambda out, i: model.embed_image(out, micro[i]),
-    )
-    texts = schedule.forward_only(
-        model.text.trunk,
-        lambda i: model.text(micro[i].text, micro[i].images.key),
-        len(micro),
-        lambda out, i: model.embed_text(out),
-    )
-    if not schedule.mesh.is_last_stage:
-        return None
-    return sigmoid_gradients(
-        torch.cat(images), torch.cat(texts), _pairs(micro), model.log_t, model.bias, schedule.mesh, config
-    )
-
-
-def _two_passes(model: ContrastModel, micro: Sequence[Batch], schedule: Schedule, config: ContrastConfig) -> Tensor:
-    gradients = _embed_and_compare(model, micro, schedule, config)
-    slots = micro[0].images.num_slots
-
-    def image_loss(features: PackedFeatures, index: int) -> tuple[Tensor, None]:
-        assert gradients is not None
-        d_image = gradients.image[index * slots : (index + 1) * slots]
-        value = (model.embed_image(features, micro[index]) * d_image).sum()
-        return (value + _surrogate(gradients, model) if index == 0 else value), None
-
-    def text_loss(pooled_ND: Tensor, index: int) -> tuple[Tensor, None]:
-        assert gradients is not None
-        d_text = gradients.text[index * slots : (index + 1) * slots]
-        return (model.embed_text(pooled_ND) * d_text).sum(), None
-
-    schedule.forward_backward(model.vision.trunk, lambda i: model.vision(micro[i].images), len(micro), image_loss)
-    schedule.forward_backward(
-        model.text.trunk, lambda i: model.text(micro[i].text, micro[i].images.key), len(micro), text_loss
-    )
-    return torch.zeros((), device=schedule.mesh.device) if gradients is None else gradients.loss
 
 
 def _terms(model: ContrastModel, local: Tensor, schedule: Schedule, config: ContrastConfig) -> dict[str, Tensor]:

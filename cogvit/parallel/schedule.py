@@ -56,7 +56,8 @@ class Schedule:
         collect: Callable[[Any, int], Output],
     ) -> list[Output]:
         """Run one tower without gradients; returns what `collect` made on the last stage, an empty list elsewhere."""
-        return self._run(trunk, forward, num_micro, collect, forward_only=True)
+        with torch.no_grad():  # Megatron's forward_only runs no backward but would keep the activations for one
+            return self._run(trunk, forward, num_micro, collect, forward_only=True)
 
     def _run(
         self,

@@ -173,7 +173,7 @@ def step_against_autograd(
     grads = taken_gradients(model)
     everyone = [
         Slots(
-            model.embed_image(model.vision(one.images), one),
+            model.embed_image(model.pool_image(model.vision(one.images), one)),
             model.embed_text(model.text(one.text, one.images.key)),
             Pairs(one.text.caption_id, one.text.concept_id, one.images.weight * one.text.weight),
         )
@@ -182,6 +182,27 @@ def step_against_autograd(
     expected = full_matrix(everyone, model.log_t, model.bias)
     expected.backward()
     return loss, float(expected), grads, taken_gradients(model)
+
+
+def step_with_locked_towers(rank: int, world: int, case: Case) -> list[dict[str, Tensor]]:
+    """The gradients of a step with no tower locked, with the vision tower and with both."""
+    mesh = start_mesh(run_config(case).parallel)
+    engine, _ = start_engine(case, mesh)
+    assert isinstance(engine.model, ContrastModel)
+    steps = []
+    for locked in ((), ("vision",), ("vision", "text")):
+        Contrast(run_config(case).contrast, locked).train(engine.model, micro_of(case, mesh), engine.schedule)
+        steps.append(taken_gradients(engine.model))
+    return steps
+
+
+@pytest.mark.parametrize("case", [Case(stage="contrast", num_micro=1), Case(world=4, pp=2, stage="contrast")], ids=str)
+def test_a_locked_tower_gets_no_gradient_and_changes_no_other(pool: Pool, case: Case) -> None:
+    for free, *locked_steps in pool.run(step_with_locked_towers, case.world, (case,)):
+        for towers, step in zip((("vision.",), ("vision.", "text.")), locked_steps, strict=True):
+            assert step.keys() == {name for name in free if not name.startswith(towers)}
+            for name, gradient in step.items():
+                torch.testing.assert_close(gradient, free[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def taken_gradients(model: ContrastModel) -> dict[str, Tensor]:

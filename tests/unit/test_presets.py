@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cogvit import CogViT, CogViTConfig
-from configs.models import Size, cogvit_l_vision, cogvit_vision, reference_vision
+from cogvit.model.text import TextTower
+from configs.models import Size, cogvit_l_vision, cogvit_vision, reference_vision, text_tower
 
 
 def parameters(cfg: CogViTConfig) -> int:
@@ -27,6 +28,15 @@ SIZES: list[tuple[Size, int, int]] = [
 def test_parameter_counts(size: Size, reference: int, cogvit: int) -> None:
     assert parameters(reference_vision(size)) == reference
     assert parameters(cogvit_vision(size)) == cogvit
+
+
+def test_text_towers_have_the_size_of_their_vision_towers() -> None:
+    for size, reference, _ in SIZES:
+        tower = text_tower(size)
+        with torch.device("meta"):
+            blocks = sum(parameter.numel() for parameter in TextTower(tower).blocks.parameters())
+            expected = sum(parameter.numel() for parameter in CogViT(reference_vision(size)).blocks.parameters())
+        assert blocks == expected < reference and tower.vocab_size == 256_000
 
 
 def test_the_published_models() -> None:
