@@ -7,6 +7,7 @@ and the parity tests run through them. `prepare_process` must run before megatro
 
 from __future__ import annotations
 
+import logging
 import os
 import types
 import warnings
@@ -34,6 +35,8 @@ def prepare_process() -> None:
     """Make this process able to import and run megatron and deepspeed on its device; idempotent."""
     # Megatron warns at import, in every rank, of each optional package that is not installed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # It also logs, for every layer, that it does not know an MLP class of ours.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

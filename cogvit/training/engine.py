@@ -34,6 +34,7 @@ class StepReport:
     lrs: dict[Module, float]
     skipped: str  # why nothing was updated; empty where it was
     forward_backward_s: float
+    reduction_s: float  # of the gradients over dp, with the norms
     optimizer_s: float
 
 
@@ -62,7 +63,8 @@ class Engine:
         self.zero.set_lr(step)
         with self.zero.one_reduction():
             terms = objective.train(self.model, micro, self.schedule)
-        values = {name: float(term) for name, term in terms.items()}
+            values = {name: float(term) for name, term in terms.items()}
+            trained_s = time.perf_counter()
         reduced_s = time.perf_counter()
         report = StepReport(
             terms=values,
@@ -71,7 +73,8 @@ class Engine:
             lr=self.optim.lr * lr_at(self.lr_schedule, step),
             lrs={module: self._lr_of(module, step) for module in get_args(Module)},
             skipped="",
-            forward_backward_s=reduced_s - start_s,
+            forward_backward_s=trained_s - start_s,
+            reduction_s=reduced_s - trained_s,
             optimizer_s=0.0,
         )
         if not math.isfinite(values["loss"]) or self.zero.has_non_finite_gradient():

@@ -180,5 +180,6 @@ def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: f
         "seconds": seconds,
         "data_s": data_s,
         "forward_backward_s": report.forward_backward_s,
+        "reduction_s": report.reduction_s,
         "optimizer_s": report.optimizer_s,
     }

@@ -1,0 +1,297 @@
+"""What a training step costs beside a bare PyTorch loop of the same model, and beside DDP, on CPU.
+
+Usage: python -m tools.bench.engine [flags]
+  --size small     tiny, small or base: the encoder, of the reference family
+  --images 4       images of 14 x 14 patches in a microbatch
+  --micro 2        microbatches of a step
+  --rounds 5       each round runs every contender once; the table has the medians
+  --out FILE       also write the record there
+
+Stage 1 with two teachers, AdamW, clipping, fp32, one thread a process. The bare loop is the plain CogViT with the same
+heads and loss under torch.optim.AdamW and clip_grad_norm_; with two processes it is wrapped in DistributedDataParallel
+and ours shards the optimizer by ZeRO-1. CPU seconds are of the busiest process; the split of our step is by the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvit.arguments import asks_for_help, read_arguments
+from cogvit.batch import Batch, TeacherTargets
+from cogvit.config import (
+    ActivationConfig,
+    DataConfig,
+    MemoryConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TeacherConfig,
+    TeachersConfig,
+)
+from cogvit.errors import CogViTError, ConfigError
+from cogvit.model.packing import pack_images
+from cogvit.model.vit import CogViT
+from cogvit.objective.masking import mask_tokens
+from cogvit.parallel.mesh import Mesh, start_mesh
+from cogvit.train import build
+from cogvit.training.engine import Engine
+from configs.models import Size, reference_vision
+from tools.bench._probe import Probe, probe
+
+GRID = (14, 14)
+TEACHER_DIMS = {"siglip2": 768, "dinov3": 768}
+MASK_RATIO = 0.35
+OURS, BARE = "CogViT", "bare loop"
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The flags, as the usage explains them."""
+
+    size: str = "small"
+    images: str = "4"
+    micro: str = "2"
+    rounds: str = "5"
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: its model and what each process trains on."""
+
+    size: Size
+    images: int
+    micro: int
+
+
+def run_config(work: Work, recompute: str = "none") -> RunConfig:
+    """Return the run that is measured."""
+    return RunConfig(
+        vision=reference_vision(work.size),
+        data=DataConfig(tokens_per_pack=work.images * GRID[0] * GRID[1], images_per_pack=work.images),
+        teachers=TeachersConfig(members=tuple(TeacherConfig(name) for name in TEACHER_DIMS)),
+        optim=OptimConfig(name="adamw", lr=1e-4),
+        memory=MemoryConfig(vision=ActivationConfig(recompute)),  # type: ignore[arg-type]
+    )
+
+
+def microbatches(work: Work, patch_px: int, rank: int) -> tuple[Batch, ...]:
+    """Return random images with random teacher features."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = []
+    for index in range(work.micro):
+        pixels = torch.randint(0, 256, (work.images, GRID[0] * GRID[1], 3 * patch_px**2), generator=generator)
+        key = torch.arange(work.images) + 1000 * (rank * work.micro + index)
+        images = pack_images(list(pixels.to(torch.uint8)), [GRID] * work.images, key_N=key)
+        masked = int(mask_tokens(images, MASK_RATIO).sum())
+        features = {name: torch.randn(masked, dim, generator=generator) for name, dim in TEACHER_DIMS.items()}
+        batches.append(Batch(images, None, TeacherTargets(features), (None,) * work.images))
+    return tuple(batches)
+
+
+class BareModel(nn.Module):
+    """The plain encoder with one head per teacher."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.vision = CogViT(config.vision)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(config.vision.embed_dim, dim) for name, dim in TEACHER_DIMS.items()}
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of one microbatch."""
+        assert batch.targets is not None
+        mask_T = mask_tokens(batch.images, MASK_RATIO)
+        x_MD = self.vision.forward_packed(batch.images, mask_T).patch_TD[mask_T]
+        losses = [F.smooth_l1_loss(self.heads[name](x_MD), y) for name, y in batch.targets.features.items()]
+        return torch.stack(losses).sum()
+
+
+def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro: tuple[Batch, ...]) -> None:
+    """Accumulate the microbatches, clip, update."""
+    for batch in micro:
+        (model(batch) / len(micro)).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def start_ours(work: Work, mesh: Mesh, recompute: str = "none") -> Callable[[], None]:
+    """Return one of our steps."""
+    config = run_config(work, recompute)
+    model, objective = build(config, mesh, TEACHER_DIMS)
+    engine = Engine(model, config, mesh)
+    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+
+    def step() -> None:
+        engine.step(objective, micro, 200)
+
+    return step
+
+
+def start_bare(work: Work, mesh: Mesh) -> Callable[[], None]:
+    """Return one step of the bare loop."""
+    config = run_config(work)
+    model: nn.Module = BareModel(config)
+    if mesh.dp_size > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+    return lambda: bare_step(model, optimizer, micro)
+
+
+def start(rank: int, ranks: int, rendezvous: str) -> Mesh:
+    """Join the processes of one measurement."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, ranks)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    return start_mesh(ParallelConfig())
+
+
+def compare(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
+    """Run ours and the bare loop in turn."""
+    mesh = start(rank, ranks, rendezvous)
+    steps: dict[str, Callable[[], Any]] = {OURS: start_ours(work, mesh), BARE: start_bare(work, mesh)}
+    for step in steps.values():
+        step()
+    probes: dict[str, list[Probe]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            dist.barrier()
+            probes[name].append(probe(step))
+    dist.barrier()
+    return probes
+
+
+def split(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> list[dict[str, float]]:
+    """Time the parts of our step."""
+    mesh = start(rank, ranks, rendezvous)
+    config = run_config(work)
+    model, objective = build(config, mesh, TEACHER_DIMS)
+    engine = Engine(model, config, mesh)
+    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+    forward_s: list[float] = []
+    model.get_submodule("vision").register_forward_pre_hook(lambda *_: forward_s.append(-time.perf_counter()))
+    model.get_submodule("vision").register_forward_hook(lambda *_: forward_s.append(time.perf_counter()))
+    parts = []
+    for _ in range(rounds + 1):
+        forward_s.clear()
+        report = engine.step(objective, micro, 200)
+        forward = sum(forward_s)
+        parts.append(
+            {
+                "forward": forward,
+                "backward": report.forward_backward_s - forward,
+                "reduction": report.reduction_s,
+                "optimizer": report.optimizer_s,
+            }
+        )
+    return parts[1:]
+
+
+def recompute_peaks(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
+    """Measure one step under each choice of recompute."""
+    mesh = start(rank, ranks, rendezvous)
+    found = {}
+    for recompute in RECOMPUTE:
+        step = start_ours(work, mesh, recompute)
+        step()
+        found[recompute] = [probe(step) for _ in range(rounds)]
+        del step
+    return found
+
+
+def on_ranks(run: Callable[..., Any], ranks: int, work: Work, rounds: int) -> list[Any]:
+    """Call a function on fresh processes that find each other."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool,
+    ):
+        call = partial(run, ranks=ranks, rendezvous=f"{scratch}/rendezvous", work=work, rounds=rounds)
+        return list(pool.map(call, range(ranks)))
+
+
+def busiest_s(probes: list[dict[str, list[Probe]]], name: str) -> float:
+    """Return the median CPU time of the busiest process."""
+    rounds = zip(*(rank[name] for rank in probes), strict=True)
+    return statistics.median(max(one.cpu_s for one in each) for each in rounds)
+
+
+def report(work: Work, rounds: int, flags: str) -> Iterator[str]:
+    """Yield the record line by line."""
+    tokens = work.images * work.micro * GRID[0] * GRID[1]
+    yield "# The training step beside a bare loop, on CPU"
+    yield ""
+    yield f"{date.today()}, `python -m tools.bench.engine{flags}`; torch {version('torch')}, deepspeed"
+    yield f"{version('deepspeed')}, megatron-core {version('megatron-core')}, gloo, one thread a process, fp32."
+    yield f"The {work.size} encoder, {work.micro} microbatches of {work.images} images: {tokens:,} tokens per process."
+    yield ""
+    yield "| processes | step | CPU s of the busiest | tokens per CPU s | against the bare loop |"
+    yield "|---|---|---|---|---|"
+    for ranks in (1, 2):
+        probes = on_ranks(compare, ranks, work, rounds)
+        times = {name: busiest_s(probes, name) for name in (OURS, BARE)}
+        for name, seconds in times.items():
+            label = {OURS: "CogViT, ZeRO-1", BARE: "DDP" if ranks > 1 else BARE}[name]
+            yield f"| {ranks} | {label} | {seconds:.2f} | {tokens / seconds:,.0f} | {seconds / times[BARE]:.2f} |"
+    yield ""
+    yield "| processes | forward s | backward s | reduction s | optimizer s |"
+    yield "|---|---|---|---|---|"
+    for ranks in (1, 2):
+        parts = on_ranks(split, ranks, work, rounds)[0]
+        medians = [statistics.median(part[name] for part in parts) for name in parts[0]]
+        yield f"| {ranks} | " + " | ".join(f"{value:.3f}" for value in medians) + " |"
+    yield ""
+    yield "| vision recompute | CPU s | peak MiB of a step |"
+    yield "|---|---|---|"
+    for recompute, probes_of in on_ranks(recompute_peaks, 1, replace(work, micro=1), rounds)[0].items():
+        cpu_s = statistics.median(one.cpu_s for one in probes_of)
+        yield f"| {recompute} | {cpu_s:.2f} | {statistics.median(one.peak_bytes for one in probes_of) / 2**20:,.0f} |"
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; returns the exit status."""
+    if asks_for_help(argv):
+        print((__doc__ or "").strip())
+        return 0
+    lines = []
+    try:
+        arguments = read_arguments(Arguments, argv)
+        if arguments.size not in get_args(Size):
+            raise ConfigError(f"--size {arguments.size} is none of {get_args(Size)}")
+        if not all(value.isdigit() for value in (arguments.images, arguments.micro, arguments.rounds)):
+            raise ConfigError("--images, --micro and --rounds are whole numbers")
+        work = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro))
+        flags = "".join(f" {word}" for word in argv if not word.startswith("--out"))
+        for line in report(work, int(arguments.rounds), flags):
+            print(line, flush=True)
+            lines.append(line)
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if arguments.out:
+        Path(arguments.out).write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
