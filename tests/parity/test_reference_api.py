@@ -248,16 +248,12 @@ def test_derived_values_of_the_configuration() -> None:
 
 
 IMPORT = """
-import sys, time
-start = time.perf_counter()
+import sys
 import torch
-torch_s = time.perf_counter() - start
-start = time.perf_counter()
+before = set(sys.modules)
 import cogvit
-cogvit_s = time.perf_counter() - start
-heavy = {"megatron", "deepspeed", "ray", "transformers", "wandb", "safetensors", "pyarrow"} & set(sys.modules)
-assert not heavy, heavy
-assert cogvit_s < 0.2 * torch_s, (cogvit_s, torch_s)
+others = sorted(name for name in set(sys.modules) - before if name.partition(".")[0] != "cogvit")
+assert not others, others
 """
 
 
