@@ -42,6 +42,9 @@ class DataConfig:
     text_tokens_per_pack: int = option(4096, "L: caption tokens of one microbatch on one rank")
     sizing: Literal["square", "naflex"] = option("naflex", "resize to vision.image_size squares, or keep the aspect")
     max_patches: int = option(256, "naflex: the largest grid an image may have, in patches")
+    budgets_patches: tuple[int, ...] = option(
+        (), "naflex: each image gets one of these budgets in each epoch, drawn by its key; max_patches if none"
+    )
     enlarge: bool = option(False, "naflex: enlarge images that are smaller than max_patches")
     grid_multiple: int = option(1, "naflex: rows and columns are multiples of it (2: a language model's 2 x 2 groups)")
     topology: str = option("", "file of 'HOST ADDRESS' lines; SLURM_TOPOLOGY_ADDR or the host's name if empty")

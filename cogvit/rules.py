@@ -86,6 +86,16 @@ def check_data(config: RunConfig) -> None:
         f"an image of {largest} patches does not fit data.tokens_per_pack={data.tokens_per_pack}; raise it or lower"
         " data.max_patches",
     )
+    _require(
+        data.sizing == "naflex" or not data.budgets_patches,
+        "data.budgets_patches are of --data.sizing naflex; squares have one size",
+    )
+    for budget in data.budgets_patches:
+        _require(
+            data.grid_multiple**2 <= budget <= data.max_patches,
+            f"data.budgets_patches has {budget}; budgets are from {data.grid_multiple**2} to"
+            f" data.max_patches={data.max_patches}",
+        )
     if config.objective == "contrast":
         contrast = config.contrast
         _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
@@ -140,6 +150,10 @@ def check_training(config: RunConfig) -> None:
         _require(
             not (teachers.source == "store" and config.data.flip),
             "--teachers.source store holds features of images as they are; turn --data.flip off",
+        )
+        _require(
+            not (teachers.source == "store" and config.data.budgets_patches),
+            "--teachers.source store holds features of one size of each image; leave data.budgets_patches empty",
         )
         _require(
             teachers.source == "online" or bool(teachers.store),

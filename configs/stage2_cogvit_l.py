@@ -21,6 +21,7 @@ def config() -> RunConfig:
             images_per_pack=64,
             text_tokens_per_pack=4_096,
             max_patches=1024,
+            budgets_patches=(128, 256, 576, 784, 1024),
             canonical_shares=64,
             tokenizer="google/siglip2-so400m-patch16-naflex",
             decode_threads=4,

@@ -103,7 +103,7 @@ class _Stream:
 
     number: int
     rows: Ints  # [S], into the index
-    cost: Ints  # [S]
+    cost: Ints  # [S], at data.max_patches
     bounds: Ints | None  # [C + 1]: share c owns rows[bounds[c] : bounds[c + 1]]; None where every share draws from all
     before: Fraction  # share of the mixture before this source, and up to and with it
     upto: Fraction
@@ -157,22 +157,28 @@ class Planner:
         with self._lock:
             found = [self._share_window(window, share)[inside] for share in shares]
         rows, epoch = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        sizes = self._index.rows[rows]
-        grid_hw = spec.sizing.grids(sizes["height_px"], sizes["width_px"])
+        sizes, key = self._index.rows[rows], self._keys(rows, epoch)
+        grid_hw = spec.sizing.grids(sizes["height_px"], sizes["width_px"], key)
         return GlobalBatch(
             step=step,
             rows=rows,
             epoch=epoch,
             share=np.repeat(list(shares), [len(part) for part, _ in found]),
-            key=self._keys(rows, epoch),
+            key=key,
             grid_hw=grid_hw,
             cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
-            downsized=int(spec.sizing.exceeds(sizes["height_px"], sizes["width_px"]).sum()),
+            downsized=int(spec.sizing.exceeds(sizes["height_px"], sizes["width_px"], key).sum()),
         )
 
     def _keys(self, rows: Ints, epoch: Ints, *salts: int) -> Ints:
         sample_id = torch.from_numpy(self._index.rows["sample_id"][rows])
         return mix(sample_id, self._seed, torch.from_numpy(epoch), *salts).numpy()
+
+    def _cost(self, rows: Ints, epoch: Ints) -> Ints:
+        """Return the cost of images, which in another epoch may have another budget."""
+        sizes = self._index.rows[rows]
+        grid_hw = self._spec.sizing.grids(sizes["height_px"], sizes["width_px"], self._keys(rows, epoch))
+        return attention_cost(grid_hw.prod(axis=1), self._spec.attention_tokens)
 
     def _share_window_anew(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
         """Return (rows, epochs) of a share for each step of a window; the steps cost the same."""
@@ -184,7 +190,7 @@ class Planner:
             before += others
         rows = np.concatenate([one.stream.rows[one.member] for one in draws])
         epoch = np.concatenate([one.epoch for one in draws])
-        cost = np.concatenate([one.stream.cost[one.member] for one in draws])
+        cost = self._cost(rows, epoch)
         # All slots of the window go round the steps, so that every step gets exactly its number of images.
         sizes = np.bincount((before + np.arange(len(rows))) % spec.lookahead_steps, minlength=spec.lookahead_steps)
         step = spread(cost, sizes, self._keys(rows, epoch, _STEP_SALT))

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cogvit.config import RunConfig
+from cogvit.draws import mix
 
 Ints = NDArray[np.int64]
+
+_BUDGET_SALT = 0x62756467  # "budg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +27,18 @@ class Sizing:
     max_patches: int
     enlarge: bool
     multiple: int = 1  # both sides of a grid are multiples of it where kind is naflex
+    budgets: tuple[int, ...] = ()  # patches; one is drawn for an image with a key, max_patches where there are none
 
-    def grids(self, height_px: Ints, width_px: Ints) -> Ints:
+    def grids(self, height_px: Ints, width_px: Ints, key: Ints | None = None) -> Ints:
         """Return the grid of each image: [B, 2] rows and columns of patches.
 
-        naflex: as `cogvit.model.naflex.naflex_grid`, many at a time.
+        naflex: as `cogvit.model.naflex.naflex_grid`, many at a time. key: [B] seeds of the images' budgets; without,
+        every image has max_patches.
         """
         if self.kind == "square":
             return np.tile(np.array(self.square_hw, np.int64), (len(height_px), 1))
         height, width = height_px.astype(np.int64), width_px.astype(np.int64)
-        budget = self._budget()
+        budget = self._budget(len(height), key)
         rows, columns = _largest_side(height, width, budget), _largest_side(width, height, budget)
         tall = rows * width >= columns * height
         fitted = np.stack(
@@ -41,17 +47,23 @@ class Sizing:
         )
         if not self.enlarge:
             native = self._native(height, width)
-            fitted = np.where(native.prod(axis=1, keepdims=True) <= budget, native, fitted)
+            fitted = np.where((native.prod(axis=1) <= budget)[:, None], native, fitted)
         return fitted * self.multiple
 
-    def exceeds(self, height_px: Ints, width_px: Ints) -> NDArray[np.bool_]:
-        """Return which images have more patches than the budget, and so are downsized; none where kind is square."""
+    def exceeds(self, height_px: Ints, width_px: Ints, key: Ints | None = None) -> NDArray[np.bool_]:
+        """Return which images have more patches than their budget, and so are downsized; none where kind is square."""
         if self.kind == "square":
             return np.zeros(len(height_px), np.bool_)
-        return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > self._budget()
+        return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > self._budget(
+            len(height_px), key
+        )
 
-    def _budget(self) -> int:
-        return self.max_patches // self.multiple**2
+    def _budget(self, count: int, key: Ints | None) -> Ints:
+        """Return the most groups of multiple x multiple patches that each image may have."""
+        if key is None or not self.budgets:
+            return np.full(count, self.max_patches // self.multiple**2)
+        drawn = mix(torch.from_numpy(key), _BUDGET_SALT).numpy() % len(self.budgets)
+        return np.array(self.budgets)[drawn] // self.multiple**2
 
     def _native(self, height_px: Ints, width_px: Ints) -> Ints:
         """Return the grids of groups of patches that hold the images as they are."""
@@ -62,12 +74,12 @@ class Sizing:
 def sizing_of(config: RunConfig) -> Sizing:
     """Return how a configuration sizes images."""
     vision, data = config.vision, config.data
-    return Sizing(data.sizing, vision.patch_size, vision.base_grid, data.max_patches, data.enlarge, data.grid_multiple)
+    return Sizing(data.sizing, vision.patch_size, vision.base_grid, data.max_patches, data.enlarge, data.grid_multiple, data.budgets_patches)
 
 
-def _largest_side(side_px: Ints, other_px: Ints, budget: int) -> Ints:
+def _largest_side(side_px: Ints, other_px: Ints, budget: Ints) -> Ints:
     """Return the most patches n of a side, whose grid n x ceil(n * other / side) fits."""
-    low, high = np.zeros_like(side_px), np.full_like(side_px, budget)
+    low, high = np.zeros_like(side_px), budget.copy()
     while (open_ := low < high).any():
         middle = (low + high + 1) // 2
         fits = middle * -(-other_px * middle // side_px) <= budget

@@ -200,3 +200,35 @@ def test_plan_hash_names_what_defines_the_sequence():
 def test_mixture_that_cannot_be_kept_is_refused(mixture, message):
     with pytest.raises(DataError, match=message):
         Planner(bare_index([60, 40]), spec_of(mixture=mixture), 0)
+
+
+def test_budgets_are_drawn_for_each_image_and_epoch_and_steps_cost_the_same():
+    index, budgets = bare_index([600]), (6, 12, 20)
+    data = {"global_batch_images": 100, "lookahead_steps": 6, "max_patches": 20, "enlarge": True, "canonical_shares": 1}
+    batches = [Planner(index, spec_of(**data, budgets_patches=budgets), 0).batch(step) for step in range(12)]
+    rows, key, grid_hw = (
+        np.concatenate([getattr(batch, name) for batch in batches]) for name in ("rows", "key", "grid_hw")
+    )
+    sizes = index.rows[rows]
+    at = {n: Sizing("naflex", PATCH_PX, (1, 1), n, True).grids(sizes["height_px"], sizes["width_px"]) for n in budgets}
+    fits = np.stack([(grid_hw == at[budget]).all(axis=1) for budget in budgets], axis=1)
+    assert fits.any(axis=1).all()
+    # Each budget about a third of the time; extreme shapes have one grid in all of them.
+    assert (fits.mean(axis=0) > 0.28).all() and (fits.sum(axis=1) == 1).mean() > 0.8
+    # An epoch has every image once; the next one draws anew, and the same key always draws the same.
+    first, second = (
+        dict(zip(rows[half].tolist(), map(tuple, grid_hw[half].tolist()), strict=True))
+        for half in (slice(600), slice(600, None))
+    )
+    assert 0.4 < np.mean([first[row] != second[row] for row in first]) < 0.8
+    again = spec_of(**data, budgets_patches=budgets).sizing.grids(sizes["height_px"], sizes["width_px"], key)
+    assert (again == grid_hw).all()
+    for window in (batches[:6], batches[6:]):
+        cost = [batch.cost.sum() for batch in window]
+        assert max(cost) / min(cost) < 1.01
+
+
+def test_without_budgets_a_key_changes_nothing():
+    sizing = spec_of(max_patches=20).sizing
+    sides_px = np.arange(1, 40)
+    assert (sizing.grids(sides_px, sides_px[::-1], sides_px) == sizing.grids(sides_px, sides_px[::-1])).all()
