@@ -74,7 +74,15 @@ class Sizing:
 def sizing_of(config: RunConfig) -> Sizing:
     """Return how a configuration sizes images."""
     vision, data = config.vision, config.data
-    return Sizing(data.sizing, vision.patch_size, vision.base_grid, data.max_patches, data.enlarge, data.grid_multiple, data.budgets_patches)
+    return Sizing(
+        kind=data.sizing,
+        patch_size_px=vision.patch_size,
+        square_hw=vision.base_grid,
+        max_patches=data.max_patches,
+        enlarge=data.enlarge,
+        multiple=data.grid_multiple,
+        budgets=data.budgets_patches,
+    )
 
 
 def _largest_side(side_px: Ints, other_px: Ints, budget: Ints) -> Ints:
