@@ -12,8 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from cogvit.config import load_config
+from cogvit.model.init import init_tensor
 from cogvit.train import main
+from cogvit.training.checkpoint import weights
 from cogvit.training.meter import read_metrics
 from data_pipeline.index import build_index, load_index
 from tests.data.corpus import picture, write_tar
@@ -106,3 +110,21 @@ def test_unknown_tokenizer(pool: Pool, tmp_path: Path) -> None:
     assert status == 2
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "--data.tokenizer" in errors[0] and "byt5" in errors[0]
+
+
+def test_locked_image_tuning_at_several_resolutions(pool: Pool, tmp_path: Path) -> None:
+    shards = write_img2dataset(tmp_path / "shards", ["red", "green", "blue"])
+    flags = ["--data.global-batch-images", "6", "--data.lookahead-steps", "1", "--data.enlarge"]
+    flags += ["--data.max-patches", "32", "--data.budgets-patches", "[4, 32]", "--optim.vision.lr-mult", "0"]
+    lines = train(pool, 1, shards, tmp_path / "run", *flags)
+    # 24 x 40 pixels take 2 x 2 or 4 x 7 patches: the six images of a step are neither all small nor all large.
+    assert all(6 * 4 < line["tokens"] < 6 * 28 for line in lines)
+    config = load_config(tmp_path / "run" / "config.json")
+    trained = weights(tmp_path / "run" / "checkpoints" / "step_00000002", "")
+    for name, tensor in trained.items():
+        start = init_tensor(name, tuple(tensor.shape), config.seed, 1.0)
+        if name.startswith("vision."):
+            assert torch.equal(tensor, start), name
+        elif name.endswith("proj.weight"):
+            assert not torch.equal(tensor, start), name
+    assert all(line["grad_norm_vision"] == 0.0 < line["grad_norm_text"] for line in lines)
