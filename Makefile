@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu test-matrix test-slurm check bench clean
+.PHONY: demo test test-gpu test-matrix test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -38,8 +38,11 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long"
 
+test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
+	python -m pytest tests/faults
+
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
-	python -m pytest tests/slurm
+	python -m pytest tests/slurm -o faulthandler_timeout=3600 -rs
 
 test-matrix: $(RUNTIME)  ## every legal layout of up to 4 processes; hours on 2 cores
 	python -m pytest tests/dist/test_layouts.py --matrix

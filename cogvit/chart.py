@@ -74,12 +74,15 @@ def linear_axis(low: float, high: float, *, ends: Literal["values", "round"]) ->
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """Return a logarithmic axis over positive values; ticks at powers of ten, thinned to at most five."""
+    """Return a logarithmic axis over positive values; ticks at powers of ten, thinned to at most five.
+
+    A mean of values that rounding took below `low` is drawn there.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     exponents = range(first, last + 1, max(1, math.ceil((last - first) / 4)))
     bottom, length = math.log10(low), math.log10(high) - math.log10(low)
     ticks = tuple(10.0**exponent for exponent in exponents if low <= 10.0**exponent <= high)
-    return Axis(ticks, lambda value: (math.log10(value) - bottom) / length)
+    return Axis(ticks, lambda value: (math.log10(max(value, low)) - bottom) / length)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

@@ -34,6 +34,8 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
 from cogvit.evaluation.results import Evaluation, read_evaluation
 from cogvit.evaluation.subject import load_subject
+from cogvit.training.checkpoint import list_checkpoints, read_state
+from cogvit.training.chrono import Chrono
 from cogvit.training.meter import duration, read_metrics
 
 STAGES = {"distill": "Stage 1: distillation", "contrast": "Stage 2: image-text alignment"}
@@ -47,6 +49,7 @@ class Run:
     name: str
     config: RunConfig
     rows: Sequence[Mapping[str, float]]  # of metrics.jsonl
+    chrono: Chrono | None  # of the newest checkpoint
 
     def series(self, name: str, *, noisy: bool = True) -> Series:
         """Return one metric over the steps that have it."""
@@ -105,7 +108,7 @@ def write_report(
     evaluation: {task: {metric: {"value": v, "chance": c}}}; pictures: caption -> PNG. Each may be empty.
     Errors: ConfigError or DataError when a run directory has no config.json or metrics.jsonl.
     """
-    loaded = [Run(path.name, load_config(path / "config.json"), read_metrics(path / "metrics.jsonl")) for path in runs]
+    loaded = [_load(path) for path in runs]
     body = [
         _header(loaded),
         _section("Evaluation", _evaluation_table(evaluation)),
@@ -120,6 +123,12 @@ def write_report(
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _load(path: Path) -> Run:
+    checkpoints = list_checkpoints(path / "checkpoints")
+    chrono = read_state(checkpoints[-1]).chrono if checkpoints else None
+    return Run(path.name, load_config(path / "config.json"), read_metrics(path / "metrics.jsonl"), chrono)
 
 
 def _section(title: str, body: str) -> str:
@@ -196,6 +205,7 @@ def _run(run: Run) -> str:
     settings = json.dumps(to_json(run.config), indent=2, ensure_ascii=False)
     return (
         f'<div class="cards">{"".join(_cards(run))}</div><div class="charts">{"".join(charts)}</div>'
+        f"{_goodput(run.chrono)}"
         f"<h3>Settings that differ from the defaults</h3>{_table(_changed(to_json(run.config), to_json(RunConfig())))}"
         f"<details><summary>Complete configuration</summary><pre>{escape(settings)}</pre></details>"
     )
@@ -216,6 +226,23 @@ def _cards(run: Run) -> list[str]:
         "time in steps": duration(totals["seconds"]),
     }
     return [f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in figures.items()]
+
+
+def _goodput(chrono: Chrono | None) -> str:
+    """Say where the wall time went, over all starts."""
+    if chrono is None:
+        return ""
+    uses = {
+        "steps that count": chrono.step_s,
+        "waiting for data": chrono.data_wait_s,
+        "saving checkpoints": chrono.checkpoint_s,
+        "evaluation": chrono.evaluation_s,
+        "steps done again after a fault": chrono.lost_s,
+        "starts and restarts": chrono.restart_s,
+    }
+    total_s = sum(uses.values()) or 1.0
+    rows = {use: f"{seconds:,.1f} s ({seconds / total_s:.1%})" for use, seconds in uses.items()}
+    return f"<h3>Wall time: goodput {chrono.goodput:.1%}</h3>{_table(rows)}"
 
 
 def _changed(values: Mapping[str, object], defaults: Mapping[str, object], prefix: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from cogvit.arguments import asks_for_help
 from cogvit.config import ModuleConfig, RunConfig, load_config, recipe_differences, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import help_text, load_preset, parse
+from cogvit.training.lock import run_lock
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,8 +61,8 @@ def main(argv: list[str]) -> int:
         if "SLURM_STEP_NUM_TASKS" in os.environ:
             print(place_line(config, rank), flush=True)
         corpus = open_corpus(config)
-        claim_directory(config, writer=rank == 0)
-        return run(config, corpus)
+        with claimed_directory(config, writer=rank == 0):
+            return run(config, corpus)
     except CogViTError as error:
         # In a Slurm step each rank has a log of its own.
         if os.environ.get("RANK", "0") == "0" or "SLURM_STEP_NUM_TASKS" in os.environ:
@@ -113,33 +115,38 @@ def open_corpus(config: RunConfig) -> Corpus:
     return Corpus(open_index(data, data.shards), held_out)
 
 
-def claim_directory(config: RunConfig, *, writer: bool) -> None:
-    """Make the run directory, or accept it as the same run's.
+@contextmanager
+def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
+    """Make the run directory, or accept it as the same run's; the writer locks it for the length of the block.
 
-    Errors: ConfigError when it is another run's or cannot be written.
+    Errors: ConfigError when it is another run's, is in use, or cannot be written.
     """
     if not config.out:
         raise ConfigError("--out DIR is needed: the run directory")
-    path = Path(config.out) / "config.json"
-    if path.exists():
-        differences = recipe_differences(load_config(path), config)
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        differences = recipe_differences(load_config(out / "config.json"), config)
         if differences:
             raise ConfigError(f"{config.out} holds another run ({'; '.join(differences[:3])}); choose another --out")
-    if writer:
-        try:
-            (Path(config.out) / "logs").mkdir(parents=True, exist_ok=True)
-            # In one move, for other ranks may be reading it.
-            fresh = path.with_name("config.json.tmp")
-            fresh.write_text(json.dumps(to_json(config), indent=1) + "\n")
-            fresh.replace(path)
-        except OSError as error:
-            raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
+    with ExitStack() as stack:
+        if writer:
+            try:
+                (out / "logs").mkdir(parents=True, exist_ok=True)
+                stack.enter_context(run_lock(out))
+                # In one move, for other ranks may be reading it.
+                (out / "config.json.tmp").write_text(json.dumps(to_json(config), indent=1) + "\n")
+                (out / "config.json.tmp").replace(out / "config.json")
+            except OSError as error:
+                raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
+        yield
 
 
 def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
+    launched_s = time.monotonic()
     from cogvit.parallel.mesh import start_mesh, stop_mesh
     from cogvit.training.checkpoint import Checkpoints
+    from cogvit.training.chrono import after_restart
     from cogvit.training.engine import Engine
     from cogvit.training.loop import Evaluation, train
     from cogvit.training.meter import Meter
@@ -160,7 +167,10 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
         checkpoints = resources.enter_context(Checkpoints(Path(config.out) / "checkpoints", mesh, config.checkpoint))
-        state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0, train_s=0.0)
+        state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
+        if mesh.is_writer:
+            elapsed_s = time.monotonic() - launched_s
+            state = replace(state, chrono=after_restart(state.chrono, Path(config.out), state.step, elapsed_s))
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))
         stacks = Path(config.out) / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))

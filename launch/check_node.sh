@@ -12,7 +12,8 @@ refuse() {
 "$1" -c "" 2>/dev/null || refuse "PYTHON=$1 does not start; is the venv or container there?"
 absent=$("$1" -c '
 from importlib.util import find_spec
-print(*(name for name in ("torch", "megatron.core", "deepspeed", "ray", "transformers", "cogvit") if find_spec(name) is None))
+specs = {name: find_spec(name) for name in ("torch", "megatron.core", "deepspeed", "ray", "transformers", "cogvit")}
+print(*(name for name, spec in specs.items() if spec is None or spec.origin is None))  # an empty folder has no origin
 ' 2>&1) || absent="an import fails: ${absent##*$'\n'}"
 [[ -z $absent ]] || refuse "$1 lacks $absent"
 probe=$2/logs/.writable-$node

@@ -180,11 +180,13 @@ finish() {
     echo "$((tried + 1)) ${newest:-none}" >"$LOGS/restarts"
     if [[ -n $asked ]] || ((status == 75)); then requeue "stopped on request${asked:+ ($asked)} at ${newest:-no checkpoint}"; fi
     node=${first#srun: error: } node=${node%%:*}
-    if [[ -n $node && $node != *"["* ]]; then echo "$node" >>"$LOGS/failed_nodes"; fi
+    # Not to blame: several nodes at once, and tasks that somebody ended.
+    if [[ $node == *"["* || $first == *Terminated* ]]; then node=; fi
+    if [[ -n $node ]]; then echo "$node" >>"$LOGS/failed_nodes"; fi
     requeue "failed with status $status${node:+ on $node}, restart $((tried + 1)) of $MAX_RESTARTS without a new checkpoint"
 }
 
-# Puts the job back into the queue, without the nodes that keep failing, and waits to be ended for it.
+# Puts the job back into the queue, without the nodes that keep failing, and ends it.
 requeue() {
     local excluded=
     if [[ -f $LOGS/failed_nodes ]]; then
@@ -200,6 +202,5 @@ requeue() {
     if [[ -n $excluded ]]; then
         scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
     fi
-    sleep 300
     exit 75
 }

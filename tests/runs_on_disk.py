@@ -21,6 +21,8 @@ from cogvit.config import DataConfig, RunConfig, to_json
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
+from cogvit.training.checkpoint import FORMAT
+from cogvit.training.chrono import Chrono
 from cogvit.training.state import TrainState, state_to_json
 from data_pipeline.index import build_index
 from tests.data.corpus import members, picture, write_tar
@@ -43,7 +45,7 @@ def write_run(directory: Path, config: RunConfig, modules: Mapping[str, nn.Modul
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of saving from one process
         dcp.save(tensors, checkpoint_id=checkpoint, no_dist=True)
-    state = TrainState(step, DataPosition("plan", step), images=10 * step, tokens=90 * step, train_s=1.5)
+    state = TrainState(step, DataPosition("plan", step), images=10 * step, tokens=90 * step, chrono=Chrono(step_s=1.5))
     (checkpoint / "state.json").write_text(json.dumps(state_to_json(state)))
     files = {
         str(file.relative_to(checkpoint)): {
@@ -53,7 +55,7 @@ def write_run(directory: Path, config: RunConfig, modules: Mapping[str, nn.Modul
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "files": files}))
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
     (directory / "config.json").write_text(json.dumps(to_json(config)))
     (directory / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
     return directory

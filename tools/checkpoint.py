@@ -61,7 +61,7 @@ def show_run(run: Path) -> int:
     """Print what the newest good checkpoint holds."""
     path = latest_of_run(run)
     state = read_state(path)
-    print(f"{path}\n{_progress(path)}, {state.train_s:,.0f} s in steps")
+    print(f"{path}\n{_progress(path)}, {state.chrono.step_s:,.0f} s in steps, goodput {state.chrono.goodput:.1%}")
     if state.best_step is not None:
         print(f"best evaluation so far: loss {state.best_loss:.6g} at step {state.best_step}")
     tensors, values = Counter[tuple[str, str]](), Counter[tuple[str, str]]()

@@ -110,12 +110,13 @@ def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
     return by_head.transpose(0, 1).flatten(0, 2).contiguous()
 
 
-def gather_plain(tensor: PlainTensor, local: Tensor, mesh: Mesh) -> Tensor:
+def gather_plain(tensor: PlainTensor, local: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
     """Return the plain tensor of a local one (a weight, a gradient or a moment); collective over the tensor ranks."""
-    if tensor.split is Split.REPLICATED or mesh.tp_size == 1:
+    tp_size = dist.get_world_size(tp_group)
+    if tensor.split is Split.REPLICATED or tp_size == 1:
         return to_plain(tensor, [local])
-    shards = [torch.empty_like(local) for _ in range(mesh.tp_size)]
-    dist.all_gather(shards, local.contiguous(), group=mesh.tp_group)
+    shards = [torch.empty_like(local) for _ in range(tp_size)]
+    dist.all_gather(shards, local.contiguous(), group=tp_group)
     return to_plain(tensor, shards)
 
 

@@ -34,8 +34,9 @@ from cogvit.training.storage import SafeReader
 if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
     from cogvit.parallel.mesh import Mesh
     from cogvit.training.engine import Engine
+    from cogvit.training.zero import Fragment
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _STATE, _BEST = "manifest.json", "state.json", "best.json"
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -50,10 +51,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, mesh: Mesh, config: CheckpointConfig) -> None:
         self._directory, self._mesh, self._config = directory, mesh, config
-        # A group of its own, so that what the thread sends never meets what training sends.
+        directory.mkdir(parents=True, exist_ok=True)
+        # Groups of its own, so that what the thread sends never meets what training sends.
         self._group = dist.new_group(backend="gloo")
+        self._tp_group, self._dp_group = (mesh.new_axis_group(axis) for axis in ("tp", "dp"))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
+        self._newest_step: int | None = None  # saved or resumed from
 
     def __enter__(self) -> Self:
         return self
@@ -68,18 +72,21 @@ class Checkpoints:
         return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
     def save(self, state: TrainState, engine: Engine) -> None:
-        """Copy the run's state and begin to write it; collective over all ranks.
+        """Copy the run's state and begin to write it, unless that was done; collective over all ranks.
 
         Waits for the save before this one first; one that failed (a full disk) is told as a warning, and training goes
-        on with the checkpoints that are there. Memory: this rank's share of the tensors and one whole tensor at a time.
+        on with the checkpoints that are there. Memory on the CPU: a copy of this rank's partition, its share of the
+        whole tensors to write, and one whole tensor at a time.
         """
+        if state.step == self._newest_step:
+            return
         try:
             self.finish()
         except CheckpointError as error:
             if self._mesh.is_writer:
                 _log.warning("%s; the checkpoints before it are kept and training goes on", error)
-        owned = _owned(engine, self._mesh)
-        self._under_way = self._thread.submit(self._write, owned, state)
+        self._newest_step = state.step
+        self._under_way = self._thread.submit(self._write, engine, engine.snapshot(), state)
 
     def finish(self) -> None:
         """Wait until the save under way is on disk. Errors: CheckpointError on every rank when it was not written."""
@@ -101,10 +108,11 @@ class Checkpoints:
         engine.load_plain_state(read)
         state = read_state(path)
         engine.zero.load_update_count(state.step - state.skipped)
+        self._newest_step = state.step
         return state
 
-    def _write(self, owned: dict[str, Tensor], state: TrainState) -> None:
-        """Write a save's files on every rank, then make it visible on one; runs in the thread."""
+    def _write(self, engine: Engine, fragments: list[Fragment], state: TrainState) -> None:
+        """Write a snapshot's files on every rank, then make it visible on one; runs in the thread."""
         final = step_directory(self._directory, state.step)
         partial = final.with_name(f".{final.name}.partial")
 
@@ -130,14 +138,24 @@ class Checkpoints:
 
         try:
             self._on_writer(prepare)
-            save(owned, checkpoint_id=partial, process_group=self._group)
+            save(self._owned(engine, fragments), checkpoint_id=partial, process_group=self._group)
             digests = self._on_all(digest_own)
             self._on_writer(publish)
         except (CheckpointException, CheckpointError) as error:
+            free_mb = shutil.disk_usage(self._directory).free / 1e6  # a full disk hides behind other errors
             if self._mesh.is_writer:
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would stand in the way of the next one
             reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(f"checkpoint {final.name} could not be written: {reason}") from None
+            raise CheckpointError(
+                f"checkpoint {final.name} could not be written, {free_mb:,.1f} MB are free there: {reason}"
+            ) from None
+
+    def _owned(self, engine: Engine, fragments: list[Fragment]) -> dict[str, Tensor]:
+        """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""
+        writers = self._mesh.tp_size * self._mesh.dp_size
+        place = self._mesh.dp_rank * self._mesh.tp_size + self._mesh.tp_rank
+        state = engine.plain_of(fragments, self._dp_group, self._tp_group)
+        return {key: full.clone() for index, (key, full) in enumerate(state) if index % writers == place}
 
     def _on_writer(self, work: Callable[[], None]) -> None:
         self._on_all(work if self._mesh.is_writer else _nothing)
@@ -241,17 +259,6 @@ def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
-
-
-def _owned(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
-    """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""
-    writers = mesh.tp_size * mesh.dp_size
-    place = mesh.dp_rank * mesh.tp_size + mesh.tp_rank
-    owned = {}
-    for index, (key, full) in enumerate(engine.plain_state()):
-        if index % writers == place:
-            owned[key] = full.detach().cpu().clone()
-    return owned
 
 
 def _digest(file: Path) -> dict[str, Any]:

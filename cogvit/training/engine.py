@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogvit.batch import Batch
@@ -21,6 +22,7 @@ from cogvit.training import zero
 from cogvit.training.blame import find_suspects
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, module_config, module_schedule, param_groups
+from cogvit.training.zero import Fragment
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Engine:
         self.skips_in_a_row = 0
         self.tensors = list(plain_tensors(model))
         self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
+        self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         groups = param_groups(named, config.optim, config.schedule)
@@ -116,18 +119,30 @@ class Engine:
         with self.zero.one_reduction():
             objective.train(self.model, micro, self.schedule)
         by_name = {tensor.name: tensor for tensor in self.tensors}
-        for name, local in self.zero.full_gradients({t.name: t.parameter for t in self.tensors}):
-            yield name, gather_plain(by_name[name], local, self.mesh)
+        for name, local in self.zero.full_gradients(self._named):
+            yield name, gather_plain(by_name[name], local, self.mesh.tp_group)
         self.zero.drop_gradients()
 
-    def plain_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor), one at a time.
+    def snapshot(self) -> list[Fragment]:
+        """Copy this rank's part of weights and moments to the CPU; talks to no one."""
+        return [fragment.copy() for fragment in self.zero.fragments(self._named)]
 
-        Collective over the tp and dp ranks of a stage, which all see the same sequence.
+    def plain_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `plain_of` does of the state as it is now."""
+        return self.plain_of(self.zero.fragments(self._named), self.mesh.dp_group, self.mesh.tp_group)
+
+    def plain_of(
+        self, fragments: Iterable[Fragment], dp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of a snapshot, one at a time.
+
+        Collective over the tp and dp ranks of a stage, which all see the same sequence; by the groups that are given,
+        so that it can go on beside training.
         """
         by_name = {tensor.name: tensor for tensor in self.tensors}
-        for name, kind, local in self.zero.full_tensors({t.name: t.parameter for t in self.tensors}):
-            yield f"{kind}/{name}", gather_plain(by_name[name], local, self.mesh)
+        for fragment in fragments:
+            plain = gather_plain(by_name[fragment.name], fragment.whole(dp_group), tp_group)
+            yield f"{fragment.kind}/{fragment.name}", plain
 
     def load_plain_state(self, read: Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]) -> None:
         """Set weights and moments; `read` maps keys and full shapes to plain tensors, one kind at a time."""

@@ -15,6 +15,7 @@ from cogvit.batch import StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
+from cogvit.training.chrono import Chrono
 from cogvit.training.engine import Engine, StepReport
 from cogvit.training.meter import Meter
 from cogvit.training.objective import Objective
@@ -70,17 +71,14 @@ def train(
     Errors: NonFiniteStep and DataError pass through, and the last checkpoint stays as it is; TeacherUnavailable too,
     after a save. CheckpointError when the last save could not be written.
     """
-    mesh = engine.mesh
+    mesh, first_step = engine.mesh, state.step
     source = iter(batches)
-    saved_step = state.step
-    first_step = state.step
     while state.step < steps:
         start_s = time.perf_counter()
         try:
             batch = take(source, mesh)
         except TeacherUnavailable:
-            if saved_step != state.step:
-                checkpoints.save(state, engine)
+            checkpoints.save(state, engine)
             checkpoints.finish()
             raise
         micro = tuple(move(one, mesh.device) for one in batch.micro)
@@ -88,21 +86,25 @@ def train(
         report = engine.step(objective, micro, state.step)
         work = measure(replace(batch, micro=micro), mesh)
         seconds = time.perf_counter() - start_s
+        spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
         state = state.after(
-            batch.position, images=work.images, tokens=work.tokens, seconds=seconds, skipped=bool(report.skipped)
+            batch.position, images=work.images, tokens=work.tokens, spent=spent, skipped=bool(report.skipped)
         )
         values = step_values(report, work, seconds=seconds, data_s=data_s)
         if evaluation.due(state.step):
+            start_s = time.perf_counter()
             losses = evaluate(engine, objective, evaluation)
-            state = state.with_evaluation(losses["eval_loss"])
+            spent = Chrono(evaluation_s=time.perf_counter() - start_s)
+            state = state.with_evaluation(losses["eval_loss"]).spending(spent)
             values |= losses
         meter.record(state.step, values)
         if mesh.is_writer:
             tell_trouble(report, spikes, state.step, values)
         leaving = stop.agreed(mesh.agree_max)
         if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
+            start_s = time.perf_counter()
             checkpoints.save(state, engine)
-            saved_step = state.step
+            state = state.spending(Chrono(checkpoint_s=time.perf_counter() - start_s))
         if leaving:
             break
         if state.step == first_step + 1 and watchdog.timeout_s > 0:

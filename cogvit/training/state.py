@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cogvit.batch import DataPosition
+from cogvit.training.chrono import Chrono
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,13 @@ class TrainState:
     position: DataPosition
     images: int  # trained on so far, over all ranks
     tokens: int  # valid patch tokens so far, over all ranks
-    train_s: float  # wall time spent in steps so far, over all restarts
+    chrono: Chrono = field(default_factory=Chrono)  # where the wall time went so far, over all starts
     skipped: int = 0  # steps whose gradients were not finite: they updated nothing
     best_step: int | None = None  # of the checkpoint with the lowest evaluation loss
     best_loss: float | None = None
 
     def after(
-        self, position: DataPosition, *, images: int, tokens: int, seconds: float, skipped: bool = False
+        self, position: DataPosition, *, images: int, tokens: int, spent: Chrono, skipped: bool = False
     ) -> TrainState:
         """Return the state one step later."""
         return replace(
@@ -31,9 +32,13 @@ class TrainState:
             position=position,
             images=self.images + images,
             tokens=self.tokens + tokens,
-            train_s=self.train_s + seconds,
+            chrono=self.chrono.plus(spent),
             skipped=self.skipped + skipped,
         )
+
+    def spending(self, spent: Chrono) -> TrainState:
+        """Return the state with time added."""
+        return replace(self, chrono=self.chrono.plus(spent))
 
     def with_evaluation(self, loss: float) -> TrainState:
         """Return the state with this step marked as the best if its evaluation loss is the lowest so far."""
@@ -49,4 +54,5 @@ def state_to_json(state: TrainState) -> dict[str, Any]:
 
 def state_from_json(values: dict[str, Any]) -> TrainState:
     """Return the state that `state_to_json` wrote."""
-    return TrainState(**{**values, "position": DataPosition(**values["position"])})
+    parts = {"position": DataPosition(**values["position"]), "chrono": Chrono(**values["chrono"])}
+    return TrainState(**{**values, **parts})

@@ -28,9 +28,7 @@ from cogvit.training.optim import MASTER, Module, ParamGroup
 prepare_process()
 import deepspeed  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
     safe_get_full_grad,
-    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -42,6 +40,27 @@ class StateTensor(NamedTuple):
     name: str
     kind: str  # MASTER or a moment of cogvit.training.muon.MOMENTS
     tensor: Tensor
+
+
+class Fragment(NamedTuple):
+    """What one dp rank holds of a tensor of the training state: a stretch of it, flat, perhaps empty."""
+
+    name: str
+    kind: str
+    shape: torch.Size  # of the whole
+    start: int  # of the stretch
+    values: Tensor
+
+    def copy(self) -> Fragment:
+        """Return the same in memory of its own, on the CPU."""
+        return self._replace(values=self.values.to("cpu", copy=True))
+
+    def whole(self, dp_group: dist.ProcessGroup) -> Tensor:
+        """Put the tensor together; collective over the dp ranks."""
+        full = self.values.new_zeros(self.shape.numel(), dtype=torch.float32)
+        full[self.start : self.start + self.values.numel()] = self.values
+        dist.all_reduce(full, group=dp_group)
+        return full.view(self.shape)
 
 
 def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
@@ -219,17 +238,27 @@ class ZeroEngine:
         """Return the kinds of state a parameter has: MASTER and its moments."""
         return self._kinds[param]
 
+    def fragments(self, named: Mapping[str, Parameter]) -> Iterator[Fragment]:
+        """Yield views of what this rank holds of each parameter's fp32 state; talks to no one."""
+        for name, param in named.items():
+            for kind in self._kinds[param]:
+                mapping: Any = vars(param)["_hp_mapping"]  # None where the parameter lies in other ranks' partitions
+                start = 0 if mapping is None else mapping.lp_fragment_address.start
+                held = (
+                    torch.empty(0, device=param.device)
+                    if mapping is None
+                    else mapping.get_hp_fragment(None if kind == MASTER else kind).detach()
+                )
+                yield Fragment(name, kind, param.shape, start, held)
+
     def full_tensors(self, named: Mapping[str, Parameter]) -> Iterator[StateTensor]:
         """Yield the fp32 state of each parameter in turn, whole over dp; holds one tensor at a time.
 
         Collective over dp: every dp rank iterates to the end over the same names in the same order.
         """
-        for name, param in named.items():
-            for kind in self._kinds[param]:
-                if kind == MASTER:
-                    yield StateTensor(name, kind, safe_get_full_fp32_param(param))
-                else:
-                    yield StateTensor(name, kind, safe_get_full_optimizer_state(param, kind))
+        group = MegatronGroups.get_data_parallel_group()
+        for fragment in self.fragments(named):
+            yield StateTensor(fragment.name, fragment.kind, fragment.whole(group))
 
     def full_gradients(self, named: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's last reduced gradient before clipping, whole over dp; collective as `full_tensors`."""

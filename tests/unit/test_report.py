@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cogvit.batch import DataPosition
 from cogvit.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
 from cogvit.report import write_report
+from cogvit.training.chrono import Chrono
 from cogvit.training.meter import Meter
+from cogvit.training.state import TrainState, state_to_json
 
 CONFIG = RunConfig(
     schedule=ScheduleConfig(steps=40),
@@ -163,3 +166,16 @@ def test_running_mean_keeps_constants_and_lines_and_tames_noise() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_the_wall_time_of_the_newest_checkpoint_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", CONFIG, 4)
+    state = TrainState(
+        4, DataPosition("plan", 4), images=1, tokens=1, chrono=Chrono(step_s=75.0, lost_s=5.0, restart_s=20.0)
+    )
+    checkpoint = run / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state_to_json(state)))
+    write_report(tmp_path / "report.html", [run], {}, {})
+    page = (tmp_path / "report.html").read_text()
+    assert "goodput 75.0%" in page and "5.0 s (5.0%)" in page and "20.0 s (20.0%)" in page

@@ -1,0 +1,57 @@
+"""Where a run's wall time goes, over all its starts: what a fault costs is known to the start after it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cogvit.training.meter import read_metrics
+
+_FILE = "chrono.json"  # in RUN/logs: the losses known to the last start, in case it ends before its first save
+
+
+@dataclass(frozen=True)
+class Chrono:
+    """Seconds by use, over all starts; stored with every checkpoint."""
+
+    step_s: float = 0.0  # in steps that count, waiting for data left out
+    data_wait_s: float = 0.0  # of those steps
+    checkpoint_s: float = 0.0  # that saves took from training
+    evaluation_s: float = 0.0
+    lost_s: float = 0.0  # in steps that were done again because no checkpoint had them
+    restart_s: float = 0.0  # from the last step of one start, or the launch, to the first step of the next
+
+    @property
+    def goodput(self) -> float:
+        """The share of the time that went into steps that count; 1 before the first."""
+        total_s = sum(asdict(self).values())
+        return self.step_s / total_s if total_s else 1.0
+
+    def plus(self, other: Chrono) -> Chrono:
+        """Add field by field."""
+        return Chrono(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+def after_restart(chrono: Chrono, out: Path, step: int, since_launch_s: float) -> Chrono:
+    """Return a checkpoint's times with what the end of the start before this one cost.
+
+    Call it on the writer, before metrics.jsonl is rewound to `step`, the checkpoint's. The time between two starts is
+    measured on the clock of the file system's last write and ours; where they disagree it counts as no less than
+    since_launch_s.
+    """
+    metrics, file = out / "metrics.jsonl", out / "logs" / _FILE
+    known = json.loads(file.read_text()) if file.exists() else {"lost_s": 0.0, "restart_s": 0.0}
+    lost_s, pause_s = 0.0, since_launch_s
+    if metrics.exists():
+        lost_s = sum(row["seconds"] for row in read_metrics(metrics) if row["step"] > step)
+        pause_s = max(pause_s, time.time() - metrics.stat().st_mtime)
+    chrono = replace(
+        chrono,
+        lost_s=max(chrono.lost_s, known["lost_s"]) + lost_s,
+        restart_s=max(chrono.restart_s, known["restart_s"]) + pause_s,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"lost_s": chrono.lost_s, "restart_s": chrono.restart_s}))
+    return chrono

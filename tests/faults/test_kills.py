@@ -1,0 +1,77 @@
+"""kill -9 at random moments of a short run, saving included: it always resumes, and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvit.train import main
+from cogvit.training.checkpoint import latest, read_state, weights
+from cogvit.training.meter import read_metrics
+from tests.e2e.corpus import write_shards
+from tests.pool import Pool
+
+STEPS = 12
+FLAGS = (
+    "demo_stage2", "--data.global-batch-images", "16", "--data.tokens-per-pack", "256", "--data.images-per-pack", "12",
+    "--eval.every-steps", "0", "--log.wandb", "off", "--schedule.steps", str(STEPS), "--checkpoint.every-steps", "3",
+)  # fmt: skip
+
+
+def train(rank: int, world: int, argv: list[str], victim: int, delay_s: float) -> tuple[int, float]:
+    """Train on a rank, which kills itself after a while if it is the victim; returns status and seconds."""
+    start_s = time.monotonic()
+    if rank == victim:
+        timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    status = main(argv)
+    return status, time.monotonic() - start_s
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
+def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> None:
+    write_shards(tmp_path / "shards", "numbers-00000", 48)
+    argv = [*FLAGS, "--data.shards", str(tmp_path / "shards"), "--out"]
+    straight, disturbed = tmp_path / "straight", tmp_path / "disturbed-0"
+    (status, whole_s), _ = pool.run(train, 2, ([*argv, str(straight)], -1, 0.0), timeout_s=120)
+    assert status == 0
+    draw = random.Random(kills)
+    killed, ends = 0, 0
+    while killed < kills or latest(disturbed / "checkpoints") is None or last_step(disturbed) < STEPS:
+        victim = draw.randrange(2) if killed < kills else -1
+        try:
+            pool.run(train, 2, ([*argv, str(disturbed)], victim, draw.uniform(0.0, whole_s)), timeout_s=120)
+        except ChildProcessError as error:
+            assert "-9" in str(error)
+            killed += 1
+            continue
+        assert_same(disturbed, straight)
+        ends += 1
+        if killed < kills:
+            disturbed = tmp_path / f"disturbed-{ends}"
+    assert_same(disturbed, straight)
+    path = latest(disturbed / "checkpoints")
+    assert path is not None
+    print(f"{killed} kills, {ends} runs to the end; the last one's times: {read_state(path).chrono}")
+
+
+def last_step(run: Path) -> int:
+    path = latest(run / "checkpoints")
+    return 0 if path is None else read_state(path).step
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """The last weights and every step's loss are equal to the bit."""
+    mine, theirs = (weights(path / "checkpoints" / f"step_{STEPS:08d}", "") for path in (run, other))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs) and mine.keys() == theirs.keys()
+    curves = [[(row["step"], row["loss"]) for row in read_metrics(path / "metrics.jsonl")] for path in (run, other)]
+    assert curves[0] == curves[1] and len(curves[0]) == STEPS
