@@ -86,6 +86,8 @@ def test_damage_is_seen_and_the_previous_checkpoint_used(
     newest = tmp_path / "step_00000002"
     shard = next(newest.glob("*.distcp"))
     content = bytearray(shard.read_bytes())
+    shard.write_bytes(content[:-1])
+    assert f"not {len(content)} bytes long" in str(verify(newest))
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert "SHA-256" in str(verify(newest))

@@ -47,6 +47,10 @@ class Site:
         }  # fmt: skip
         return self.lab.submit(*SBATCH, *options, *command, cwd=self.directory, env=settings | (env or {}))
 
+    def command(self, *words: str) -> str:
+        """Run a command of the repository where the controller is; returns what it prints."""
+        return self.lab.run(*words, cwd=self.directory)
+
     def output(self, job: int) -> str:
         """What a job printed, over all its starts."""
         return "".join(path.read_text() for path in self.directory.glob(f"*-{job}.out"))

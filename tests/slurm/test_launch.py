@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cogvit.config import ParallelConfig
 from cogvit.training.meter import read_metrics
 from tests.slurm.jobs import STAGE2, STEPS, TP2_PP2, Site
+from tests.slurm.lab import wait_for
 
 SWITCH = {"node1": "leaf1", "node3": "leaf1", "node2": "leaf2", "node4": "leaf2"}
 
@@ -37,3 +39,43 @@ def test_stage_2_follows(site: Site, straight: Path) -> None:
     out = "runs/stage2"
     site.finish(site.submit((), (*STAGE2, *TP2_PP2, "--init", str(straight), "--out", out)))
     assert [line["step"] for line in read_metrics(site.directory / out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_the_chain_waits_for_each_stage(site: Site) -> None:
+    said = site.command(
+        "launch/chain.sh", "runs/chain", "--begin=now+1hour", "--gpus-per-node=0", "--ntasks-per-node=1"
+    )
+    numbers = re.fullmatch(r"precompute (\d+), stage 1 (\d+), stage 2 (\d+)\n", said)
+    assert numbers is not None, said
+    first, second, third = numbers.groups()
+    for job, before in ((second, first), (third, second)):
+        assert f"Dependency=afterok:{before}(unfulfilled)" in site.lab.run("scontrol", "show", "job", job)
+    site.lab.run("scancel", first, second, third)
+
+
+def test_tasks_of_an_array_have_their_own_flags(site: Site) -> None:
+    job = site.submit(
+        ("--array=0-1", "--nodes=1"), (*STAGE2, "--parallel.tp", "3", "--seed", "{task}", "--out", "runs/array/{task}")
+    )
+    ended = [site.directory / "runs" / "array" / task / "logs" for task in ("0", "1")]
+    wait_for(lambda: all(logs.is_dir() for logs in ended), 120, "the tasks' outputs")
+    wait_for(lambda: not site.lab.run("squeue", "-h", "-j", str(job)).strip(), 120, "their end")
+
+
+def test_a_run_that_cannot_get_on_is_given_up(site: Site) -> None:
+    """A rate that no weight survives; the job is started again once, and no more."""
+    flags = (
+        "--optim.lr",
+        "1e30",
+        "--optim.adamw-lr",
+        "1e30",
+        "--checkpoint.every-steps",
+        "0",
+        "--out",
+        "runs/hopeless",
+    )
+    job = site.submit(("--nodes=1", "--ntasks-per-node=1"), (*STAGE2, *flags), {"MAX_RESTARTS": "1"})
+    ended = site.lab.wait(job, 600)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 1, 1), site.output(job)
+    assert "restart 1 of 1 without a new checkpoint" in site.output(job)
+    assert "ended with status 1, 2 times since the start; not started again" in site.output(job)
