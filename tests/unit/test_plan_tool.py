@@ -1,0 +1,70 @@
+"""What tools.plan calls exact is counted on the model; what it estimates moves the right way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogvit.config import ParallelConfig, RunConfig
+from cogvit.flags import load_preset
+from cogvit.model.config import CogViTConfig
+from cogvit.model.vit import CogViT
+from configs.clusters import CLUSTERS
+from tools.plan import Arguments, forward_flops, legal_layouts, loads_of, plan, predict
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_flops_are_those_of_the_blocks(mlp: str) -> None:
+    cfg = CogViTConfig(
+        image_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=3,
+        num_heads=4,
+        mlp=mlp,
+        use_cls_token=False,  # type: ignore[arg-type]
+    )
+    model, images = CogViT(cfg), 2
+    # The counter knows the plain attention alone.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(images, 3, 32, 32))
+    patches = images * 16
+    embedding = 2 * patches * 3 * 8 * 8 * 32
+    assert counter.get_total_flops() == forward_flops(cfg, patches, 16) + embedding
+
+
+def test_parameters_of_the_reference() -> None:
+    (load,) = loads_of(load_preset("stage1_reference"))
+    assert load.parameters == sum(parameter.numel() for parameter in CogViT(CogViTConfig()).parameters())
+
+
+def test_layouts_are_legal_and_keep_tensor_ranks_on_a_node() -> None:
+    config = load_preset("stage1_cogvit_l")
+    layouts = legal_layouts(config, world=32, per_node=8)
+    assert len(layouts) > 4
+    for layout in layouts:
+        layout.check(32)
+        assert 8 % layout.parallel.tp == 0
+
+
+def cost(config: RunConfig, tp: int, pp: int) -> tuple[float, float, float]:
+    config = replace(config, parallel=ParallelConfig(tp=tp, pp=pp))
+    one = predict(config, loads_of(config), 32, 8, CLUSTERS["h100"])
+    return one.memory_bytes, one.bubble, one.sent_bytes
+
+
+def test_estimates_move_the_right_way() -> None:
+    config = load_preset("stage1_cogvit_l")
+    alone, tensor, pipeline = cost(config, 1, 1), cost(config, 2, 1), cost(config, 1, 2)
+    assert tensor[0] < alone[0] and alone[1] == tensor[1] == 0.0 < pipeline[1] < 0.5
+    assert tensor[2] > alone[2]
+
+
+def test_the_table_names_what_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(Arguments("stage2_cogvit_l", tp="2", pp="1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 4

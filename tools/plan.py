@@ -1,0 +1,187 @@
+"""What a run would cost on a cluster: parameters, memory, FLOPs, communication, step time, MFU and bubble.
+
+usage: python -m tools.plan PRESET [flags]
+
+--nodes N           4 by default
+--gpus-per-node G   8 by default
+--cluster NAME      a100, h100 or h200 of configs/clusters.py; h100 by default
+--tp T --pp P       plan this layout alone; by default every legal one, the fastest that fits first
+
+Parameters and the blocks' FLOPs are exact (tests count them on the model). Memory and time are estimates from
+data-sheet figures and an assumed share of the peak: they rank layouts, and no run has checked them yet. Images count
+with their largest size, teachers and data with nothing; communication is not overlapped with computation.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from cogvit.arguments import run_command
+from cogvit.config import ParallelConfig, RunConfig
+from cogvit.errors import ConfigError
+from cogvit.flags import load_preset
+from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.text import TextTower
+from cogvit.model.vit import CogViT
+from configs.clusters import CLUSTERS, Cluster
+
+_FP32_BYTES, _MOMENTS = 4, {"muon": 1, "adamw": 2, "sgd": 1}  # moments of most parameters
+_BACKWARD = 3  # a step's FLOPs over the forward's
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    preset: str
+    nodes: str = "4"
+    gpus_per_node: str = "8"
+    cluster: str = "h100"
+    tp: str = ""
+    pp: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One tower's share of a step, over all ranks."""
+
+    parameters: int
+    depth: int
+    width: int
+    tokens: int
+    pack_tokens: int
+    forward_flops: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout's cost."""
+
+    layout: ParallelConfig
+    memory_bytes: float  # of a rank
+    sent_bytes: float  # by a rank in a step
+    bubble: float  # share of the time in which a pipeline stage waits
+    step_s: float
+    mfu: float
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def forward_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_tokens: int) -> float:
+    """Return the FLOPs of the blocks' matrix products and attention for tokens in sequences of one length."""
+    width, swiglu = tower.embed_dim, getattr(tower, "mlp", "gelu") == "swiglu"
+    matrices = 4 * width**2 + (3 if swiglu else 2) * width * tower.mlp_dim
+    return tower.depth * tokens * (2.0 * matrices + 4.0 * sequence_tokens * width)
+
+
+def loads_of(config: RunConfig) -> list[Load]:
+    """Return the towers' loads; images and captions count with their largest size."""
+    images, data, vision = config.data.global_batch_images, config.data, config.vision
+    rows, columns = vision.base_grid
+    patches = rows * columns if data.sizing == "square" else data.max_patches
+    patches += vision.use_cls_token
+    with torch.device("meta"):
+        towers: list[tuple[CogViTConfig | TextConfig, nn.Module, int, int]] = [
+            (vision, CogViT(vision), patches, data.tokens_per_pack)
+        ]
+        if config.objective == "contrast":
+            towers.append((config.text, TextTower(config.text), config.text.max_tokens, data.text_tokens_per_pack))
+    return [
+        Load(
+            parameters=count_parameters(module),
+            depth=tower.depth,
+            width=tower.embed_dim,
+            tokens=images * length,
+            pack_tokens=pack_tokens,
+            forward_flops=forward_flops(tower, images * length, length),
+        )
+        for tower, module, length, pack_tokens in towers
+    ]
+
+
+def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, cluster: Cluster) -> Prediction:
+    """Return the cost of the configuration's layout."""
+    layout = config.parallel
+    tp, pp, dp = layout.tp, layout.pp, world // (layout.tp * layout.pp)
+    value_bytes = 2 if config.precision == "bf16" else 4
+    micro = max(math.ceil(load.tokens / (dp * load.pack_tokens)) for load in loads)
+    held = sum(load.parameters for load in loads) / (tp * pp)
+    sharded = 1 + _MOMENTS[config.optim.name] + (config.zero.stage == 2)  # master, moments, gradients
+    memory = _FP32_BYTES * held * (1 + (config.zero.stage == 1) + sharded / dp)
+    tp_bytes = pp_bytes = 0.0
+    for load in loads:
+        row = load.pack_tokens * load.width
+        # Of a block, in values of the width: its inputs, q, k, v, attention's output and the MLP's 4-wide layers.
+        kept = 2 if config.memory.vision.recompute == "full" else 4 + 14 / tp
+        memory += value_bytes * row * kept * load.depth / pp * min(pp, micro)
+        tp_bytes += 4 * micro * load.depth / pp * row * value_bytes * 2 * (tp - 1) / tp
+        pp_bytes += 2 * micro * row * _FP32_BYTES * (pp > 1)
+    dp_bytes = 2 * 2 * (dp - 1) / dp * held * _FP32_BYTES  # gradients are reduced, parameters gathered
+    across = cluster.network_bytes_per_s
+    fast = cluster.node_bytes_per_s
+    bubble = (pp - 1) / (micro + pp - 1)
+    flops = _BACKWARD * sum(load.forward_flops for load in loads)
+    compute_s = flops / (world * cluster.flops * cluster.attained) / (1 - bubble)
+    sending_s = tp_bytes / fast + pp_bytes / (fast if tp * pp <= per_node else across)
+    sending_s += dp_bytes / (fast if world <= per_node else across)
+    step_s = compute_s + sending_s
+    mfu = flops / (step_s * world * cluster.flops)
+    return Prediction(layout, memory, tp_bytes + pp_bytes + dp_bytes, bubble, step_s, mfu)
+
+
+def legal_layouts(config: RunConfig, world: int, per_node: int) -> list[RunConfig]:
+    """Return the configuration under every layout that it can run in, tensor ranks inside a node."""
+    legal = []
+    for tp in (size for size in range(1, per_node + 1) if per_node % size == 0):
+        for pp in (size for size in range(1, world // tp + 1) if world % (tp * size) == 0):
+            candidate = replace(config, parallel=replace(config.parallel, tp=tp, pp=pp))
+            try:
+                candidate.check(world)
+            except ConfigError:
+                continue
+            legal.append(candidate)
+    return legal
+
+
+def plan(arguments: Arguments) -> int:
+    """Print the table; returns the exit status."""
+    if arguments.cluster not in CLUSTERS:
+        raise ConfigError(f"unknown cluster {arguments.cluster!r}; there are {', '.join(CLUSTERS)}")
+    try:
+        nodes, per_node = int(arguments.nodes), int(arguments.gpus_per_node)
+        fixed = {name: int(size) for name, size in (("tp", arguments.tp), ("pp", arguments.pp)) if size}
+    except ValueError as error:
+        raise ConfigError(f"--nodes, --gpus-per-node, --tp and --pp are whole numbers: {error}") from None
+    config, world, cluster = load_preset(arguments.preset), nodes * per_node, CLUSTERS[arguments.cluster]
+    layouts = legal_layouts(config, world, per_node)
+    layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
+    if not layouts:
+        raise ConfigError(f"{arguments.preset} has no legal layout on {nodes} x {per_node}; try other --tp and --pp")
+    loads = loads_of(config)
+    predictions = [predict(one, loads, world, per_node, cluster) for one in layouts]
+    predictions.sort(key=lambda one: (one.memory_bytes > cluster.memory_bytes, one.step_s))
+    flops = _BACKWARD * sum(load.forward_flops for load in loads)
+    print(f"{arguments.preset} on {nodes} nodes x {per_node} {arguments.cluster}, ZeRO {config.zero.stage}")
+    print(f"{sum(load.parameters for load in loads):,} parameters, {flops:.3g} FLOPs a step (heads left out)")
+    print(f"{'tp':>4}{'pp':>4}{'dp':>6}{'memory':>10}{'sent':>11}{'bubble':>8}{'step':>10}{'MFU':>7}")
+    for one in predictions:
+        dp = world // (one.layout.tp * one.layout.pp)
+        full = "" if one.memory_bytes <= cluster.memory_bytes else "  does not fit"
+        print(
+            f"{one.layout.tp:>4}{one.layout.pp:>4}{dp:>6}"
+            f"{one.memory_bytes / 1e9:>7.1f} GB{one.sent_bytes / 1e9:>8.2f} GB"
+            f"{one.bubble:>8.1%}{1000 * one.step_s:>7,.0f} ms{one.mfu:>7.1%}{full}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, plan))
