@@ -112,6 +112,7 @@ class StepBatch:
     micro: tuple[Batch, ...]
     position: DataPosition
     cut_captions: int = 0  # of this rank: longer than text.max_tokens
+    downsized: int = 0  # images of this rank that have more patches than their budget
 
 
 Packed = TypeVar("Packed", PackedImages, PackedText)

@@ -22,9 +22,10 @@ from cogvit.config import RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
-from data_pipeline.balance import PackLimits, attention_cost, place
+from data_pipeline.balance import PackLimits, Placement, attention_cost, place
 from data_pipeline.caption import (
     LANGUAGES,
+    CaptionChoice,
     CaptionTokens,
     Tokenizer,
     captions_of,
@@ -67,7 +68,7 @@ def step_batches(
     Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or,
     while iterating, a shard cannot be read or too many images do not decode.
     """
-    usable = _usable(index, with_text)
+    usable = usable_index(index, with_text)
     start = start_position(index, config, with_text=with_text)
     if position is not None and position.plan_hash != start.plan_hash:
         raise DataError(
@@ -88,7 +89,7 @@ def step_batches(
 
 def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataPosition:
     """Return where a new run begins."""
-    return DataPosition(plan_hash(_usable(index, with_text), plan_spec(config), config.seed), 0)
+    return DataPosition(plan_hash(usable_index(index, with_text), plan_spec(config), config.seed), 0)
 
 
 def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: bool) -> Pixels | None:
@@ -104,7 +105,8 @@ def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: 
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def _usable(index: Index, with_text: bool) -> Index:
+def usable_index(index: Index, with_text: bool) -> Index:
+    """Return the samples that a stage can train on. Errors: DataError when there is none."""
     usable = index.captioned() if with_text else index
     if not len(usable):
         raise DataError(f"none of the {len(index)} samples has a caption; stage 2 needs .txt or .json captions")
@@ -134,6 +136,28 @@ def _load_ahead(loading: _Loading, start: int) -> Generator[StepBatch]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the images of a group of ranks go, and which captions go with them."""
+
+    placement: Placement
+    choice: CaptionChoice | None
+    text_tokens: Ints  # [B], reserved for each caption
+    cost: Ints  # [B], of image and caption
+
+
+def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int, *, with_text: bool) -> Layout:
+    """Choose the captions of some shares of a global batch and place its images on the packs of their ranks."""
+    num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
+    choice, text_tokens = None, np.zeros_like(num_tokens)
+    if with_text:
+        choice = choose_captions(index.rows["num_captions"][batch.rows], batch.key, config.data.zh_fraction)
+        text_tokens = token_bound(index.chosen_bytes(batch.rows, choice), config.text.max_tokens)
+        cost = cost + caption_cost(text_tokens, config)
+    placement = place(cost, num_tokens, text_tokens, num_ranks=num_ranks, limits=pack_limits(config))
+    return Layout(placement, choice, text_tokens, cost)
+
+
 @dataclass(frozen=True)
 class _Loading:
     """Everything that, besides its number, a step of one rank is a function of."""
@@ -148,20 +172,14 @@ class _Loading:
 
     def step(self, step: int) -> StepBatch:
         """Plan, place, read, decode and pack a step."""
-        config = self.config
+        limits = pack_limits(self.config)
         batch = self.planner.batch(step, self.seat.shares)
-        num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
-        choice, text_tokens = None, np.zeros_like(num_tokens)
-        if self.tokenizer is not None:
-            num_captions = self.index.rows["num_captions"][batch.rows]
-            choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
-            text_tokens = token_bound(self.index.chosen_bytes(batch.rows, choice), config.text.max_tokens)
-            cost = cost + caption_cost(text_tokens, config)
-        limits = pack_limits(config)
-        placement = place(cost, num_tokens, text_tokens, num_ranks=self.seat.num_ranks, limits=limits)
-        micro, cut_captions = [], 0
-        for members in placement.packs_of(self.seat.rank):
+        layout = lay_out(batch, self.index, self.config, self.seat.num_ranks, with_text=self.tokenizer is not None)
+        num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
+        micro, cut_captions, downsized = [], 0, 0
+        for members in layout.placement.packs_of(self.seat.rank):
             # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
+            downsized += int(batch.downsized[members].sum())
             order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
             refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
             images = self._images(batch, order, refs)
@@ -174,7 +192,7 @@ class _Loading:
                 cut_captions += sum(one.cut for one in tokens)
             absent = (None,) * (limits.images - len(refs))
             micro.append(Batch(images=images, text=text, targets=None, samples=(*refs, *absent)))
-        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions)
+        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions, downsized)
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef]) -> PackedImages:
         patch_px = self.config.vision.patch_size

@@ -68,7 +68,7 @@ class GlobalBatch:
     key: Ints  # [B], seed of every draw for the image
     grid_hw: Ints  # [B, 2]
     cost: Ints  # [B]
-    downsized: int  # how many images have more patches than data.max_patches
+    downsized: NDArray[np.bool_]  # [B], the image has more patches than its budget
 
 
 def attention_tokens(tower: CogViTConfig | TextConfig) -> int:
@@ -167,7 +167,7 @@ class Planner:
             key=key,
             grid_hw=grid_hw,
             cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
-            downsized=int(spec.sizing.exceeds(sizes["height_px"], sizes["width_px"], key).sum()),
+            downsized=spec.sizing.exceeds(sizes["height_px"], sizes["width_px"], key),
         )
 
     def _keys(self, rows: Ints, epoch: Ints, *salts: int) -> Ints:

@@ -37,6 +37,7 @@ class Workload:
     slots: int  # patch tokens, padding included
     failed: int  # images that were planned and did not decode
     cut_captions: int  # longer than text.max_tokens
+    downsized: int  # images with more patches than their budget
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def measure(step: StepBatch, mesh: Mesh) -> Workload:
         counts += torch.stack([valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]).to(
             counts
         )
-    counts = torch.cat([counts, counts.new_tensor([step.cut_captions])])
+    counts = torch.cat([counts, counts.new_tensor([step.cut_captions, step.downsized])])
     dist.all_reduce(counts, group=mesh.dp_group)
     return Workload(*(int(count) for count in counts))
 
@@ -177,6 +178,7 @@ def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: f
         "valid_fraction": work.tokens / work.slots,
         "failed_images": float(work.failed),
         "cut_captions": float(work.cut_captions),
+        "downsized_images": float(work.downsized),
         "images_per_s": work.images / seconds,
         "tokens_per_s": work.tokens / seconds,
         "seconds": seconds,

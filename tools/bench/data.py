@@ -1,15 +1,22 @@
-"""Measures the data plane: what planning costs, and how even and how full its packs are.
+"""Measures the data plane: planning, balance and loading.
 
 Usage: python -m tools.bench.data
 
-The cluster is simulated: every node of 64 and of 4,096 ranks plans its share of a few steps of 32 images a rank, across
-the end of an epoch. Times are of one core.
+Planning: the cluster is simulated; every node of 64 and of 4,096 ranks plans its share of a few steps of 32 images a
+rank, across the end of an epoch. Times are of one core.
+Loading: images a second from JPEG shards to packs of patches, beside PyTorch's DataLoader over webdataset and Pillow in
+one process, taking turns.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
+import torch
+
+from tools.bench import _loading
 from tools.bench._planning import methods, table
 
 
@@ -18,11 +25,12 @@ def main(argv: list[str]) -> int:
     if argv:
         print(__doc__)
         return 0 if argv[0] in ("-h", "--help") else 2
-    for line in methods():
-        print(line, flush=True)
-    print()
-    for line in table():
-        print(line, flush=True)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        for section in (methods(), table(), _loading.table(Path(directory))):
+            for line in section:
+                print(line, flush=True)
+            print()
     return 0
 
 
