@@ -44,7 +44,7 @@ test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
 	python -m pytest tests/slurm -o faulthandler_timeout=3600 -rs
 
-test-matrix: $(RUNTIME)  ## every legal layout of up to 4 processes; hours on 2 cores
+test-matrix: $(RUNTIME)  ## every legal layout of 2 and 4 processes; hours on 2 cores
 	python -m pytest tests/dist/test_layouts.py --matrix
 
 test-gpu: $(RUNTIME)  ## kernels, parity and both stages on this machine's GPUs; without one it says so

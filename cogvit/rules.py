@@ -20,6 +20,10 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _is_rate(value: float) -> bool:
+    return 0.0 <= value < math.inf
+
+
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Check that world_size processes can be laid out as asked."""
     tp, pp = config.parallel.tp, config.parallel.pp
@@ -32,6 +36,10 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     if config.objective == "contrast":
         towers.append(("text", config.text))
     for name, tower in towers:
+        _require(
+            tower.qkv_bias and tower.proj_bias,
+            f"{name}.qkv_bias and {name}.proj_bias false are for the plain model; Megatron's layers have all biases",
+        )
         _require(
             tower.num_heads % tp == 0,
             f"--parallel.tp {tp} does not divide {name}.num_heads={tower.num_heads}; use a divisor of it",
@@ -48,23 +56,21 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     )
     for what in ("reduce_bucket_elements", "gather_bucket_elements"):
         _require(getattr(config.zero, what) >= 1, f"zero.{what}={getattr(config.zero, what)} must be at least 1")
-    for what, tower_memory in (("vision", config.memory.vision), ("text", config.memory.text)):
-        blocks = tower_memory.recompute_blocks
-        depth = (config.vision if what == "vision" else config.text).depth // pp
+    for name, tower in towers:
+        memory = config.memory.vision if name == "vision" else config.memory.text
+        blocks, depth = memory.recompute_blocks, tower.depth // pp
         _require(
-            blocks >= 1 and (tower_memory.recompute != "full" or depth % blocks == 0),
-            f"memory.{what}.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
+            blocks >= 1 and (memory.recompute != "full" or depth % blocks == 0),
+            f"memory.{name}.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
         )
     if config.parallel.sequence:
         _require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
         cls = config.data.images_per_pack if config.vision.use_cls_token else 0
-        for what, tokens in (
-            ("data.tokens_per_pack", config.data.tokens_per_pack + cls),
-            ("data.text_tokens_per_pack", config.data.text_tokens_per_pack),
-        ):
-            _require(
-                tokens % tp == 0, f"sequence parallelism splits {what}: {tokens} tokens over tp={tp} do not divide"
-            )
+        tokens = {"data.tokens_per_pack": config.data.tokens_per_pack + cls}
+        if config.objective == "contrast":
+            tokens["data.text_tokens_per_pack"] = config.data.text_tokens_per_pack
+        for what, count in tokens.items():
+            _require(count % tp == 0, f"sequence parallelism splits {what}: {count} tokens over tp={tp} do not divide")
 
 
 def check_data(config: RunConfig) -> None:
@@ -115,22 +121,34 @@ def check_data(config: RunConfig) -> None:
 def check_training(config: RunConfig) -> None:
     """Check rates, schedule, guard and teachers."""
     optim, schedule = config.optim, config.schedule
-    for name in ("lr", "adamw_lr", "weight_decay", "clip_norm", "eps"):
-        _require(getattr(optim, name) >= 0.0, f"optim.{name}={getattr(optim, name)} must not be negative")
+    for name in ("lr", "adamw_lr", "weight_decay", "clip_norm"):
+        _require(_is_rate(getattr(optim, name)), f"optim.{name}={getattr(optim, name)} must be finite and not negative")
+    _require(0.0 < optim.eps < 1.0, f"optim.eps={optim.eps} must be in (0, 1): AdamW divides by it where all is 0")
     for name in ("momentum", "beta1", "beta2"):
         _require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
     for name in ("vision", "text", "projection", "temperature", "bias"):
         module = getattr(optim, name)
         for what, value in (("lr_mult", module.lr_mult), ("weight_decay", module.weight_decay)):
-            _require(value is None or value >= 0.0, f"optim.{name}.{what}={value} must not be negative")
+            _require(value is None or _is_rate(value), f"optim.{name}.{what}={value} must be finite and not negative")
         fraction = module.final_fraction
-        _require(fraction is None or fraction >= 0.0, f"optim.{name}.final_fraction={fraction} must not be negative")
+        _require(
+            fraction is None or 0.0 <= fraction <= 1.0, f"optim.{name}.final_fraction={fraction} must be in [0, 1]"
+        )
     _require(schedule.steps >= 1, f"--schedule.steps {schedule.steps} must be at least 1")
     _require(schedule.warmup_steps >= 0, f"schedule.warmup_steps={schedule.warmup_steps} must not be negative")
-    _require(schedule.final_fraction >= 0.0, f"schedule.final_fraction={schedule.final_fraction} must not be negative")
+    fraction = schedule.final_fraction
+    _require(0.0 <= fraction <= 1.0, f"schedule.final_fraction={fraction} must be in [0, 1]")
     fraction = schedule.decay_fraction
     _require(0.0 < fraction <= 1.0, f"schedule.decay_fraction={fraction} must be in (0, 1]")
     _require(config.guard.max_skips >= 0, f"guard.max_skips={config.guard.max_skips} must not be negative")
+    for what, value in (
+        ("guard.spike_factor", config.guard.spike_factor),
+        ("parallel.step_timeout_s", config.parallel.step_timeout_s),
+    ):
+        _require(_is_rate(value), f"{what}={value} must be finite and not negative; 0 turns it off")
+    _require(config.eval.steps >= 1, f"eval.steps={config.eval.steps} must be at least 1")
+    keep = config.checkpoint.keep_last
+    _require(keep >= 1, f"checkpoint.keep_last={keep} must be at least 1")
     _require(config.log.every_steps >= 1, f"--log.every-steps {config.log.every_steps} must be at least 1")
     if config.objective == "distill":
         teachers = config.teachers

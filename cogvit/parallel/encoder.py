@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import saved_tensors_hooks
 
 from cogvit.batch import PackedImages, PackedText
 from cogvit.config import ActivationConfig, ParallelConfig
@@ -25,6 +26,21 @@ from megatron.core.tensor_parallel.mappings import (  # isort: skip
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import ModelType  # isort: skip
+
+
+def offloaded() -> saved_tensors_hooks:
+    """Keep what autograd saves in host memory; weights, which stay where they are anyway, are left there."""
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, host.copy_(tensor)
+
+    def unpack(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return saved if isinstance(saved, Tensor) else saved[1].to(saved[0], non_blocking=True)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class TrunkStage(nn.Module):
@@ -61,7 +77,7 @@ class TrunkStage(nn.Module):
         x_S1D = None if x_SD is None else x_SD.unsqueeze(1)
         if x_S1D is not None and self.config.sequence_parallel:
             x_S1D = scatter_to_sequence_parallel_region(x_S1D)
-        with save_on_cpu(pin_memory=self.mesh.device.type == "cuda") if self.offload else nullcontext():
+        with offloaded() if self.offload else nullcontext():
             x_S1D = self.layers(hidden_states=x_S1D, attention_mask=None, packed_seq_params=stream)
         if not self.mesh.is_last_stage:
             return x_S1D

@@ -172,7 +172,7 @@ class Mesh:
         raise error or next(other for other in errors if other is not None)
 
 
-def start_mesh(layout: ParallelConfig, *, timeout_s: float = 600.0) -> Mesh:
+def start_mesh(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Mesh:
     """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset) and split it into axes.
 
     A process group that already exists is used as it is. gloo on CPU, nccl on CUDA.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogvit.config import ActivationConfig
-from cogvit.errors import ConfigError
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
@@ -194,14 +193,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
-    """Translate a tower's shape and the layout into Megatron's configuration.
-
-    Errors: ConfigError for options that Megatron's layers cannot express.
-    """
-    if not (tower.qkv_bias and tower.proj_bias):
-        raise ConfigError(
-            "qkv_bias=False and proj_bias=False exist in the plain model only; Megatron's layers take all or no biases"
-        )
+    """Translate a tower's shape and the layout into Megatron's configuration; `RunConfig.check` refused the rest."""
     return TransformerConfig(
         num_layers=tower.depth,
         hidden_size=tower.embed_dim,
@@ -211,7 +203,7 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
         pipeline_model_parallel_size=mesh.pp_size,
         sequence_parallel=sequence,
         use_cpu_initialization=mesh.device.type == "cpu",
-        perform_initialization=False,  # weights come from convert.load_plain
+        perform_initialization=False,  # weights come from convert.fill
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         hidden_dropout=0.0,

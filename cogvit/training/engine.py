@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast, get_args
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from cogvit.parallel.schedule import Schedule
 from cogvit.training import zero
 from cogvit.training.blame import find_suspects
 from cogvit.training.objective import Objective
-from cogvit.training.optim import Module, lr_at, module_config, module_schedule, param_groups
+from cogvit.training.optim import Module, lr_at, param_groups
 from cogvit.training.zero import Fragment
 
 
@@ -33,7 +33,7 @@ class StepReport:
     grad_norm: float
     grad_norms: dict[Module, float]
     lr: float
-    lrs: dict[Module, float]
+    lrs: dict[str, float]  # by module and kind, such as vision_muon
     skipped: str  # why nothing was updated; empty where it was
     forward_backward_s: float
     reduction_s: float  # of the gradients over dp, with the norms
@@ -74,7 +74,7 @@ class Engine:
             grad_norm=self.zero.grad_norm(),
             grad_norms=self.zero.grad_norms_by_module(),
             lr=self.optim.lr * lr_at(self.lr_schedule, step),
-            lrs={module: self._lr_of(module, step) for module in get_args(Module)},
+            lrs=self.zero.lrs(),
             skipped="",
             forward_backward_s=trained_s - start_s,
             reduction_s=reduced_s - trained_s,
@@ -85,10 +85,6 @@ class Engine:
         self.skips_in_a_row = 0
         self.zero.step()
         return replace(report, optimizer_s=time.perf_counter() - reduced_s)
-
-    def _lr_of(self, module: Module, step: int) -> float:
-        schedule = module_schedule(module, self.optim, self.lr_schedule)
-        return self.optim.lr * module_config(module, self.optim).lr_mult * lr_at(schedule, step)
 
     def _skip(self, objective: Objective, micro: Sequence[Batch], step: int, loss: float) -> str:
         """Give up the step's gradients and say who is to blame. Errors: NonFiniteStep where the guard wants it."""

@@ -74,45 +74,55 @@ def train(
     """
     mesh, first_step = engine.mesh, state.step
     source = iter(batches)
-    while state.step < steps:
-        start_s = time.perf_counter()
-        try:
-            batch = take(source, mesh)
-        except TeacherUnavailable:
-            checkpoints.save(state, engine)
-            checkpoints.finish()
-            raise
-        micro = tuple(move(one, mesh.device) for one in batch.micro)
-        data_s = time.perf_counter() - start_s
-        report = engine.step(objective, micro, state.step)
-        work = measure(replace(batch, micro=micro), mesh)
-        seconds = time.perf_counter() - start_s
-        spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
-        state = state.after(
-            batch.position, images=work.images, tokens=work.tokens, spent=spent, skipped=bool(report.skipped)
-        )
-        values = step_values(report, work, seconds=seconds, data_s=data_s)
-        if evaluation.due(state.step):
-            start_s = time.perf_counter()
-            losses = evaluate(engine, objective, evaluation)
-            spent = Chrono(evaluation_s=time.perf_counter() - start_s)
-            state = state.with_evaluation(losses["eval_loss"]).spending(spent)
-            values |= losses
-        meter.record(state.step, values)
-        if mesh.is_writer:
-            tell_trouble(report, spikes, state.step, values)
-        leaving = stop.agreed(mesh.agree_max)
-        if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
-            start_s = time.perf_counter()
-            checkpoints.save(state, engine)
-            state = state.spending(Chrono(checkpoint_s=time.perf_counter() - start_s))
-        if leaving:
-            break
-        if state.step == first_step + 1 and watchdog.timeout_s > 0:
-            mesh.shorten_timeouts(watchdog.timeout_s + _STACKS_FIRST_S)
-        watchdog.feed()
+    try:
+        while state.step < steps:
+            state, values, report = advance(engine, objective, source, state)
+            watchdog.feed()
+            if evaluation.due(state.step):
+                start_s = time.perf_counter()
+                losses = evaluate(engine, objective, evaluation, watchdog)
+                spent = Chrono(evaluation_s=time.perf_counter() - start_s)
+                state = state.with_evaluation(losses["eval_loss"]).spending(spent)
+                values |= losses
+            meter.record(state.step, values)
+            if mesh.is_writer:
+                tell_trouble(report, spikes, state.step, values)
+            leaving = stop.agreed(mesh.agree_max)
+            if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
+                start_s = time.perf_counter()
+                watchdog.rest()  # a full or slow disk has no deadline
+                checkpoints.save(state, engine)
+                state = state.spending(Chrono(checkpoint_s=time.perf_counter() - start_s))
+            if leaving:
+                break
+            if state.step == first_step + 1 and watchdog.timeout_s > 0:
+                mesh.shorten_timeouts(watchdog.timeout_s + _STACKS_FIRST_S)
+            watchdog.feed()
+    except TeacherUnavailable:
+        watchdog.rest()
+        checkpoints.save(state, engine)
+        checkpoints.finish()
+        raise
+    watchdog.rest()
     checkpoints.finish()
     return state
+
+
+def advance(
+    engine: Engine, objective: Objective, source: Iterator[StepBatch], state: TrainState
+) -> tuple[TrainState, dict[str, float], StepReport]:
+    """Train on the next global batch; returns the state after it, its metrics, and the engine's report."""
+    start_s = time.perf_counter()
+    batch = take(source, engine.mesh)
+    micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
+    data_s = time.perf_counter() - start_s
+    report = engine.step(objective, micro, state.step)
+    work = measure(replace(batch, micro=micro), engine.mesh)
+    seconds = time.perf_counter() - start_s
+    spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
+    skipped = bool(report.skipped)
+    state = state.after(batch.position, images=work.images, tokens=work.tokens, spent=spent, skipped=skipped)
+    return state, step_values(report, work, seconds=seconds, data_s=data_s), report
 
 
 def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[str, float]) -> None:
@@ -137,12 +147,13 @@ def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
     return pad_step(batch, mesh.agree_max(len(batch.micro)))
 
 
-def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation) -> dict[str, float]:
+def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation, watchdog: Watchdog) -> dict[str, float]:
     """Return the mean loss terms over the held-out batches, named eval_*."""
     sums: dict[str, float] = {}
     with closing(evaluation.batches()) as source:
         for _ in range(evaluation.steps):
             batch = take(source, engine.mesh)
+            watchdog.feed()
             micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
             for name, value in engine.evaluate(objective, micro).items():
                 sums[name] = sums.get(name, 0.0) + value

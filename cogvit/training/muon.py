@@ -189,7 +189,8 @@ class InnerOptimizer(torch.optim.Optimizer):
         """Yield the matrices that meet this rank's partition, put together from the dp ranks that own pieces.
 
         A matrix inside one partition needs no communication. Those that a border cuts are summed from the pieces by all
-        dp ranks, a bucket at a time, so that the exchange never takes more memory than a bucket or a matrix.
+        dp ranks, a bucket at a time and one after the other. With many more dp ranks than matrices nearly all are cut,
+        which costs a second reduction of the gradients and the memory of the matrices that meet the partition.
         """
         cut = [span for span in partition.matrices if partition.is_cut(span)]
         for span in partition.matrices:
@@ -222,10 +223,13 @@ class InnerOptimizer(torch.optim.Optimizer):
             work = dist.all_gather(shards, flat_F, group=self._tp_group, async_op=True)
             yield Gather(tuple(bucket), tuple(shards), work)
 
+    def _keeps_heads(self, span: MatrixSpan) -> bool:
+        """Whether each head's part is orthogonal by itself: heads are whole on their tensor rank."""
+        return span.qkv_heads is not None and self._config.muon_qkv == "heads"
+
     def _gathers(self, span: MatrixSpan) -> bool:
-        """Whether a whole matrix is put together: heads that are orthogonal by themselves stay where they are."""
-        by_head = span.qkv_heads is not None and self._config.muon_qkv == "heads"
-        return span.tp_dim is not None and self._config.muon_tp == "gather" and not by_head
+        """Whether the tensor ranks put the whole matrix together."""
+        return span.tp_dim is not None and self._config.muon_tp == "gather" and not self._keeps_heads(span)
 
     def _orthogonal_shard(self, span: MatrixSpan, shards: list[Tensor]) -> Tensor:
         """Return this tp rank's part of the orthogonalized matrix, given all parts or its own alone."""
@@ -234,10 +238,9 @@ class InnerOptimizer(torch.optim.Optimizer):
             whole = replace(span, qkv_heads=None if span.qkv_heads is None else span.qkv_heads * len(shards))
             orthogonal = self._orthogonalize(whole, torch.cat(shards, dim=span.tp_dim), None)
             return orthogonal.chunk(len(shards), dim=span.tp_dim)[dist.get_rank(self._tp_group)]
-        split = span.tp_dim is not None and not (span.qkv_heads is not None and self._config.muon_qkv == "heads")
-        if not split:
+        if span.tp_dim is None or self._config.muon_tp == "gather" or self._keeps_heads(span):
             return self._orthogonalize(span, shards[0], None)
-        assert self._tp_group is not None and span.tp_dim is not None
+        assert self._tp_group is not None
         return self._orthogonalize(span, shards[0], Shards(self._tp_group, span.tp_dim))
 
     def _orthogonalize(self, span: MatrixSpan, matrix_RC: Tensor, shards: Shards | None) -> Tensor:

@@ -21,7 +21,7 @@ class SpikeLog:
     def record(self, step: int, values: dict[str, float]) -> str | None:
         """Take one step's metrics; returns a line for people where it was a spike."""
         loss, usual = values["loss"], median(self._recent) if self._recent else 0.0
-        enough = len(self._recent) >= _FEWEST_STEPS
+        enough = len(self._recent) >= _FEWEST_STEPS and usual > 0
         self._recent.append(loss)
         if not (self._factor > 0 and enough and loss > self._factor * usual):
             return None

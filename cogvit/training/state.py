@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ class TrainState:
 
     def with_evaluation(self, loss: float) -> TrainState:
         """Return the state with this step marked as the best if its evaluation loss is the lowest so far."""
-        if self.best_loss is not None and loss >= self.best_loss:
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return self
         return replace(self, best_step=self.step, best_loss=loss)
 

@@ -120,8 +120,10 @@ def initialize(
     engine, zero_optimizer, _, _ = deepspeed.initialize(
         model=trainee, optimizer=inner, config=deepspeed_config(config, dp_size), mpu=mpu, dist_init_required=False
     )
+    tp_size = mpu.get_tensor_model_parallel_world_size()
     partitions = {
-        flat: _partition(zero_optimizer, index, qkv_heads) for index, flat in enumerate(_flat_params(zero_optimizer))
+        flat: _partition(zero_optimizer, index, qkv_heads, tp_size)
+        for index, flat in enumerate(_flat_params(zero_optimizer))
     }
     inner.bind_partitions(partitions, mpu.get_data_parallel_group(), mpu.get_tensor_model_parallel_group())
     zero_optimizer._lazy_init_hp_params_optimizer_state()
@@ -132,12 +134,17 @@ def _flat_params(zero_optimizer: Any) -> list[Tensor]:
     return zero_optimizer.single_partition_of_fp32_groups
 
 
-def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, int]) -> Partition:
+def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, int], tp_size: int) -> Partition:
     """Describe the slice of a group's flat buffer that this rank owns, and where the group's matrices lie in it."""
     params, starts = zero_optimizer.round_robin_bit16_groups[index], zero_optimizer.round_robin_bit16_offsets[index]
     size = _flat_params(zero_optimizer)[index].numel()
     matrices = tuple(
-        MatrixSpan(start, tuple(param.shape), param.partition_dim if _is_sharded(param) else None, qkv_heads.get(param))
+        MatrixSpan(
+            start,
+            tuple(param.shape),
+            param.partition_dim if tp_size > 1 and _is_sharded(param) else None,
+            qkv_heads.get(param),
+        )
         for param, start in zip(params, starts, strict=True)
         if param.ndim == 2
     )
@@ -227,6 +234,13 @@ class ZeroEngine:
     def set_lr(self, step: int) -> None:
         """Set the rates of the update with this index (from 0)."""
         self.inner.set_lr_step(step)
+
+    def lrs(self) -> dict[str, float]:
+        """Return the rates of the update under way, by module and kind."""
+        return {
+            f"{group.module}_{group.kind}": settings["lr"]
+            for group, settings in zip(self._groups, self.inner.param_groups, strict=True)
+        }
 
     def step(self) -> None:
         """Clip, update, and gather the parameters. Errors: NonFiniteStep, before anything is changed."""

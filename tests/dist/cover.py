@@ -1,4 +1,4 @@
-"""Every legal layout of up to four processes, and a small set of them in which every pair of choices meets."""
+"""Every legal layout of two and four processes, and a small set of them in which every pair of choices meets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Choice = tuple[str, object]
 
 
 def legal_cases() -> list[Case]:
-    """Every combination that the configuration accepts on two to four processes."""
+    """Every combination of the choices that the configuration accepts on two and on four processes."""
     cases = []
     for tp, pp, dp in product((1, 2, 4), repeat=3):
         if not 2 <= tp * pp * dp <= 4:

@@ -56,6 +56,8 @@ class Case:
     muon_qkv: Literal["split", "heads", "fused"] = "split"
     muon_tp: Literal["gather", "sharded"] = "gather"
     overlap: bool = False
+    offload: bool = False
+    depth: int = 4  # 5 makes the borders between dp partitions cut matrices
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
@@ -65,7 +67,7 @@ class Case:
 
     def alone(self) -> Case:
         """The same run on one process."""
-        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro)
+        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro, depth=self.depth)
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ def run_config(case: Case) -> RunConfig:
             image_size=32,
             patch_size=8,
             embed_dim=64,
-            depth=4,
+            depth=case.depth,
             num_heads=4,
             drop_path_rate=0.3,
             layer_scale_init=0.5,
             **FAMILIES[case.family],
         ),
-        text=TextConfig(embed_dim=32, depth=4, num_heads=4, max_tokens=16, drop_path_rate=0.2),
+        text=TextConfig(embed_dim=32, depth=case.depth, num_heads=4, max_tokens=16, drop_path_rate=0.2),
         contrast=ContrastConfig(loss=case.loss, chunk_pairs=5),  # divides no batch
         optim=OptimConfig(
             name=case.optimizer,
@@ -106,8 +108,8 @@ def run_config(case: Case) -> RunConfig:
         schedule=ScheduleConfig(steps=20, warmup_steps=2),
         parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence),
         memory=MemoryConfig(
-            vision=ActivationConfig(case.recompute, recompute_blocks=1 if case.pp == 4 else 2, offload=case.recompute == "selective"),
-            text=ActivationConfig(case.recompute),
+            vision=ActivationConfig(case.recompute, recompute_blocks=1 if case.pp == 4 else 2, offload=case.offload),
+            text=ActivationConfig(case.recompute, offload=case.offload),
             projection_recompute=case.recompute != "none",
         ),
         zero=ZeroConfig(case.zero, overlap=case.overlap),

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cogvit.batch import DataPosition
-from cogvit.config import CheckpointConfig
+from cogvit.config import CheckpointConfig, GuardConfig
 from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import start_mesh
 from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
@@ -77,6 +78,38 @@ def test_resume_on_another_layout(pool: Pool, tmp_path: Path) -> None:
     straight = pool.run(train, world=4, args=(case, 3))[0]
     resumed = pool.run(train_and_save, world=2, args=(other, tmp_path, 3))[0]
     assert resumed.losses == pytest.approx(straight.losses[2:], rel=1e-6)
+
+
+def skip_then_save(rank: int, world: int, directory: Path, resume: bool) -> dict[str, Tensor]:
+    """Three AdamW steps of which the second is skipped, in one go or with a resumption before the third."""
+    case = Case(world=world, optimizer="adamw")
+    mesh = start_mesh(run_config(case).parallel)
+    with Checkpoints(directory, mesh, CheckpointConfig(every_steps=1)) as checkpoints:
+        engine, objective = start_engine(case, mesh)
+        engine.guard = GuardConfig(non_finite="skip")
+        state = START
+        for step in range(2):
+            micro = micro_of(case, mesh)
+            if step == 1:
+                assert micro[0].targets is not None
+                micro[0].targets.features["dinov3"][0] = torch.nan
+            report = engine.step(objective, micro, step)
+            position = DataPosition("plan", step + 1)
+            state = state.after(position, images=20, tokens=100, spent=Chrono(), skipped=bool(report.skipped))
+        assert state.skipped == 1
+        if resume:
+            checkpoints.save(state, engine)
+            checkpoints.finish()
+            engine, objective = start_engine(case, mesh)
+            assert checkpoints.resume(engine) == state
+        engine.step(objective, micro_of(case, mesh), 2)
+    return whole_state(engine, mesh)
+
+
+def test_a_skipped_step_does_not_count_as_an_update_after_resuming(pool: Pool, tmp_path: Path) -> None:
+    straight = pool.run(skip_then_save, world=2, args=(tmp_path / "a", False))[0]
+    resumed = pool.run(skip_then_save, world=2, args=(tmp_path / "b", True))[0]
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
 def test_damage_is_seen_and_the_previous_checkpoint_used(

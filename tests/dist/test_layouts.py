@@ -18,9 +18,12 @@ SINGLE = [
     Case(world=2, pp=2),
     Case(world=2, zero=2, overlap=True),
     Case(world=4, tp=2, pp=2, sequence=True, family="cogvit_l"),
-    Case(world=2, tp=2, optimizer="muon", muon_qkv="heads"),
-    Case(world=2, tp=2, optimizer="muon", muon_qkv="fused", stage="contrast"),
-    Case(world=4, tp=2, optimizer="muon", muon_tp="sharded", family="cogvit_l"),
+    Case(world=2, tp=2, offload=True),
+    Case(world=2, pp=2, offload=True, recompute="full", stage="contrast", family="cogvit_l"),
+    Case(world=4, optimizer="muon", depth=5),
+    Case(world=4, tp=2, optimizer="muon", depth=5, muon_qkv="heads", stage="contrast"),
+    Case(world=4, tp=2, optimizer="muon", depth=5, muon_qkv="fused"),
+    Case(world=4, tp=2, optimizer="muon", depth=5, muon_tp="sharded", family="cogvit_l"),
     Case(world=4, tp=4, optimizer="muon", muon_tp="sharded", stage="contrast"),
     Case(world=2, pp=2, stage="contrast", num_micro=1),
     Case(world=4, stage="contrast", num_micro=8, loss="gather"),
@@ -34,7 +37,7 @@ def name_of(case: Case) -> str:
     flags = [f"tp{case.tp}", f"pp{case.pp}", f"dp{case.dp}", f"zero{case.zero}"]
     flags += ["sp"] * case.sequence + [case.recompute] * (case.recompute != "none") + ["overlap"] * case.overlap
     if case.optimizer == "muon":
-        flags += [case.muon_qkv, case.muon_tp]
+        flags += [case.muon_qkv, case.muon_tp, f"depth{case.depth}"]
     flags += [case.loss, f"micro{case.num_micro}"] * (case.stage == "contrast")
     return "-".join([case.stage, case.family, case.optimizer, *flags])
 
@@ -79,6 +82,20 @@ def test_layout_trains_as_one_process(pool: Pool, case: Case) -> None:
         torch.testing.assert_close(
             actual.state[key], tensor, rtol=0.0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+@pytest.mark.parametrize(("qkv", "per_block"), [("split", 6), ("heads", 15), ("fused", 4)])
+def test_every_block_matrix_is_orthogonalized(pool: Pool, qkv: str, per_block: int) -> None:
+    """So that Muon cannot become SGD unseen: q, k, v (of 4 heads), the projection and the MLP's two, in 2 x 4 blocks."""
+    case = Case(optimizer="muon", stage="contrast", muon_qkv=qkv)
+    assert reference(pool, case).newton_schulz_calls == STEPS * per_block * 8
+
+
+def test_borders_between_partitions_cut_matrices(pool: Pool) -> None:
+    """That the rows of depth 5 are about what they say: a cut matrix is orthogonalized by each of its owners."""
+    case = Case(world=4, optimizer="muon", depth=5)
+    split = pool.run(train, world=4, args=(case, STEPS))[0]
+    assert split.newton_schulz_calls > reference(pool, case.alone()).newton_schulz_calls
 
 
 def test_cover_meets_every_pair_of_choices() -> None:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cogvit.arguments import asks_for_help, read_arguments
 from cogvit.batch import Batch, TeacherTargets
@@ -128,8 +130,10 @@ class BareModel(nn.Module):
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro: tuple[Batch, ...]) -> None:
     """Accumulate the microbatches, clip, update."""
-    for batch in micro:
-        (model(batch) / len(micro)).backward()
+    for index, batch in enumerate(micro):
+        last = index == len(micro) - 1
+        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            (model(batch) / len(micro)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -153,7 +157,7 @@ def start_bare(work: Work, mesh: Mesh) -> Callable[[], None]:
     config = run_config(work)
     model: nn.Module = BareModel(config)
     if mesh.dp_size > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
     return lambda: bare_step(model, optimizer, micro)
@@ -281,7 +285,7 @@ def main(argv: list[str]) -> int:
         if not all(value.isdigit() for value in (arguments.images, arguments.micro, arguments.rounds)):
             raise ConfigError("--images, --micro and --rounds are whole numbers")
         work = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro))
-        flags = "".join(f" {word}" for word in argv if not word.startswith("--out"))
+        flags = "".join(f" --{name} {value}" for name, value in vars(arguments).items() if name != "out")
         for line in report(work, int(arguments.rounds), flags):
             print(line, flush=True)
             lines.append(line)
