@@ -17,6 +17,6 @@ def place_of(rank: int, world: int, layout: ParallelConfig) -> tuple[int, int, i
 @pytest.mark.parametrize(("tp", "pp", "world"), [(2, 2, 8), (2, 1, 4), (1, 2, 4), (1, 1, 2)])
 def test_places_are_those_of_the_configuration(pool: Pool, tp: int, pp: int, world: int) -> None:
     layout = ParallelConfig(tp=tp, pp=pp)
-    places = pool.run(place_of, world, layout)
+    places = pool.run(place_of, world, (layout,))
     assert places == [layout.place(rank) for rank in range(world)]
     assert len(set(places)) == world
