@@ -72,7 +72,9 @@ class TeachersConfig:
     """The frozen teachers of stage 1 and where their features come from."""
 
     members: tuple[TeacherConfig, ...] = option((), "the teachers; a member's flag is --teachers.members.NAME.path")
-    source: Literal["online", "store", "store_then_online"] = option("online", "Ray actors, a feature store, or both")
+    source: Literal["online", "store", "store_then_online"] = option(
+        "online", "Ray actors, a feature store, or the store and for shards that it lacks the actors"
+    )
     store: str = option("", "directory of tools/precompute_features")
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher")

@@ -157,17 +157,13 @@ def check_training(config: RunConfig) -> None:
         _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
         _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
         _require(
-            teachers.source != "store_then_online",
-            "--teachers.source store_then_online is not built yet; use store or online",
-        )
-        _require(
             teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
             f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
             f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
         )
         _require(
-            not (teachers.source == "store" and config.data.flip),
-            "--teachers.source store holds features of images as they are; turn --data.flip off",
+            teachers.source == "online" or not config.data.flip,
+            f"--teachers.source {teachers.source}: a store holds features of images as they are; turn --data.flip off",
         )
         _require(
             not (teachers.source == "store" and config.data.budgets_patches),

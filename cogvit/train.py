@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from cogvit.batch import DataPosition, StepBatch
     from cogvit.parallel.mesh import Mesh
+    from cogvit.teacher.store import StoreFeatures
     from cogvit.teacher.stream import FeatureSource
     from cogvit.training.objective import Objective
     from data_pipeline.index import Index
@@ -241,6 +242,7 @@ def held_out(config: RunConfig, corpus: Corpus, seat: Seat, source: FeatureSourc
 def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Iterator[FeatureSource]:
     """Start or join the teachers; one rank of each model replica asks them and shares the answers with its replica."""
     from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
+    from cogvit.teacher.stream import FirstThen
     from cogvit.teacher.zoo import fingerprint, inspect_teacher
     from data_pipeline.loader import image_of
 
@@ -251,29 +253,30 @@ def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Iterator[Fe
     dims = {name: spec.dim for name, spec in specs.items()}
     leads = mesh.tp_rank == 0 and mesh.pp_rank == 0
     with ExitStack() as stack:
-        if teachers.source == "store":
-            pool = stored_features(config, corpus, fingerprints, dims) if leads else None
-            yield standardized(config, corpus.train, mesh, pool, fingerprints, dims)
-            return
-        # The first rank starts the cluster; the others join it once it is there.
-        cluster = plan_cluster(teachers.ray_address)
-        if mesh.is_writer:
-            cluster = stack.enter_context(connect(cluster, num_actors))
-        cluster = mesh.from_writer(lambda: cluster)
-        if leads and not mesh.is_writer:
-            stack.enter_context(connect(cluster, num_actors))
-        pool = TeacherPool(teachers, partial(image_of, flip=config.data.flip)) if leads else None
-        yield standardized(config, corpus.train, mesh, pool, fingerprints, dims)
+        store, pool = None, None
+        if teachers.source != "online" and leads:
+            store = stored_features(config, corpus, fingerprints, dims)
+        if teachers.source != "store":
+            # The first rank starts the cluster; the others join it once it is there.
+            cluster = plan_cluster(teachers.ray_address)
+            if mesh.is_writer:
+                cluster = stack.enter_context(connect(cluster, num_actors))
+            cluster = mesh.from_writer(lambda: cluster)
+            if leads and not mesh.is_writer:
+                stack.enter_context(connect(cluster, num_actors))
+            pool = TeacherPool(teachers, partial(image_of, flip=config.data.flip)) if leads else None
+        source = FirstThen(store, pool) if store and pool else store or pool
+        yield standardized(config, corpus.train, mesh, source, fingerprints, dims)
 
 
 def stored_features(
     config: RunConfig, corpus: Corpus, fingerprints: dict[str, str], dims: dict[str, int]
-) -> FeatureSource:
+) -> StoreFeatures:
     """Open the feature store of tools.precompute_features for the run's shards.
 
     Errors: ConfigError names what differs.
     """
-    from cogvit.teacher.store import StoreFeatures, contents_of, headers_of
+    from cogvit.teacher.store import Maker, StoreFeatures, contents_of
     from data_pipeline.sizing import sizing_of
 
     sizing = sizing_of(config)
@@ -281,8 +284,8 @@ def stored_features(
     for index in [corpus.train] + ([] if corpus.held_out is None else [corpus.held_out]):
         grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
         contents |= contents_of(index.shards, index.rows, grids)
-    headers = headers_of(fingerprints, contents, config.teachers.precision)
-    return StoreFeatures(Path(config.teachers.store), headers, dims)
+    makers = {name: Maker(fingerprints[name], config.teachers.precision, dim) for name, dim in dims.items()}
+    return StoreFeatures(Path(config.teachers.store), makers, contents)
 
 
 def standardized(

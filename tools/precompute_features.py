@@ -1,10 +1,15 @@
 """Computes the teachers' features of all training images once, with Ray, for --teachers.source store.
 
-Usage: python -m tools.precompute_features PRESET --out DIR [flags of the trainer]
+Usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [flags of the trainer]
 
-PRESET and flags are those of the run that will read the store: its shards, teachers, patch size and image sizes decide
-what is stored. A shard whose file fits is left alone, so the same command goes on after an interruption, after new
-shards, and redoes what a change of the teachers or the data has made stale.
+PRESET and flags are those of the run that will read the store: its shards (the held-out ones too where it evaluates),
+teachers, patch size and image sizes decide what is stored. A shard whose file fits is left alone, so the same command
+goes on after an interruption and after new shards, or adds what a change of the data has made stale.
+
+  --dtype  how features lie on disk; by default in the teachers' precision, which is exact. uint8 has a scale for every
+           image and channel.
+
+python -m tools.verify_features DIR reads a whole store and names what is damaged.
 
 The run then takes --teachers.source store --teachers.store DIR. Exit status: 0, or 2 when the configuration cannot run.
 """
@@ -17,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -28,7 +34,8 @@ from cogvit.config import RunConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
-from cogvit.teacher.store import contents_of, headers_of, is_complete, path_of, shard_name, write_shard
+from cogvit.teacher.encoding import StoreDtype
+from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, write_shard, writing
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, submit_ahead
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
 from data_pipeline.index import Index, open_index
@@ -41,12 +48,23 @@ IMAGES_PER_REQUEST = 64
 
 
 def shard_requests(index: Index, rows: Ints, grid_hw: Ints) -> Iterator[FeatureRequest]:
-    """Ask for every token of some rows, in their order."""
+    """Ask for every token of some rows, in their order; grid_hw is [len(rows), 2]."""
     for start in range(0, len(rows), IMAGES_PER_REQUEST):
-        chosen = rows[start : start + IMAGES_PER_REQUEST]
-        samples = tuple(index.ref(int(row)) for row in chosen)
-        grids = tuple((height, width) for height, width in grid_hw[chosen].tolist())
+        here = slice(start, start + IMAGES_PER_REQUEST)
+        samples = tuple(index.ref(int(row)) for row in rows[here])
+        grids = tuple((height, width) for height, width in grid_hw[here].tolist())
         yield FeatureRequest(samples, grids, (0,) * len(samples), mask_ratio=1.0)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A data shard that the store lacks."""
+
+    path: str
+    contents: str
+    index: Index
+    rows: Ints  # of the index
+    grid_hw: Ints  # [len(rows), 2]
 
 
 @dataclass(frozen=True)
@@ -54,14 +72,14 @@ class Job:
     """What a store lacks."""
 
     out: Path
-    index: Index
-    grid_hw: Ints  # [S, 2], of every sample of the index
-    rows: dict[str, Ints]  # by shard name, of the shards without a file that fits
-    headers: dict[tuple[str, str], dict[str, str]]  # by teacher and shard name, what a file that fits says
+    makers: dict[str, Maker]
+    dtype: StoreDtype
+    contents: dict[str, str]  # of every shard of the run
+    shards: tuple[Shard, ...]  # without a file that fits
 
 
-def plan_job(config: RunConfig) -> Job:
-    """Compare the store at config.out with what the configuration needs.
+def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
+    """Compare the store at config.out with what the configuration needs; no dtype is the teachers' precision.
 
     Errors: ConfigError for teachers or shards that do not serve.
     """
@@ -69,49 +87,78 @@ def plan_job(config: RunConfig) -> Job:
         raise ConfigError("--out DIR is needed: the store")
     if not config.teachers.members:
         raise ConfigError("the preset has no teachers; take one of stage 1")
-    out, index = Path(config.out), open_index(config.data, config.data.shards)
-    fingerprints = {member.name: fingerprint(inspect_teacher(member.path)) for member in config.teachers.members}
-    grid_hw = sizing_of(config).grids(index.rows["height_px"], index.rows["width_px"])
-    headers = headers_of(fingerprints, contents_of(index.shards, index.rows, grid_hw), config.teachers.precision)
-    stale = {shard for (name, shard), header in headers.items() if not is_complete(path_of(out, name, shard), header)}
-    names = [shard_name(shard) for shard in index.shards]
-    rows = {name: np.flatnonzero(index.rows["shard"] == n) for n, name in enumerate(names) if name in stale}
-    return Job(out, index, grid_hw, rows, headers)
+    out, precision, makers = Path(config.out), config.teachers.precision, {}
+    for member in config.teachers.members:
+        spec = inspect_teacher(member.path)
+        makers[member.name] = Maker(fingerprint(spec), precision, spec.dim)
+    dtype = dtype or precision
+    found: dict[str, str] = {}
+    lacking: dict[tuple[str, str], Shard] = {}
+    patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
+    for index in [open_index(config.data, pattern) for pattern in patterns]:
+        grid_hw = sizing_of(config).grids(index.rows["height_px"], index.rows["width_px"])
+        contents = contents_of(index.shards, index.rows, grid_hw)
+        found |= contents
+        for number, path in enumerate(index.shards):
+            own = contents.get(path)
+            if own is None or all(
+                is_complete(path_of(out, name, path, own), header_of(maker, dtype, own))
+                for name, maker in makers.items()
+            ):
+                continue
+            rows = np.flatnonzero(index.rows["shard"] == number)
+            lacking[path.rpartition("/")[2], own] = Shard(path, own, index, rows, grid_hw[rows])
+    return Job(out, makers, dtype, found, tuple(lacking.values()))
 
 
 def run_job(job: Job, source: FeatureSource) -> None:
     """Compute and write what is missing, with a line of progress for each shard.
 
-    Errors: DataError for a shard that cannot be read; those of the source.
+    Errors: ConfigError when the store is another job's or other teachers'; DataError for a shard that cannot be read or
+    a disk that is full; those of the source.
     """
-    total, done, start_s = sum(map(len, job.rows.values())), 0, time.monotonic()
-    for number, (shard, rows) in enumerate(job.rows.items(), start=1):
-        num_bytes = _store_shard(job, source, shard)
-        done += len(rows)
-        images_per_s = done / (time.monotonic() - start_s)
-        print(
-            f"[{number}/{len(job.rows)}] {shard}: {len(rows):,} images, {num_bytes / 2**20:,.1f} MiB,"
-            f" {images_per_s:,.0f} images/s, {(total - done) / images_per_s:,.0f} s left",
-            flush=True,
-        )
+    total, done, start_s = sum(len(shard.rows) for shard in job.shards), 0, time.monotonic()
+    with writing(job.out, job.makers, job.dtype):
+        for number, shard in enumerate(job.shards, start=1):
+            num_bytes = _store_shard(job, source, shard)
+            done += len(shard.rows)
+            images_per_s = done / (time.monotonic() - start_s)
+            print(
+                f"[{number}/{len(job.shards)}] {shard.path}: {len(shard.rows):,} images, {num_bytes / 2**20:,.1f} MiB,"
+                f" {images_per_s:,.0f} images/s, {(total - done) / images_per_s:,.0f} s left",
+                flush=True,
+            )
 
 
-def _store_shard(job: Job, source: FeatureSource, shard: str) -> int:
+def _store_shard(job: Job, source: FeatureSource, shard: Shard) -> int:
     """Write the features of one shard for every teacher; returns their bytes."""
-    rows = job.rows[shard]
     found: dict[str, list[Tensor]] = {teacher: [] for teacher in source.dims}
-    for _, handle in submit_ahead(shard_requests(job.index, rows, job.grid_hw), source.submit, in_flight=2):
+    requests = shard_requests(shard.index, shard.rows, shard.grid_hw)
+    for _, handle in submit_ahead(requests, source.submit, in_flight=2):
         for teacher, features in source.result(handle).items():
             found[teacher].append(features)
-    num_tokens = job.grid_hw[rows].prod(axis=1).tolist()
+    num_tokens = shard.grid_hw.prod(axis=1).tolist()
+    sample_ids = shard.index.rows["sample_id"][shard.rows].tolist()
     num_bytes = 0
     for teacher, pieces in found.items():
-        path, header = path_of(job.out, teacher, shard), job.headers[teacher, shard]
-        dtype = torch.bfloat16 if header["precision"] == "bf16" else torch.float32  # the teachers' own, so exact
-        sample_ids = job.index.rows["sample_id"][rows].tolist()
-        write_shard(path, header, sample_ids, torch.cat(pieces).to(dtype).split(num_tokens))
+        path = path_of(job.out, teacher, shard.path, shard.contents)
+        header = header_of(job.makers[teacher], job.dtype, shard.contents)
+        write_shard(path, header, sample_ids, torch.cat(pieces).split(num_tokens))
         num_bytes += path.stat().st_size
     return num_bytes
+
+
+def take_dtype(argv: list[str]) -> tuple[StoreDtype | None, list[str]]:
+    """Take --dtype out of a command line. Errors: ConfigError for another dtype than those that are stored."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--dtype=") else [word])]
+    if "--dtype" not in words:
+        return None, argv
+    place = words.index("--dtype")
+    value = next(iter(words[place + 1 : place + 2]), "")
+    for dtype in get_args(StoreDtype):
+        if value == dtype:
+            return dtype, words[:place] + words[place + 2 :]
+    raise ConfigError(f"--dtype {value} is none of {', '.join(get_args(StoreDtype))}")
 
 
 def main(argv: list[str]) -> int:
@@ -120,10 +167,11 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     try:
-        config = parse(load_preset(argv[0]), argv[1:])
-        job, teachers = plan_job(config), config.teachers
-        print(f"{len(job.index.shards) - len(job.rows)} of {len(job.index.shards)} shards are in {job.out} already")
-        if job.rows:
+        dtype, words = take_dtype(argv[1:])
+        config = parse(load_preset(argv[0]), words)
+        job, teachers = plan_job(config, dtype), config.teachers
+        print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
+        if job.shards:
             with connect(plan_cluster(teachers.ray_address), len(teachers.members) * teachers.actors_per_teacher):
                 run_job(job, TeacherPool(teachers, partial(image_of, flip=False)))
     except CogViTError as error:

@@ -1,16 +1,21 @@
-"""Features computed once and read from disk: DIR/TEACHER/SHARD.safetensors, one file for each data shard and teacher.
+"""Features computed once and read from disk: DIR/TEACHER/SHARD.CONTENTS.safetensors, one file a data shard and teacher.
 
-A file holds the features of every token of the shard's images end to end, in the teacher's precision and before
-standardization, and says in its header whose they are: the fingerprint of the teacher, and the contents, a hash of the
-images' ids, bytes and grids. A file that says anything else than the run expects is refused.
+A file holds the features of every token of the shard's images end to end, before standardization. DIR/TEACHER/
+manifest.json says whose they are: the teacher's fingerprint, precision and width, and how they are encoded. A file
+repeats it in its header, with the contents: a hash of the images' ids, bytes and grids, which is in its name too, so
+that shards of one name, of training and held-out sets say, lie side by side. Every image has a checksum.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,110 +27,215 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError, DataError
 from cogvit.objective.masking import mask_image
+from cogvit.teacher.encoding import StoreDtype, decode, encode
 from cogvit.teacher.stream import FeatureRequest, Features
 
-_VERSION = "1"
+_VERSION = "2"
 _OPEN_FILES = 128
 _COMMAND = "run python -m tools.precompute_features"
+_UNFINISHED = ".part"
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who computed the features of a teacher, and how."""
+
+    fingerprint: str
+    precision: str
+    dim: int  # C
 
 
 @dataclass(frozen=True)
 class ShardFeatures:
     """One open file of the store."""
 
+    path: Path
     file: Any  # safetensors handle, memory-mapped
     start_S: Tensor  # [S + 1] int64, first token of each sample
+    checksum_S: Tensor  # [S] int64
     place: dict[int, int]  # sample id -> s
+    is_scaled: bool  # uint8
 
     def read(self, sample_id: int) -> Tensor:
-        """Return the features of all tokens of one image, [n, C]."""
+        """Return the features of all tokens of one image, [n, C] float32.
+
+        Errors: DataError when they are not what was written.
+        """
         place = self.place[sample_id]
-        return self.file.get_slice("features")[int(self.start_S[place]) : int(self.start_S[place + 1])]
-
-
-def shard_name(shard: str) -> str:
-    """Return what names a data shard in the store: its file name."""
-    return shard.rpartition("/")[2]
+        parts = {"rows": self.file.get_slice("rows")[int(self.start_S[place]) : int(self.start_S[place + 1])]}
+        if self.is_scaled:
+            parts |= {name: self.file.get_slice(name)[place : place + 1] for name in ("low", "step")}
+        if _checksum(parts) != int(self.checksum_S[place]):
+            raise DataError(f"{self.path} is damaged (features of sample {sample_id}); remove it and {_COMMAND}")
+        return decode(parts)
 
 
 def contents_of(shards: Sequence[str], rows: NDArray[Any], grid_hw: NDArray[np.int64]) -> dict[str, str]:
-    """Return a hash of the ids, bytes and grids of its images for the name of each shard that has any.
+    """Return a hash of the ids, bytes and grids of its images for each shard that has any.
 
     rows has the fields shard (a place in shards), sample_id and content_hash; grid_hw is [S, 2].
-    Errors: ConfigError when two shards have one name.
     """
     contents: dict[str, str] = {}
     for number, shard in enumerate(shards):
-        if shard_name(shard) in contents:
-            raise ConfigError(f"two shards are named {shard_name(shard)}; a feature store needs names that differ")
         here = np.flatnonzero(rows["shard"] == number)
-        if len(here) == 0:
-            continue
-        columns = np.column_stack([rows["sample_id"][here], rows["content_hash"][here], grid_hw[here]])
-        contents[shard_name(shard)] = hashlib.sha256(columns.astype("<i8").tobytes()).hexdigest()
+        if len(here):
+            columns = np.column_stack([rows["sample_id"][here], rows["content_hash"][here], grid_hw[here]])
+            contents[shard] = hashlib.sha256(columns.astype("<i8").tobytes()).hexdigest()
     return contents
 
 
-def headers_of(
-    fingerprints: Mapping[str, str], contents: Mapping[str, str], precision: str
-) -> dict[tuple[str, str], dict[str, str]]:
-    """Return by (teacher, shard name) what its file must say of itself."""
-    return {
-        (teacher, shard): {
-            "version": _VERSION,
-            "teacher": fingerprint,
-            "contents": content,
-            "precision": precision,
-        }
-        for teacher, fingerprint in fingerprints.items()
-        for shard, content in contents.items()
-    }
-
-
-def path_of(directory: Path, teacher: str, shard: str) -> Path:
+def path_of(directory: Path, teacher: str, shard: str, contents: str) -> Path:
     """Return where the features of a shard lie."""
-    return directory / teacher / f"{shard}.safetensors"
+    return directory / teacher / f"{shard.rpartition('/')[2]}.{contents[:12]}.safetensors"
+
+
+def header_of(maker: Maker, dtype: StoreDtype, contents: str) -> dict[str, str]:
+    """Return what the file of a shard must say of itself."""
+    return _manifest(maker, dtype) | {"contents": contents}
 
 
 def is_complete(path: Path, header: Mapping[str, str]) -> bool:
     """Whether a file is there, has its full length, and says what it must."""
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() == header
+            said = file.metadata() or {}
+            return {name: value for name, value in said.items() if name != "index"} == header
     except (OSError, SafetensorError):
         return False
 
 
-def write_shard(path: Path, header: dict[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
-    """Write the [n, C] features of each sample of a shard to one file, whole or not at all."""
-    tensors = {
-        "features": torch.cat(list(features)),
+@contextmanager
+def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> Iterator[None]:
+    """Hold a store for writing, with its manifests in place and what an interrupted job left removed.
+
+    Errors: ConfigError when another job writes to it, when it is another teacher's or cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name, maker in makers.items():
+                _claim(directory / name, _manifest(maker, dtype))
+            yield
+    except BlockingIOError:
+        raise ConfigError(f"another job writes to the store {directory}; wait for it or choose another --out") from None
+
+
+def _claim(directory: Path, manifest: dict[str, str]) -> None:
+    path = directory / "manifest.json"
+    if path.exists():
+        _refuse_other(path, manifest, "choose another --out")
+    else:
+        directory.mkdir(exist_ok=True)
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
+        unfinished.replace(path)
+    for left in directory.glob(f"*{_UNFINISHED}"):
+        left.unlink()
+
+
+def _manifest(maker: Maker, dtype: str) -> dict[str, str]:
+    return {"version": _VERSION, "dtype": dtype} | {name: str(value) for name, value in asdict(maker).items()}
+
+
+def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None:
+    """Compare a manifest with what is expected of it. Errors: ConfigError names the first field that differs."""
+    try:
+        said = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"the store has no {path}; {_COMMAND}") from None
+    except ValueError:
+        raise ConfigError(f"{path} is no manifest of a feature store; {way_out}") from None
+    for name, value in expected.items():
+        if said.get(name) != value:
+            raise ConfigError(
+                f"{path.parent} was made with {name} {str(said.get(name))[:12]}, this run's is {value[:12]}; {way_out}"
+            )
+
+
+def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
+    """Write the [n, C] features of each sample of a shard to one file, whole or not at all.
+
+    Errors: DataError when the disk does not take it.
+    """
+    dtype: Any = header["dtype"]
+    encoded = [encode(feature, dtype) for feature in features]
+    tensors = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
+    index = {
         "sample_id": torch.tensor(sample_ids, dtype=torch.int64),
         "start": torch.tensor([0, *(len(feature) for feature in features)]).cumsum(0),
+        "checksum": torch.tensor([_checksum(parts) for parts in encoded], dtype=torch.int64),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, unfinished, metadata=header)
-    unfinished.replace(path)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors | index, unfinished, metadata={**header, "index": _digest(index)})
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
+
+
+def _bytes(tensor: Tensor) -> NDArray[Any]:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _checksum(parts: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of an image's parts."""
+    value = 0
+    for name in sorted(parts):
+        value = zlib.crc32(_bytes(parts[name]), value)
+    return value
+
+
+def _digest(index: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(_bytes(index[name]).tobytes() for name in sorted(index))).hexdigest()
+
+
+def open_shard(path: Path) -> tuple[ShardFeatures, dict[str, str]]:
+    """Open a file of a store; returns what it holds and what it says of itself.
+
+    Errors: DataError when it is cut, of an older format, or its index is not what was written.
+    """
+    try:
+        file = safe_open(path, "pt")
+        header: dict[str, str] = file.metadata() or {}
+        index = {name: file.get_tensor(name) for name in ("sample_id", "start", "checksum")}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and {_COMMAND}") from error
+    if _digest(index) != header.pop("index", ""):
+        raise DataError(f"{path} is damaged (its index); remove it and {_COMMAND}")
+    place = {sample_id: place for place, sample_id in enumerate(index["sample_id"].tolist())}
+    return ShardFeatures(path, file, index["start"], index["checksum"], place, header["dtype"] == "uint8"), header
 
 
 class StoreFeatures:
-    """A store as a FeatureSource: its headers are what the run expects of every file that it may read."""
+    """A store as a FeatureSource, for the shards whose contents it is given and the teachers that the run expects.
 
-    def __init__(
-        self, directory: Path, headers: Mapping[tuple[str, str], dict[str, str]], dims: Mapping[str, int]
-    ) -> None:
-        self._directory = directory
-        self._headers = headers
-        self._dims = dims
-        self._open = lru_cache(_OPEN_FILES)(self._open_shard)
+    Errors: ConfigError when the store is of other teachers, precision or widths.
+    """
+
+    def __init__(self, directory: Path, makers: Mapping[str, Maker], contents: Mapping[str, str]) -> None:
+        self._directory, self._makers, self._contents = directory, makers, contents
+        for name, maker in makers.items():
+            expected = {field: value for field, value in _manifest(maker, "").items() if field != "dtype"}
+            _refuse_other(directory / name / "manifest.json", expected, "pass another --teachers.store")
+        self._open = lru_cache(_OPEN_FILES)(self._open_file)
+        self._has = lru_cache(maxsize=None)(self._has_shard)
 
     @property
     def dims(self) -> Mapping[str, int]:
         """C of each teacher, by name."""
-        return self._dims
+        return {name: maker.dim for name, maker in self._makers.items()}
+
+    def has(self, sample: SampleRef) -> bool:
+        """Whether there are features of an image by every teacher."""
+        return self._has(sample.shard)
 
     def submit(self, request: FeatureRequest) -> FeatureRequest:
         """Keep the request; files are read when the result is asked for."""
@@ -137,28 +247,26 @@ class StoreFeatures:
         Errors: ConfigError when a shard has no file or its file is of another teacher, precision or set of images;
         DataError when a file is damaged.
         """
-        return {name: self._read(name, handle) for name in self._dims}
+        return {name: self._read(name, handle) for name in self._makers}
 
     def _read(self, name: str, request: FeatureRequest) -> Tensor:
-        rows = [torch.zeros(0, self._dims[name])]
+        rows = [torch.zeros(0, self._makers[name].dim)]
         for sample, grid, key in zip(request.samples, request.grids, request.keys, strict=True):
             if sample is not None:
-                features = self._open(name, shard_name(sample.shard)).read(sample.sample_id)
-                rows.append(features[mask_image(key, grid[0] * grid[1], request.mask_ratio)].float())
+                features = self._open(name, sample.shard).read(sample.sample_id)
+                rows.append(features[mask_image(key, grid[0] * grid[1], request.mask_ratio)])
         return torch.cat(rows)
 
-    def _open_shard(self, name: str, shard: str) -> ShardFeatures:
-        path = path_of(self._directory, name, shard)
+    def _has_shard(self, shard: str) -> bool:
+        return all(path_of(self._directory, name, shard, self._contents[shard]).exists() for name in self._makers)
+
+    def _open_file(self, name: str, shard: str) -> ShardFeatures:
+        path = path_of(self._directory, name, shard, self._contents[shard])
         if not path.exists():
-            raise ConfigError(f"the store has no {path}; {_COMMAND}")
-        try:
-            file = safe_open(path, "pt")
-            header = file.metadata() or {}
-            sample_ids, start_S = file.get_tensor("sample_id").tolist(), file.get_tensor("start")
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it and {_COMMAND}") from error
-        expected = self._headers.get((name, shard), {})
-        wrong = [field for field in expected.keys() | header.keys() if header.get(field) != expected.get(field)]
+            raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {_COMMAND}")
+        features, said = open_shard(path)
+        expected = _manifest(self._makers[name], said["dtype"]) | {"contents": self._contents[shard]}
+        wrong = [field for field in expected.keys() | said.keys() if said.get(field) != expected.get(field)]
         if wrong:
             raise ConfigError(f"{path} was made with other {', '.join(sorted(wrong))} than this run's; {_COMMAND}")
-        return ShardFeatures(file, start_S, {sample_id: place for place, sample_id in enumerate(sample_ids)})
+        return features

@@ -125,6 +125,62 @@ class LocalFeatures:
         return {name: masked_features(teacher, handle, self.decode).float() for name, teacher in self.teachers.items()}
 
 
+class PartialSource(FeatureSource, Protocol):
+    """A source that has an answer for some images; store.StoreFeatures is one."""
+
+    def has(self, sample: SampleRef) -> bool:
+        """Whether it can answer for an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A request under way at two sources."""
+
+    request: FeatureRequest
+    in_first: tuple[bool, ...]  # by slot
+    first: Any  # handles
+    second: Any
+
+
+@dataclass(frozen=True)
+class FirstThen:
+    """What the first source has comes from it, image by image, and the rest from the second."""
+
+    first: PartialSource
+    second: FeatureSource
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """C of each teacher, by name."""
+        return self.first.dims
+
+    def submit(self, request: FeatureRequest) -> Split:
+        """Ask each source for its images."""
+        in_first = tuple(sample is not None and self.first.has(sample) for sample in request.samples)
+        pairs = list(zip(request.samples, in_first, strict=True))
+        first = replace(request, samples=tuple(sample if there else None for sample, there in pairs))
+        second = replace(request, samples=tuple(None if there else sample for sample, there in pairs))
+        return Split(request, in_first, self.first.submit(first), self.second.submit(second))
+
+    def result(self, handle: Split) -> Features:
+        """Put the answers together in the order of the slots."""
+        request = handle.request
+        present = [
+            (there, int(mask_image(key, rows * columns, request.mask_ratio).sum()))
+            for sample, (rows, columns), key, there in zip(
+                request.samples, request.grids, request.keys, handle.in_first, strict=True
+            )
+            if sample is not None
+        ]
+        in_first_M = torch.cat([torch.zeros(0, dtype=torch.bool), *(torch.full((n,), own) for own, n in present)])
+        first, second = self.first.result(handle.first), self.second.result(handle.second)
+        features = {}
+        for name, dim in self.dims.items():
+            features[name] = torch.empty(len(in_first_M), dim)
+            features[name][in_first_M], features[name][~in_first_M] = first[name], second[name]
+        return features
+
+
 @dataclass(frozen=True)
 class Shared:
     """One rank of a group asks and all of them receive: the ranks of a group train on the same packs.

@@ -90,6 +90,28 @@ def test_a_stopped_run_resumes_as_if_nothing_happened(world: Path, stage1: Path)
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
+@pytest.mark.timeout(900)
+def test_features_from_a_store_or_part_of_one_train_as_the_actors_do(world: Path, stage1: Path) -> None:
+    """Held-out and training shards share the store under one name; without the training shard's the actors step in."""
+    flags = [*TEACHERS, *SMALL, "--data.shards", "shards", "--data.eval-shards", "heldout", "--eval.every-steps", "4"]
+    run(world, ["python", "-m", "tools.precompute_features", "demo_stage1", *flags, "--out", "features"])
+    assert len(list((world / "features" / "siglip2").glob("numbers-00000.tar.*.safetensors"))) == 2
+    online = read_metrics(stage1 / "metrics.jsonl")[:4]
+    files = (world / "features" / "siglip2").glob("*.safetensors")
+    training = max(files, key=lambda path: path.stat().st_size).name.split(".")[-2]
+    for source in ("store", "store_then_online"):
+        command = [*STAGE1, *flags, "--schedule.steps", "4", "--teachers.source", source]
+        run(world, [*command, "--teachers.store", "features", "--out", f"runs/{source}"])
+        lines = read_metrics(world / "runs" / source / "metrics.jsonl")
+        for name in ("loss", "loss_siglip2", "loss_dinov3"):
+            # The store's forward batches are others than the actors', so the features may differ in their last bits.
+            expected = pytest.approx([line[name] for line in online], rel=0 if source == "store_then_online" else 1e-5)
+            assert [line[name] for line in lines] == expected
+        assert "eval_loss" in lines[3]
+        for path in (world / "features").glob(f"*/numbers-00000.tar.{training}.safetensors"):
+            path.unlink()
+
+
 @pytest.mark.timeout(600)
 def test_stage_2_starts_from_stage_1_and_is_evaluated_and_exported(world: Path, stage1: Path) -> None:
     command = ["launch/local.sh", "2", "demo_stage2", "--init", str(stage1), "--data.shards", "shards", *SMALL]

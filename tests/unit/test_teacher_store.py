@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +16,26 @@ from torch import Tensor
 
 from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError, DataError
-from cogvit.teacher.store import StoreFeatures, contents_of, headers_of, is_complete, path_of, write_shard
-from cogvit.teacher.stream import FeatureRequest, LocalFeatures
+from cogvit.teacher.encoding import StoreDtype, decode, encode
+from cogvit.teacher.store import (
+    Maker,
+    StoreFeatures,
+    contents_of,
+    header_of,
+    is_complete,
+    path_of,
+    write_shard,
+    writing,
+)
+from cogvit.teacher.stream import FeatureRequest, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
+from tools.verify_features import Arguments, verify
 
 SHARDS = ("data/first.tar", "data/second.tar")
 GRIDS = ((3, 3), (2, 5), (4, 4))
 SAMPLES = tuple(SampleRef(10 * shard + n, SHARDS[shard], 0, 0) for shard in range(2) for n in range(1, 4))
-FINGERPRINTS = {"siglip2": "a" * 64, "dinov3": "b" * 64}
+MAKERS = {"siglip2": Maker("a" * 64, "fp32", 32), "dinov3": Maker("b" * 64, "fp32", 32)}
 
 
 def contents(grids: tuple[tuple[int, int], ...] = GRIDS, content_hash: int = 5) -> dict[str, str]:
@@ -44,25 +62,33 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> LocalFeatures:
     return LocalFeatures({name: load_teacher(path, "fp32") for name, path in paths.items()}, teachers.draw)
 
 
+def fill(store: Path, local: LocalFeatures, dtype: StoreDtype = "fp32", shards: tuple[str, ...] = SHARDS) -> Path:
+    """Write what the teachers say about SAMPLES, 64 images or less a request as the tool does."""
+    with writing(store, MAKERS, dtype):
+        for shard in shards:
+            places = tuple(place for place, sample in enumerate(SAMPLES) if sample.shard == shard)
+            features = local.result(request(places, 1.0))
+            for name, maker in MAKERS.items():
+                path = path_of(store, name, shard, contents()[shard])
+                header = header_of(maker, dtype, contents()[shard])
+                assert not is_complete(path, header)
+                pieces: tuple[Tensor, ...] = features[name].split([9, 10, 16])
+                write_shard(path, header, [SAMPLES[place].sample_id for place in places], pieces)
+                assert is_complete(path, header)
+    return store
+
+
 @pytest.fixture
 def directory(local: LocalFeatures, tmp_path: Path) -> Path:
-    headers = headers_of(FINGERPRINTS, contents(), "fp32")
-    for number, shard in enumerate(("first.tar", "second.tar")):
-        places = tuple(range(3 * number, 3 * number + 3))
-        features = local.result(request(places, 1.0))
-        for name in FINGERPRINTS:
-            path, header = path_of(tmp_path, name, shard), headers[name, shard]
-            assert not is_complete(path, header)
-            pieces: tuple[Tensor, ...] = features[name].split([9, 10, 16])
-            write_shard(path, header, [SAMPLES[place].sample_id for place in places], pieces)
-            assert is_complete(path, header)
-    return tmp_path
+    return fill(tmp_path / "store", local)
 
 
-def open_store(directory: Path, fingerprints: dict[str, str] = FINGERPRINTS, **changed: object) -> StoreFeatures:
-    precision = str(changed.pop("precision", "fp32"))
-    headers = headers_of(fingerprints, contents(**changed), precision)  # type: ignore[arg-type]
-    return StoreFeatures(directory, headers, dict.fromkeys(FINGERPRINTS, 32))
+def first_file(directory: Path) -> Path:
+    return path_of(directory, "siglip2", SHARDS[0], contents()[SHARDS[0]])
+
+
+def open_store(directory: Path) -> StoreFeatures:
+    return StoreFeatures(directory, MAKERS, contents())
 
 
 @pytest.mark.parametrize("mask_ratio", [1.0, 0.35])
@@ -73,51 +99,190 @@ def test_the_store_answers_as_the_teachers_do_to_the_bit_where_the_batch_is_the_
     asked = request((3, 4, 5), mask_ratio)
     stored, computed = store.result(store.submit(asked)), local.result(asked)
     assert store.dims == local.dims
-    for name in FINGERPRINTS:
+    for name in MAKERS:
         assert stored[name].dtype == torch.float32 and torch.equal(stored[name], computed[name])
 
 
 def test_images_come_from_their_shards_in_the_order_of_the_slots(local: LocalFeatures, directory: Path) -> None:
     asked = request((5, None, 0, 4), 0.35)
     stored, computed = open_store(directory).result(asked), local.result(asked)
-    for name in FINGERPRINTS:
+    for name in MAKERS:
         torch.testing.assert_close(stored[name], computed[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("changed", "field"),
+    ("changed", "message"),
     [
-        ({"fingerprints": FINGERPRINTS | {"siglip2": "c" * 64}}, "teacher"),
-        ({"grids": ((3, 3), (5, 2), (4, 4))}, "contents"),
-        ({"content_hash": 6}, "contents"),
-        ({"precision": "bf16"}, "precision"),
+        ({"fingerprint": "c" * 64}, r"siglip2 was made with fingerprint aaaaaaaaaaaa, this run's is cccccccccccc"),
+        ({"precision": "bf16"}, r"siglip2 was made with precision fp32, this run's is bf16"),
+        ({"dim": 48}, r"siglip2 was made with dim 32, this run's is 48"),
     ],
 )
-def test_a_store_of_something_else_is_refused_by_name(directory: Path, changed: dict, field: str) -> None:
-    with pytest.raises(ConfigError, match=f"siglip2/first.tar.safetensors was made with other {field} than"):
-        open_store(directory, **changed).result(request((0,), 0.35))
+def test_a_store_of_another_teacher_is_refused_by_reader_and_writer(
+    directory: Path, changed: dict, message: str
+) -> None:
+    other = MAKERS | {"siglip2": replace(MAKERS["siglip2"], **changed)}
+    with pytest.raises(ConfigError, match=message + r"; pass another --teachers\.store"):
+        StoreFeatures(directory, other, contents())
+    with pytest.raises(ConfigError, match=message + "; choose another --out"), writing(directory, other, "fp32"):
+        pass
+
+
+def test_a_manifest_that_is_gone_or_nonsense_is_named(directory: Path) -> None:
+    path = directory / "siglip2" / "manifest.json"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"manifest\.json is no manifest of a feature store"):
+        open_store(directory)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"the store has no .*manifest\.json; run python -m tools\.precompute"):
+        open_store(directory)
+
+
+@pytest.mark.parametrize(
+    "changed", [contents(grids=((3, 3), (5, 2), (4, 4))), contents(content_hash=6)], ids=["grids", "bytes"]
+)
+def test_features_of_other_images_or_grids_are_not_found(directory: Path, changed: dict[str, str]) -> None:
+    store = StoreFeatures(directory, MAKERS, changed)
+    assert not store.has(SAMPLES[0])
+    with pytest.raises(
+        ConfigError, match=r"the store has no .*first\.tar.* for the images and grids of data/first\.tar"
+    ):
+        store.result(request((0,), 0.35))
+
+
+def test_a_file_put_under_another_name_is_refused(directory: Path) -> None:
+    second = path_of(directory, "siglip2", SHARDS[1], contents()[SHARDS[1]])
+    second.write_bytes(first_file(directory).read_bytes())
+    with pytest.raises(ConfigError, match=r"second\.tar.* was made with other contents than this run's"):
+        open_store(directory).result(request((3,), 0.35))
 
 
 def test_a_truncated_or_missing_file_is_named(directory: Path) -> None:
-    path = path_of(directory, "siglip2", "first.tar")
+    path = first_file(directory)
     path.write_bytes(path.read_bytes()[:-4])
-    assert not is_complete(path, headers_of(FINGERPRINTS, contents(), "fp32")["siglip2", "first.tar"])
-    with pytest.raises(DataError, match=r"first\.tar\.safetensors is damaged"):
+    assert not is_complete(path, header_of(MAKERS["siglip2"], "fp32", contents()[SHARDS[0]]))
+    with pytest.raises(DataError, match=r"first\.tar.* is damaged"):
         open_store(directory).result(request((0,), 0.35))
     path.unlink()
     with pytest.raises(ConfigError, match=r"python -m tools\.precompute_features"):
         open_store(directory).result(request((0,), 0.35))
 
 
-def test_bf16_features_stay_two_bytes_on_disk(local: LocalFeatures, tmp_path: Path) -> None:
-    features = local.result(request((0,), 1.0))["siglip2"].bfloat16()
-    path = tmp_path / "shard.safetensors"
-    write_shard(path, {}, [1], [features])
-    assert 9 * 32 * 2 < path.stat().st_size < 9 * 32 * 4
+@pytest.mark.parametrize("part", ["rows", "start", "checksum", "sample_id"])
+def test_a_flipped_byte_is_found_wherever_it_is(directory: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(Arguments(str(directory))) == 0
+    path = first_file(directory)
+    data = bytearray(path.read_bytes())
+    header_bytes = int.from_bytes(data[:8], "little")
+    start, _ = json.loads(data[8 : 8 + header_bytes])[part]["data_offsets"]
+    data[8 + header_bytes + start + 8] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"first\.tar.* is damaged"):
+        open_store(directory).result(request((0, 1, 2), 0.35))
+    capsys.readouterr()
+    assert verify(Arguments(str(directory))) == 2
+    assert "is damaged" in capsys.readouterr().out
 
 
-def test_shards_of_one_name_are_refused() -> None:
+def test_a_full_disk_leaves_nothing_half_written(directory: Path, local: LocalFeatures) -> None:
+    path = first_file(directory)
+    header = header_of(MAKERS["siglip2"], "fp32", contents()[SHARDS[0]])
+    before = path.read_bytes()
+    with files_of_at_most(2048), pytest.raises(DataError, match=r"cannot write .*first\.tar.*make room"):
+        write_shard(path, header, [1], [torch.zeros(100, 32)])
+    assert path.read_bytes() == before
+    assert not list(directory.rglob("*.part"))
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses what goes beyond, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cogvit.teacher.store import writing
+with writing(Path(sys.argv[1]), {}, "fp32"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_jobs_on_one_store_are_refused_until_the_first_dies(directory: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    left = first_file(directory).with_name("left.part")
+    left.touch()
+    with pytest.raises(ConfigError, match="another job writes to the store"), writing(directory, MAKERS, "fp32"):
+        pass
+    assert left.exists()
+    holder.kill()
+    holder.communicate()
+    with writing(directory, MAKERS, "fp32"):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bytes_per_value", "close"), [("bf16", 2, 2**-8), ("fp16", 2, 2**-10), ("uint8", 1, None)]
+)
+def test_a_store_in_fewer_bytes(
+    local: LocalFeatures, tmp_path: Path, dtype: StoreDtype, bytes_per_value: int, close: float | None
+) -> None:
+    store = open_store(fill(tmp_path / "store", local, dtype))
+    stored, computed = store.result(request((0, 1, 2), 1.0)), local.result(request((0, 1, 2), 1.0))
+    for name in MAKERS:
+        if close is not None:
+            torch.testing.assert_close(stored[name], computed[name], atol=1e-6, rtol=close)
+        assert (1 - torch.cosine_similarity(stored[name].double(), computed[name].double())).max() < 5e-4
+    scales = 3 * 2 * 4 * 32 if dtype == "uint8" else 0
+    size = first_file(tmp_path / "store").stat().st_size
+    assert 35 * 32 * bytes_per_value + scales < size < 35 * 32 * bytes_per_value + scales + 2048
+
+
+def test_bytes_hold_channels_of_any_range_and_constant_ones_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    range_C = torch.tensor([1e-3, 1.0, 300.0, 0.0])
+    feature_TC = torch.randn(50, 4, generator=generator) * range_C + torch.tensor([0.0, 50.0, -7.0, 3.0])
+    decoded_TC = decode(encode(feature_TC, "uint8"))
+    step_C = (feature_TC.amax(dim=0) - feature_TC.amin(dim=0)) / 255
+    assert ((decoded_TC - feature_TC).abs() <= 0.502 * step_C + 1e-6).all()
+    assert torch.equal(decoded_TC[:, 3], feature_TC[:, 3])
+
+
+def test_shards_of_one_name_lie_side_by_side() -> None:
     rows = np.zeros(2, [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
-    rows["shard"] = [0, 1]
-    with pytest.raises(ConfigError, match=r"two shards are named x\.tar"):
-        contents_of(("a/x.tar", "b/x.tar"), rows, np.ones((2, 2), np.int64))
+    rows["shard"], rows["sample_id"] = [0, 1], [4, 5]
+    found = contents_of(("a/x.tar", "b/x.tar"), rows, np.ones((2, 2), np.int64))
+    paths = {path_of(Path("store"), "one", shard, found[shard]) for shard in ("a/x.tar", "b/x.tar")}
+    assert len(paths) == 2 and all(path.name.startswith("x.tar.") for path in paths)
+
+
+@pytest.mark.parametrize("present", [(), SHARDS[:1], SHARDS])
+def test_what_a_store_lacks_comes_from_the_teachers(
+    local: LocalFeatures, tmp_path: Path, present: tuple[str, ...]
+) -> None:
+    with writing(tmp_path, MAKERS, "fp32"):
+        for shard in present:
+            for name, maker in MAKERS.items():  # numbers that no teacher gives
+                header = header_of(maker, "fp32", contents()[shard])
+                path = path_of(tmp_path, name, shard, contents()[shard])
+                sample_ids = [sample.sample_id for sample in SAMPLES if sample.shard == shard]
+                write_shard(path, header, sample_ids, [torch.full((n, 32), 100.0 + n) for n in (9, 10, 16)])
+    both = FirstThen(open_store(tmp_path), local)
+    asked = request((5, None, 0, 4), 0.35)
+    found, computed = both.result(both.submit(asked)), local.result(asked)
+    for name in MAKERS:
+        sizes = [6, 3, 4]  # masked of 16, 9 and 10
+        rows = zip((5, 0, 4), found[name].split(sizes), computed[name].split(sizes), strict=True)
+        for place, got, teachers_own in rows:
+            if SAMPLES[place].shard in present:
+                assert got.eq(100.0 + (9, 10, 16)[place % 3]).all()
+            else:
+                torch.testing.assert_close(got, teachers_own, atol=1e-5, rtol=0)

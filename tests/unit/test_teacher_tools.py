@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogvit.config import DataConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.teacher.store import StoreFeatures
@@ -21,7 +21,7 @@ from tests.e2e.corpus import write_shards
 from tools.demo_corpus import pictograms
 from tools.make_demo_teachers import main as make_demo_teachers
 from tools.precompute_features import main as precompute
-from tools.precompute_features import plan_job, run_job, shard_requests
+from tools.precompute_features import plan_job, run_job, shard_requests, take_dtype
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +104,37 @@ def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.
     members = {member.name: load_teacher(member.path, "fp32") for member in config.teachers.members}
     source = LocalFeatures(members, partial(image_of, flip=False))
     job = plan_job(config)
-    assert {name: len(rows) for name, rows in job.rows.items()} == {"a.tar": 70, "b.tar": 5}
+    assert {Path(shard.path).name: len(shard.rows) for shard in job.shards} == {"a.tar": 70, "b.tar": 5}
     run_job(job, source)
-    assert "[2/2] b.tar: 5 images" in capsys.readouterr().out
-    assert plan_job(config).rows == {}
-    store = StoreFeatures(job.out, job.headers, source.dims)
-    for rows in job.rows.values():
-        for request in shard_requests(job.index, rows, job.grid_hw):
+    assert "b.tar: 5 images" in capsys.readouterr().out
+    assert plan_job(config).shards == ()
+    store = StoreFeatures(job.out, job.makers, job.contents)
+    for shard in job.shards:
+        for request in shard_requests(shard.index, shard.rows, shard.grid_hw):
             stored, computed = store.result(request), source.result(request)
             assert all(torch.equal(stored[name], computed[name]) for name in members)
-    (job.out / "dinov3" / "a.tar.safetensors").unlink()
-    assert list(plan_job(config).rows) == ["a.tar"]
+    next((job.out / "dinov3").glob("a.tar.*")).unlink()
+    assert [Path(shard.path).name for shard in plan_job(config).shards] == ["a.tar"]
+    with pytest.raises(ConfigError, match="was made with dtype fp32, this run's is uint8"):
+        run_job(plan_job(config, "uint8"), source)
     assert precompute(["--help"]) == 0
+
+
+def test_held_out_shards_of_the_same_names_are_stored_with_the_training_shards(config: RunConfig) -> None:
+    write_shards(Path(config.out).parent / "heldout", "a", 3)
+    data = replace(config.data, eval_shards=str(Path(config.out).parent / "heldout"))
+    job = plan_job(replace(config, data=data, eval=EvalConfig(every_steps=1), out=config.out + "_both"))
+    names = [Path(shard.path).parts[-2:] for shard in job.shards]
+    assert names == [("shards", "a.tar"), ("shards", "b.tar"), ("heldout", "a.tar")]
+
+
+def test_the_dtype_is_taken_out_of_the_trainers_flags() -> None:
+    assert take_dtype(["--out", "x"]) == (None, ["--out", "x"])
+    assert take_dtype(["--dtype", "uint8", "--out", "x"]) == ("uint8", ["--out", "x"])
+    assert take_dtype(["--out", "x", "--dtype=fp16"]) == ("fp16", ["--out", "x"])
+    for words in (["--dtype", "int4"], ["--dtype"]):
+        with pytest.raises(ConfigError, match="is none of fp32, bf16, fp16, uint8"):
+            take_dtype(words)
 
 
 def test_a_store_needs_a_place_and_teachers(config: RunConfig) -> None:

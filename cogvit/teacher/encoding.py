@@ -1,0 +1,35 @@
+"""How features lie in a store: floats as they are, or bytes with an offset and a step per image and channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+StoreDtype = Literal["fp32", "bf16", "fp16", "uint8"]
+
+_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST = 255
+
+
+def encode(feature_TC: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
+    """Return the parts of one image's features: rows [T, C] and, for uint8, low and step [1, C] float32.
+
+    Channels of a vision transformer differ a hundredfold in range and some are outliers in a few images alone, so
+    every channel of every image has a scale of its own; it costs 8 bytes a channel and image.
+    """
+    if dtype != "uint8":
+        return {"rows": feature_TC.to(_FLOATS[dtype])}
+    feature_TC = feature_TC.float()
+    low_1C, high_1C = feature_TC.amin(dim=0, keepdim=True), feature_TC.amax(dim=0, keepdim=True)
+    step_1C = (high_1C - low_1C) / _LARGEST
+    rows_TC = (feature_TC - low_1C) / torch.where(step_1C > 0, step_1C, 1.0)
+    return {"rows": rows_TC.round().clamp(0, _LARGEST).to(torch.uint8), "low": low_1C, "step": step_1C}
+
+
+def decode(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return [T, C] float32 features from the parts of an image."""
+    rows_TC = parts["rows"].float()
+    return parts["low"] + rows_TC * parts["step"] if "low" in parts else rows_TC
