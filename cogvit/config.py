@@ -65,6 +65,9 @@ class TeacherConfig:
     name: str = option("", "its name in losses and logs")
     path: str = option("", "directory or hub name of a transformers checkpoint (siglip2, siglip or dinov3_vit)")
     weight: float = option(1.0, "weight of its loss")
+    error: Literal["smooth_l1", "cosine", "mse"] = option(
+        "smooth_l1", "what its loss measures: mean over the channels, or 1 - cos"
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class TeachersConfig:
     in_flight_steps: int = option(2, "steps whose features are requested ahead")
     max_wait_s: float = option(300.0, "how long a rank waits for features before the run stops")
     precision: Literal["fp32", "bf16"] = option("fp32", "of the teachers' forward")
+    standardize: Literal["channel", "phi_s"] = option(
+        "channel", "mean 0 and deviation 1: each channel on its own, or by a rotation and one scale (PHI-S)"
+    )
     ray_address: str = option("", "cluster to join; starts one on this machine if empty")
 
 

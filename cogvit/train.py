@@ -313,16 +313,16 @@ def standardized(
         with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
             packs = (batch for step in batches for batch in step.micro)
             requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
-        save_stats(path, fit_stats(source, requests, fingerprints))
+        save_stats(path, fit_stats(source, requests, fingerprints, config.teachers.standardize))
 
     mesh.from_writer(fit)
     shared = Shared(source, dims, mesh.model_group, leader=0, device=mesh.device)
-    return Standardized(shared, load_stats(path, fingerprints))
+    return Standardized(shared, load_stats(path, fingerprints, config.teachers.standardize))
 
 
 def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
     """Return this rank's stage of the model with its initial weights, and what trains it."""
-    from cogvit.objective.distill import Distill, DistillModel
+    from cogvit.objective.distill import Distill, DistillModel, Term
     from cogvit.objective.siglip import Contrast, ContrastModel
     from cogvit.parallel.convert import fill
     from cogvit.parallel.encoder import TextStage, VisionStage
@@ -332,9 +332,9 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
         config.vision, mesh, parallel, memory.vision, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
     )
     if config.objective == "distill":
-        weights = {member.name: member.weight for member in config.teachers.members}
+        terms = {member.name: Term(member.weight, member.error) for member in config.teachers.members}
         model: nn.Module = DistillModel(vision, teacher_dims, recompute=memory.projection_recompute)
-        objective: Any = Distill(weights, config.teachers.mask_ratio)
+        objective: Any = Distill(terms, config.teachers.mask_ratio)
     else:
         text = TextStage(config.text, mesh, parallel, memory.text, num_tokens=data.text_tokens_per_pack)
         model, objective = (

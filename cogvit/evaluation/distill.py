@@ -44,9 +44,8 @@ def distill_results(subject: Subject) -> Evaluation:
     config = subject.config
     assert config is not None, "stage 1 is a run"
     specs = {member.name: inspect_teacher(member.path) for member in config.teachers.members}
-    stats = load_stats(
-        subject.path / "teacher_stats.safetensors", {name: fingerprint(spec) for name, spec in specs.items()}
-    )
+    fingerprints = {name: fingerprint(spec) for name, spec in specs.items()}
+    stats = load_stats(subject.path / "teacher_stats.safetensors", fingerprints, config.teachers.standardize)
     teachers = {member.name: load_teacher(member.path, config.teachers.precision) for member in config.teachers.members}
     source = Standardized(LocalFeatures(teachers, partial(image_of, flip=False)), stats)
     sums: dict[str, Fit] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from cogvit.model.tokens import PackedFeatures
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.encoder import VisionStage
 from cogvit.parallel.schedule import Schedule
+
+TargetError = Literal["smooth_l1", "cosine", "mse"]
 
 
 class DistillModel(nn.Module):
@@ -32,20 +35,39 @@ class DistillModel(nn.Module):
             for name, dim in teacher_dims.items():
                 self.heads[name] = nn.Linear(vision.cfg.embed_dim, dim)
 
-    def error(self, name: str, x_MD: Tensor, target_MC: Tensor) -> Tensor:
-        """[M] the Smooth-L1 error of one teacher's head, mean over its channels."""
+    def error(self, name: str, kind: TargetError, x_MD: Tensor, target_MC: Tensor) -> Tensor:
+        """[M] the error of one teacher's head."""
 
         def error_of(x_MD: Tensor) -> Tensor:
-            return F.smooth_l1_loss(self.heads[name](x_MD), target_MC, reduction="none").mean(dim=1)
+            return target_error(kind, self.heads[name](x_MD), target_MC)
 
         return checkpoint(error_of, x_MD, use_reentrant=False) if self.recompute else error_of(x_MD)
 
 
+def target_error(kind: TargetError, guess_MC: Tensor, target_MC: Tensor) -> Tensor:
+    """[M] how far a guess is from its target: mean over the channels, or 1 - cos."""
+    match kind:
+        case "smooth_l1":
+            return F.smooth_l1_loss(guess_MC, target_MC, reduction="none").mean(dim=1)
+        case "mse":
+            return F.mse_loss(guess_MC, target_MC, reduction="none").mean(dim=1)
+        case "cosine":
+            return 1.0 - F.cosine_similarity(guess_MC, target_MC, dim=1)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A teacher's part of the loss."""
+
+    weight: float
+    error: TargetError
+
+
 @dataclass(frozen=True)
 class Distill:
-    """Masked distillation of several teachers; weights are the teachers' shares of the loss."""
+    """Masked distillation of several teachers."""
 
-    weights: Mapping[str, float]
+    terms: Mapping[str, Term]
     mask_ratio: float
 
     def train(self, model: DistillModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
@@ -74,11 +96,11 @@ class Distill:
             targets = micro[index].targets
             assert targets is not None, "stage 1 needs teacher targets"
             x_MD = features.patch_TD[masks[index]].float()
-            terms = {}
-            for name in self.weights:
-                terms[name] = (model.error(name, x_MD, targets.features[name]) * weights[index]).sum() / count
-            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-            return total, {name: term.detach() for name, term in terms.items()}
+            errors = {}
+            for name, term in self.terms.items():
+                error_M = model.error(name, term.error, x_MD, targets.features[name])
+                errors[name] = (error_M * weights[index]).sum() / count
+            return self._total(errors), {name: error.detach() for name, error in errors.items()}
 
         if train:
             reports = schedule.forward_backward(model.vision.trunk, forward, len(micro), loss)
@@ -87,10 +109,12 @@ class Distill:
                 model.vision.trunk, forward, len(micro), lambda out, index: loss(out, index)[1]
             )
         zero = torch.zeros((), device=mesh.device)
-        local = torch.stack([sum((report[name] for report in reports), zero) for name in self.weights])
-        terms = dict(zip(self.weights, reduce_terms(local, schedule), strict=True))
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()}
+        local = torch.stack([sum((report[name] for report in reports), zero) for name in self.terms])
+        errors = dict(zip(self.terms, reduce_terms(local, schedule), strict=True))
+        return {"loss": self._total(errors)} | {f"loss_{name}": error for name, error in errors.items()}
+
+    def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.terms[name].weight * error for name, error in errors.items()]).sum()
 
 
 def sum_over_data(value: Tensor, schedule: Schedule) -> Tensor:

@@ -181,8 +181,9 @@ def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int]
         raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
 
 
-def _bytes(tensor: Tensor) -> NDArray[Any]:
-    return tensor.contiguous().view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    array: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+    return array.data
 
 
 def _checksum(parts: Mapping[str, Tensor]) -> int:

@@ -23,7 +23,7 @@ from cogvit.config import (
 )
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
-from cogvit.objective.distill import Distill, DistillModel
+from cogvit.objective.distill import Distill, DistillModel, Term
 from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import TextStage, VisionStage
@@ -32,6 +32,7 @@ from cogvit.training.engine import Engine
 from tests.packs import MASK_RATIO, random_batch
 
 TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
+TERMS = {"siglip2": Term(1.0, "smooth_l1"), "dinov3": Term(0.5, "smooth_l1")}
 FAMILIES = {
     "reference": {},
     "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
@@ -123,7 +124,7 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
     vision = VisionStage(config.vision, mesh, config.parallel, memory=config.memory.vision, num_tokens=96, num_slots=8)
     if case.stage == "distill":
         model: torch.nn.Module = DistillModel(vision, TEACHER_DIMS, recompute=config.memory.projection_recompute)
-        objective: Distill | Contrast = Distill({"siglip2": 1.0, "dinov3": 0.5}, MASK_RATIO)
+        objective: Distill | Contrast = Distill(TERMS, MASK_RATIO)
     else:
         text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80)
         model, objective = ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute), Contrast(config.contrast)

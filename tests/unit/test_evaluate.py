@@ -70,7 +70,7 @@ def stage1(tmp_path_factory: pytest.TempPathFactory, data: DataConfig) -> Path:
         for pack in pack_rows(index, torch.arange(len(index)).numpy(), subject.sizing)
     ]
     fingerprints = {name: fingerprint(spec) for name, spec in specs.items()}
-    save_stats(run / "teacher_stats.safetensors", fit_stats(source, requests, fingerprints))
+    save_stats(run / "teacher_stats.safetensors", fit_stats(source, requests, fingerprints, "channel"))
     return run
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogvit.errors import ConfigError, TeacherUnavailable
 from cogvit.objective.masking import mask_tokens
-from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+from cogvit.teacher.standardize import Standardized, fit_stats, hadamard, load_stats, save_stats
 from cogvit.teacher.stream import (
     FeatureRequest,
     Features,
@@ -112,7 +112,7 @@ def requests() -> list[FeatureRequest]:
 
 
 def test_standardized_features_have_mean_zero_and_deviation_one(source: LocalFeatures) -> None:
-    stats = fit_stats(source, requests(), FINGERPRINTS)
+    stats = fit_stats(source, requests(), FINGERPRINTS, "channel")
     standardized = Standardized(source, stats)
     answers = [standardized.result(standardized.submit(request)) for request in requests()]
     for name in ("siglip2", "dinov3"):
@@ -122,30 +122,59 @@ def test_standardized_features_have_mean_zero_and_deviation_one(source: LocalFea
 
 
 def test_a_constant_channel_becomes_zero_instead_of_noise() -> None:
-    stats = fit_stats(Recorder(), [teachers.request((7,), ((1, 1),), 1.0)] * 4, {"one": "f"})["one"]
+    stats = fit_stats(Recorder(), [teachers.request((7,), ((1, 1),), 1.0)] * 4, {"one": "f"}, "channel")["one"]
+
     assert stats.apply(torch.full((3, 1), 7.0)).eq(0).all()
     assert stats.apply(torch.full((3, 1), 8.0)).eq(1).all()
 
 
 def test_statistics_come_back_to_the_bit_and_only_for_their_teachers(source: LocalFeatures, tmp_path: Path) -> None:
-    stats = fit_stats(source, requests(), FINGERPRINTS)
+    stats = fit_stats(source, requests(), FINGERPRINTS, "channel")
     path = tmp_path / "run" / "stats.safetensors"
     save_stats(path, stats)
-    loaded = load_stats(path, FINGERPRINTS)
+    loaded = load_stats(path, FINGERPRINTS, "channel")
     for name, fingerprint in FINGERPRINTS.items():
-        assert torch.equal(loaded[name].mean, stats[name].mean) and torch.equal(loaded[name].std, stats[name].std)
         assert loaded[name].fingerprint == fingerprint
+        for part in ("mean", "std"):
+            assert torch.equal(getattr(loaded[name], part), getattr(stats[name], part))
     assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
     with pytest.raises(ConfigError, match="another teacher 'dinov3'"):
-        load_stats(path, FINGERPRINTS | {"dinov3": "c" * 64})
+        load_stats(path, FINGERPRINTS | {"dinov3": "c" * 64}, "channel")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError, match="does not read"):
-        load_stats(path, FINGERPRINTS)
+        load_stats(path, FINGERPRINTS, "channel")
+
+
+@pytest.mark.parametrize("order", [1, 2, 12, 32, 384, 768, 1152])
+def test_a_hadamard_matrix_is_orthogonal_with_entries_of_one_size(order: int) -> None:
+    matrix = hadamard(order)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(order, dtype=torch.float64))
+    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, order**-0.5))
+
+
+def test_a_width_without_a_hadamard_matrix_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no rotation for a width of 36"):
+        hadamard(36)  # it exists, by another construction
+
+
+def test_phi_s_gives_every_channel_deviation_one_and_keeps_angles(source: LocalFeatures, tmp_path: Path) -> None:
+    save_stats(tmp_path / "stats", fit_stats(source, requests(), FINGERPRINTS, "phi_s"))
+    with pytest.raises(ConfigError, match="does not read"):
+        load_stats(tmp_path / "stats", FINGERPRINTS, "channel")
+    standardized = Standardized(source, load_stats(tmp_path / "stats", FINGERPRINTS, "phi_s"))
+    for name in ("siglip2", "dinov3"):
+        raw = torch.cat([ask(source, request)[name] for request in requests()]).double()
+        x = torch.cat([ask(standardized, request)[name] for request in requests()]).double()
+        assert x.mean(dim=0).abs().max() < 1e-5
+        assert (x.std(dim=0, correction=0) - 1).abs().max() < 1e-4
+        centered = raw - raw.mean(dim=0)
+        scale = raw.var(dim=0, correction=0).mean()
+        torch.testing.assert_close(x @ x.T, centered @ centered.T / scale, atol=1e-3, rtol=1e-4)
 
 
 def test_statistics_need_images(source: LocalFeatures) -> None:
     with pytest.raises(ConfigError, match="at least one image"):
-        fit_stats(source, [teachers.request((None,), ((0, 0),), 1.0)], FINGERPRINTS)
+        fit_stats(source, [teachers.request((None,), ((0, 0),), 1.0)], FINGERPRINTS, "channel")
 
 
 class Failing(Recorder):
