@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ def draw_or_die(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, ali
     if not os.path.exists(alive):
         Path(alive).touch()
         os._exit(1)
+    return draw(sample, key, size_hw_px)
+
+
+def draw_or_hang(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, alive: str) -> Pixels | None:
+    """Wait for an hour at the first image without the file `alive`; later processes find it and live."""
+    if not os.path.exists(alive):
+        Path(alive).touch()
+        time.sleep(3600)
     return draw(sample, key, size_hw_px)
 
 

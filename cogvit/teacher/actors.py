@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -149,7 +149,7 @@ class Actor:
     teacher: str
     lane: int  # 0 .. actors_per_teacher - 1
     generation: int
-    handle: Any  # ray.actor.ActorHandle
+    handle: Any = field(compare=False)  # ray.actor.ActorHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +182,7 @@ class TeacherPool:
         self._members = {member.name: member for member in config.members}
         self._actor_class = ray.remote(TeacherActor)
         self._lanes = itertools.cycle(range(config.actors_per_teacher))
+        self._heard: set[Actor] = set()
         self._dims = {member.name: inspect_teacher(member.path).dim for member in config.members}
         self._actors = {
             (name, lane): self._get_or_start(name, lane, generation=0)
@@ -200,7 +201,7 @@ class TeacherPool:
         return Pending(request, {name: self._send(name, lane, request) for name in self._members})
 
     def result(self, handle: Pending) -> Features:
-        """Wait for the replies; requests of dead actors are sent again.
+        """Wait for the replies; requests of dead actors, and of one silent for half of max_wait_s, are sent again.
 
         Errors: TeacherUnavailable after max_wait_s; ConfigError when a teacher does not load.
         """
@@ -208,15 +209,22 @@ class TeacherPool:
         return {name: self._collect(name, handle, deadline_s) for name in self._members}
 
     def _collect(self, name: str, pending: Pending, deadline_s: float) -> Tensor:
-        from ray import get
+        from ray import get, kill
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
         while True:
             actor = pending.calls[name].actor
+            # Only who has answered before can hang: loading weights may take all the time there is.
+            patience_s = self._config.max_wait_s / (2 if actor in self._heard else 1)
             try:
-                return _from_wire(get(pending.calls[name].reply, timeout=max(0.0, deadline_s - time.monotonic())))
+                reply = get(pending.calls[name].reply, timeout=max(0.0, min(patience_s, deadline_s - time.monotonic())))
+                self._heard.add(actor)
+                return _from_wire(reply)
             except GetTimeoutError:
-                raise self._unavailable(name, "is silent") from None
+                if time.monotonic() >= deadline_s or actor not in self._heard:
+                    raise self._unavailable(name, "is silent") from None
+                kill(actor.handle)
+                self._replace(actor)
             except RayTaskError as error:  # the actor lives; what it ran raised
                 if isinstance(error.cause, CogViTError):
                     raise error.cause from None
@@ -233,9 +241,9 @@ class TeacherPool:
             pending.calls[name] = self._send(name, actor.lane, pending.request)
 
     def _replace(self, dead: Actor) -> None:
-        """Start the successor of a dead actor, unless an earlier request of its has done so."""
+        """Start the successor of a dead or hung actor, unless an earlier request of its has done so."""
         if self._actors[dead.teacher, dead.lane] is dead:
-            _LOG.warning("an actor of teacher %s died; another one takes over its requests", dead.teacher)
+            _LOG.warning("an actor of teacher %s died or hangs; another one takes over its requests", dead.teacher)
             self._actors[dead.teacher, dead.lane] = self._get_or_start(dead.teacher, dead.lane, dead.generation + 1)
 
     def _send(self, name: str, lane: int, request: FeatureRequest) -> Call:
