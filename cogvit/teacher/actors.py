@@ -201,7 +201,7 @@ class TeacherPool:
         return Pending(request, {name: self._send(name, lane, request) for name in self._members})
 
     def result(self, handle: Pending) -> Features:
-        """Wait for the replies; requests of dead actors, and of one silent for half of max_wait_s, are sent again.
+        """Wait for the replies; requests of dead actors, and of one silent for a quarter of max_wait_s, are sent again.
 
         Errors: TeacherUnavailable after max_wait_s; ConfigError when a teacher does not load.
         """
@@ -215,7 +215,7 @@ class TeacherPool:
         while True:
             actor = pending.calls[name].actor
             # Only who has answered before can hang: loading weights may take all the time there is.
-            patience_s = self._config.max_wait_s / (2 if actor in self._heard else 1)
+            patience_s = self._config.max_wait_s / (4 if actor in self._heard else 1)
             try:
                 reply = get(pending.calls[name].reply, timeout=max(0.0, min(patience_s, deadline_s - time.monotonic())))
                 self._heard.add(actor)
