@@ -20,11 +20,13 @@ Arguments = TypeVar("Arguments")
 def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callable[[Arguments], int]) -> int:
     """Print the usage, or read the arguments and run the command; returns the exit status.
 
-    An error that the user can act on becomes one line.
+    Without arguments a command that needs some prints its usage too, and the status is 2. An error that the user can
+    act on becomes one line.
     """
-    if not argv or asks_for_help(argv):
+    lacks_words = not argv and any(member.default is MISSING for member in fields(kind))  # type: ignore[arg-type]
+    if lacks_words or asks_for_help(argv):
         print(usage.strip())
-        return 0 if argv else 2
+        return 2 if lacks_words else 0
     try:
         return run(read_arguments(kind, argv))
     except CogViTError as error:

@@ -316,4 +316,4 @@ def _device() -> torch.device:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:] or ["--out", "."], __doc__, Arguments, diagnose))
+    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, diagnose))

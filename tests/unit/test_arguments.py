@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cogvit.arguments import read_arguments
+from cogvit.arguments import read_arguments, run_command
 from cogvit.errors import ConfigError
 
 
@@ -39,3 +39,24 @@ def test_words_and_flags_in_any_order() -> None:
 def test_mistakes(argv: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         read_arguments(Copy, argv)
+
+
+@dataclass(frozen=True)
+class FlagsAlone:
+    """A command that needs nothing."""
+
+    rounds: str = "3"
+
+
+@dataclass(frozen=True)
+class OneWord:
+    """A command that needs a word."""
+
+    run: str
+
+
+def test_no_arguments_run_a_command_that_needs_none_and_explain_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([], "usage of it", FlagsAlone, lambda arguments: int(arguments.rounds)) == 3
+    assert capsys.readouterr().out == ""
+    assert run_command([], "usage of it", OneWord, lambda arguments: 0) == 2
+    assert capsys.readouterr().out == "usage of it\n"

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cogvit.arguments import read_arguments
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.model.naflex import naflex_grid
 from cogvit.model.packing import Grid, pack_images, raster
 from cogvit.model.vit import CogViT
 from tools.bench._peers import PaddedBatch, TimmEncoder, TransformersEncoder
+from tools.bench._record import run_benchmark
 
 PATCH_PX = 16
 PHOTOS_PX = ((640, 480), (480, 640), (640, 427), (427, 640), (640, 426), (500, 375), (612, 612))
@@ -313,24 +313,5 @@ def cpu_name() -> str:
     return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark; returns the exit status."""
-    if "--help" in argv or "-h" in argv:
-        print((__doc__ or "").strip())
-        return 0
-    lines = []
-    try:
-        arguments = read_arguments(Arguments, argv)
-        for line in report(arguments):
-            print(line, flush=True)
-            lines.append(line)
-    except CogViTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if arguments.out:
-        Path(arguments.out).write_text("\n".join(lines) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_benchmark(sys.argv[1:], __doc__ or "", Arguments, report))

@@ -16,46 +16,41 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cogvit.arguments import asks_for_help, read_arguments
 from cogvit.batch import Batch, TeacherTargets
 from cogvit.config import (
     ActivationConfig,
     DataConfig,
     MemoryConfig,
     OptimConfig,
-    ParallelConfig,
     RunConfig,
     TeacherConfig,
     TeachersConfig,
 )
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.errors import ConfigError
 from cogvit.model.packing import pack_images
 from cogvit.model.vit import CogViT
 from cogvit.objective.masking import mask_tokens
-from cogvit.parallel.mesh import Mesh, start_mesh
+from cogvit.parallel.mesh import Mesh
 from cogvit.train import build
 from cogvit.training.engine import Engine
 from configs.models import Size, reference_vision
 from tools.bench._probe import Probe, probe
+from tools.bench._ranks import busiest, join, on_ranks, take_turns
+from tools.bench._record import flags_of, run_benchmark
 
 GRID = (14, 14)
 TEACHER_DIMS = {"siglip2": 768, "dinov3": 768}
@@ -163,32 +158,18 @@ def start_bare(work: Work, mesh: Mesh) -> Callable[[], None]:
     return lambda: bare_step(model, optimizer, micro)
 
 
-def start(rank: int, ranks: int, rendezvous: str) -> Mesh:
-    """Join the processes of one measurement."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(rendezvous, ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    return start_mesh(ParallelConfig())
-
-
 def compare(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
     """Run ours and the bare loop in turn."""
-    mesh = start(rank, ranks, rendezvous)
-    steps: dict[str, Callable[[], Any]] = {OURS: start_ours(work, mesh), BARE: start_bare(work, mesh)}
+    mesh = join(rank, ranks, rendezvous)
+    steps: dict[str, Callable[[], None]] = {OURS: start_ours(work, mesh), BARE: start_bare(work, mesh)}
     for step in steps.values():
         step()
-    probes: dict[str, list[Probe]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            dist.barrier()
-            probes[name].append(probe(step))
-    dist.barrier()
-    return probes
+    return take_turns(steps, rounds)
 
 
 def split(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> list[dict[str, float]]:
     """Time the parts of our step."""
-    mesh = start(rank, ranks, rendezvous)
+    mesh = join(rank, ranks, rendezvous)
     config = run_config(work)
     model, objective = build(config, mesh, TEACHER_DIMS)
     engine = Engine(model, config, mesh)
@@ -214,7 +195,7 @@ def split(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> li
 
 def recompute_peaks(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
     """Measure one step under each choice of recompute."""
-    mesh = start(rank, ranks, rendezvous)
+    mesh = join(rank, ranks, rendezvous)
     found = {}
     for recompute in RECOMPUTE:
         step = start_ours(work, mesh, recompute)
@@ -224,36 +205,30 @@ def recompute_peaks(rank: int, ranks: int, rendezvous: str, work: Work, rounds: 
     return found
 
 
-def on_ranks(run: Callable[..., Any], ranks: int, work: Work, rounds: int) -> list[Any]:
-    """Call a function on fresh processes that find each other."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool,
-    ):
-        call = partial(run, ranks=ranks, rendezvous=f"{scratch}/rendezvous", work=work, rounds=rounds)
-        return list(pool.map(call, range(ranks)))
+def measure(run: Callable[..., Any], ranks: int, work: Work, rounds: int) -> list[Any]:
+    """Call one of the measurements on fresh processes."""
+    return on_ranks(partial(run, ranks=ranks, work=work, rounds=rounds), ranks)
 
 
-def busiest_s(probes: list[dict[str, list[Probe]]], name: str) -> float:
-    """Return the median CPU time of the busiest process."""
-    rounds = zip(*(rank[name] for rank in probes), strict=True)
-    return statistics.median(max(one.cpu_s for one in each) for each in rounds)
-
-
-def report(work: Work, rounds: int, flags: str) -> Iterator[str]:
-    """Yield the record line by line."""
+def report(arguments: Arguments) -> Iterator[str]:
+    """Yield the record line by line. Errors: ConfigError for an unknown size or a flag that is no number."""
+    if arguments.size not in get_args(Size):
+        raise ConfigError(f"--size {arguments.size} is none of {get_args(Size)}")
+    if not all(value.isdigit() for value in (arguments.images, arguments.micro, arguments.rounds)):
+        raise ConfigError("--images, --micro and --rounds are whole numbers")
+    work, rounds = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro)), int(arguments.rounds)
     tokens = work.images * work.micro * GRID[0] * GRID[1]
     yield "# The training step beside a bare loop, on CPU"
     yield ""
-    yield f"{date.today()}, `python -m tools.bench.engine{flags}`; torch {version('torch')}, deepspeed"
+    yield f"{date.today()}, `python -m tools.bench.engine {flags_of(arguments)}`; torch {version('torch')}, deepspeed"
     yield f"{version('deepspeed')}, megatron-core {version('megatron-core')}, gloo, one thread a process, fp32."
     yield f"The {work.size} encoder, {work.micro} microbatches of {work.images} images: {tokens:,} tokens per process."
     yield ""
     yield "| processes | step | CPU s of the busiest | tokens per CPU s | against the bare loop |"
     yield "|---|---|---|---|---|"
     for ranks in (1, 2):
-        probes = on_ranks(compare, ranks, work, rounds)
-        times = {name: busiest_s(probes, name) for name in (OURS, BARE)}
+        probes = measure(compare, ranks, work, rounds)
+        times = {name: busiest(probes, name).cpu_s for name in (OURS, BARE)}
         for name, seconds in times.items():
             label = {OURS: "CogViT, ZeRO-1", BARE: "DDP" if ranks > 1 else BARE}[name]
             yield f"| {ranks} | {label} | {seconds:.2f} | {tokens / seconds:,.0f} | {seconds / times[BARE]:.2f} |"
@@ -261,41 +236,16 @@ def report(work: Work, rounds: int, flags: str) -> Iterator[str]:
     yield "| processes | forward s | backward s | reduction s | optimizer s |"
     yield "|---|---|---|---|---|"
     for ranks in (1, 2):
-        parts = on_ranks(split, ranks, work, rounds)[0]
+        parts = measure(split, ranks, work, rounds)[0]
         medians = [statistics.median(part[name] for part in parts) for name in parts[0]]
         yield f"| {ranks} | " + " | ".join(f"{value:.3f}" for value in medians) + " |"
     yield ""
     yield "| vision recompute | CPU s | peak MiB of a step |"
     yield "|---|---|---|"
-    for recompute, probes_of in on_ranks(recompute_peaks, 1, replace(work, micro=1), rounds)[0].items():
+    for recompute, probes_of in measure(recompute_peaks, 1, replace(work, micro=1), rounds)[0].items():
         cpu_s = statistics.median(one.cpu_s for one in probes_of)
         yield f"| {recompute} | {cpu_s:.2f} | {statistics.median(one.peak_bytes for one in probes_of) / 2**20:,.0f} |"
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark; returns the exit status."""
-    if asks_for_help(argv):
-        print((__doc__ or "").strip())
-        return 0
-    lines = []
-    try:
-        arguments = read_arguments(Arguments, argv)
-        if arguments.size not in get_args(Size):
-            raise ConfigError(f"--size {arguments.size} is none of {get_args(Size)}")
-        if not all(value.isdigit() for value in (arguments.images, arguments.micro, arguments.rounds)):
-            raise ConfigError("--images, --micro and --rounds are whole numbers")
-        work = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro))
-        flags = "".join(f" --{name} {value}" for name, value in vars(arguments).items() if name != "out")
-        for line in report(work, int(arguments.rounds), flags):
-            print(line, flush=True)
-            lines.append(line)
-    except CogViTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if arguments.out:
-        Path(arguments.out).write_text("\n".join(lines) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_benchmark(sys.argv[1:], __doc__ or "", Arguments, report))

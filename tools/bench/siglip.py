@@ -19,31 +19,27 @@ inputs, the gradients included; of several processes, the one that holds most.
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvit.arguments import read_arguments
-from cogvit.config import ContrastConfig, ParallelConfig
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.config import ContrastConfig
+from cogvit.errors import ConfigError
 from cogvit.objective.pairwise import Pairs, sigmoid_gradients
-from cogvit.parallel.mesh import Mesh, start_mesh
+from cogvit.parallel.mesh import Mesh
 from tools.bench._contrast_step import step_lines
-from tools.bench._probe import Probe, probe
+from tools.bench._probe import Probe
+from tools.bench._ranks import busiest, join, on_ranks, take_turns
+from tools.bench._record import flags_of, run_benchmark
 
 OURS: dict[str, Literal["ring", "gather"]] = {"ours, ring": "ring", "ours, gather": "gather"}
 PEER = "open_clip"
@@ -147,41 +143,16 @@ def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
 
 def run_rank(rank: int, rendezvous: str, setting: Setting, names: Sequence[str], rounds: int) -> dict[str, list[Probe]]:
     """Join the ranks and run the contenders in turn, round after round."""
-    torch.set_num_threads(setting.threads)
-    store = dist.FileStore(rendezvous, setting.ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=setting.ranks)
-    mesh = start_mesh(ParallelConfig())
+    mesh = join(rank, setting.ranks, rendezvous, setting.threads)
     for name in names:
         contender(name, replace(setting, pairs=256), mesh)()  # what libraries set up on first use is nobody's
-    runs = {name: contender(name, setting, mesh) for name in names}
-    probes: dict[str, list[Probe]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            dist.barrier()
-            probes[name].append(probe(run))
-    dist.barrier()
-    return probes
-
-
-def measure(setting: Setting, names: Sequence[str], rounds: int) -> dict[str, Probe]:
-    """Run contenders on fresh processes; the median time of the busiest rank, and the largest peak."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(setting.ranks, mp_context=get_context("spawn")) as pool,
-    ):
-        work = partial(run_rank, rendezvous=f"{scratch}/rendezvous", setting=setting, names=tuple(names), rounds=rounds)
-        ranks = list(pool.map(work, range(setting.ranks)))
-    found = {}
-    for name in names:
-        by_round = list(zip(*(rank[name] for rank in ranks), strict=True))
-        cpu_s = statistics.median(max(one.cpu_s for one in probes) for probes in by_round)
-        found[name] = Probe(cpu_s, max(one.peak_bytes for probes in by_round for one in probes))
-    return found
+    return take_turns({name: contender(name, setting, mesh) for name in names}, rounds)
 
 
 def loss_lines(setting: Setting, names: Sequence[str], rounds: int) -> Iterator[str]:
     """Yield a row of each contender."""
-    found = measure(setting, names, rounds)
+    of_ranks = on_ranks(partial(run_rank, setting=setting, names=tuple(names), rounds=rounds), setting.ranks)
+    found = {name: busiest(of_ranks, name) for name in names}
     for name, one in found.items():
         yield (
             f"| {setting.ranks} | {setting.pairs:,} | {name} | {one.cpu_s:.2f}"
@@ -203,10 +174,9 @@ def report(arguments: Arguments) -> Iterator[str]:
         ) from None
     (dim,), (chunk,), (threads,), (rounds,) = (numbers[name] for name in ("dim", "chunk", "threads", "rounds"))
     open_clip_loss(0, 1)
-    flags = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "out" and value)
     yield "# The sigmoid loss, time and memory on CPU"
     yield ""
-    yield f"{date.today()}, `python -m tools.bench.siglip {flags}`; torch {version('torch')},"
+    yield f"{date.today()}, `python -m tools.bench.siglip {flags_of(arguments)}`; torch {version('torch')},"
     yield f"open_clip_torch {version('open_clip_torch')}, gloo, {threads} thread(s) a process, fp32, E = {dim}."
     yield ""
     yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
@@ -221,24 +191,5 @@ def report(arguments: Arguments) -> Iterator[str]:
         yield from step_lines(numbers["step"], rounds)
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark; returns the exit status."""
-    if "--help" in argv or "-h" in argv:
-        print((__doc__ or "").strip())
-        return 0
-    lines = []
-    try:
-        arguments = read_arguments(Arguments, argv)
-        for line in report(arguments):
-            print(line, flush=True)
-            lines.append(line)
-    except CogViTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if arguments.out:
-        Path(arguments.out).write_text("\n".join(lines) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_benchmark(sys.argv[1:], __doc__ or "", Arguments, report))
