@@ -113,6 +113,8 @@ class StepBatch:
     position: DataPosition
     cut_captions: int = 0  # of this rank: longer than text.max_tokens
     downsized: int = 0  # images of this rank that have more patches than their budget
+    decoded: int = 0  # images that this rank decoded, or tried to
+    failures: tuple[str, ...] = ()  # those of them that did not decode: which and why
 
 
 Packed = TypeVar("Packed", PackedImages, PackedText)

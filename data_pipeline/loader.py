@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRef, StepBatch
-from cogvit.config import RunConfig
+from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import mirrored
@@ -65,26 +67,25 @@ def step_batches(
     The ranks of a seat's group get the same number of packs in a step, at least one for each pipeline stage; groups
     agree on theirs by `cogvit.batch.pad_step`. An image that does not decode keeps its slot with weight 0. Close the
     iterator to stop the threads that load ahead.
-    Errors: DataError when the position belongs to another plan, no sample has a caption although text is wanted, or,
-    while iterating, a shard cannot be read or too many images do not decode.
+    Errors: as `first_position`, and while iterating as `in_order`.
     """
-    usable = usable_index(index, with_text)
+    first = first_position(index, config, position, with_text=with_text)
+    maker = Threads(step_loader(index, config, with_text=with_text), seat, config.data.decode_threads)
+    return in_order(maker, config.data, first.step)
+
+
+def first_position(index: Index, config: RunConfig, position: DataPosition | None, *, with_text: bool) -> DataPosition:
+    """Return where to begin: at a position, or at the start where it is None.
+
+    Errors: DataError when the position belongs to another plan, or no sample has a caption although text is wanted.
+    """
     start = start_position(index, config, with_text=with_text)
     if position is not None and position.plan_hash != start.plan_hash:
         raise DataError(
             f"the checkpoint's data plan {position.plan_hash} is not this run's {start.plan_hash}: shards, mixture,"
             " batch size, sizing or seed changed; restore them or start a new run in another --out"
         )
-    loading = _Loading(
-        index=usable,
-        config=config,
-        planner=Planner(usable, plan_spec(config), config.seed),
-        plan_hash=start.plan_hash,
-        seat=seat,
-        tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
-        reader=ShardReader(),
-    )
-    return _load_ahead(loading, (position or start).step)
+    return position or start
 
 
 def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataPosition:
@@ -113,27 +114,66 @@ def usable_index(index: Index, with_text: bool) -> Index:
     return usable
 
 
-def _load_ahead(loading: _Loading, start: int) -> Generator[StepBatch]:
-    data = loading.config.data
-    steps_ahead = max(1, data.prefetch_steps, data.decode_threads)
-    pool = ThreadPoolExecutor(data.decode_threads, thread_name_prefix="decode")
-    try:
-        pending = deque(pool.submit(loading.step, start + step) for step in range(steps_ahead))
+class StepMaker(Protocol):
+    """Makes steps by their numbers; `submit` returns at once, and `result` takes what `submit` returned."""
+
+    def submit(self, step: int) -> Any:
+        """Begin to make a step."""
+
+    def result(self, handle: Any) -> StepBatch:
+        """Wait for a step. Errors: DataError when it cannot be made."""
+
+    def close(self) -> None:
+        """Give up what was not asked for."""
+
+
+class Threads:
+    """Makes the steps of a seat in threads of this process."""
+
+    def __init__(self, loader: StepLoader, seat: Seat, num_threads: int) -> None:
+        self._loader, self._seat = loader, seat
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def submit(self, step: int) -> Future[StepBatch]:
+        """Queue a step."""
+        return self._pool.submit(self._loader.step, self._seat, step)
+
+    def result(self, handle: Future[StepBatch]) -> StepBatch:
+        """Wait for a step."""
+        return handle.result()
+
+    def close(self) -> None:
+        """Stop the threads after the steps that are under way."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def steps_ahead(data: DataConfig) -> int:
+    """Return how many steps are asked for before the first of them is needed."""
+    return max(1, data.prefetch_steps, data.decode_threads)
+
+
+def in_order(maker: StepMaker, data: DataConfig, first: int) -> Generator[StepBatch]:
+    """Yield steps in order, others being made ahead; logs what does not decode. Closes its maker with itself.
+
+    Errors: DataError when a step cannot be made, or more images than data.max_bad_fraction do not decode.
+    """
+    with closing(maker):
+        ahead = steps_ahead(data)
+        pending = deque(maker.submit(first + step) for step in range(ahead))
         seen = bad = 0
-        for step in count(start + steps_ahead):
-            loaded = pending.popleft().result()
-            pending.append(pool.submit(loading.step, step))
-            present = sum(sample is not None for micro in loaded.micro for sample in micro.samples)
-            seen += present
-            bad += present - sum(int(micro.images.weight.sum()) for micro in loaded.micro)
+        for step in count(first + ahead):
+            made = maker.result(pending.popleft())
+            pending.append(maker.submit(step))
+            for failure in made.failures:
+                log.warning("image %s", failure)
+            seen += made.decoded
+            bad += len(made.failures)
             if bad > data.max_bad_fraction * max(seen, FEWEST_IMAGES_TO_JUDGE):
                 raise DataError(
                     f"{bad} of {seen} images did not decode (the log names them), more than"
                     f" data.max_bad_fraction={data.max_bad_fraction} allows; repair the shards or raise it"
                 )
-            yield loaded
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            yield made
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,31 +198,46 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
     return Layout(placement, choice, text_tokens, cost)
 
 
+def step_loader(index: Index, config: RunConfig, *, with_text: bool) -> StepLoader:
+    """Return what makes the steps of a run. Errors: DataError when no sample has a caption although text is wanted."""
+    usable = usable_index(index, with_text)
+    spec = plan_spec(config)
+    return StepLoader(
+        index=usable,
+        config=config,
+        planner=Planner(usable, spec, config.seed),
+        plan_hash=plan_hash(usable, spec, config.seed),
+        tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
+        reader=ShardReader(),
+    )
+
+
 @dataclass(frozen=True)
-class _Loading:
-    """Everything that, besides its number, a step of one rank is a function of."""
+class StepLoader:
+    """Everything that a step of a rank is a function of, besides the rank's seat and the step's number."""
 
     index: Index
     config: RunConfig
     planner: Planner
     plan_hash: str
-    seat: Seat
     tokenizer: Tokenizer | None
     reader: ShardReader
 
-    def step(self, step: int) -> StepBatch:
-        """Plan, place, read, decode and pack a step."""
+    def step(self, seat: Seat, step: int) -> StepBatch:
+        """Plan, place, read, decode and pack a step. Threads may share the loader."""
         limits = pack_limits(self.config)
-        batch = self.planner.batch(step, self.seat.shares)
-        layout = lay_out(batch, self.index, self.config, self.seat.num_ranks, with_text=self.tokenizer is not None)
+        batch = self.planner.batch(step, seat.shares)
+        layout = lay_out(batch, self.index, self.config, seat.num_ranks, with_text=self.tokenizer is not None)
         num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
-        micro, cut_captions, downsized = [], 0, 0
-        for members in layout.placement.packs_of(self.seat.rank):
+        micro, failures = [], list[str]()
+        decoded = cut_captions = downsized = 0
+        for members in layout.placement.packs_of(seat.rank):
             # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
             downsized += int(batch.downsized[members].sum())
             order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
             refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
-            images = self._images(batch, order, refs)
+            images = self._images(batch, order, refs, failures)
+            decoded += len(refs)
             text = None
             if self.tokenizer is not None and choice is not None:
                 spoken = self._captions(batch.rows[order], choice.language[order], choice.number[order])
@@ -192,9 +247,10 @@ class _Loading:
                 cut_captions += sum(one.cut for one in tokens)
             absent = (None,) * (limits.images - len(refs))
             micro.append(Batch(images=images, text=text, targets=None, samples=(*refs, *absent)))
-        return StepBatch(tuple(micro), DataPosition(self.plan_hash, step + 1), cut_captions, downsized)
+        position = DataPosition(self.plan_hash, step + 1)
+        return StepBatch(tuple(micro), position, cut_captions, downsized, decoded, tuple(failures))
 
-    def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef]) -> PackedImages:
+    def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], failures: list[str]) -> PackedImages:
         patch_px = self.config.vision.patch_size
         flips = mirrored(batch.key[order]) & self.config.data.flip
         patches: list[Tensor | None] = []
@@ -204,7 +260,7 @@ class _Loading:
                 patches.append(decode_patches(data, (rows, columns), patch_px, mirror=bool(flip)))
             except DataError as error:
                 row = int(batch.rows[order[len(patches)]])
-                log.warning("image %s counts with weight 0: %s", self.index.name(row), error)
+                failures.append(f"{self.index.name(row)} counts with weight 0: {error}")
                 patches.append(None)
         return assemble_images(patches, batch.grid_hw[order], batch.key[order], patch_px, pack_limits(self.config))
 
