@@ -63,7 +63,11 @@ class TeacherConfig:
     """One frozen teacher."""
 
     name: str = option("", "its name in losses and logs")
-    path: str = option("", "directory or hub name of a transformers checkpoint (siglip2, siglip or dinov3_vit)")
+    path: str = option(
+        "",
+        "directory or hub name of a transformers checkpoint (siglip2, siglip or dinov3_vit), or package.module:function"
+        " that returns a cogvit.TeacherWrapper around any module",
+    )
     weight: float = option(1.0, "weight of its loss")
     error: Literal["smooth_l1", "cosine", "mse"] = option(
         "smooth_l1", "what its loss measures: mean over the channels, or 1 - cos"

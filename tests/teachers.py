@@ -12,6 +12,7 @@ import transformers
 
 from cogvit.batch import Batch, DataPosition, PackedImages, SampleRef, StepBatch
 from cogvit.errors import DataError
+from cogvit.model.mim import TeacherWrapper
 from cogvit.teacher.stream import FeatureRequest, Grid, Pixels
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -36,6 +37,47 @@ def siglip() -> transformers.PreTrainedModel:
 def siglip2_with_text() -> transformers.PreTrainedModel:
     vision = SHAPE | {"patch_size": 4, "num_patches": 16}
     return transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=TEXT))
+
+
+class Convolutions(torch.nn.Module):
+    """A teacher that is no transformer: 12 channels for each 4 x 4 px, from two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.GELU(), torch.nn.Conv2d(8, 12, 2, stride=2)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images).flatten(2).transpose(1, 2)
+
+
+def own() -> TeacherWrapper:
+    """What `tests.teachers:own` names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return TeacherWrapper(Convolutions(), feature_dim=12, patch_size=4)
+
+
+def own_of_one_grid() -> TeacherWrapper:
+    """One that sees 16 x 16 px whatever the student's grid is, in [0, 1]."""
+    wrapper = own()
+    return TeacherWrapper(wrapper.model, 12, out_grid=(4, 4), preprocess=lambda x: (x + 1) / 2, patch_size=4)
+
+
+def own_of_another_width() -> TeacherWrapper:
+    """One that says 10 channels and gives 12."""
+    return TeacherWrapper(own().model, feature_dim=10, patch_size=4)
+
+
+def no_wrapper() -> torch.nn.Module:
+    """A module as it is."""
+    return own().model
+
+
+def failing() -> TeacherWrapper:
+    """A function that does not find its weights."""
+    raise FileNotFoundError("weights.pt is gone")
 
 
 def write_teachers(directory: Path) -> dict[str, str]:

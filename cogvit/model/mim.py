@@ -23,8 +23,10 @@ class TeacherWrapper(nn.Module):
         preprocess: applied to the images before the teacher (its own size and normalization).
         feature_mean: [C], subtracted from the features.
         feature_std: [C], divides the features.
+        patch_size: of the teacher, in px. In training by `cogvit.train` an image of the student's grid reaches the
+            teacher at grid * patch_size px, or at out_grid * patch_size px where it has a grid of its own.
 
-    Errors: ValueError when the mean or deviation is not [C].
+    Errors: ValueError when the mean or deviation is not [C] or the patch size is below 1.
     """
 
     feature_mean: Tensor | None
@@ -38,11 +40,15 @@ class TeacherWrapper(nn.Module):
         preprocess: Callable[[Tensor], Tensor] | None = None,
         feature_mean: Tensor | None = None,
         feature_std: Tensor | None = None,
+        patch_size: int = 16,
     ) -> None:
         """Freeze a teacher."""
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size={patch_size} must be at least 1")
         self.model = model.requires_grad_(False)
         self.feature_dim, self.out_grid, self.preprocess = feature_dim, out_grid, preprocess
+        self.patch_size = patch_size
         for name, given in (("feature_mean", feature_mean), ("feature_std", feature_std)):
             if given is not None and given.shape != (feature_dim,):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({feature_dim},)")

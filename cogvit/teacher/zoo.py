@@ -1,4 +1,4 @@
-"""Frozen teachers from transformers checkpoints: SigLIP2 (NaFlex and fixed size), SigLIP and DINOv3.
+"""Frozen teachers: SigLIP2 (NaFlex and fixed size), SigLIP and DINOv3 from transformers checkpoints, or your own.
 
 A teacher sees the image at (grid of the student) x (its own patch size), so that both grids match and nothing is
 interpolated; one that knows a single grid sees its own square and its features are resampled. This is the only module
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cogvit.errors import ConfigError
+from cogvit.model.mim import TeacherWrapper
+from cogvit.teacher.own import is_own, make_wrapper, wrapper_digest
 
 Grid = tuple[int, int]  # rows, columns, in patches
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-Family = Literal["siglip2", "siglip", "dinov3"]
+Family = Literal["siglip2", "siglip", "dinov3", "own"]
 
 _FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
     "siglip2": "siglip2",
@@ -45,9 +47,9 @@ _CHECKPOINT_FILES = ["*.json", "*.safetensors"]
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a checkpoint says about its teacher, read without loading weights."""
+    """What a teacher is; a checkpoint says it without its weights."""
 
-    directory: Path
+    location: str  # directory of the checkpoint, or package.module:function
     family: Family
     dim: int  # C
     patch_size_px: int
@@ -66,16 +68,12 @@ class Teacher:
     spec: TeacherSpec
     model: nn.Module
     forward: Callable[[nn.Module, list[Tensor], Sequence[Grid]], list[Tensor]]
+    dtype: torch.dtype  # of the features
 
     @property
     def dim(self) -> int:
         """C, channels of a feature."""
         return self.spec.dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and features."""
-        return next(self.model.parameters()).dtype
 
     def input_px(self, grid: Grid) -> tuple[int, int]:
         """Return the (height, width) at which this teacher wants an image of a student's grid."""
@@ -90,7 +88,8 @@ class Teacher:
         """
         if not images:
             return []
-        return self.forward(self.model, [self._normalize(image) for image in images], grids)
+        features = self.forward(self.model, [self._normalize(image) for image in images], grids)
+        return [feature.to(self.dtype) for feature in features]
 
     def _normalize(self, image: Pixels) -> Tensor:
         """Return float32 [3, H, W]."""
@@ -99,7 +98,12 @@ class Teacher:
 
 
 def inspect_teacher(path: str) -> TeacherSpec:
-    """Read what a checkpoint (local directory or hub name) is. Errors: ConfigError when it is none that we know."""
+    """Read what a checkpoint (local directory or hub name) is, or make a teacher of the user's own and ask it.
+
+    Errors: ConfigError when it is none that we know.
+    """
+    if is_own(path):
+        return _own_spec(path, make_wrapper(path))
     directory = _resolve(path)
     try:
         model_type = json.loads((directory / "config.json").read_text())["model_type"]
@@ -120,7 +124,7 @@ def inspect_teacher(path: str) -> TeacherSpec:
     mean, std = (_IMAGENET_MEAN, _IMAGENET_STD) if family == "dinov3" else (_HALF, _HALF)
     stated = _preprocessing(directory)
     return TeacherSpec(
-        directory=directory,
+        location=str(directory),
         family=family,
         dim=config.hidden_size,
         patch_size_px=config.patch_size,
@@ -131,25 +135,31 @@ def inspect_teacher(path: str) -> TeacherSpec:
 
 
 def load_teacher(path: str, precision: Literal["fp32", "bf16"]) -> Teacher:
-    """Load a teacher, frozen and in eval mode, from safetensors and without remote code.
+    """Load a teacher, frozen and in eval mode; a checkpoint from safetensors and without remote code.
 
     Errors: ConfigError when the directory is not a complete checkpoint of a known model.
     """
-    spec = inspect_teacher(path)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if is_own(path):
+        wrapper = make_wrapper(path)
+        return Teacher(_own_spec(path, wrapper), wrapper, _own_forward(path, dtype), dtype)
+    spec = inspect_teacher(path)
     match spec.family:
         case "siglip2":
-            return Teacher(spec, _load(transformers.Siglip2VisionModel, spec, dtype), _siglip2_features)
+            return Teacher(spec, _load(transformers.Siglip2VisionModel, spec, dtype), _siglip2_features, dtype)
         case "siglip":
-            return Teacher(spec, _load(transformers.SiglipVisionModel, spec, dtype), _siglip_features)
+            return Teacher(spec, _load(transformers.SiglipVisionModel, spec, dtype), _siglip_features, dtype)
         case "dinov3":
-            return Teacher(spec, _load(transformers.DINOv3ViTModel, spec, dtype), _dinov3_features)
+            return Teacher(spec, _load(transformers.DINOv3ViTModel, spec, dtype), _dinov3_features, dtype)
 
 
 def fingerprint(spec: TeacherSpec) -> str:
     """Return a hash of everything that decides the features: weights, configuration, preprocessing, layer."""
+    if spec.family == "own":
+        return wrapper_digest(spec.location)
     digest = hashlib.sha256(f"last_hidden_state {spec.image_mean} {spec.image_std}".encode())
-    for path in [spec.directory / "config.json", *weight_files(spec.directory)]:
+    directory = Path(spec.location)
+    for path in [directory / "config.json", *weight_files(directory)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -198,13 +208,40 @@ def _resample(feature: Tensor, source: Grid, target: Grid) -> Tensor:
 
 
 def _dinov3_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-    """Rotary positions take any grid, so images of one grid form a batch; class and register tokens are dropped."""
+    """Rotary positions take any grid; class and register tokens are dropped."""
+
+    def forward(images: Tensor, grid: Grid) -> Tensor:
+        return model(pixel_values=images).last_hidden_state[:, -grid[0] * grid[1] :]
+
+    return _by_grid(forward, pixels, grids)
+
+
+def _own_forward(path: str, dtype: torch.dtype) -> Callable[[nn.Module, list[Tensor], Sequence[Grid]], list[Tensor]]:
+    """Return the forward of a TeacherWrapper, under autocast where its features are wanted in bf16.
+
+    Errors of what is returned: ConfigError when the module does not give [B, N, C] on its grid.
+    """
+
+    def features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+        try:
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                return _by_grid(model, pixels, grids)
+        except ValueError as error:
+            raise ConfigError(f"teacher {path}: {error}") from error
+
+    return features
+
+
+def _own_spec(path: str, wrapper: TeacherWrapper) -> TeacherSpec:
+    return TeacherSpec(path, "own", wrapper.feature_dim, wrapper.patch_size, wrapper.out_grid, _HALF, _HALF)
+
+
+def _by_grid(forward: Callable[[Tensor, Grid], Tensor], pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    """Run images of one grid as one batch, [B, 3, H, W] to [B, rows * columns, C]."""
     found: dict[int, Tensor] = {}
     for grid in dict.fromkeys(grids):
         members = [index for index, other in enumerate(grids) if other == grid]
-        output = model(pixel_values=torch.stack([pixels[index] for index in members])).last_hidden_state
-        num_patches = grid[0] * grid[1]
-        found.update(zip(members, output[:, -num_patches:], strict=True))
+        found.update(zip(members, forward(torch.stack([pixels[index] for index in members]), grid), strict=True))
     return [found[index] for index in range(len(pixels))]
 
 
@@ -223,19 +260,19 @@ def _read_config(directory: Path, family: Family) -> transformers.PreTrainedConf
 
 
 def _load(model_class: type[transformers.PreTrainedModel], spec: TeacherSpec, dtype: torch.dtype) -> nn.Module:
-    config = _read_config(spec.directory, spec.family)
+    config = _read_config(Path(spec.location), spec.family)
     with _quiet():
         try:
             model, report = model_class.from_pretrained(
-                spec.directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+                spec.location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).partition("\n")[0]
-            raise ConfigError(f"teacher {spec.directory} does not load: {reason}") from error
+            raise ConfigError(f"teacher {spec.location} does not load: {reason}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(
-            f"teacher {spec.directory} lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} first"
+            f"teacher {spec.location} lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} first"
         )
     return model.eval().requires_grad_(False)
 

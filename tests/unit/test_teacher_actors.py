@@ -101,6 +101,13 @@ def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: di
     assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
 
 
+def test_a_module_of_ones_own_is_imported_by_the_actor(cluster: Cluster) -> None:
+    path = "tests.teachers:own"
+    source = TeacherPool(config({"own": path}), teachers.draw)
+    assert source.dims == {"own": 12}
+    assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"own": load_teacher(path, "fp32")}, teachers.draw)))
+
+
 def test_an_actor_that_dies_in_the_middle_of_a_request_is_replaced(
     actors: TeacherPool, expected: list[Features], alive: Path
 ) -> None:
