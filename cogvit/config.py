@@ -51,6 +51,8 @@ class DataConfig:
     canonical_shares: int = option(8, "C: equal-cost shares of a global batch; fixed for the life of a run")
     lookahead_steps: int = option(16, "shuffle window of the plan, in steps")
     flip: bool = option(False, "mirror half of the images, seeded by sample and epoch")
+    crop: float = option(1.0, "cut out a drawn share of each image's area, of its aspect, from this up to 1; 1: off")
+    color: float = option(0.0, "change brightness, contrast and saturation by a drawn share, up to this; 0: off")
     zh_fraction: float = option(0.5, "share of Chinese captions where a sample has both languages")
     tokenizer: str = option("byt5", "byt5 (bytes, needs no files), or a transformers tokenizer by name or path")
     prefetch_steps: int = option(2, "steps decoded ahead")

@@ -115,6 +115,8 @@ def check_data(config: RunConfig) -> None:
             f" data.text_tokens_per_pack={data.text_tokens_per_pack}",
         )
     _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
+    _require(0.0 < data.crop <= 1.0, f"--data.crop {data.crop} must be in (0, 1]: the smallest share of the area kept")
+    _require(0.0 <= data.color < 1.0, f"--data.color {data.color} must be in [0, 1); 0 turns it off")
     _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
 
 
@@ -161,10 +163,12 @@ def check_training(config: RunConfig) -> None:
             f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
             f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
         )
-        _require(
-            teachers.source == "online" or not config.data.flip,
-            f"--teachers.source {teachers.source}: a store holds features of images as they are; turn --data.flip off",
-        )
+        for name, off in (("flip", False), ("crop", 1.0), ("color", 0.0)):
+            _require(
+                teachers.source == "online" or getattr(config.data, name) == off,
+                f"--teachers.source {teachers.source} holds features of images as they are, and --data.{name} shows the"
+                f" student others; pass --data.{name} {str(off).lower()} or --teachers.source online",
+            )
         _require(
             not (teachers.source == "store" and config.data.budgets_patches),
             "--teachers.source store holds features of one size of each image; leave data.budgets_patches empty",

@@ -234,7 +234,7 @@ def rank_batches(
 def held_out(config: RunConfig, corpus: Corpus, seat: Seat, source: FeatureSource | None) -> Generator[StepBatch]:
     """Return the global batches of the held-out shards, the same each time."""
     assert corpus.held_out is not None
-    data = replace(config.data, mixture=(), flip=False)
+    data = replace(config.data, mixture=(), flip=False, crop=1.0, color=0.0)
     return rank_batches(replace(config, data=data), corpus.held_out, seat, source, None)
 
 
@@ -244,6 +244,7 @@ def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Iterator[Fe
     from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
     from cogvit.teacher.stream import FirstThen
     from cogvit.teacher.zoo import fingerprint, inspect_teacher
+    from data_pipeline.augment import augmentation_of
     from data_pipeline.loader import image_of
 
     teachers = config.teachers
@@ -264,7 +265,9 @@ def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> Iterator[Fe
             cluster = mesh.from_writer(lambda: cluster)
             if leads and not mesh.is_writer:
                 stack.enter_context(connect(cluster, num_actors))
-            pool = TeacherPool(teachers, partial(image_of, flip=config.data.flip)) if leads else None
+            pool = (
+                TeacherPool(teachers, partial(image_of, augmentation=augmentation_of(config.data))) if leads else None
+            )
         source = FirstThen(store, pool) if store and pool else store or pool
         yield standardized(config, corpus.train, mesh, source, fingerprints, dims)
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import simplejpeg
 import torch
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import resize_to_grid
 from cogvit.model.packing import patchify
-
-Pixels = NDArray[np.uint8]  # [H, W, 3]
+from data_pipeline.augment import PLAIN, Pixels, View
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
 _EXIF_MARK = b"Exif\0\0"
@@ -67,25 +66,25 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
         raise DataError(f"does not decode: {error}") from error
 
 
-def read_image_at(data: bytes, size_hw_px: tuple[int, int], *, mirror: bool = False) -> Tensor:
-    """Decode and resize, bilinear and antialiased, to uint8 [3, height, width].
+def read_image_at(data: bytes, size_hw_px: tuple[int, int], view: View = PLAIN) -> Tensor:
+    """Decode and resize, bilinear and antialiased, to uint8 [3, height, width], as a view shows the image.
 
     Errors: DataError when it does not decode.
     """
     # Twice the target leaves the antialiasing filter its full support.
-    pixels = read_image(data, (2 * size_hw_px[0], 2 * size_hw_px[1]))
-    image = resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1)
-    return image.flip(2) if mirror else image
+    height_px, width_px = (ceil(2 * side_px / view.side) for side_px in size_hw_px)
+    pixels = view.cut(read_image(data, (height_px, width_px)))
+    return view.finish(resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1))
 
 
-def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, *, mirror: bool = False) -> Tensor:
+def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, view: View = PLAIN) -> Tensor:
     """Decode, resize to a grid of patches and cut, as the student sees an image: uint8 [n, 3 * P * P].
 
     Patches go row by row, each channel-major like a flat Conv2d weight.
     Errors: DataError when it does not decode.
     """
     size_hw_px = (grid_hw[0] * patch_size_px, grid_hw[1] * patch_size_px)
-    return patchify(read_image_at(data, size_hw_px, mirror=mirror), patch_size_px)
+    return patchify(read_image_at(data, size_hw_px, view), patch_size_px)
 
 
 def _open(data: bytes) -> Image.Image:

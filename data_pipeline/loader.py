@@ -23,7 +23,7 @@ from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRe
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.augment import mirrored
+from data_pipeline.augment import AS_IT_IS, Augmentation, augmentation_of, views_of
 from data_pipeline.balance import PackLimits, Placement, attention_cost, place
 from data_pipeline.caption import (
     LANGUAGES,
@@ -93,14 +93,17 @@ def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataP
     return DataPosition(plan_hash(usable_index(index, with_text), plan_spec(config), config.seed), 0)
 
 
-def image_of(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, flip: bool) -> Pixels | None:
-    """Read a sample's image at a size as the student of data.flip sees it; None when its bytes do not decode.
+def image_of(
+    sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, augmentation: Augmentation = AS_IT_IS
+) -> Pixels | None:
+    """Read a sample's image at a size, augmented as the student sees it; None when its bytes do not decode.
 
     For other processes: it needs the sample's place alone. Errors: DataError when the shard cannot be read.
     """
     data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+    (view,) = views_of(np.array([key]), augmentation)
     try:
-        image = read_image_at(data, size_hw_px, mirror=flip and bool(mirrored(np.array([key]))[0]))
+        image = read_image_at(data, size_hw_px, view)
     except DataError:
         return None
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
@@ -252,12 +255,12 @@ class StepLoader:
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], failures: list[str]) -> PackedImages:
         patch_px = self.config.vision.patch_size
-        flips = mirrored(batch.key[order]) & self.config.data.flip
+        views = views_of(batch.key[order], augmentation_of(self.config.data))
         patches: list[Tensor | None] = []
-        for ref, (rows, columns), flip in zip(refs, batch.grid_hw[order].tolist(), flips, strict=True):
+        for ref, (rows, columns), view in zip(refs, batch.grid_hw[order].tolist(), views, strict=True):
             data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
             try:
-                patches.append(decode_patches(data, (rows, columns), patch_px, mirror=bool(flip)))
+                patches.append(decode_patches(data, (rows, columns), patch_px, view))
             except DataError as error:
                 row = int(batch.rows[order[len(patches)]])
                 failures.append(f"{self.index.name(row)} counts with weight 0: {error}")

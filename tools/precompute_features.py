@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -173,7 +172,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
             with connect(plan_cluster(teachers.ray_address), len(teachers.members) * teachers.actors_per_teacher):
-                run_job(job, TeacherPool(teachers, partial(image_of, flip=False)))
+                run_job(job, TeacherPool(teachers, image_of))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def distill_results(subject: Subject) -> Evaluation:
     fingerprints = {name: fingerprint(spec) for name, spec in specs.items()}
     stats = load_stats(subject.path / "teacher_stats.safetensors", fingerprints, config.teachers.standardize)
     teachers = {member.name: load_teacher(member.path, config.teachers.precision) for member in config.teachers.members}
-    source = Standardized(LocalFeatures(teachers, partial(image_of, flip=False)), stats)
+    source = Standardized(LocalFeatures(teachers, image_of), stats)
     sums: dict[str, Fit] = {}
     rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
     for pack in pack_rows(subject.heldout, rows, subject.sizing):

@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from cogvit.errors import DataError
-from data_pipeline.augment import mirrored
+from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, View, views_of
 from data_pipeline.decode import Header, decode_patches, read_header, read_image, read_image_at
 from tests.data.corpus import picture
 
@@ -139,8 +139,54 @@ def test_patches_lie_as_a_flat_convolution_weight():
     torch.testing.assert_close(patches.float() @ weight_DCPQ.flatten(1).T, convolved, rtol=1e-4, atol=1e-2)
 
 
-def test_half_of_the_keys_are_mirrored():
-    assert 450 < mirrored(np.arange(1000)).sum() < 550
+def test_views_are_drawn_as_asked():
+    keys = np.arange(4000)
+    assert views_of(keys, AS_IT_IS) == [PLAIN] * 4000
+    assert 1850 < sum(view.mirrored for view in views_of(keys, Augmentation(flip=True))) < 2150
+    views = views_of(keys, Augmentation(crop=0.25))
+    area = np.array([view.side**2 for view in views])
+    assert 0.25 <= area.min() < 0.26 and 0.99 < area.max() <= 1.0
+    assert abs(area.mean() - 0.625) < 0.02  # uniform
+    for place in ("top", "left"):
+        free = np.array([getattr(view, place) / (1.0 - view.side) for view in views])
+        assert free.min() >= 0.0 and free.max() <= 1.0 and abs(free.mean() - 0.5) < 0.02
+    factors = np.array([view.color for view in views_of(keys, Augmentation(color=0.4))])
+    assert factors.min() > 0.599 and factors.max() < 1.401
+    drawn = np.stack([area, *factors.T, *np.array([(view.top, view.left) for view in views]).T])
+    correlation = np.corrcoef(drawn)
+    assert np.abs(correlation[1:4, 1:4] - np.eye(3)).max() < 0.06  # each factor is a draw of its own
+    assert abs(correlation[4, 5]) < 0.6  # places share the room that the area leaves, and nothing else
+    assert {view.mirrored for view in views} == {False} and {view.color for view in views} == {(1.0, 1.0, 1.0)}
+
+
+def test_a_view_mirrors_cuts_and_recolors():
     data = picture(8, 8, 7)
     expected = rearrange(read_image(data)[:, ::-1], "(r p) (s q) c -> (r s) (c p q)", p=4, q=4)
-    assert np.array_equal(decode_patches(data, (2, 2), 4, mirror=True).numpy(), expected)
+    assert np.array_equal(decode_patches(data, (2, 2), 4, View(mirrored=True)).numpy(), expected)
+    data = picture(40, 60, 8)
+    part = read_image(data)[10:30, 15:45]
+    assert np.array_equal(pixels_of(read_image_at(data, (20, 30), View(top=0.25, left=0.25, side=0.5))), part)
+    whole = pixels_of(read_image_at(data, (20, 30)))
+    gray = (whole @ np.array([0.299, 0.587, 0.114]))[..., None]
+    for color, wanted in (
+        ((1.2, 1.0, 1.0), whole * 1.2),
+        ((1.0, 0.7, 1.0), (whole - 127.5) * 0.7 + 127.5),
+        ((1.0, 1.0, 0.5), gray + 0.5 * (whole - gray)),
+    ):
+        seen = pixels_of(read_image_at(data, (20, 30), View(color=color)))
+        assert np.abs(seen - np.clip(wanted, 0, 255)).max() <= 1
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (1, 50), (3, 2)])
+def test_a_crop_of_few_pixels_keeps_one(size_px):
+    for view in views_of(np.arange(50), Augmentation(crop=0.01)):
+        assert read_image_at(picture(*size_px, 9), (4, 4), view).shape == (3, 4, 4)
+
+
+def test_a_crop_of_a_jpeg_shows_the_same_part_at_any_size():
+    """Teachers decode at other sizes, and so at other fractions of a JPEG, than the student."""
+    data = picture(800, 640, 5, "JPEG", quality=95)
+    for view in views_of(np.arange(10), Augmentation(flip=True, crop=0.2, color=0.3)):
+        small, large = (pixels_of(read_image_at(data, size, view)) for size in ((50, 40), (400, 320)))
+        shrunk = np.asarray(Image.fromarray(large.astype(np.uint8)).resize((40, 50), Image.Resampling.BILINEAR))
+        assert np.abs(small - shrunk).max() <= 6

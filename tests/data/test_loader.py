@@ -4,7 +4,6 @@ import logging
 import threading
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import ByT5Tokenizer
 from cogvit.batch import DataPosition, pad_step
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.augment import mirrored
+from data_pipeline.augment import augmentation_of, views_of
 from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
@@ -181,20 +180,45 @@ def test_without_text_there_is_no_caption_and_no_caption_is_needed(tmp_path):
         take(index, run_config(), 1)
 
 
-def test_flip_mirrors_the_images_that_their_keys_choose(corpus):
-    config = run_config(flip=True)
+AUGMENTED = {"flip": True, "crop": 0.3, "color": 0.4}
+
+
+@pytest.mark.parametrize("asked", [{"flip": True}, {"crop": 0.3}, {"color": 0.4}, AUGMENTED])
+def test_teachers_are_shown_what_the_student_sees(corpus, asked):
+    config = run_config(**asked)
     (step_batch,) = take(corpus, config, 1)
-    flips = 0
+    changed = 0
     for key, (sample, grid, patches, *_) in contents(step_batch).items():
         size_hw_px = (grid[0] * PATCH_PX, grid[1] * PATCH_PX)
-        seen = image_of(sample, key, size_hw_px, flip=True)
-        plain = read_image_at(read_range(sample.shard, sample.offset_bytes, sample.size_bytes), size_hw_px)
-        flipped = bool(mirrored(np.array([key]))[0])
-        flips += flipped
-        assert np.array_equal(seen, (plain.flip(2) if flipped else plain).permute(1, 2, 0).numpy())
+        seen = image_of(sample, key, size_hw_px, augmentation=augmentation_of(config.data))
+        data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+        (view,) = views_of(np.array([key]), augmentation_of(config.data))
+        assert np.array_equal(seen, read_image_at(data, size_hw_px, view).permute(1, 2, 0).numpy())
+        changed += not np.array_equal(seen, image_of(sample, key, size_hw_px))
         rows = seen.reshape(grid[0], PATCH_PX, grid[1], PATCH_PX, 3).transpose(0, 2, 4, 1, 3)
         assert patches == np.ascontiguousarray(rows).tobytes()
-    assert 0 < flips < 12
+    assert 0 < changed and (changed == 12 or asked == {"flip": True})
+
+
+def test_augmentation_is_of_seed_epoch_and_sample_alone(corpus):
+    config = run_config(global_batch_images=60, lookahead_steps=1, **AUGMENTED)  # a step is an epoch
+    first, second = map(contents, take(corpus, config, 2))
+    assert [first, second] == list(map(contents, take(corpus, config, 2)))  # a replay is equal
+    (resumed,) = take(corpus, config, 1, position=replace(start_position(corpus, config, with_text=True), step=1))
+    assert contents(resumed) == second
+    threads = replace(config, data=replace(config.data, decode_threads=3, prefetch_steps=4))
+    ranks = [take(corpus, threads, 2, seat_of(config, rank, 4)) for rank in range(4)]
+    for step, whole in enumerate((first, second)):
+        assert {key: seen for rank in ranks for key, seen in contents(rank[step]).items()} == whole
+
+    def pixels(step):
+        return {sample.sample_id: patches for sample, _, patches, *_ in step.values()}
+
+    reseeded = pixels(contents(take(corpus, replace(config, seed=8), 1)[0]))
+    first, second = pixels(first), pixels(second)
+    assert first.keys() == second.keys() == reseeded.keys() and len(first) == 60
+    for other in (second, reseeded):
+        assert sum(first[sample] == other[sample] for sample in first) == 0
 
 
 @pytest.fixture
@@ -225,7 +249,7 @@ def test_image_that_does_not_decode_keeps_its_slot_with_weight_0(damaged, caplog
     assert len(weights) == 20
     assert {sample for sample, weight in weights.items() if weight == 0} == {bad}
     assert "s.tar:07 counts with weight 0: does not decode" in caplog.text
-    assert image_of(damaged.ref(7), 0, (12, 12), flip=False) is None
+    assert image_of(damaged.ref(7), 0, (12, 12)) is None
 
 
 def test_damage_beyond_the_bound_stops_the_run(damaged):
@@ -268,5 +292,4 @@ def test_batches_are_those_of_the_plan(corpus):
 
 
 def test_image_of_is_what_the_teachers_decode(corpus):
-    decode = partial(image_of, flip=False)
-    assert decode(corpus.ref(0), 1, (10, 14)).shape == (10, 14, 3)
+    assert image_of(corpus.ref(0), 1, (10, 14)).shape == (10, 14, 3)

@@ -144,6 +144,17 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
             1,
             "features of one size of each image",
         ),
+        *(
+            (DISTILL, [f"--data.{flag}", f"--teachers.source={source}", "--teachers.store=x"], 1, message)
+            for source in ("store", "store_then_online")
+            for flag, message in (
+                ("flip", rf"{source} holds .* as they are, .* pass --data\.flip false or --teachers\.source online"),
+                ("crop=0.5", r"--data\.crop shows the student others; pass --data\.crop 1\.0"),
+                ("color=0.1", r"--data\.color shows the student others; pass --data\.color 0\.0"),
+            )
+        ),
+        (DISTILL, ["--data.crop=0"], 1, r"--data\.crop 0\.0 must be in \(0, 1\]"),
+        (DISTILL, ["--data.color=1"], 1, r"--data\.color 1\.0 must be in \[0, 1\)"),
         (DISTILL, ["--data.zh-fraction=1.5"], 1, r"data\.zh_fraction=1\.5 must be in \[0, 1\]"),
         (DISTILL, ["--data.max-bad-fraction=1"], 1, r"data\.max_bad_fraction=1\.0 must be in \[0, 1\)"),
         (DISTILL, ["--optim.lr=-1"], 1, r"optim\.lr=-1\.0 must be finite and not negative"),

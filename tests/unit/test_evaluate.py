@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def stage1(tmp_path_factory: pytest.TempPathFactory, data: DataConfig) -> Path:
     run = distill_run(directory / "stage1", config, {name: spec.dim for name, spec in specs.items()})
     index, subject = load_index(data.eval_shards), load_subject(run)
     teachers = {name: load_teacher(path, "fp32") for name, path in paths.items()}
-    source = LocalFeatures(teachers, partial(image_of, flip=False))
+    source = LocalFeatures(teachers, image_of)
     requests = [
         FeatureRequest(
             pack.samples, tuple((r, c) for r, c in pack.images.grid_hw.tolist()), tuple(pack.images.key.tolist()), 1.0

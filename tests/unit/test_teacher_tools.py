@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +101,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     members = {member.name: load_teacher(member.path, "fp32") for member in config.teachers.members}
-    source = LocalFeatures(members, partial(image_of, flip=False))
+    source = LocalFeatures(members, image_of)
     job = plan_job(config)
     assert {Path(shard.path).name: len(shard.rows) for shard in job.shards} == {"a.tar": 70, "b.tar": 5}
     run_job(job, source)
