@@ -16,8 +16,6 @@ from torch import Tensor
 from cogvit.config import DataConfig
 from cogvit.draws import uniform
 
-Pixels = NDArray[np.uint8]  # [H, W, 3]
-
 _FLIP_SALT = 0x666C6970  # "flip"
 _CROP_SALTS = (0x61726561, 0x746F7020, 0x6C656674)  # "area", "top ", "left"
 _COLOR_SALTS = (0x62726967, 0x636F6E74, 0x73617475)  # "brig", "cont", "satu"
@@ -44,7 +42,7 @@ class View:
     side: float = 1.0  # of the crop, as a share of each side
     color: tuple[float, float, float] = (1.0, 1.0, 1.0)  # factors of brightness, contrast and saturation
 
-    def cut(self, image: Pixels) -> Pixels:
+    def cut(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Cut the crop out of a decoded image [H, W, 3]: at least a pixel, to the nearest whole ones."""
         if self.side == 1.0:
             return image

@@ -13,13 +13,16 @@ from math import ceil
 import numpy as np
 import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import resize_to_grid
 from cogvit.model.packing import patchify
-from data_pipeline.augment import PLAIN, Pixels, View
+from data_pipeline.augment import PLAIN, View
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
 _EXIF_MARK = b"Exif\0\0"

@@ -197,7 +197,7 @@ def test_teachers_are_shown_what_the_student_sees(corpus, asked):
         changed += not np.array_equal(seen, image_of(sample, key, size_hw_px))
         rows = seen.reshape(grid[0], PATCH_PX, grid[1], PATCH_PX, 3).transpose(0, 2, 4, 1, 3)
         assert patches == np.ascontiguousarray(rows).tobytes()
-    assert 0 < changed and (changed == 12 or asked == {"flip": True})
+    assert changed > 0 and (changed == 12 or asked == {"flip": True})
 
 
 def test_augmentation_is_of_seed_epoch_and_sample_alone(corpus):
