@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cogvit.draws import uniform
 from cogvit.model.attention import packed_attention
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.feedforward import tiled_mlp
 from cogvit.model.position import apply_rotary
 from cogvit.model.tokens import PackedLayout, PackedTokens
 
@@ -95,6 +96,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Return [S, D]."""
+        if x_SD.device.type == "cpu" and x_SD.requires_grad:
+            return tiled_mlp(x_SD, self.fc1, self.fc2, gated=self.gated)
         h_SF = self.fc1(x_SD)
         if self.gated:
             gate_SF, up_SF = h_SF.chunk(2, dim=-1)

@@ -123,7 +123,8 @@ def test_a_pack_equals_its_images_in_fp32_too(options: dict[str, object]) -> Non
         torch.cat([g.flatten() for g in gradients(model, (torch.cat(x) * weight).mean()).values() if g is not None])
         for x in (together, alone)
     )
-    assert (ours - theirs).norm() <= 3e-6 * theirs.norm()  # 20 draws gave up to 1.8e-6: sums in another order
+    # Over 20 draws the two differ by up to 1.4e-7 with AVX2 and 1.8e-6 with AVX-512; either is up to 1.4e-6 off fp64.
+    assert (ours - theirs).norm() <= 3e-6 * theirs.norm()
 
 
 @settings(max_examples=25)
