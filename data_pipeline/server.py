@@ -1,19 +1,202 @@
-"""The data plane on Ray. This is the only module of the package that imports Ray.
+"""The data plane on Ray: the batches of a node's ranks, made by one actor, and tasks over many items.
 
-Ray is imported inside the functions because it reads its authentication from the environment when it is first imported;
-whoever calls has joined a cluster already.
+This is the only module of the package that imports Ray. It is imported inside the functions because it reads its
+authentication from the environment when it is first imported; whoever calls has joined a cluster already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from cogvit.errors import CogViTError
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cogvit.batch import DataPosition, StepBatch
+from cogvit.config import RunConfig
+from cogvit.errors import CogViTError, DataError
+from data_pipeline.index import Index, open_index
+from data_pipeline.loader import StepLoader, first_position, in_order, step_loader
+from data_pipeline.topology import Seat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_MOST_LOSSES = 4  # of one request in a row: whatever kills an actor so often will go on to
+_RETRY_PAUSE_S = 0.1
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """All that a step of a rank is a function of; config.data.shards is what is read."""
+
+    config: RunConfig
+    with_text: bool
+    seat: Seat
+    step: int
+
+
+class BatchActor:
+    """Plans, decodes and packs the batches of a node's ranks, in a process of its own."""
+
+    def __init__(self, directory: str) -> None:
+        import ray
+
+        os.chdir(directory)  # a relative path means what it means to the ranks
+        torch.set_num_threads(1)
+        # Ray lays arrays into the object store as they are, and maps them where they are taken.
+        ray.util.register_serializer(Tensor, serializer=Tensor.numpy, deserializer=_mapped)
+        self._loaders: list[tuple[RunConfig, bool, StepLoader]] = []  # of the training shards and the held-out ones
+        self._lock = threading.Lock()
+
+    def batch(self, request: BatchRequest) -> StepBatch | CogViTError:
+        """Make a batch; an error that the user can act on is the answer."""
+        return _attempt(self._make, request)
+
+    def _make(self, request: BatchRequest) -> StepBatch:
+        return self._loader(request.config, request.with_text).step(request.seat, request.step)
+
+    def _loader(self, config: RunConfig, with_text: bool) -> StepLoader:
+        with self._lock:  # the first request reads the index and the others wait for it
+            for known_config, known_text, loader in self._loaders:
+                if (known_config, known_text) == (config, with_text):
+                    return loader
+            loader = step_loader(open_index(config.data, config.data.shards), config, with_text=with_text)
+            self._loaders.append((config, with_text, loader))
+            return loader
+
+
+def _mapped(array: NDArray[Any]) -> Tensor:
+    """Return the tensor in an array's memory, which is the object store's: nobody may write into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request under way."""
+
+    request: BatchRequest
+    generation: int  # of the actor
+    reply: Any  # ray.ObjectRef
+
+
+class BatchServer:
+    """The batch actor of this node; every rank of the node has such a view of it, and the first to come starts it.
+
+    Batches that are made lie in the node's object store and outlive the actor; a dead actor has a successor, which
+    makes the missing ones again, the same to the bit, for they are a function of the request.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        import ray
+
+        self._actor_class = ray.remote(BatchActor)
+        self._node = ray.get_runtime_context().get_node_id()
+        self._num_threads = num_threads
+        self._generation = -1
+        self._start_next()
+
+    def submit(self, request: BatchRequest) -> Pending:
+        """Ask for a batch."""
+        return Pending(request, self._generation, self._actor.batch.remote(request))
+
+    def result(self, pending: Pending) -> StepBatch:
+        """Wait for a batch; its tensors are the object store's and must not be written.
+
+        Errors: DataError as StepLoader.step, or when the actor does not start or dies of one request again and again.
+        """
+        from ray import get
+        from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+        for _ in range(_MOST_LOSSES):
+            try:
+                answer = get(pending.reply)
+            except RayTaskError:  # a fault of ours in the actor
+                raise
+            except ActorDiedError as error:
+                if error.actor_init_failed:
+                    raise DataError(f"the batch server did not start: {str(error).splitlines()[-1]}") from error
+                self._replace(pending.generation)
+            except RayError as error:
+                _LOG.warning("a batch was lost (%s); it is made again", error)
+                time.sleep(_RETRY_PAUSE_S)
+            else:
+                if isinstance(answer, CogViTError):
+                    raise answer
+                return answer
+            pending = self.submit(pending.request)
+        raise DataError(
+            f"the batch server died {_MOST_LOSSES} times of step {pending.request.step}; look at the node's memory and"
+            " Ray's logs, or load with --data.loading in_process"
+        )
+
+    def _replace(self, dead_generation: int) -> None:
+        """Start the successor of a dead actor, unless an earlier request of its has done so."""
+        if dead_generation == self._generation:
+            _LOG.warning("the batch server of this node died; another one makes the missing batches")
+            self._start_next()
+
+    def _start_next(self) -> None:
+        """Start the actor of the next generation, or take the one that another rank has started under its name."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._generation += 1  # Ray keeps a dead actor's name
+        named = self._actor_class.options(
+            name=f"batches-{self._node}-{self._generation}",
+            get_if_exists=True,
+            num_cpus=0,  # its place is given; the CPUs that Ray counts are the teachers'
+            max_restarts=0,
+            max_concurrency=self._num_threads,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
+        )
+        self._actor = named.remote(os.getcwd())
+
+
+@dataclass(frozen=True)
+class _Served:
+    """Makes the steps of a seat in the node's actor."""
+
+    server: BatchServer
+    config: RunConfig
+    with_text: bool
+    seat: Seat
+    plan_hash: str
+
+    def submit(self, step: int) -> Pending:
+        """Ask for a step."""
+        return self.server.submit(BatchRequest(self.config, self.with_text, self.seat, step))
+
+    def result(self, handle: Pending) -> StepBatch:
+        """Wait for a step. Errors: DataError also when the actor found other shards than this rank did."""
+        made = self.server.result(handle)
+        if made.position.plan_hash != self.plan_hash:
+            raise DataError(f"{self.config.data.shards} changed since this run began; restore them or start a new run")
+        return made
+
+    def close(self) -> None:
+        """Leave what is under way to end by itself; Ray drops what nobody takes."""
+
+
+def served_batches(
+    server: BatchServer, index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, with_text: bool
+) -> Generator[StepBatch]:
+    """Yield what `loader.step_batches` yields, made by the node's actor; index is that of config.data.shards.
+
+    Errors: as `loader.step_batches`, and as `BatchServer.result`.
+    """
+    first = first_position(index, config, position, with_text=with_text)
+    return in_order(_Served(server, config, with_text, seat, first.plan_hash), config.data, first.step)
 
 
 def run_tasks(task: Callable[[Item], Result], items: Iterable[Item], *, in_flight: int) -> Iterator[Result]:
