@@ -56,7 +56,10 @@ class DataConfig:
     zh_fraction: float = option(0.5, "share of Chinese captions where a sample has both languages")
     tokenizer: str = option("byt5", "byt5 (bytes, needs no files), or a transformers tokenizer by name or path")
     prefetch_steps: int = option(2, "steps decoded ahead")
-    decode_threads: int = option(1, "threads that decode images on each rank")
+    decode_threads: int = option(1, "threads that decode images, for each rank")
+    loading: Literal["in_process", "server"] = option(
+        "in_process", "who makes the batches: each rank for itself, or an actor on each node for its ranks, through Ray"
+    )
     max_bad_fraction: float = option(0.01, "stop when more of the images than this fail to decode")
 
 
@@ -93,7 +96,9 @@ class TeachersConfig:
     standardize: Literal["channel", "phi_s"] = option(
         "channel", "mean 0 and deviation 1: each channel on its own, or by a rotation and one scale (PHI-S)"
     )
-    ray_address: str = option("", "cluster to join; starts one on this machine if empty")
+    ray_address: str = option(
+        "", "Ray cluster to join, for data.loading server too; starts one on this machine if empty"
+    )
 
 
 @dataclass(frozen=True)
@@ -335,7 +340,7 @@ _EXECUTION = (
     "parallel.", "memory.", "zero.", "guard.", "checkpoint.", "eval.", "log.", "out", "optim.muon_tp",
     "data.index_dir", "data.eval_shards", "data.topology",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
-    "data.prefetch_steps", "data.decode_threads", "data.max_bad_fraction",
+    "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_bad_fraction",
     "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",
     "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from cogvit.batch import DataPosition, StepBatch
 from cogvit.config import RunConfig
 from cogvit.errors import CogViTError, DataError
 from data_pipeline.index import Index, open_index
-from data_pipeline.loader import StepLoader, first_position, in_order, step_loader
+from data_pipeline.loader import StepLoader, first_position, in_order, step_loader, steps_ahead
 from data_pipeline.topology import Seat
 
 Item = TypeVar("Item")
@@ -82,6 +82,23 @@ def _mapped(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array)
 
 
+def node_id() -> str:
+    """Return Ray's name of the node that this process is on."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def batch_bytes(config: RunConfig, num_ranks: int) -> int:
+    """Return what the batches of ranks on one machine take in its object store, those that are made ahead included."""
+    data, layout = config.data, config.parallel
+    rows, columns = config.vision.base_grid
+    most_patches = rows * columns if data.sizing == "square" else data.max_patches
+    # Every rank of a replica has its own copy, and may fill its last pack with padding.
+    tokens = data.global_batch_images * most_patches * layout.tp * layout.pp + data.tokens_per_pack * num_ranks
+    return tokens * 3 * config.vision.patch_size**2 * (steps_ahead(data) + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A request under way."""
@@ -102,7 +119,7 @@ class BatchServer:
         import ray
 
         self._actor_class = ray.remote(BatchActor)
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node = node_id()
         self._num_threads = num_threads
         self._generation = -1
         self._start_next()

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034  # PRESET, STATUS, TEACHERS and RAY_ADDRESS are for the scripts that source this one
+# shellcheck disable=SC2034  # PRESET, STATUS and RAY_ADDRESS are for the scripts that source this one
 # What the batch scripts share. A script sources it in the directory of the submission and calls, in this order:
 #   read_flags DEFAULT_PRESET "$@";  check_nodes;  start_ray;  train or another run_step;  finish STATUS
 # Statuses: 0 done; 2 a mistake of the user's, not tried again; 75 stopped on request; anything else a failure.
@@ -78,20 +78,24 @@ check_nodes() {
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD ranks on ${ORDER[*]}, output in $OUT"
 }
 
-# Sets TP, PP and TEACHERS from the resolved configuration; a mistake in it ends the job here.
+# Sets TP, PP, TEACHERS and LOADING from the resolved configuration; a mistake in it ends the job here.
 check_flags() {
     local resolved
     resolved=$(RANK=0 WORLD_SIZE=$WORLD "${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" \
         "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || exit 2
-    read -r TP PP TEACHERS < <("${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -c '
+    read -r TP PP TEACHERS LOADING < <("${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -c '
 import json, sys
 run = json.loads(sys.argv[1])
-print(run["parallel"]["tp"], run["parallel"]["pp"], run["teachers"]["source"] if run["objective"] == "distill" else "none")
+teachers = run["teachers"]["source"] if run["objective"] == "distill" else "none"
+print(run["parallel"]["tp"], run["parallel"]["pp"], teachers, run["data"]["loading"])
 ' "$resolved")
     ((TASKS_PER_NODE % TP == 0)) ||
         die "--parallel.tp $TP does not divide $TASKS_PER_NODE tasks per node: tensor ranks would sit on two nodes"
-    say "$PRESET at tp=$TP pp=$PP dp=$((WORLD / TP / PP)), teachers: $TEACHERS"
+    say "$PRESET at tp=$TP pp=$PP dp=$((WORLD / TP / PP)), teachers: $TEACHERS, loading: $LOADING"
 }
+
+# Whether the run that check_flags looked at talks to Ray.
+needs_ray() { [[ $TEACHERS == *online* || $LOADING == server ]]; }
 
 # Starts a Ray cluster on the job's nodes, with a token of its own, and waits until all are in it; sets RAY_ADDRESS.
 start_ray() {

@@ -22,7 +22,7 @@ source launch/job.sh
 read_flags stage1_cogvit_l "$@"
 check_nodes
 check_flags
-if [[ $TEACHERS == *online* ]]; then
+if needs_ray; then
     start_ray
     FLAGS+=(--teachers.ray-address "$RAY_ADDRESS")
 fi

@@ -22,5 +22,9 @@ source launch/job.sh
 read_flags stage2_cogvit_l "$@"
 check_nodes
 check_flags
+if needs_ray; then
+    start_ray
+    FLAGS+=(--teachers.ray-address "$RAY_ADDRESS")
+fi
 train
 finish "$STATUS"

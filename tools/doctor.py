@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from cogvit.arguments import run_command
 from cogvit.errors import ConfigError
-from cogvit.train import join_slurm
+from cogvit.slurm import join_slurm
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "pyarrow", "safetensors")
 _SHM = Path("/dev/shm")

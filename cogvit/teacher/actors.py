@@ -54,11 +54,11 @@ def plan_cluster(ray_address: str) -> Cluster:
 
 
 @contextmanager
-def connect(cluster: Cluster, num_actors: int) -> Iterator[Cluster]:
+def connect(cluster: Cluster, num_actors: int, batch_bytes: int = 0) -> Iterator[Cluster]:
     """Join the cluster for the length of the block, from the main thread; yields it with its address.
 
-    A cluster of our own is started by the first to connect, has a CPU for each actor, and ends with the block; its
-    processes are bound to this one, so they end when it is killed too.
+    A cluster of our own is started by the first to connect, has a CPU for each actor and room for batch_bytes beside
+    features, and ends with the block; its processes are bound to this one, so they end when it is killed too.
 
     Errors: ConfigError when the cluster cannot be reached.
     """
@@ -76,7 +76,7 @@ def connect(cluster: Cluster, num_actors: int) -> Iterator[Cluster]:
         directory = "" if cluster.address else stack.enter_context(_scratch())
         stack.callback(ray.shutdown)
         with _kept_sigterm():
-            address = _join(cluster) if cluster.address else _start(cluster, num_actors, directory)
+            address = _join(cluster) if cluster.address else _start(cluster, num_actors, batch_bytes, directory)
         yield replace(cluster, address=address)
 
 
@@ -86,7 +86,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
 
 
-def _start(cluster: Cluster, num_actors: int, directory: str) -> str:
+def _start(cluster: Cluster, num_actors: int, batch_bytes: int, directory: str) -> str:
     """Start a cluster on this machine, with its sockets and logs in a directory; returns its address."""
     import ray
 
@@ -94,7 +94,7 @@ def _start(cluster: Cluster, num_actors: int, directory: str) -> str:
         address="local",
         namespace=cluster.namespace,
         num_cpus=num_actors,
-        object_store_memory=_OBJECT_STORE_BYTES,
+        object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -8,7 +8,7 @@ import pytest
 
 from cogvit.config import ParallelConfig, RunConfig
 from cogvit.errors import ConfigError
-from cogvit.train import join_slurm, place_line
+from cogvit.slurm import join_slurm, place_line
 
 STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
