@@ -10,7 +10,7 @@ from cogvit.train import main
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_shards
 from tests.pool import Pool
-from tools.compare_runs import main as compare_runs
+from tools.compare_runs import Arguments, compare_runs
 
 STEPS = 3
 
@@ -33,4 +33,4 @@ def test_a_served_run_is_the_run_that_loads_for_itself(pool: Pool, tmp_path: Pat
         assert pool.run(train_on_rank, 2, (run,), timeout_s=280.0) == [0, 0]
     lines = read_metrics(tmp_path / "server" / "metrics.jsonl")
     assert [line["images"] for line in lines] == [16] * STEPS and "eval_loss" in lines[1]
-    assert compare_runs([str(tmp_path / "in_process"), str(tmp_path / "server")]) == 0
+    assert compare_runs(Arguments(str(tmp_path / "in_process"), str(tmp_path / "server"))) == 0
