@@ -147,7 +147,7 @@ def _difference_of(a: Tensor, b: Tensor) -> str:
 
 
 def _without_clocks(values: Mapping[str, Any]) -> dict[str, Any]:
-    machine = ("_s", "seconds", "valid_fraction")
+    machine = ("_s", "seconds", "valid_fraction", "chrono")
     return {name: value for name, value in values.items() if not name.endswith(machine)}
 
 
