@@ -71,6 +71,14 @@ class PackedText:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardVersion:
+    """What tells that a shard is still the one that was indexed."""
+
+    size_bytes: int
+    mark: str  # when, or as what entity, it was written; of a remote shard that was read whole, a hash of its bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRef:
     """Where a sample's image lies: enough for any process to read and decode it by itself."""
 
@@ -78,6 +86,7 @@ class SampleRef:
     shard: str  # path or fsspec URL
     offset_bytes: int
     size_bytes: int
+    version: ShardVersion | None = None  # of the shard; None takes it as it is
 
 
 @dataclass(frozen=True, slots=True)

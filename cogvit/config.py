@@ -30,9 +30,11 @@ def option(default: Any, help: str) -> Any:
 class DataConfig:
     """What is read, how it is sized and how much of it makes a step."""
 
-    shards: str = option("", "glob, brace range or directory of webdataset shards, local or fsspec URL")
+    shards: str = option("", "glob, brace range or directory of webdataset shards, local, fsspec URL or pipe:COMMAND")
     eval_shards: str = option("", "held-out shards for --eval.every-steps")
     index_dir: str = option("", "where SHARD.parquet lies; beside the shard if empty")
+    cache_dir: str = option("", "directory on each node's own disk that remote shards are copied to, whole")
+    cache_bytes: int = option(100_000_000_000, "the most that data.cache_dir may hold")
     where: str = option("", "a rule over the index for the samples to use, like 'width_px >= 64 and source != \"ads\"'")
     duplicates: Literal["drop", "keep"] = option("drop", "of images that are equal byte for byte, use the first or all")
     mixture: tuple[tuple[str, float], ...] = option((), "weights of the index's sources; by their sizes if empty")
@@ -338,7 +340,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
 # What may differ between a run and its resumption: how it is executed, never what it computes.
 _EXECUTION = (
     "parallel.", "memory.", "zero.", "guard.", "checkpoint.", "eval.", "log.", "out", "optim.muon_tp",
-    "data.index_dir", "data.eval_shards", "data.topology",
+    "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_bad_fraction",
     "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",

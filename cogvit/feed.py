@@ -143,6 +143,7 @@ def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSour
     from cogvit.teacher.stream import FirstThen
     from cogvit.teacher.zoo import fingerprint, inspect_teacher
     from data_pipeline.augment import augmentation_of
+    from data_pipeline.cache import cache_of
     from data_pipeline.loader import image_of
 
     teachers = config.teachers
@@ -153,7 +154,8 @@ def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSour
     if leads_replica(mesh) and teachers.source != "online":
         store = stored_features(config, corpus, fingerprints, dims)
     if leads_replica(mesh) and teachers.source != "store":
-        pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation_of(config.data)))
+        augmentation, cache = augmentation_of(config.data), cache_of(config.data)
+        pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache))
     source = FirstThen(store, pool) if store and pool else store or pool
     return standardized(config, corpus.train, mesh, source, fingerprints, dims)
 

@@ -102,6 +102,12 @@ def check_data(config: RunConfig) -> None:
             f"data.budgets_patches has {budget}; budgets are from {data.grid_multiple**2} to"
             f" data.max_patches={data.max_patches}",
         )
+    _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
+    for flag, shards in (("--data.shards", data.shards), ("--data.eval-shards", data.eval_shards)):
+        _require(
+            not shards.startswith("pipe:") or bool(data.cache_dir),
+            f"{flag} {shards} prints whole shards, and samples are read by offset; pass --data.cache-dir DIR",
+        )
     if config.objective == "contrast":
         contrast = config.contrast
         _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cogvit.batch import SampleRef
+from cogvit.batch import SampleRef, ShardVersion
 from cogvit.config import DataConfig
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice
 from data_pipeline.rules import Rules, read_rule
 from data_pipeline.scan import scan_shard
-from data_pipeline.shards import expand_shards, stat_shard
+from data_pipeline.shards import expand_shards, stat_shard, whole_shard
 from data_pipeline.table import ROW, STORED, VERSION, index_path, read_table, table_exists, write_table
 
 DEFAULT_SOURCE = "default"
@@ -46,6 +46,7 @@ class Index:
     """The samples of a set of shards, in shard and tar order."""
 
     shards: tuple[str, ...]
+    versions: tuple[ShardVersion, ...]  # that were indexed
     sources: tuple[str, ...]
     keys: pa.ChunkedArray  # of strings
     rows: NDArray[Any]  # [S] of ROW
@@ -58,7 +59,7 @@ class Index:
     def ref(self, row: int) -> SampleRef:
         """Return where the image of a sample lies."""
         sample_id, offset, size, shard = self.rows[["sample_id", "offset_bytes", "size_bytes", "shard"]][row].tolist()
-        return SampleRef(sample_id, self.shards[shard], offset, size)
+        return SampleRef(sample_id, self.shards[shard], offset, size, self.versions[shard])
 
     def name(self, row: int) -> str:
         """Return shard and key of a sample, for messages."""
@@ -133,8 +134,9 @@ def index_shard(shard: str, index_dir: str, source: str, rules: Rules) -> ShardR
         table, facts = read_table(path)
         if facts["made_from"] == made_from:
             return ShardReport(shard, table.num_rows, facts["problems"], reused=True)
-    table, problems = scan_shard(shard, source, rules)
-    write_table(path, table, {"made_from": made_from, "problems": problems})
+    with whole_shard(shard) as (file, version):
+        table, problems = scan_shard(shard, file, source, rules)
+    write_table(path, table, {"made_from": made_from, "version": asdict(version), "problems": problems})
     return ShardReport(shard, table.num_rows, problems, reused=False)
 
 
@@ -155,7 +157,7 @@ def load_index(
     rule = read_rule(where, RULE_COLUMNS) if where else None
     command = f"run python -m tools.index_shards '{pattern}'" + (f" --index-dir {index_dir}" if index_dir else "")
 
-    def load(number: int) -> pa.Table:
+    def load(number: int) -> tuple[pa.Table, ShardVersion]:
         shard = shards[number]
         path = index_path(shard, index_dir)
         if not table_exists(path):
@@ -166,17 +168,18 @@ def load_index(
             raise DataError(f"{path} has version {made_from['version']}, this program reads {VERSION}; {command}")
         if any(made_from[name] != value for name, value in stat.items()):
             raise DataError(f"{shard} changed after it was indexed ({stat} now); {command}")
-        return table.append_column("shard", pa.array(np.full(table.num_rows, number, np.int32)))
+        version = ShardVersion(**facts["version"])
+        return table.append_column("shard", pa.array(np.full(table.num_rows, number, np.int32))), version
 
     with ThreadPoolExecutor(_LOAD_THREADS) as pool:
-        tables = list(pool.map(load, range(len(shards))))
+        tables, versions = zip(*pool.map(load, range(len(shards))), strict=True)
     table = pa.concat_tables(one.replace_schema_metadata(None) for one in tables)
     left_out = {}
     if rule is not None:
         table, left_out["data.where"] = _apply(rule, where, table)
     if duplicates == "drop":
         table, left_out["a second copy of an image"] = _first_of_each(table)
-    index = _join(shards, table, {reason: count for reason, count in left_out.items() if count})
+    index = _join(shards, versions, table, {reason: count for reason, count in left_out.items() if count})
     if not len(index):
         raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; the indexing printed why")
     _check_ids(index)
@@ -214,7 +217,9 @@ def _check_ids(index: Index) -> None:
     )
 
 
-def _join(shards: tuple[str, ...], table: pa.Table, left_out: dict[str, int]) -> Index:
+def _join(
+    shards: tuple[str, ...], versions: tuple[ShardVersion, ...], table: pa.Table, left_out: dict[str, int]
+) -> Index:
     rows = np.zeros(table.num_rows, ROW)
     for name in (*STORED, "shard"):
         rows[name] = table[name].to_numpy()
@@ -227,4 +232,4 @@ def _join(shards: tuple[str, ...], table: pa.Table, left_out: dict[str, int]) ->
         rows["num_captions"][:, number] = count
         rows["caption_start"][:, number] = np.cumsum(count) - count
         flat.append(pc.list_flatten(column).to_numpy().astype(np.int32))
-    return Index(shards, tuple(sources.to_pylist()), table["key"], rows, tuple(flat), left_out)
+    return Index(shards, versions, tuple(sources.to_pylist()), table["key"], rows, tuple(flat), left_out)

@@ -25,6 +25,7 @@ from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import AS_IT_IS, Augmentation, augmentation_of, views_of
 from data_pipeline.balance import PackLimits, Placement, attention_cost, place
+from data_pipeline.cache import ShardCache, cache_of
 from data_pipeline.caption import (
     LANGUAGES,
     CaptionChoice,
@@ -39,7 +40,7 @@ from data_pipeline.caption import (
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
 from data_pipeline.index import Index
 from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
-from data_pipeline.shards import ShardReader, read_range
+from data_pipeline.shards import ShardReader
 from data_pipeline.table import CAPTION_EXTENSIONS
 from data_pipeline.topology import Seat
 
@@ -94,13 +95,18 @@ def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataP
 
 
 def image_of(
-    sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, augmentation: Augmentation = AS_IT_IS
+    sample: SampleRef,
+    key: int,
+    size_hw_px: tuple[int, int],
+    *,
+    augmentation: Augmentation = AS_IT_IS,
+    cache: ShardCache | None = None,
 ) -> Pixels | None:
     """Read a sample's image at a size, augmented as the student sees it; None when its bytes do not decode.
 
     For other processes: it needs the sample's place alone. Errors: DataError when the shard cannot be read.
     """
-    data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+    data = ShardReader(cache).read(sample.shard, sample.offset_bytes, sample.size_bytes, sample.version)
     (view,) = views_of(np.array([key]), augmentation)
     try:
         image = read_image_at(data, size_hw_px, view)
@@ -211,7 +217,7 @@ def step_loader(index: Index, config: RunConfig, *, with_text: bool) -> StepLoad
         planner=Planner(usable, spec, config.seed),
         plan_hash=plan_hash(usable, spec, config.seed),
         tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
-        reader=ShardReader(),
+        reader=ShardReader(cache_of(config.data)),
     )
 
 
@@ -258,7 +264,7 @@ class StepLoader:
         views = views_of(batch.key[order], augmentation_of(self.config.data))
         patches: list[Tensor | None] = []
         for ref, (rows, columns), view in zip(refs, batch.grid_hw[order].tolist(), views, strict=True):
-            data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
+            data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
             try:
                 patches.append(decode_patches(data, (rows, columns), patch_px, view))
             except DataError as error:
@@ -271,8 +277,9 @@ class StepLoader:
         captions = []
         for row, tongue, which in zip(rows, language, number, strict=True):
             entry = self.index.rows[row]
-            shard = self.index.shards[entry["shard"]]
-            data = self.reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
+            shard, version = self.index.shards[entry["shard"]], self.index.versions[entry["shard"]]
+            place = int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"])
+            data = self.reader.read(shard, *place, version)
             found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
             captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -13,21 +13,21 @@ from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
 from data_pipeline.decode import read_header
 from data_pipeline.rules import Rules
-from data_pipeline.shards import Member, read_members
+from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import CAPTION_EXTENSIONS, SCHEMA
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
 
 
-def scan_shard(shard: str, default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
-    """Read a shard once; returns its rows and how many members or samples were left out for which reason.
+def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
+    """Read an open shard; returns its rows and how many members or samples were left out for which reason.
 
     Errors: DataError when it is not a sound tar.
     """
     problems: Counter[str] = Counter()
     images: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, Member]] = {}
-    for member in read_members(shard):
+    for member in members_of(shard, file):
         if not member.name.isprintable():
             problems["a name is not printable UTF-8"] += 1
         elif member.extension in CAPTION_EXTENSIONS:
@@ -40,10 +40,9 @@ def scan_shard(shard: str, default_source: str, rules: Rules) -> tuple[pa.Table,
             except DataError as error:
                 problems[str(error)] += 1
     problems["captions without an image"] += len(texts.keys() - images.keys())
-    shard_name = shard.rpartition("/")[2]
     for key, row in images.items():
         row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
-        row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name}/{key}")
+        row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name(shard)}/{key}")
     rows = list(images.values())
     if rules.captions == "required":
         rows = [row for row in rows if row["caption_member"] >= 0]

@@ -1,23 +1,32 @@
 """Shards as files: naming them by a pattern, reading byte ranges of them, walking through the members of their tars.
 
+A shard is a local file, an fsspec URL, or a `pipe:COMMAND` of the shell that prints one.
+
 Nothing is ever extracted to disk, so links, devices and names with `..` in a tar can do no harm: only regular members
 are read, by offset.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import subprocess
 import tarfile
+import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar, cast
+from typing import IO, Protocol, TypeVar, cast
 
 import fsspec
 from webdataset.shardlists import expand_urls
 
+from cogvit.batch import ShardVersion
+from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 
 Result = TypeVar("Result")
@@ -25,14 +34,8 @@ Result = TypeVar("Result")
 RETRY_DELAYS_S = (0.05, 0.2, 0.8)
 MAX_OPEN_SHARDS = 256  # of one process; the usual limit of file descriptors is 1024
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardStat:
-    """What tells that a shard changed: its size and when (or as what entity) it was written."""
-
-    size_bytes: int
-    modified: str
+_PIPE = "pipe:"
+_COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,21 @@ class Member:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an fsspec URL."""
-    return "://" in path
+    """Whether a path is an fsspec URL or a pipe."""
+    return is_pipe(path) or "://" in path
+
+
+def is_pipe(path: str) -> bool:
+    """Whether a path is a command."""
+    return path.startswith(_PIPE)
+
+
+def shard_name(path: str) -> str:
+    """Return the file name that a shard goes by; that of a pipe is the last .tar in its command, or else a hash."""
+    if not is_pipe(path):
+        return path.rpartition("/")[2]
+    named = re.findall(r"[^\s/'\"=?&;|<>()]+\.tar\b", path)
+    return named[-1] if named else f"{name_to_int64(path) & (1 << 64) - 1:016x}.tar"
 
 
 def expand_shards(pattern: str) -> tuple[str, ...]:
@@ -78,6 +94,8 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
 
 
 def _expand_one(part: str) -> list[str]:
+    if is_pipe(part):
+        return [part]
     fs, path = _filesystem(part)
     prefix = part[: part.index("://") + 3] if is_remote(part) else ""
     if retry(lambda: fs.isdir(path), part):
@@ -91,43 +109,52 @@ def _expand_one(part: str) -> list[str]:
         problem = f"shard {part} does not exist"
     if not found:
         raise DataError(f"{problem}; check --data.shards")
-    return [prefix + str(name) for name in sorted(found)]
+    return [str(name) if "://" in str(name) else prefix + str(name) for name in sorted(found)]  # http keeps it
 
 
-def stat_shard(path: str) -> ShardStat:
-    """Return a shard's size and modification mark. Errors: DataError when it is missing or out of reach."""
+def stat_shard(path: str) -> ShardVersion:
+    """Return a shard's size and modification mark, without reading it; nothing tells those of a pipe.
 
-    def stat() -> ShardStat:
+    Errors: DataError when it is missing or out of reach.
+    """
+
+    def stat() -> ShardVersion:
         fs, bare = _filesystem(path)
         info = fs.info(bare)
         modified = next((info[name] for name in ("ETag", "mtime", "LastModified", "created") if info.get(name)), "")
-        return ShardStat(int(info["size"]), str(modified))
+        return ShardVersion(int(info["size"]), str(modified))
 
-    return retry(stat, path)
+    return ShardVersion(0, "") if is_pipe(path) else retry(stat, path)
 
 
-def read_range(path: str, offset_bytes: int, size_bytes: int) -> bytes:
-    """Read a byte range of a shard once; ShardReader is for many reads. Errors: DataError as ShardReader.read."""
-    return ShardReader().read(path, offset_bytes, size_bytes)
+class RemoteReader(Protocol):
+    """Reads remote shards in another way than range by range; cache.ShardCache does."""
+
+    def read(self, path: str, offset_bytes: int, size_bytes: int, version: ShardVersion) -> bytes:
+        """Return the bytes of a range, fewer where the shard ends."""
 
 
 class ShardReader:
     """Reads byte ranges of shards by offset; local files stay open. Threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, remote: RemoteReader | None = None) -> None:
+        self._remote = remote
         self._open: OrderedDict[str, _LocalFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, path: str, offset_bytes: int, size_bytes: int) -> bytes:
+    def read(self, path: str, offset_bytes: int, size_bytes: int, version: ShardVersion | None = None) -> bytes:
         """Return exactly size_bytes. Transient I/O errors are retried.
 
-        Errors: DataError when the shard vanished, cannot be read, or ends before the range does.
+        A version is compared when a local file is opened or the remote reader takes the shard; ranges of a URL that are
+        read one by one are taken as they are.
+        Errors: DataError when the shard vanished, changed, cannot be read, or ends before the range does.
         """
-        if is_remote(path):
-            fs, bare = _filesystem(path)
-            data = retry(lambda: cast(bytes, fs.cat_file(bare, offset_bytes, offset_bytes + size_bytes)), path)
+        if not is_remote(path):
+            data = retry(lambda: os.pread(self._file(path, version).descriptor, size_bytes, offset_bytes), path)
+        elif self._remote is not None and version is not None:
+            data = self._remote.read(path, offset_bytes, size_bytes, version)
         else:
-            data = retry(lambda: os.pread(self._file(path).descriptor, size_bytes, offset_bytes), path)
+            data = _read_remote(path, offset_bytes, size_bytes)
         if len(data) != size_bytes:
             raise DataError(
                 f"{path} ends before byte {offset_bytes + size_bytes}, which its index promises; restore it or run"
@@ -135,11 +162,14 @@ class ShardReader:
             )
         return data
 
-    def _file(self, path: str) -> _LocalFile:
+    def _file(self, path: str, version: ShardVersion | None) -> _LocalFile:
         with self._lock:
             file = self._open.get(path)
             if file is None:
-                file = self._open[path] = _LocalFile(path)
+                file = _LocalFile(path)
+                if version not in (None, file.version):
+                    raise changed(path)
+                self._open[path] = file
                 if len(self._open) > MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
@@ -152,10 +182,74 @@ class _LocalFile:
     def __init__(self, path: str) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
+        stat = os.fstat(self.descriptor)
+        self.version = ShardVersion(stat.st_size, str(stat.st_mtime))  # as stat_shard has it
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
+
+
+def _read_remote(path: str, offset_bytes: int, size_bytes: int) -> bytes:
+    if is_pipe(path):
+        raise DataError(f"{path} prints a shard from its start, and samples are read by offset; pass --data.cache-dir")
+    fs, bare = _filesystem(path)
+    data = retry(lambda: cast(bytes, fs.cat_file(bare, offset_bytes, offset_bytes + size_bytes)), path)
+    if len(data) > size_bytes:
+        raise DataError(f"the server of {path} sends whole files instead of byte ranges; pass --data.cache-dir")
+    return data
+
+
+def changed(path: str) -> DataError:
+    """Return the error for a shard that is no longer what its index says."""
+    return DataError(f"{path} changed after it was indexed; restore it or run python -m tools.index_shards again")
+
+
+def copy_shard(path: str, file: IO[bytes], *, at_most_bytes: float = float("inf")) -> ShardVersion:
+    """Copy a shard to the start of a file; returns its size and a hash of its bytes.
+
+    Stops soon after at_most_bytes, and then says so by a size beyond them. Errors: DataError when it cannot be read.
+    """
+
+    def copy() -> ShardVersion:
+        digest, size_bytes = hashlib.blake2b(digest_size=16), 0
+        file.seek(0)
+        with open_stream(path) as stream:
+            while size_bytes <= at_most_bytes and (block := stream.read(_COPY_BYTES)):
+                file.write(block)
+                digest.update(block)
+                size_bytes += len(block)
+        file.flush()
+        file.truncate(size_bytes)
+        return ShardVersion(size_bytes, digest.hexdigest())
+
+    return retry(copy, path)
+
+
+@contextmanager
+def open_stream(path: str) -> Iterator[IO[bytes]]:
+    """Open a shard to be read once from its start.
+
+    Errors: OSError, from a pipe too when its command fails; what a file system of fsspec raises.
+    """
+    if not is_pipe(path):
+        fs, bare = _filesystem(path)
+        with fs.open(bare, "rb") as stream:
+            yield stream
+        return
+    with tempfile.TemporaryFile() as complaints:
+        with subprocess.Popen(path[len(_PIPE) :], shell=True, stdout=subprocess.PIPE, stderr=complaints) as process:
+            assert process.stdout is not None
+            try:
+                yield process.stdout
+                at_end = not process.stdout.read(1)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode and at_end:  # a command that is cut off dies of SIGPIPE
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip().splitlines()
+            raise OSError(f"its command left with status {process.returncode}{': ' + said[-1] if said else ''}")
 
 
 def retry(operation: Callable[[], Result], path: str) -> Result:
@@ -163,35 +257,60 @@ def retry(operation: Callable[[], Result], path: str) -> Result:
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
             return operation()
+        except DataError:
+            raise
         except _FINAL_ERRORS as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-        except OSError as error:
+        except Exception as error:  # the drivers of remote stores have errors of their own
+            if not isinstance(error, OSError) and not is_remote(path):
+                raise
             if delay_s is None:
                 raise DataError(f"cannot read {path} after {len(RETRY_DELAYS_S)} retries: {error}") from error
             time.sleep(delay_s)
     raise AssertionError("unreachable")
 
 
+@contextmanager
+def whole_shard(path: str) -> Iterator[tuple[IO[bytes], ShardVersion]]:
+    """Open a shard as a file that can be sought, with its version; a remote one is copied to a temporary file.
+
+    Errors: DataError when it cannot be read.
+    """
+    if not is_remote(path):
+        version = stat_shard(path)
+        with retry(lambda: open(path, "rb"), path) as file:
+            yield file, version
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file, copy_shard(path, file)
+
+
 def read_members(path: str) -> Iterator[Member]:
-    """Walk through a tar once and yield its regular members in order.
+    """Walk through a tar once and yield its regular members in order. Errors: as `members_of`; DataError."""
+    with whole_shard(path) as (file, _):
+        yield from members_of(path, file)
+
+
+def members_of(path: str, stream: IO[bytes]) -> Iterator[Member]:
+    """Yield the regular members of an open tar in order.
 
     Errors: DataError when it is not a plain tar, is damaged, or ends without an end marker (a killed writer's tar).
     """
-    with retry(lambda: cast(BinaryIO, fsspec.open(path, "rb").open()), path) as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                for info in archive:
-                    content = archive.extractfile(info) if info.isreg() and not info.issparse() else None
-                    if content is not None:
-                        yield Member(info.name, info.offset_data, content.read())
-                _check_end(path, stream, archive.offset)
-        except tarfile.TarError as error:
-            raise DataError(f"{path} is not a plain tar or is cut short: {error}; re-create it") from error
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error}") from error
+    try:
+        stream.seek(0)
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for info in archive:
+                content = archive.extractfile(info) if info.isreg() and not info.issparse() else None
+                if content is not None:
+                    yield Member(info.name, info.offset_data, content.read())
+            _check_end(path, stream, archive.offset)
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not a plain tar or is cut short: {error}; re-create it") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _check_end(path: str, stream: BinaryIO, offset_bytes: int) -> None:
+def _check_end(path: str, stream: IO[bytes], offset_bytes: int) -> None:
     """Python's reader stops without a word at a damaged header; a sound tar goes on with zeros there."""
     stream.seek(offset_bytes)
     block = stream.read(tarfile.BLOCKSIZE)

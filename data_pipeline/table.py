@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES
-from data_pipeline.shards import retry
+from data_pipeline.shards import is_pipe, retry, shard_name
 
-VERSION = 2
+VERSION = 3
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
 _METADATA_KEY = b"cogvit.index"
 
@@ -52,9 +52,13 @@ SCHEMA = pa.schema(
 
 
 def index_path(shard: str, index_dir: str = "") -> str:
-    """Return where the index of a shard lies: SHARD.parquet beside it, or in index_dir."""
-    directory, _, name = shard.rpartition("/")
-    return f"{index_dir.rstrip('/') if index_dir else directory}/{name}.parquet"
+    """Return where the index of a shard lies: SHARD.parquet beside it, or in index_dir.
+
+    Errors: DataError for a pipe without an index_dir.
+    """
+    if is_pipe(shard) and not index_dir:
+        raise DataError(f"there is no place beside {shard} for its index; pass --index-dir (--data.index-dir)")
+    return f"{index_dir.rstrip('/') if index_dir else shard.rpartition('/')[0]}/{shard_name(shard)}.parquet"
 
 
 def table_exists(path: str) -> bool:
@@ -81,13 +85,16 @@ def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
-    """Write all or nothing: a reader never sees half an index."""
+    """Write all or nothing: a reader never sees half an index. Errors: DataError when its place does not take it."""
     buffer = io.BytesIO()
     # Dictionaries and compression would cost more to undo than they save of columns that hardly repeat.
     rows = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
     pq.write_table(rows, buffer, compression="none", use_dictionary=["source", "format"])
     fs, bare = fsspec.url_to_fs(path)
     temporary = f"{bare}.{os.getpid()}.partial"
-    fs.makedirs(bare.rpartition("/")[0], exist_ok=True)
-    fs.pipe_file(temporary, buffer.getvalue())
-    fs.mv(temporary, bare)
+    try:
+        fs.makedirs(bare.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(temporary, buffer.getvalue())
+        fs.mv(temporary, bare)
+    except Exception as error:  # the drivers of remote stores have errors of their own
+        raise DataError(f"cannot write {path} ({error or type(error).__name__}); pass --index-dir DIR") from None

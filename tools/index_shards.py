@@ -2,7 +2,9 @@
 
 Usage: python -m tools.index_shards PATTERN [flags]
 
-PATTERN is a glob, a brace range ({00000..00012}) or a directory of .tar files, local or an fsspec URL; quote it.
+PATTERN is a glob, a brace range ({00000..00012}) or a directory of .tar files, local or an fsspec URL, or a brace range
+of commands that print one (pipe:aws s3 cp s3://bucket/{00000..00012}.tar -); quote it. A remote shard is read whole,
+through a temporary file. Nothing tells when that of a pipe changed: remove its index to make it anew.
 A sample is KEY.png, .jpg, .webp, .gif, .bmp or .tif with captions in KEY.json ({"captions": {"en": [...], "zh": [...]}}
 or, as img2dataset writes it, {"caption": ...}) or in KEY.txt.
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -37,6 +38,7 @@ from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, write_shard, writing
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, submit_ahead
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
+from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
 from data_pipeline.sizing import sizing_of
@@ -172,7 +174,7 @@ def main(argv: list[str]) -> int:
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
             with connect(plan_cluster(teachers.ray_address), len(teachers.members) * teachers.actors_per_teacher):
-                run_job(job, TeacherPool(teachers, image_of))
+                run_job(job, TeacherPool(teachers, partial(image_of, cache=cache_of(config.data))))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -107,7 +107,7 @@ def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) ->
     reader = ShardReader()
     for row, (grid_rows, columns) in zip(rows, grid_hw.tolist(), strict=True):
         ref = index.ref(row)
-        data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes)
+        data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
         try:
             yield decode_patches(data, (grid_rows, columns), patch_size_px)
         except DataError as error:

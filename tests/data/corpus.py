@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from cogvit.batch import ShardVersion
 from cogvit.config import DataConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from data_pipeline.index import Index, build_index, load_index
@@ -103,4 +104,4 @@ def bare_index(source_sizes):
     lengths = rng.integers(1, 40, 2 * size).astype(np.int32)
     keys = pa.chunked_array([pa.array([str(number) for number in range(size)], pa.string())])
     sources = tuple(f"source{number}" for number in range(len(source_sizes)))
-    return Index(("shard.tar",), sources, keys, rows, (lengths, np.zeros(0, np.int32)))
+    return Index(("shard.tar",), (ShardVersion(0, ""),), sources, keys, rows, (lengths, np.zeros(0, np.int32)))

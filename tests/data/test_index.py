@@ -12,7 +12,7 @@ from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import CaptionChoice
 from data_pipeline.index import build_index, load_index
 from data_pipeline.rules import Rules
-from data_pipeline.shards import read_range
+from data_pipeline.shards import ShardReader
 from data_pipeline.table import index_path
 from tests.data.corpus import ANY_SIZE, indexed, members, picture, write_corpus, write_tar
 from tools.index_shards import main
@@ -33,7 +33,7 @@ def test_index_records_every_sample(tmp_path):
         extension, image_format = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[row % 3]
         expected = picture(6 + 5 * (row % 4), 5 + 7 * (row % 3), row, image_format)
         assert (height_px, width_px) == (6 + 5 * (row % 4), 5 + 7 * (row % 3))
-        assert read_range(ref.shard, ref.offset_bytes, ref.size_bytes) == expected
+        assert ShardReader().read(ref.shard, ref.offset_bytes, ref.size_bytes) == expected
         source = "red" if row % 5 else "blue"
         assert ref.sample_id == name_to_int64(f"{source}/train-{row // 12:05d}.tar/{row % 12:04d}")
         assert index.rows["num_captions"][row].tolist() == [2, row % 2]
@@ -250,7 +250,7 @@ def test_remote_shards_are_indexed_beside_themselves(tmp_path):
     index = load_index("memory://corpus/*.tar")
     ref = index.ref(3)
     assert ref.shard.startswith("memory://")
-    assert read_range(ref.shard, ref.offset_bytes, ref.size_bytes) == picture(21, 5, 3)
+    assert ShardReader().read(ref.shard, ref.offset_bytes, ref.size_bytes) == picture(21, 5, 3)
     store.rm("/corpus", recursive=True)
 
 

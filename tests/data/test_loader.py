@@ -22,7 +22,7 @@ from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
 from data_pipeline.plan import Planner, plan_spec
-from data_pipeline.shards import read_members, read_range
+from data_pipeline.shards import ShardReader, read_members
 from data_pipeline.topology import topology_of
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
 
@@ -133,7 +133,7 @@ def test_packed_content_equals_a_direct_decode(corpus):
     spoken = set()
     for step_batch in take(corpus, config, 10):
         for sample, grid, patches, row_col, ids, caption_id, weight in contents(step_batch).values():
-            data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+            data = ShardReader().read(sample.shard, sample.offset_bytes, sample.size_bytes)
             assert patches == decode_patches(data, grid, PATCH_PX).numpy().tobytes()
             expected = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).to(torch.int32)
             assert row_col == expected.numpy().tobytes()
@@ -191,7 +191,7 @@ def test_teachers_are_shown_what_the_student_sees(corpus, asked):
     for key, (sample, grid, patches, *_) in contents(step_batch).items():
         size_hw_px = (grid[0] * PATCH_PX, grid[1] * PATCH_PX)
         seen = image_of(sample, key, size_hw_px, augmentation=augmentation_of(config.data))
-        data = read_range(sample.shard, sample.offset_bytes, sample.size_bytes)
+        data = ShardReader().read(sample.shard, sample.offset_bytes, sample.size_bytes)
         (view,) = views_of(np.array([key]), augmentation_of(config.data))
         assert np.array_equal(seen, read_image_at(data, size_hw_px, view).permute(1, 2, 0).numpy())
         changed += not np.array_equal(seen, image_of(sample, key, size_hw_px))

@@ -8,7 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cogvit.errors import DataError
-from data_pipeline.shards import RETRY_DELAYS_S, ShardReader, expand_shards, read_members, read_range
+from data_pipeline.shards import RETRY_DELAYS_S, ShardReader, expand_shards, read_members
 from tests.data.corpus import write_tar
 
 ENTRIES = [("a.txt", b"first"), ("b.c.json", b"{}"), ("dir.v1/c.PNG", b"x" * 1000)]
@@ -71,7 +71,7 @@ def test_members_come_with_their_keys_and_places(tmp_path):
         ("dir.v1/c", "png"),
     ]
     for member, (_, data) in zip(members, ENTRIES, strict=True):
-        assert member.data == data == read_range(shard, member.offset_bytes, len(data))
+        assert member.data == data == ShardReader().read(shard, member.offset_bytes, len(data))
 
 
 def test_only_regular_members_count(tmp_path):
@@ -121,10 +121,10 @@ def test_compressed_tar_is_refused(tmp_path):
 
 def test_vanished_and_shortened_shards_are_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.tar: No such file"):
-        read_range(str(tmp_path / "gone.tar"), 0, 1)
+        ShardReader().read(str(tmp_path / "gone.tar"), 0, 1)
     shard = write_tar(tmp_path / "s.tar", ENTRIES)
     with pytest.raises(DataError, match="ends before byte 20005"):
-        read_range(str(shard), 20000, 5)
+        ShardReader().read(str(shard), 20000, 5)
 
 
 def test_reader_keeps_a_bounded_number_of_files_open(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_transient_errors_are_retried_and_lasting_ones_reported():
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     fsspec.filesystem("flaky").pipe_file("/bucket/s.bin", b"0123456789")
     FlakyFileSystem.failures_left = len(RETRY_DELAYS_S)
-    assert read_range("flaky://bucket/s.bin", 2, 3) == b"234"
+    assert ShardReader().read("flaky://bucket/s.bin", 2, 3) == b"234"
     FlakyFileSystem.failures_left = len(RETRY_DELAYS_S) + 1
     with pytest.raises(DataError, match="after 3 retries: connection reset"):
-        read_range("flaky://bucket/s.bin", 2, 3)
+        ShardReader().read("flaky://bucket/s.bin", 2, 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cogvit.batch import ShardVersion
 from data_pipeline.balance import PackLimits, Placement, place
 from data_pipeline.index import Index
 from data_pipeline.plan import GlobalBatch, Planner, PlanSpec
@@ -72,7 +73,7 @@ def synthetic_index(lengths: Lengths, size: int, seed: int = 0) -> Index:
     rows["width_px"] = PATCH_PX * np.maximum(1, (patches / (rows["height_px"] // PATCH_PX)).astype(np.int32))
     rows["sample_id"] = np.arange(size)
     keys = pa.chunked_array([pa.nulls(size, pa.string())])
-    return Index(("shard.tar",), ("default",), keys, rows, (np.zeros(0, np.int32),) * 2)
+    return Index(("shard.tar",), (ShardVersion(0, ""),), ("default",), keys, rows, (np.zeros(0, np.int32),) * 2)
 
 
 def simulate(lengths: Lengths, num_ranks: int) -> Balance:
