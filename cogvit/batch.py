@@ -18,7 +18,8 @@ class PackedImages:
     """Whole images end to end in one row of exactly T patch tokens; T and N are static for a run.
 
     Attributes:
-        patches: [T, C * P * P] uint8 (normalized on the device) or float, channel-major as a Conv2d weight is.
+        patches: [T, C * P * P] uint8 (normalized on the device) or float, channel-major as a Conv2d weight is; [T, 0]
+            on a pipeline stage that embeds none.
         row_col: [T, 2] int32, place of each patch in its own image.
         cu_seqlens: [N + 2] int32, rows of image n are from entry n to n + 1; the last segment is padding.
         grid_hw: [N, 2] int32, rows and columns of patches; (0, 0) where absent.

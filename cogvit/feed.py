@@ -50,11 +50,13 @@ def open_corpus(config: RunConfig) -> Corpus:
 
 
 def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
-    """Return this rank's part of the global batches, by where all ranks sit.
+    """Return this rank's part of the global batches, by where all ranks sit: its replica's packs, and what it decodes.
+
+    The first pipeline stage alone embeds patches, and its tensor ranks decode an equal slice of them each.
 
     Errors: ConfigError, on all ranks, when one does not find its place.
     """
-    from data_pipeline.topology import local_address, topology_of
+    from data_pipeline.topology import Slice, local_address, topology_of
 
     address, failure = "", None
     try:
@@ -64,7 +66,8 @@ def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
     mesh.raise_together(failure)
     # Where a replica spans nodes, its first rank reads the images.
     leaders = sorted(mesh.gather((mesh.pp_rank, mesh.tp_rank, mesh.dp_rank, address)))[: mesh.dp_size]
-    return topology_of([place for *_, place in leaders], config.data.canonical_shares).seat(mesh.dp_rank)
+    seat = topology_of([place for *_, place in leaders], config.data.canonical_shares).seat(mesh.dp_rank)
+    return replace(seat, decodes=Slice(mesh.tp_rank, mesh.tp_size) if mesh.is_first_stage else None)
 
 
 @contextmanager
@@ -200,7 +203,7 @@ def standardized(
             return
         # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
         alone = replace(config, parallel=replace(config.parallel, pp=1))
-        seat = topology_of(["alone"], config.data.canonical_shares).seat(0)
+        seat = replace(topology_of(["alone"], config.data.canonical_shares).seat(0), decodes=None)
         with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
             packs = (batch for step in batches for batch in step.micro)
             requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]

@@ -42,7 +42,7 @@ from data_pipeline.index import Index
 from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
 from data_pipeline.shards import ShardReader
 from data_pipeline.table import CAPTION_EXTENSIONS
-from data_pipeline.topology import Seat
+from data_pipeline.topology import Seat, Slice
 
 Ints = NDArray[np.int64]
 
@@ -66,8 +66,9 @@ def step_batches(
     """Yield what a data-parallel rank trains on, step by step without end, from a position or the start.
 
     The ranks of a seat's group get the same number of packs in a step, at least one for each pipeline stage; groups
-    agree on theirs by `cogvit.batch.pad_step`. An image that does not decode keeps its slot with weight 0. Close the
-    iterator to stop the threads that load ahead.
+    agree on theirs by `cogvit.batch.pad_step`. An image that does not decode keeps its slot with weight 0; one that
+    another rank of the replica decodes has weight 1 and zeros as patches, until the ranks put theirs together. Close
+    the iterator to stop the threads that load ahead.
     Errors: as `first_position`, and while iterating as `in_order`.
     """
     first = first_position(index, config, position, with_text=with_text)
@@ -186,6 +187,15 @@ def in_order(maker: StepMaker, data: DataConfig, first: int) -> Generator[StepBa
 
 
 @dataclass(frozen=True, slots=True)
+class Decoded:
+    """A pack of images, with what became of those that this rank decodes."""
+
+    images: PackedImages
+    decoded: int  # or tried to
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Where the images of a group of ranks go, and which captions go with them."""
 
@@ -245,25 +255,33 @@ class StepLoader:
             downsized += int(batch.downsized[members].sum())
             order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
             refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
-            images = self._images(batch, order, refs, failures)
-            decoded += len(refs)
+            pack = self._images(batch, order, refs, seat.decodes)
+            decoded += pack.decoded
+            failures += pack.failures
             text = None
             if self.tokenizer is not None and choice is not None:
                 spoken = self._captions(batch.rows[order], choice.language[order], choice.number[order])
                 bounds = text_tokens[order].tolist()
                 tokens = [self.tokenizer.encode(one.text, bound) for one, bound in zip(spoken, bounds, strict=True)]
-                text = assemble_text(spoken, tokens, images.weight, limits)
+                text = assemble_text(spoken, tokens, pack.images.weight, limits)
                 cut_captions += sum(one.cut for one in tokens)
             absent = (None,) * (limits.images - len(refs))
-            micro.append(Batch(images=images, text=text, targets=None, samples=(*refs, *absent)))
+            micro.append(Batch(images=pack.images, text=text, targets=None, samples=(*refs, *absent)))
         position = DataPosition(self.plan_hash, step + 1)
         return StepBatch(tuple(micro), position, cut_captions, downsized, decoded, tuple(failures))
 
-    def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], failures: list[str]) -> PackedImages:
-        patch_px = self.config.vision.patch_size
+    def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], decodes: Slice | None) -> Decoded:
+        """Pack images, of which those that other ranks decode are zeros here; without width where all are."""
+        patch_px, limits, grids = self.config.vision.patch_size, pack_limits(self.config), batch.grid_hw[order]
         views = views_of(batch.key[order], augmentation_of(self.config.data))
+        mine = [False] * len(refs) if decodes is None else decodes.begins(grids.prod(axis=1))
+        elsewhere = torch.zeros(1, 0 if decodes is None else 3 * patch_px**2, dtype=torch.uint8)
         patches: list[Tensor | None] = []
-        for ref, (rows, columns), view in zip(refs, batch.grid_hw[order].tolist(), views, strict=True):
+        failures = []
+        for ref, (rows, columns), view, here in zip(refs, grids.tolist(), views, mine, strict=True):
+            if not here:
+                patches.append(elsewhere)
+                continue
             data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
             try:
                 patches.append(decode_patches(data, (rows, columns), patch_px, view))
@@ -271,7 +289,8 @@ class StepLoader:
                 row = int(batch.rows[order[len(patches)]])
                 failures.append(f"{self.index.name(row)} counts with weight 0: {error}")
                 patches.append(None)
-        return assemble_images(patches, batch.grid_hw[order], batch.key[order], patch_px, pack_limits(self.config))
+        images = assemble_images(patches, grids, batch.key[order], elsewhere.shape[1], limits)
+        return Decoded(images, sum(mine), tuple(failures))
 
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
@@ -301,12 +320,12 @@ def pack_limits(config: RunConfig) -> PackLimits:
 
 
 def assemble_images(
-    patches: list[Tensor | None], grid_hw: Ints, key: Ints, patch_size_px: int, limits: PackLimits
+    patches: list[Tensor | None], grid_hw: Ints, key: Ints, patch_bytes: int, limits: PackLimits
 ) -> PackedImages:
     """Lay images end to end in one pack of the full size; None stands for one that did not decode and weighs 0."""
     absent, lengths = limits.images - len(patches), grid_hw.prod(axis=1)
     bounds = _bounds(lengths, limits.images, limits.tokens)
-    packed = torch.zeros(limits.tokens, 3 * patch_size_px**2, dtype=torch.uint8)
+    packed = torch.zeros(limits.tokens, patch_bytes, dtype=torch.uint8)
     for number, image in enumerate(patches):
         if image is not None:
             packed[bounds[number] : bounds[number + 1]] = image

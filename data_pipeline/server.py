@@ -91,11 +91,11 @@ def node_id() -> str:
 
 def batch_bytes(config: RunConfig, num_ranks: int) -> int:
     """Return what the batches of ranks on one machine take in its object store, those that are made ahead included."""
-    data, layout = config.data, config.parallel
+    data = config.data
     rows, columns = config.vision.base_grid
     most_patches = rows * columns if data.sizing == "square" else data.max_patches
-    # Every rank of a replica has its own copy, and may fill its last pack with padding.
-    tokens = data.global_batch_images * most_patches * layout.tp * layout.pp + data.tokens_per_pack * num_ranks
+    # Every tensor rank has whole packs, mostly zeros, and may fill its last one with padding.
+    tokens = data.global_batch_images * most_patches * config.parallel.tp + data.tokens_per_pack * num_ranks
     return tokens * 3 * config.vision.patch_size**2 * (steps_ahead(data) + 1)
 
 

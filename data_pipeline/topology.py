@@ -10,16 +10,38 @@ from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cogvit.errors import ConfigError
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One of some equal slices of the tokens that a pack's images fill."""
+
+    number: int
+    of: int
+
+    def begins(self, lengths: Ints) -> list[bool]:
+        """Return which of the images that lie end to end in a pack begin in this slice."""
+        end = np.cumsum(lengths)
+        return ((end - lengths) * self.of // max(lengths.sum(), 1) == self.number).tolist()
+
+
+WHOLE = Slice(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One data-parallel rank's place: the group that it balances with and the canonical shares that are the group's."""
+    """One rank's place: the group that it balances with, the shares that are the group's, and what it decodes."""
 
     rank: int  # inside the group
     num_ranks: int
     shares: range
+    decodes: Slice | None = WHOLE  # of its packs, the images that begin there; None: no image
 
 
 @dataclass(frozen=True, slots=True)

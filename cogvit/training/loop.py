@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from cogvit.batch import StepBatch, move, pad_step
+from cogvit.batch import Batch, StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
@@ -114,10 +114,9 @@ def advance(
     """Train on the next global batch; returns the state after it, its metrics, and the engine's report."""
     start_s = time.perf_counter()
     batch = take(source, engine.mesh)
-    micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
     data_s = time.perf_counter() - start_s
-    report = engine.step(objective, micro, state.step)
-    work = measure(replace(batch, micro=micro), engine.mesh)
+    report = engine.step(objective, batch.micro, state.step)
+    work = measure(batch, engine.mesh)
     seconds = time.perf_counter() - start_s
     spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
     skipped = bool(report.skipped)
@@ -133,7 +132,7 @@ def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[s
 
 
 def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
-    """Return the next global batch, with as many packs on every rank as the fullest needs.
+    """Return the next global batch, on the device, with as many packs on every rank as the fullest needs.
 
     When one rank's data or teachers fail, all ranks raise and none waits for it. Errors: StopIteration at the end.
     """
@@ -144,7 +143,29 @@ def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
         failure = error
     mesh.raise_together(failure)
     assert batch is not None
-    return pad_step(batch, mesh.agree_max(len(batch.micro)))
+    batch = pad_step(batch, mesh.agree_max(len(batch.micro)))
+    return replace(batch, micro=put_together([move(one, mesh.device) for one in batch.micro], mesh))
+
+
+def put_together(micro: Sequence[Batch], mesh: Mesh) -> tuple[Batch, ...]:
+    """Return the packs of a replica, of which each rank has decoded a part: patches on the first stage, weights on all.
+
+    What a rank did not decode is zeros with weight 1, so the largest bytes and the smallest weights are those of all.
+    """
+    if mesh.tp_size * mesh.pp_size == 1:
+        return tuple(micro)
+    patches = [batch.images.patches for batch in micro]
+    if mesh.is_first_stage and mesh.tp_size > 1:
+        patches_kTE = torch.stack(patches)
+        dist.all_reduce(patches_kTE, dist.ReduceOp.MAX, group=mesh.tp_group)
+        patches = list(patches_kTE)
+    weight_kN = torch.stack([batch.images.weight for batch in micro])
+    dist.all_reduce(weight_kN, dist.ReduceOp.MIN, group=mesh.model_group)
+    whole = []
+    for batch, patches_TE, weight_N in zip(micro, patches, weight_kN, strict=True):
+        text = None if batch.text is None else replace(batch.text, weight=weight_N)
+        whole.append(replace(batch, images=replace(batch.images, patches=patches_TE, weight=weight_N), text=text))
+    return tuple(whole)
 
 
 def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation, watchdog: Watchdog) -> dict[str, float]:
@@ -154,8 +175,7 @@ def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation, watch
         for _ in range(evaluation.steps):
             batch = take(source, engine.mesh)
             watchdog.feed()
-            micro = tuple(move(one, engine.mesh.device) for one in batch.micro)
-            for name, value in engine.evaluate(objective, micro).items():
+            for name, value in engine.evaluate(objective, batch.micro).items():
                 sums[name] = sums.get(name, 0.0) + value
     return {f"eval_{name}": value / evaluation.steps for name, value in sums.items()}
 

@@ -23,7 +23,7 @@ from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
 from data_pipeline.plan import Planner, plan_spec
 from data_pipeline.shards import ShardReader, read_members
-from data_pipeline.topology import topology_of
+from data_pipeline.topology import Slice, topology_of
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
 
 
@@ -162,6 +162,40 @@ def test_cut_captions_are_counted(corpus):
         )
         == 0
     )
+
+
+@pytest.mark.parametrize("tensor_ranks", [2, 3])
+def test_ranks_of_a_replica_decode_a_slice_each_and_together_all(corpus, tensor_ranks):
+    config = run_config()
+    whole = take(corpus, config, 4)
+    parts = [
+        take(corpus, config, 4, replace(seat_of(config), decodes=Slice(number, tensor_ranks)))
+        for number in range(tensor_ranks)
+    ]
+    for step, expected in enumerate(whole):
+        mine = [part[step] for part in parts]
+        assert sum(one.decoded for one in mine) == expected.decoded == config.data.global_batch_images
+        for number, micro in enumerate(expected.micro):
+            images = [one.micro[number].images for one in mine]
+            assert all(torch.equal(one.weight, micro.images.weight) for one in images)
+            assert torch.equal(torch.stack([one.patches for one in images]).amax(0), micro.images.patches)
+            filled = [(one.patches > 0).any(1) for one in images]
+            assert torch.stack(filled).sum(0).max() == 1  # no row twice
+    decoded = [sum(one.decoded for one in part) for part in parts]
+    assert min(decoded) > 0.5 * max(decoded)
+
+
+def test_a_rank_that_embeds_nothing_decodes_nothing(corpus):
+    config = run_config()
+    for bare, whole in zip(
+        take(corpus, config, 3, replace(seat_of(config), decodes=None)), take(corpus, config, 3), strict=True
+    ):
+        assert bare.decoded == 0 and bare.position == whole.position
+        for micro, expected in zip(bare.micro, whole.micro, strict=True):
+            assert micro.images.patches.shape == (64, 0) and micro.images.num_tokens == 64
+            for name in ("row_col", "cu_seqlens", "grid_hw", "key", "weight"):
+                assert torch.equal(getattr(micro.images, name), getattr(expected.images, name))
+            assert micro.samples == expected.samples and torch.equal(micro.text.ids, expected.text.ids)
 
 
 def test_threads_and_prefetch_do_not_change_the_batches(corpus):

@@ -16,7 +16,7 @@ def test_a_pack_is_drawn_as_it_lies(tmp_path):
     data = [picture(12, 16, 1), picture(8, 4, 2)]
     grids = np.array([(3, 4), (2, 1)])
     patches = [decode_patches(one, tuple(grid), PATCH_PX) for one, grid in zip(data, grids.tolist(), strict=True)]
-    images = assemble_images(patches, grids, np.array([5, 6]), PATCH_PX, pack_limits(config))
+    images = assemble_images(patches, grids, np.array([5, 6]), 3 * PATCH_PX**2, pack_limits(config))
     assert np.array_equal(unpatchify(images, 0, PATCH_PX), read_image(data[0]))
     drawn = np.asarray(draw_pack(images, config))
     assert np.array_equal(drawn[:12, :16], read_image(data[0]))
