@@ -6,6 +6,7 @@ L caption tokens of a pack, M masked tokens of a pack, C teacher channels, P pat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -131,9 +132,25 @@ Packed = TypeVar("Packed", PackedImages, PackedText)
 
 
 def to_device(packed: Packed, device: torch.device) -> Packed:
-    """Move every tensor of a pack to a device."""
-    moved = {f.name: getattr(packed, f.name).to(device, non_blocking=True) for f in fields(packed)}
-    return replace(packed, **moved)
+    """Move every tensor of a pack to a device; from pinned memory the copy goes on in the background."""
+    return _each(packed, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
+    return replace(packed, **{f.name: change(getattr(packed, f.name)) for f in fields(packed)})
+
+
+def pinned(step: StepBatch) -> StepBatch:
+    """Copy the images and captions of a step into page-locked memory; needs CUDA."""
+
+    def pin(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if tensor.numel() else tensor
+
+    micro = (
+        replace(batch, images=_each(batch.images, pin), text=None if batch.text is None else _each(batch.text, pin))
+        for batch in step.micro
+    )
+    return replace(step, micro=tuple(micro))
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -17,6 +17,8 @@ from cogvit.config import RunConfig
 from cogvit.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from cogvit.batch import DataPosition, StepBatch
     from cogvit.parallel.mesh import Mesh
     from cogvit.teacher.store import StoreFeatures
@@ -92,6 +94,15 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Intake:
+    """How a rank comes by its batches."""
+
+    seat: Seat
+    server: BatchServer | None  # of its node; None: it loads for itself
+    device: torch.device  # that trains on them
+
+
 def leads_replica(mesh: Mesh) -> bool:
     """Whether this rank asks the teachers for its model replica."""
     return mesh.tp_rank == 0 and mesh.pp_rank == 0
@@ -110,18 +121,21 @@ def batch_server(config: RunConfig, mesh: Mesh) -> BatchServer | None:
 def rank_batches(
     config: RunConfig,
     index: Index,
-    seat: Seat,
-    server: BatchServer | None,
+    intake: Intake,
     source: FeatureSource | None,
     position: DataPosition | None,
 ) -> Generator[StepBatch]:
     """Yield this rank's batches with their teacher targets where the objective has teachers."""
     from cogvit.teacher.stream import attach_targets
     from data_pipeline.loader import step_batches
+    from data_pipeline.pinned import pinned_ahead
     from data_pipeline.server import served_batches
 
-    load = step_batches if server is None else partial(served_batches, server)
-    with closing(load(index, config, seat, position, with_text=config.objective == "contrast")) as batches:
+    load = step_batches if intake.server is None else partial(served_batches, intake.server)
+    batches = load(index, config, intake.seat, position, with_text=config.objective == "contrast")
+    if intake.device.type == "cuda":
+        batches = pinned_ahead(batches, intake.device)
+    with closing(batches):
         if source is None:
             yield from batches
         else:
@@ -131,13 +145,11 @@ def rank_batches(
             )
 
 
-def held_out(
-    config: RunConfig, corpus: Corpus, seat: Seat, server: BatchServer | None, source: FeatureSource | None
-) -> Generator[StepBatch]:
+def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:
     """Return the global batches of the held-out shards, the same each time."""
     assert corpus.held_out is not None
     data = replace(config.data, shards=config.data.eval_shards, mixture=(), flip=False, crop=1.0, color=0.0)
-    return rank_batches(replace(config, data=data), corpus.held_out, seat, server, source, None)
+    return rank_batches(replace(config, data=data), corpus.held_out, intake, source, None)
 
 
 def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource:

@@ -22,6 +22,7 @@ from cogvit.config import ModuleConfig, RunConfig, load_config, recipe_differenc
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.feed import (
     Corpus,
+    Intake,
     batch_server,
     feature_source,
     held_out,
@@ -123,7 +124,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         seat = take_seat(config, mesh)
         start = start_position(corpus.train, config, with_text=contrast)
         resources.enter_context(ray_cluster(config, mesh))
-        server = batch_server(config, mesh)
+        intake = Intake(seat, batch_server(config, mesh), mesh.device)
         source = None if contrast else feature_source(config, corpus, mesh)
         stop = resources.enter_context(StopRequest())
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
@@ -137,11 +138,9 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         stacks = Path(config.out) / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         evaluation = Evaluation(
-            config.eval.every_steps, config.eval.steps, partial(held_out, config, corpus, seat, server, source)
+            config.eval.every_steps, config.eval.steps, partial(held_out, config, corpus, intake, source)
         )
-        batches = resources.enter_context(
-            closing(rank_batches(config, corpus.train, seat, server, source, state.position))
-        )
+        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, source, state.position)))
         state = train(
             engine,
             objective,
