@@ -223,9 +223,13 @@ class Result(NamedTuple):
 
 
 def measure(ways: Sequence[Contender], precision: str, rounds: int, peaks: Sequence[int]) -> list[Result]:
-    """Run all contenders in turn, round after round."""
-    times = [[train_step(way, precision) for way in ways] for _ in range(rounds)]
-    medians = [StepTime(*map(statistics.median, zip(*runs, strict=True))) for runs in zip(*times, strict=True)]
+    """Run all contenders in turn, each round beginning with another: what one leaves in the allocator meets the next."""
+    times: dict[str, list[StepTime]] = {way.name: [] for way in ways}
+    for turn in range(rounds):
+        first = turn * len(ways) // rounds
+        for way in (*ways[first:], *ways[:first]):
+            times[way.name].append(train_step(way, precision))
+    medians = [StepTime(*map(statistics.median, zip(*runs, strict=True))) for runs in times.values()]
     return [Result(way.name, spent, peak) for way, spent, peak in zip(ways, medians, peaks, strict=True)]
 
 
