@@ -223,7 +223,7 @@ class Result(NamedTuple):
 
 
 def measure(ways: Sequence[Contender], precision: str, rounds: int, peaks: Sequence[int]) -> list[Result]:
-    """Run all contenders in turn; rounds begin with different ones, as each meets what the last left to the allocator."""
+    """Run all contenders in turn, rounds beginning with different ones: each meets what the last left to malloc."""
     times: dict[str, list[StepTime]] = {way.name: [] for way in ways}
     for turn in range(rounds):
         first = turn * len(ways) // rounds
