@@ -9,7 +9,7 @@ import pytest
 
 from cogvit.config import ParallelConfig
 from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import STAGE2, STEPS, TP2_PP2, Site
+from tests.slurm.jobs import STAGE2, STEPS, TP2_PP2, Site, assert_same_end
 from tests.slurm.lab import wait_for
 
 SWITCH = {"node1": "leaf1", "node3": "leaf1", "node2": "leaf2", "node4": "leaf2"}
@@ -39,6 +39,19 @@ def test_stage_2_follows(site: Site, straight: Path) -> None:
     out = "runs/stage2"
     site.finish(site.submit((), (*STAGE2, *TP2_PP2, "--init", str(straight), "--out", out)))
     assert [line["step"] for line in read_metrics(site.directory / out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_batch_servers_on_two_nodes_feed_as_the_ranks_themselves(site: Site) -> None:
+    """A replica on each node: its two tensor ranks take their batches from the node's own actor."""
+    outs = [f"runs/{loading}" for loading in ("in_process", "server")]
+    for out in outs:
+        flags = ("--parallel.tp", "2", "--data.loading", Path(out).name, "--out", out)
+        job = site.submit(("--nodes=2",), (*STAGE2, *flags))
+        site.finish(job)
+        assert f"loading: {Path(out).name}" in site.output(job)
+    assert_same_end(*(site.directory / out for out in outs))
+    assert "Ray runtime started" in (site.directory / outs[1] / "logs" / "ray-workers.log").read_text()
+    assert not list((site.directory / outs[0] / "logs").glob("ray-*.log"))
 
 
 def test_the_chain_waits_for_each_stage(site: Site) -> None:

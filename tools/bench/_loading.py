@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from cogvit.config import DataConfig, RunConfig
 from cogvit.model.config import CogViTConfig
 from cogvit.model.naflex import naflex_grid
 from cogvit.model.packing import patchify
+from cogvit.teacher.actors import connect, plan_cluster
 from data_pipeline.index import Index, build_index, load_index
 from data_pipeline.loader import step_batches
+from data_pipeline.server import BatchServer, served_batches
 from data_pipeline.topology import topology_of
 
 PATCH_PX = 14
@@ -60,17 +63,23 @@ def write_jpegs(path: Path, count: int, height_px: int, width_px: int) -> None:
             archive.addfile(info, io.BytesIO(data.getvalue()))
 
 
-def our_batches(index: Index) -> Iterator[int]:
-    """Yield the number of images of each step of our loader."""
+def our_config(shard: Path) -> RunConfig:
+    """Return a run that trains on a shard."""
     data = DataConfig(
+        shards=str(shard),
         global_batch_images=BATCH,
         tokens_per_pack=BATCH * MAX_PATCHES,
         images_per_pack=BATCH,
         max_patches=MAX_PATCHES,
         canonical_shares=1,
     )
-    config = RunConfig(vision=CogViTConfig(patch_size=PATCH_PX), data=data)
-    with closing(step_batches(index, config, topology_of(["here"], 1).seat(0), None, with_text=False)) as batches:
+    return RunConfig(vision=CogViTConfig(patch_size=PATCH_PX), data=data)
+
+
+def our_batches(index: Index, config: RunConfig, server: BatchServer | None = None) -> Iterator[int]:
+    """Yield the number of images of each step of our loader, or of a batch server."""
+    load = step_batches if server is None else partial(served_batches, server)
+    with closing(load(index, config, topology_of(["here"], 1).seat(0), None, with_text=False)) as batches:
         for step in batches:
             yield sum(int(micro.images.weight.sum()) for micro in step.micro)
 
@@ -116,7 +125,7 @@ def compare(name: str, shard: Path, steps: int) -> Iterator[str]:
     loaders: dict[str, Callable[[], Iterator[int]]] = {
         "DataLoader + webdataset + Pillow, bicubic": lambda: peers_batches(shard, Image.Resampling.BICUBIC),
         "DataLoader + webdataset + Pillow, bilinear": lambda: peers_batches(shard, Image.Resampling.BILINEAR),
-        "ours": lambda: our_batches(index),
+        "ours": lambda: our_batches(index, our_config(shard)),
     }
     found: dict[str, list[Rate]] = {loader: [] for loader in loaders}
     for _ in range(ROUNDS):
@@ -135,3 +144,24 @@ def compare(name: str, shard: Path, steps: int) -> Iterator[str]:
     for loader, median in medians.items():
         times = median.images_per_cpu_s / peer.images_per_cpu_s
         yield (f"| {name} | {loader} | {median.images_per_s:,.0f} | {median.images_per_cpu_s:,.0f} | {times:.2f} |")
+
+
+def serving(directory: Path) -> Iterator[str]:
+    """Yield the lines of a table of what batches cost the rank that trains on them."""
+    shard = directory / "served.tar"
+    write_jpegs(shard, 256, 375, 500)
+    for _ in build_index(str(shard)):
+        continue
+    index, config = load_index(str(shard)), our_config(shard)
+    yield "| 500 x 375 JPEG, made by | ms of the rank's CPU an image, median |"
+    yield "|---|---|"
+    with connect(plan_cluster(""), num_actors=0):
+        makers = {"threads of the rank": None, "the node's batch server": BatchServer(num_threads=1)}
+        found: dict[str, list[float]] = {name: [] for name in makers}
+        for _ in range(ROUNDS):
+            for name, server in makers.items():
+                batches = our_batches(index, config, server)
+                found[name].append(1e3 / rate(batches, 8).images_per_cpu_s)
+                batches.close()  # type: ignore[attr-defined]
+    for name, costs in found.items():
+        yield f"| {name} | {statistics.median(costs):.3f} |"

@@ -6,6 +6,7 @@ Planning: the cluster is simulated; every node of 64 and of 4,096 ranks plans it
 rank, across the end of an epoch. Times are of one core.
 Loading: images a second from JPEG shards to packs of patches, beside PyTorch's DataLoader over webdataset and Pillow in
 one process, taking turns.
+Serving: what an image costs the rank that trains on it, decoded by itself or taken from the batch server of its node.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv[0] in ("-h", "--help") else 2
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        for section in (methods(), table(), _loading.table(Path(directory))):
+        for section in (methods(), table(), _loading.table(Path(directory)), _loading.serving(Path(directory))):
             for line in section:
                 print(line, flush=True)
             print()
