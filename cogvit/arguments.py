@@ -69,6 +69,21 @@ def read_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
     return kind(**values, **_place(words, places, many=_takes_many(kind, places)))
 
 
+def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Take a command's own flag and its value out of a command line whose other flags are the trainer's.
+
+    Returns None where it is not there. Errors: ConfigError where it has no value.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    if flag not in words:
+        return None, argv
+    place = words.index(flag)
+    value = next(iter(words[place + 1 : place + 2]), "")
+    if not value or value.startswith("--"):
+        raise ConfigError(f"{flag} needs a value; --help explains it")
+    return value, words[:place] + words[place + 2 :]
+
+
 def _takes_many(kind: type, places: list[str]) -> bool:
     return bool(places) and typing.get_origin(typing.get_type_hints(kind)[places[-1]]) is tuple
 

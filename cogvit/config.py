@@ -65,6 +65,9 @@ class DataConfig:
     max_bad_fraction: float = option(0.01, "stop when more of the images than this fail to decode")
 
 
+SUMMARY = "_summary"  # ends the name of what is regressed once an image, not once a masked patch
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """One frozen teacher."""
@@ -75,10 +78,22 @@ class TeacherConfig:
         "directory or hub name of a transformers checkpoint (siglip2, siglip or dinov3_vit), or package.module:function"
         " that returns a cogvit.TeacherWrapper around any module",
     )
-    weight: float = option(1.0, "weight of its loss")
+    layer: int = option(
+        -1, "block whose output, through the teacher's last norm, is regressed: -1 the last, -2 the one before it"
+    )
+    weight: float = option(1.0, "weight of the loss of its patches; 0 leaves them out")
+    summary_weight: float = option(
+        0.0, "weight of the loss of its summary (CLS, pooled output or mean); 0 leaves it out"
+    )
     error: Literal["smooth_l1", "cosine", "mse"] = option(
         "smooth_l1", "what its loss measures: mean over the channels, or 1 - cos"
     )
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Weights of what is regressed: "" for its patches, SUMMARY for its summary; behind its name, a loss's name."""
+        weights = {"": self.weight, SUMMARY: self.summary_weight}
+        return {part: weight for part, weight in weights.items() if weight > 0.0}
 
 
 @dataclass(frozen=True)
@@ -93,14 +108,26 @@ class TeachersConfig:
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher")
     in_flight_steps: int = option(2, "steps whose features are requested ahead")
+    max_in_flight_bytes: int = option(
+        128 * 2**20, "a rank sends actors no further request while it waits for this many bytes of features"
+    )
     max_wait_s: float = option(300.0, "how long a rank waits for features before the run stops")
     precision: Literal["fp32", "bf16"] = option("fp32", "of the teachers' forward")
+    compile: bool = option(False, "torch.compile the teachers")
+    stats: str = option(
+        "", "file of tools.fit_teacher_stats to standardize with; fitted on the first packs of the run if empty"
+    )
     standardize: Literal["channel", "phi_s"] = option(
         "channel", "mean 0 and deviation 1: each channel on its own, or by a rotation and one scale (PHI-S)"
     )
     ray_address: str = option(
         "", "Ray cluster to join, for data.loading server too; starts one on this machine if empty"
     )
+
+    @property
+    def num_actors(self) -> int:
+        """How many actors serve a run."""
+        return len(self.members) * self.actors_per_teacher
 
 
 @dataclass(frozen=True)
@@ -343,8 +370,8 @@ _EXECUTION = (
     "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_bad_fraction",
-    "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_wait_s", "teachers.ray_address",
-    "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
+    "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
+    "teachers.ray_address", "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
 )  # fmt: skip
 
 

@@ -9,8 +9,6 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
@@ -21,13 +19,10 @@ if TYPE_CHECKING:
 
     from cogvit.batch import DataPosition, StepBatch
     from cogvit.parallel.mesh import Mesh
-    from cogvit.teacher.store import StoreFeatures
     from cogvit.teacher.stream import FeatureSource
     from data_pipeline.index import Index
     from data_pipeline.server import BatchServer
     from data_pipeline.topology import Seat
-
-STATS_REQUESTS = 16  # packs on which the teachers' mean and deviation are fitted
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
 
     teachers, served = config.teachers, config.data.loading == "server"
     asks = config.objective == "distill" and teachers.source != "store"
-    num_actors = len(teachers.members) * teachers.actors_per_teacher if asks else 0
+    num_actors = teachers.num_actors if asks else 0
     store_bytes = batch_bytes(config, mesh.world_size) if served else 0
     with ExitStack() as stack:
         if asks or served:
@@ -127,6 +122,7 @@ def rank_batches(
 ) -> Generator[StepBatch]:
     """Yield this rank's batches with their teacher targets where the objective has teachers."""
     from cogvit.teacher.stream import attach_targets
+    from data_pipeline.augment import AS_IT_IS, augmentation_of
     from data_pipeline.loader import step_batches
     from data_pipeline.pinned import pinned_ahead
     from data_pipeline.server import served_batches
@@ -141,7 +137,11 @@ def rank_batches(
         else:
             teachers = config.teachers
             yield from attach_targets(
-                batches, source, mask_ratio=teachers.mask_ratio, in_flight_steps=teachers.in_flight_steps
+                batches,
+                source,
+                mask_ratio=teachers.mask_ratio,
+                in_flight_steps=teachers.in_flight_steps,
+                augmented=augmentation_of(config.data) != AS_IT_IS,
             )
 
 
@@ -153,74 +153,10 @@ def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureS
 
 
 def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource:
-    """Return where features come from: one rank of each model replica asks the teachers and shares the answers."""
-    from cogvit.teacher.actors import TeacherPool
-    from cogvit.teacher.stream import FirstThen
-    from cogvit.teacher.zoo import fingerprint, inspect_teacher
-    from data_pipeline.augment import augmentation_of
-    from data_pipeline.cache import cache_of
-    from data_pipeline.loader import image_of
+    """Return where features come from; the Ray cluster of actors is there already.
 
-    teachers = config.teachers
-    specs = mesh.from_writer(lambda: {member.name: inspect_teacher(member.path) for member in teachers.members})
-    fingerprints = mesh.from_writer(lambda: {name: fingerprint(spec) for name, spec in specs.items()})
-    dims = {name: spec.dim for name, spec in specs.items()}
-    store, pool = None, None
-    if leads_replica(mesh) and teachers.source != "online":
-        store = stored_features(config, corpus, fingerprints, dims)
-    if leads_replica(mesh) and teachers.source != "store":
-        augmentation, cache = augmentation_of(config.data), cache_of(config.data)
-        pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache))
-    source = FirstThen(store, pool) if store and pool else store or pool
-    return standardized(config, corpus.train, mesh, source, fingerprints, dims)
-
-
-def stored_features(
-    config: RunConfig, corpus: Corpus, fingerprints: dict[str, str], dims: dict[str, int]
-) -> StoreFeatures:
-    """Open the feature store of tools.precompute_features for the run's shards.
-
-    Errors: ConfigError names what differs.
+    Errors: ConfigError or DataError, on all ranks, for teachers, a store or statistics that do not serve.
     """
-    from cogvit.teacher.store import Maker, StoreFeatures, contents_of
-    from data_pipeline.sizing import sizing_of
+    from cogvit.targets import shared_source  # transformers takes seconds, and stage 2 has no teachers
 
-    sizing = sizing_of(config)
-    contents: dict[str, str] = {}
-    for index in [corpus.train] + ([] if corpus.held_out is None else [corpus.held_out]):
-        grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
-        contents |= contents_of(index.shards, index.rows, grids)
-    makers = {name: Maker(fingerprints[name], config.teachers.precision, dim) for name, dim in dims.items()}
-    return StoreFeatures(Path(config.teachers.store), makers, contents)
-
-
-def standardized(
-    config: RunConfig,
-    index: Index,
-    mesh: Mesh,
-    source: FeatureSource | None,
-    fingerprints: dict[str, str],
-    dims: dict[str, int],
-) -> FeatureSource:
-    """Share one rank's source with its replica, with features standardized by what the run's first start fitted."""
-    from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
-    from cogvit.teacher.stream import Shared, request_of
-    from data_pipeline.loader import step_batches
-    from data_pipeline.topology import topology_of
-
-    path = Path(config.out) / "teacher_stats.safetensors"
-
-    def fit() -> None:
-        if source is None or path.exists():
-            return
-        # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
-        alone = replace(config, parallel=replace(config.parallel, pp=1))
-        seat = replace(topology_of(["alone"], config.data.canonical_shares).seat(0), decodes=None)
-        with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
-            packs = (batch for step in batches for batch in step.micro)
-            requests = [request_of(batch, 1.0) for batch in islice(packs, STATS_REQUESTS)]
-        save_stats(path, fit_stats(source, requests, fingerprints, config.teachers.standardize))
-
-    mesh.from_writer(fit)
-    shared = Shared(source, dims, mesh.model_group, leader=0, device=mesh.device)
-    return Standardized(shared, load_stats(path, fingerprints, config.teachers.standardize))
+    return shared_source(config, corpus.train, corpus.held_out, mesh)

@@ -12,7 +12,7 @@ from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig, TextConfig
 
 if TYPE_CHECKING:  # config.py imports this file
-    from cogvit.config import RunConfig
+    from cogvit.config import RunConfig, TeacherConfig
 
 
 def _require(holds: bool, message: str) -> None:
@@ -159,27 +159,47 @@ def check_training(config: RunConfig) -> None:
     _require(keep >= 1, f"checkpoint.keep_last={keep} must be at least 1")
     _require(config.log.every_steps >= 1, f"--log.every-steps {config.log.every_steps} must be at least 1")
     if config.objective == "distill":
-        teachers = config.teachers
-        _require(bool(teachers.members), "stage 1 needs teachers.members: at least one teacher")
-        names = [member.name for member in teachers.members]
-        _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
-        _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
+        _check_teachers(config)
+
+
+def _check_teachers(config: RunConfig) -> None:
+    teachers = config.teachers
+    _require(bool(teachers.members), "stage 1 needs teachers.members: at least one teacher")
+    names = [member.name for member in teachers.members]
+    _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
+    for member in teachers.members:
+        _check_teacher(member)
+    _require(
+        teachers.max_in_flight_bytes >= 1,
+        f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",
+    )
+    _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
+    _require(
+        teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
+        f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
+        f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
+    )
+    for name, off in (("flip", False), ("crop", 1.0), ("color", 0.0)):
         _require(
-            teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
-            f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
-            f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
+            teachers.source == "online" or getattr(config.data, name) == off,
+            f"--teachers.source {teachers.source} holds features of images as they are, and --data.{name} shows the"
+            f" student others; pass --data.{name} {str(off).lower()} or --teachers.source online",
         )
-        for name, off in (("flip", False), ("crop", 1.0), ("color", 0.0)):
-            _require(
-                teachers.source == "online" or getattr(config.data, name) == off,
-                f"--teachers.source {teachers.source} holds features of images as they are, and --data.{name} shows the"
-                f" student others; pass --data.{name} {str(off).lower()} or --teachers.source online",
-            )
-        _require(
-            not (teachers.source == "store" and config.data.budgets_patches),
-            "--teachers.source store holds features of one size of each image; leave data.budgets_patches empty",
-        )
-        _require(
-            teachers.source == "online" or bool(teachers.store),
-            f"--teachers.source {teachers.source} needs --teachers.store DIR (make one with tools.precompute_features)",
-        )
+    _require(
+        not (teachers.source == "store" and config.data.budgets_patches),
+        "--teachers.source store holds features of one size of each image; leave data.budgets_patches empty",
+    )
+    _require(
+        teachers.source == "online" or bool(teachers.store),
+        f"--teachers.source {teachers.source} needs --teachers.store DIR (make one with tools.precompute_features)",
+    )
+
+
+def _check_teacher(member: TeacherConfig) -> None:
+    _require(
+        not member.name.endswith("_summary"), f"teacher {member.name!r}: names that end in _summary are of summaries"
+    )
+    for what, weight in (("weight", member.weight), ("summary_weight", member.summary_weight)):
+        _require(_is_rate(weight), f"{what}={weight} of teacher {member.name!r} must be finite and not negative")
+    _require(bool(member.parts), f"teacher {member.name!r} has no loss: weight and summary_weight are both 0")
+    _require(member.layer < 0, f"layer={member.layer} of teacher {member.name!r} counts from the end: -1 is the last")

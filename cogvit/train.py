@@ -169,7 +169,11 @@ def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[
         config.vision, mesh, parallel, memory.vision, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
     )
     if config.objective == "distill":
-        terms = {member.name: Term(member.weight, member.error) for member in config.teachers.members}
+        terms = {
+            member.name + part: Term(weight, member.error)
+            for member in config.teachers.members
+            for part, weight in member.parts.items()
+        }
         model: nn.Module = DistillModel(vision, teacher_dims, recompute=memory.projection_recompute)
         objective: Any = Distill(terms, config.teachers.mask_ratio)
     else:

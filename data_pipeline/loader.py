@@ -23,7 +23,7 @@ from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRe
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.augment import AS_IT_IS, Augmentation, augmentation_of, views_of
+from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, augmentation_of, views_of
 from data_pipeline.balance import PackLimits, Placement, attention_cost, place
 from data_pipeline.cache import ShardCache, cache_of
 from data_pipeline.caption import (
@@ -97,18 +97,19 @@ def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataP
 
 def image_of(
     sample: SampleRef,
-    key: int,
+    key: int | None,
     size_hw_px: tuple[int, int],
     *,
     augmentation: Augmentation = AS_IT_IS,
     cache: ShardCache | None = None,
 ) -> Pixels | None:
-    """Read a sample's image at a size, augmented as the student sees it; None when its bytes do not decode.
+    """Read a sample's image at a size, augmented by its key as the student sees it; None when its bytes do not decode.
 
-    For other processes: it needs the sample's place alone. Errors: DataError when the shard cannot be read.
+    Without a key it is not augmented. For other processes: it needs the sample's place alone. Errors: DataError when
+    the shard cannot be read.
     """
     data = ShardReader(cache).read(sample.shard, sample.offset_bytes, sample.size_bytes, sample.version)
-    (view,) = views_of(np.array([key]), augmentation)
+    view = PLAIN if key is None else views_of(np.array([key]), augmentation)[0]
     try:
         image = read_image_at(data, size_hw_px, view)
     except DataError:

@@ -8,6 +8,7 @@ from torch import Tensor
 from cogvit.batch import Batch, PackedImages, PackedText, TeacherTargets
 from cogvit.draws import mix
 from cogvit.objective.masking import mask_tokens
+from cogvit.teacher.stream import is_summary
 
 MASK_RATIO = 0.35
 
@@ -53,7 +54,8 @@ def random_batch(seed: int, teacher_dims: dict[str, int]) -> Batch:
     images = random_images(seed)
     g = torch.Generator().manual_seed(seed)
     masked = int(mask_tokens(images, MASK_RATIO).sum())
-    features = {name: torch.randn(masked, dim, generator=g) for name, dim in teacher_dims.items()}
+    rows = {name: int((images.grid_hw[:, 0] > 0).sum()) if is_summary(name) else masked for name in teacher_dims}
+    features = {name: torch.randn(rows[name], dim, generator=g) for name, dim in teacher_dims.items()}
     return Batch(images, random_text(seed, images), TeacherTargets(features), (None,) * images.num_slots)
 
 

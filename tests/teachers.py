@@ -91,13 +91,13 @@ def write_teachers(directory: Path) -> dict[str, str]:
     return paths
 
 
-def draw(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | None:
+def draw(sample: SampleRef, key: int | None, size_hw_px: tuple[int, int]) -> Pixels | None:
     """An image that depends on everything a decoder is given."""
     if sample.sample_id == UNREADABLE:
         return None
     if sample.sample_id == LOST:
         raise DataError("cannot read shard.tar: no such file")
-    rng = np.random.default_rng([sample.sample_id, key])
+    rng = np.random.default_rng([sample.sample_id, 0 if key is None else key])
     return rng.integers(0, 256, (*size_hw_px, 3), dtype=np.uint8)
 
 

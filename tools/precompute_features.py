@@ -1,6 +1,7 @@
 """Computes the teachers' features of all training images once, with Ray, for --teachers.source store.
 
-Usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [flags of the trainer]
+Usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [--tokens all|summary]
+           [flags of the trainer]
 
 PRESET and flags are those of the run that will read the store: its shards (the held-out ones too where it evaluates),
 teachers, patch size and image sizes decide what is stored. A shard whose file fits is left alone, so the same command
@@ -8,6 +9,8 @@ goes on after an interruption and after new shards, or adds what a change of the
 
   --dtype  how features lie on disk; by default in the teachers' precision, which is exact. uint8 has a scale for every
            image and channel.
+  --tokens all (default): every patch, and summaries of the teachers whose summary_weight is not 0; summary: one feature
+           an image of every teacher (CLS token, pooled output, or mean of the patches).
 
 python -m tools.verify_features DIR reads a whole store and names what is damaged.
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -29,15 +32,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.arguments import asks_for_help
+from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import RunConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
+from cogvit.targets import makers_of
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, write_shard, writing
-from cogvit.teacher.stream import FeatureRequest, FeatureSource, submit_ahead
-from cogvit.teacher.zoo import fingerprint, inspect_teacher
+from cogvit.teacher.stream import FeatureRequest, FeatureSource, is_summary, submit_ahead
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
@@ -88,11 +91,8 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
         raise ConfigError("--out DIR is needed: the store")
     if not config.teachers.members:
         raise ConfigError("the preset has no teachers; take one of stage 1")
-    out, precision, makers = Path(config.out), config.teachers.precision, {}
-    for member in config.teachers.members:
-        spec = inspect_teacher(member.path)
-        makers[member.name] = Maker(fingerprint(spec), precision, spec.dim)
-    dtype = dtype or precision
+    out, makers = Path(config.out), makers_of(config.teachers)
+    dtype = dtype or config.teachers.precision
     found: dict[str, str] = {}
     lacking: dict[tuple[str, str], Shard] = {}
     patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
@@ -144,22 +144,27 @@ def _store_shard(job: Job, source: FeatureSource, shard: Shard) -> int:
     for teacher, pieces in found.items():
         path = path_of(job.out, teacher, shard.path, shard.contents)
         header = header_of(job.makers[teacher], job.dtype, shard.contents)
-        write_shard(path, header, sample_ids, torch.cat(pieces).split(num_tokens))
+        num_rows = [1] * len(num_tokens) if is_summary(teacher) else num_tokens
+        write_shard(path, header, sample_ids, torch.cat(pieces).split(num_rows))
         num_bytes += path.stat().st_size
     return num_bytes
 
 
 def take_dtype(argv: list[str]) -> tuple[StoreDtype | None, list[str]]:
     """Take --dtype out of a command line. Errors: ConfigError for another dtype than those that are stored."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--dtype=") else [word])]
-    if "--dtype" not in words:
-        return None, argv
-    place = words.index("--dtype")
-    value = next(iter(words[place + 1 : place + 2]), "")
+    value, words = take_flag(argv, "--dtype")
     for dtype in get_args(StoreDtype):
         if value == dtype:
-            return dtype, words[:place] + words[place + 2 :]
-    raise ConfigError(f"--dtype {value} is none of {', '.join(get_args(StoreDtype))}")
+            return dtype, words
+    if value is not None:
+        raise ConfigError(f"--dtype {value} is none of {', '.join(get_args(StoreDtype))}")
+    return None, words
+
+
+def of_summaries(config: RunConfig) -> RunConfig:
+    """Return a run that regresses the summary of every teacher and nothing else."""
+    members = tuple(replace(member, weight=0.0, summary_weight=1.0) for member in config.teachers.members)
+    return replace(config, teachers=replace(config.teachers, members=members))
 
 
 def main(argv: list[str]) -> int:
@@ -169,11 +174,15 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         dtype, words = take_dtype(argv[1:])
+        tokens, words = take_flag(words, "--tokens")
+        if tokens not in (None, "all", "summary"):
+            raise ConfigError(f"--tokens {tokens} is none of all, summary")
         config = parse(load_preset(argv[0]), words)
+        config = of_summaries(config) if tokens == "summary" else config
         job, teachers = plan_job(config, dtype), config.teachers
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
-            with connect(plan_cluster(teachers.ray_address), len(teachers.members) * teachers.actors_per_teacher):
+            with connect(plan_cluster(teachers.ray_address), teachers.num_actors):
                 run_job(job, TeacherPool(teachers, partial(image_of, cache=cache_of(config.data))))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)

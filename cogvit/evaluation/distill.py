@@ -42,10 +42,14 @@ def distill_results(subject: Subject) -> Evaluation:
 
     config = subject.config
     assert config is not None, "stage 1 is a run"
-    specs = {member.name: inspect_teacher(member.path) for member in config.teachers.members}
+    members = [member for member in config.teachers.members if "" in member.parts]
+    specs = {member.name: inspect_teacher(member.path, member.layer) for member in members}
     fingerprints = {name: fingerprint(spec) for name, spec in specs.items()}
-    stats = load_stats(subject.path / "teacher_stats.safetensors", fingerprints, config.teachers.standardize)
-    teachers = {member.name: load_teacher(member.path, config.teachers.precision) for member in config.teachers.members}
+    way_out = "evaluate with the teachers of the run"
+    stats = load_stats(subject.path / "teacher_stats.safetensors", fingerprints, config.teachers.standardize, way_out)
+    teachers = {
+        member.name: load_teacher(member.path, config.teachers.precision, layer=member.layer) for member in members
+    }
     source = Standardized(LocalFeatures(teachers, image_of), stats)
     sums: dict[str, Fit] = {}
     rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
@@ -74,4 +78,5 @@ def compare(towers: Towers, pack: Pack, target: dict[str, Tensor], mask_ratio: f
     return {
         name: Fit(explain(target[name][chosen], head(blind_MD).cpu()), explain(target[name], head(seen_TD).cpu()))
         for name, head in towers.heads.items()
+        if name in target
     }

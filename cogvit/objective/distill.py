@@ -1,7 +1,8 @@
 """Stage 1: regress the frozen teachers' features at the masked patches.
 
 Source: paper section 2.1. Smooth-L1 and one linear head per teacher follow the reference; the loss of a step is the
-mean over all masked tokens of the global batch, so neither packing nor layout weighs an image differently.
+mean over all masked tokens of the global batch, so neither packing nor layout weighs an image differently. A summary's
+loss is a mean over images: the student's CLS token, or the mean of its patches, against the teacher's summary.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cogvit.batch import Batch
-from cogvit.model.tokens import PackedFeatures
+from cogvit.batch import Batch, PackedImages
+from cogvit.config import SUMMARY
+from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.encoder import VisionStage
 from cogvit.parallel.schedule import Schedule
@@ -25,7 +27,7 @@ TargetError = Literal["smooth_l1", "cosine", "mse"]
 
 
 class DistillModel(nn.Module):
-    """This rank's stage of the student, with one linear head per teacher on the last stage."""
+    """This rank's stage of the student, with one linear head for each thing that is regressed on the last stage."""
 
     def __init__(self, vision: VisionStage, teacher_dims: Mapping[str, int], *, recompute: bool = False) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Distill:
-    """Masked distillation of several teachers."""
+    """Masked distillation of several teachers, and of their summaries where a term's name ends with SUMMARY."""
 
     terms: Mapping[str, Term]
     mask_ratio: float
@@ -87,7 +89,11 @@ class Distill:
             torch.cat([b.images.weight, b.images.weight.new_zeros(1)])[b.images.segment()[m]]
             for b, m in zip(micro, masks, strict=True)
         ]
-        count = sum_over_data(torch.stack([weight_M.sum() for weight_M in weights]).sum(), schedule).clamp(min=1.0)
+        num_tokens = sum_over_data(torch.stack([weight_M.sum() for weight_M in weights]).sum(), schedule).clamp(min=1.0)
+        num_images = num_tokens
+        if any(name.endswith(SUMMARY) for name in self.terms):
+            local = torch.stack([batch.images.weight.sum() for batch in micro]).sum()
+            num_images = sum_over_data(local, schedule).clamp(min=1.0)
 
         def forward(index: int) -> Tensor | PackedFeatures:
             return model.vision(micro[index].images, masks[index])
@@ -95,11 +101,17 @@ class Distill:
         def loss(features: PackedFeatures, index: int) -> tuple[Tensor, dict[str, Tensor]]:
             targets = micro[index].targets
             assert targets is not None, "stage 1 needs teacher targets"
-            x_MD = features.patch_TD[masks[index]].float()
+            images, x_MD = micro[index].images, features.patch_TD[masks[index]].float()
+            present_N = images.grid_hw[:, 0] > 0
             errors = {}
             for name, term in self.terms.items():
-                error_M = model.error(name, term.error, x_MD, targets.features[name])
-                errors[name] = (error_M * weights[index]).sum() / count
+                if name.endswith(SUMMARY):
+                    x_ND = summary(features, images)[present_N]
+                    error_N = model.error(name, term.error, x_ND, targets.features[name])
+                    errors[name] = (error_N * images.weight[present_N]).sum() / num_images
+                else:
+                    error_M = model.error(name, term.error, x_MD, targets.features[name])
+                    errors[name] = (error_M * weights[index]).sum() / num_tokens
             return self._total(errors), {name: error.detach() for name, error in errors.items()}
 
         if train:
@@ -115,6 +127,13 @@ class Distill:
 
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.terms[name].weight * error for name, error in errors.items()]).sum()
+
+
+def summary(features: PackedFeatures, images: PackedImages) -> Tensor:
+    """[N, D] what the student says of each image as a whole: its CLS token, else the mean of its patches."""
+    if features.cls_ND is not None:
+        return features.cls_ND.float()
+    return pool_mean(features.patch_TD, images.segment(), images.num_slots)
 
 
 def sum_over_data(value: Tensor, schedule: Schedule) -> Tensor:

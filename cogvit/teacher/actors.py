@@ -14,18 +14,19 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.config import TeachersConfig
+from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
-from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, masked_features
+from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, num_rows
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
@@ -131,15 +132,17 @@ def _kept_sigterm() -> Iterator[None]:
 class TeacherActor:
     """One teacher in a process of its own."""
 
-    def __init__(self, path: str, precision: Literal["fp32", "bf16"], decode: DecodeImage) -> None:
+    def __init__(self, member: TeacherConfig, config: TeachersConfig, decode: DecodeImage) -> None:
         torch.set_num_threads(1)
-        self._teacher = load_teacher(path, precision)
-        self._decode = decode
+        self._name, self._decode = member.name, decode
+        self._teacher = load_teacher(
+            member.path, config.precision, layer=member.layer, parts=tuple(member.parts), compiled=config.compile
+        )
 
-    def features(self, request: FeatureRequest) -> NDArray[Any]:
+    def features(self, request: FeatureRequest) -> dict[str, NDArray[Any]]:
         """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for."""
-        features = masked_features(self._teacher, request, self._decode)
-        return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
+        found = answer(self._name, self._teacher, request, self._decode)
+        return {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +163,12 @@ class Call:
     reply: Any  # ray.ObjectRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pending:
-    """A request under way at one actor of every teacher."""
+    """A request that is under way at one actor of every teacher, or waits to be sent while `calls` is empty."""
 
     request: FeatureRequest
+    size_bytes: int  # of the answer
     calls: dict[str, Call]
 
 
@@ -183,7 +187,10 @@ class TeacherPool:
         self._actor_class = ray.remote(TeacherActor)
         self._lanes = itertools.cycle(range(config.actors_per_teacher))
         self._heard: set[Actor] = set()
-        self._dims = {member.name: inspect_teacher(member.path).dim for member in config.members}
+        dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
+        self._dims = {member.name + part: dims[member.name] for member in config.members for part in member.parts}
+        self._waiting: deque[Pending] = deque()  # not sent yet
+        self._in_flight_bytes = 0
         self._actors = {
             (name, lane): self._get_or_start(name, lane, generation=0)
             for name in self._members
@@ -192,26 +199,52 @@ class TeacherPool:
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """C of each teacher, by name."""
+        """C of each teacher's features, by name."""
         return self._dims
 
     def submit(self, request: FeatureRequest) -> Pending:
-        """Send a request to one actor of every teacher."""
+        """Send a request to one actor of every teacher, once fewer bytes than max_in_flight_bytes are under way."""
+        value_bytes = 2 if self._config.precision == "bf16" else 4
+        size_bytes = sum(num_rows(name, request) * dim * value_bytes for name, dim in self._dims.items())
+        pending = Pending(request, size_bytes, {})
+        self._waiting.append(pending)
+        self._send_waiting()
+        return pending
+
+    def _send_waiting(self) -> None:
+        """Send what fits, in order; one alone always does."""
+        limit_bytes = self._config.max_in_flight_bytes
+        while self._waiting and (
+            not self._in_flight_bytes or self._in_flight_bytes + self._waiting[0].size_bytes <= limit_bytes
+        ):
+            self._start(self._waiting.popleft())
+
+    def _start(self, pending: Pending) -> None:
         lane = next(self._lanes)
-        return Pending(request, {name: self._send(name, lane, request) for name in self._members})
+        pending.calls.update({name: self._send(name, lane, pending.request) for name in self._members})
+        self._in_flight_bytes += pending.size_bytes
 
     def result(self, handle: Pending) -> Features:
         """Wait for the replies; requests of dead actors, and of one silent for a quarter of max_wait_s, are sent again.
 
         Errors: TeacherUnavailable after max_wait_s; ConfigError when a teacher does not load.
         """
+        if not handle.calls:
+            self._waiting.remove(handle)
+            self._start(handle)
         deadline_s = time.monotonic() + self._config.max_wait_s
-        return {name: self._collect(name, handle, deadline_s) for name in self._members}
+        features: Features = {}
+        for name in self._members:
+            features |= self._collect(name, handle, deadline_s)
+        self._in_flight_bytes -= handle.size_bytes
+        self._send_waiting()
+        return features
 
-    def _collect(self, name: str, pending: Pending, deadline_s: float) -> Tensor:
+    def _collect(self, name: str, pending: Pending, deadline_s: float) -> Features:
         from ray import get, kill
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
+        asked_s, lost = time.monotonic(), False
         while True:
             actor = pending.calls[name].actor
             # Only who has answered before can hang: loading weights may take all the time there is.
@@ -219,7 +252,10 @@ class TeacherPool:
             try:
                 reply = get(pending.calls[name].reply, timeout=max(0.0, min(patience_s, deadline_s - time.monotonic())))
                 self._heard.add(actor)
-                return _from_wire(reply)
+                if lost:
+                    late_s = time.monotonic() - asked_s
+                    _LOG.warning("teacher %s answers again, %.1f s late; nothing is skipped", name, late_s)
+                return {own: _from_wire(array) for own, array in reply.items()}
             except GetTimeoutError:
                 if time.monotonic() >= deadline_s or actor not in self._heard:
                     raise self._unavailable(name, "is silent") from None
@@ -238,6 +274,7 @@ class TeacherPool:
                 time.sleep(_RETRY_PAUSE_S)
             if time.monotonic() >= deadline_s:
                 raise self._unavailable(name, "keeps failing")
+            lost = True
             pending.calls[name] = self._send(name, actor.lane, pending.request)
 
     def _replace(self, dead: Actor) -> None:
@@ -252,12 +289,13 @@ class TeacherPool:
 
     def _get_or_start(self, name: str, lane: int, generation: int) -> Actor:
         """Start an actor, or take the one that another rank has started under the same name."""
-        path = self._members[name].path
-        path = os.path.abspath(path) if os.path.isdir(path) else path  # the actor's working directory is another
+        member = self._members[name]
+        if os.path.isdir(member.path):  # the actor's working directory is another
+            member = replace(member, path=os.path.abspath(member.path))
         named = self._actor_class.options(
             name=f"{name}-{lane}-{generation}", get_if_exists=True, num_cpus=1, max_restarts=0
         )
-        return Actor(name, lane, generation, named.remote(path, self._config.precision, self._decode))
+        return Actor(name, lane, generation, named.remote(member, self._config, self._decode))
 
     def _unavailable(self, name: str, state: str) -> TeacherUnavailable:
         return TeacherUnavailable(

@@ -1,11 +1,12 @@
-"""Standardization of the teachers' features, fitted once per run: mean and deviation of every channel, or PHI-S.
+"""Standardization of the teachers' features: mean and deviation of every channel, or PHI-S.
 
 PHI-S subtracts the mean, rotates into the principal axes and from there by a Hadamard matrix, which gives every channel
 the same share of every axis and so the same variance, and divides by one scale. Distances keep their proportions, so no
 channel that a teacher hardly uses is blown up. Source: Ranzinger et al., arXiv 2410.01680.
 
-The statistics are kept in the run directory with the fingerprint of the teacher they belong to, so that a resumed run
-regresses the same numbers to the bit. They are applied where features arrive, the same for every source.
+The statistics are fitted by tools.fit_teacher_stats or when a run starts, and kept in the run directory with the
+fingerprint of the teacher they belong to, so that a resumed run regresses the same numbers to the bit. They are applied
+where features arrive, the same for every source.
 """
 
 from __future__ import annotations
@@ -183,22 +184,24 @@ def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
     unfinished.replace(path)
 
 
-def load_stats(path: Path, fingerprints: Mapping[str, str], method: Method) -> dict[str, Stats]:
-    """Read the statistics of the named teachers.
+def load_stats(path: Path, fingerprints: Mapping[str, str], method: Method, way_out: str) -> dict[str, Stats]:
+    """Read the statistics of the named teachers; way_out ends the message of what is refused.
 
     Errors: ConfigError when the file does not read, lacks a teacher, is of another method, or was fitted on a teacher
     with other weights.
     """
     try:
         with safe_open(path, "pt") as file:
-            fitted = file.metadata() or {}
+            fitted, names = file.metadata() or {}, set(file.keys())
+            kind, part = _PARTS[method]
             for name, fingerprint in fingerprints.items():
                 if fitted.get(name) != fingerprint:
                     raise ConfigError(
                         f"{path} was fitted on another teacher {name!r} ({fitted.get(name, 'none')[:12]}, now"
-                        f" {fingerprint[:12]}); pass the teacher the run began with, or choose another --out"
+                        f" {fingerprint[:12]}); {way_out}"
                     )
-            kind, part = _PARTS[method]
+                if f"{name}.{part}" not in names:
+                    raise ConfigError(f"{path} was not fitted for --teachers.standardize {method}; {way_out}")
             return {
                 name: kind(file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.{part}"), fingerprint)
                 for name, fingerprint in fingerprints.items()

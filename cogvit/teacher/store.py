@@ -1,9 +1,10 @@
 """Features computed once and read from disk: DIR/TEACHER/SHARD.CONTENTS.safetensors, one file a data shard and teacher.
 
-A file holds the features of every token of the shard's images end to end, before standardization. DIR/TEACHER/
-manifest.json says whose they are: the teacher's fingerprint, precision and width, and how they are encoded. A file
-repeats it in its header, with the contents: a hash of the images' ids, bytes and grids, which is in its name too, so
-that shards of one name, of training and held-out sets say, lie side by side. Every image has a checksum.
+A file holds the features of every token of the shard's images end to end, before standardization; one of
+TEACHER_summary holds one feature an image. DIR/TEACHER/manifest.json says whose they are: the teacher's fingerprint,
+precision and width, and how they are encoded. A file repeats it in its header, with the contents: a hash of the images'
+ids, bytes and grids, which is in its name too, so that shards of one name, of training and held-out sets say, lie side
+by side. Every image has a checksum.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from torch import Tensor
 
 from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError, DataError
-from cogvit.objective.masking import mask_image
 from cogvit.teacher.encoding import StoreDtype, decode, encode
-from cogvit.teacher.stream import FeatureRequest, Features
+from cogvit.teacher.stream import FeatureRequest, Features, rows_asked
 
 _VERSION = "2"
 _OPEN_FILES = 128
@@ -60,7 +60,7 @@ class ShardFeatures:
     is_scaled: bool  # uint8
 
     def read(self, sample_id: int) -> Tensor:
-        """Return the features of all tokens of one image, [n, C] float32.
+        """Return all features of one image, [n, C] float32.
 
         Errors: DataError when they are not what was written.
         """
@@ -252,10 +252,10 @@ class StoreFeatures:
 
     def _read(self, name: str, request: FeatureRequest) -> Tensor:
         rows = [torch.zeros(0, self._makers[name].dim)]
-        for sample, grid, key in zip(request.samples, request.grids, request.keys, strict=True):
+        for slot, sample in enumerate(request.samples):
             if sample is not None:
                 features = self._open(name, sample.shard).read(sample.sample_id)
-                rows.append(features[mask_image(key, grid[0] * grid[1], request.mask_ratio)])
+                rows.append(features[rows_asked(name, request, slot)])
         return torch.cat(rows)
 
     def _has_shard(self, shard: str) -> bool:

@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.batch import Batch, SampleRef, StepBatch, TeacherTargets
+from cogvit.config import SUMMARY
 from cogvit.errors import CogViTError
 from cogvit.objective.masking import mask_image
 
 Grid = tuple[int, int]  # rows, columns, in patches
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 Item = TypeVar("Item")
-Features = dict[str, Tensor]  # teacher name -> [M, C] float32
+Features = dict[str, Tensor]  # teacher name -> [M, C] float32, or with SUMMARY behind it: one row an image present
 
 # (sample, key, (height, width) in pixels) -> the image at that size, or None when its bytes do not decode. The key
-# seeds augmentation that the student sees too. It runs inside the actors, so it must be importable there.
-DecodeImage = Callable[[SampleRef, int, tuple[int, int]], Pixels | None]
+# seeds augmentation that the student sees too; without one the image is as it is. It runs inside the actors, so it must
+# be importable there.
+DecodeImage = Callable[[SampleRef, int | None, tuple[int, int]], Pixels | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class FeatureRequest:
     grids: tuple[Grid, ...]  # the student's
     keys: tuple[int, ...]  # seeds of the masks
     mask_ratio: float  # 1.0 asks for every token
+    augmented: bool = True  # False: of the images as they are, though the run augments (its held-out ones)
 
 
 class FeatureSource(Protocol):
@@ -46,13 +49,13 @@ class FeatureSource(Protocol):
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """C of each teacher, by name."""
+        """C of what it answers with, by name."""
 
     def submit(self, request: FeatureRequest) -> Any:
         """Begin to answer a request."""
 
     def result(self, handle: Any) -> Features:
-        """Wait for the masked tokens' features, all images of the request end to end.
+        """Wait for the features of masked tokens or summaries, all images of the request end to end.
 
         Errors: TeacherUnavailable when they do not come in time.
         """
@@ -69,39 +72,67 @@ class PatchTeacher(Protocol):
     def dtype(self) -> torch.dtype:
         """Of its features."""
 
+    @property
+    def parts(self) -> Sequence[str]:
+        """What it gives: "" for its patches, SUMMARY for one feature of the whole image, in this order."""
+
     def input_px(self, grid: Grid) -> tuple[int, int]:
         """Return the (height, width) at which it wants an image of a student's grid."""
 
     def features(self, images: Sequence[Pixels], grids: Sequence[Grid]) -> list[Tensor]:
-        """Return the [rows * columns, C] features of each image."""
+        """Return [rows, C] for each image: its summary where `parts` has one, then its patches."""
 
 
-def request_of(batch: Batch, mask_ratio: float) -> FeatureRequest:
+def request_of(batch: Batch, mask_ratio: float, *, augmented: bool = True) -> FeatureRequest:
     """Ask for the targets of one microbatch."""
     images = batch.images
     grids = tuple((int(rows), int(columns)) for rows, columns in images.grid_hw.tolist())
-    return FeatureRequest(batch.samples, grids, tuple(images.key.tolist()), mask_ratio)
+    return FeatureRequest(batch.samples, grids, tuple(images.key.tolist()), mask_ratio, augmented)
 
 
-def masked_features(teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage) -> Tensor:
-    """Answer a request with one teacher: [M, C] in the teacher's precision.
+def is_summary(name: str) -> bool:
+    """Whether features of this name are one row an image instead of one a patch."""
+    return name.endswith(SUMMARY)
 
-    The masked tokens of an image that does not decode are zeros, so that the order of the others stands.
+
+def rows_asked(name: str, request: FeatureRequest, slot: int) -> Tensor:
+    """Return which rows of an image's features a request asks for, bool: its masked patches, or its one summary."""
+    rows, columns = request.grids[slot]
+    if is_summary(name):
+        return torch.ones(1, dtype=torch.bool)
+    return mask_image(request.keys[slot], rows * columns, request.mask_ratio)
+
+
+def num_rows(name: str, request: FeatureRequest) -> int:
+    """Return M, the rows of an answer of this name."""
+    present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
+    return sum(int(rows_asked(name, request, slot).sum()) for slot in present)
+
+
+def answer(name: str, teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage) -> Features:
+    """Answer a request with one teacher, in the teacher's precision.
+
+    The rows of an image that does not decode are zeros, so that the order of the others stands.
     """
-    slots = [
-        (sample, grid, key)
-        for sample, grid, key in zip(request.samples, request.grids, request.keys, strict=True)
+    images = {
+        slot: decode(sample, request.keys[slot] if request.augmented else None, teacher.input_px(request.grids[slot]))
+        for slot, sample in enumerate(request.samples)
         if sample is not None
-    ]
-    images = [decode(sample, key, teacher.input_px(grid)) for sample, grid, key in slots]
-    readable = [(image, grid) for image, (_, grid, _) in zip(images, slots, strict=True) if image is not None]
-    found = iter(teacher.features([image for image, _ in readable], [grid for _, grid in readable]))
-    rows = [torch.zeros(0, teacher.dim, dtype=teacher.dtype)]
-    for image, (_, grid, key) in zip(images, slots, strict=True):
-        num_patches = grid[0] * grid[1]
-        feature = torch.zeros(num_patches, teacher.dim, dtype=teacher.dtype) if image is None else next(found)
-        rows.append(feature[mask_image(key, num_patches, request.mask_ratio)])
-    return torch.cat(rows)
+    }
+    readable = {slot: image for slot, image in images.items() if image is not None}
+    found = teacher.features(list(readable.values()), [request.grids[slot] for slot in readable])
+    by_slot = dict(zip(readable, found, strict=True))
+    chosen: dict[str, list[Tensor]] = {name + part: [] for part in teacher.parts}
+    for slot in images:
+        for own, rows in chosen.items():
+            asked = rows_asked(own, request, slot)
+            if slot in by_slot:
+                feature = by_slot[slot]
+                rows.append(feature[:1] if is_summary(own) else feature[-len(asked) :][asked])
+            else:
+                rows.append(torch.zeros(int(asked.sum()), teacher.dim, dtype=teacher.dtype))
+    nothing = torch.zeros(0, teacher.dim, dtype=teacher.dtype)
+    return {own: torch.cat([nothing, *rows]) for own, rows in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -113,8 +144,8 @@ class LocalFeatures:
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """C of each teacher, by name."""
-        return {name: teacher.dim for name, teacher in self.teachers.items()}
+        """C of each teacher's features, by name."""
+        return {name + part: teacher.dim for name, teacher in self.teachers.items() for part in teacher.parts}
 
     def submit(self, request: FeatureRequest) -> FeatureRequest:
         """Keep the request; the work is done when the result is asked for."""
@@ -122,7 +153,8 @@ class LocalFeatures:
 
     def result(self, handle: FeatureRequest) -> Features:
         """Compute the features."""
-        return {name: masked_features(teacher, handle, self.decode).float() for name, teacher in self.teachers.items()}
+        answers = [answer(name, teacher, handle, self.decode) for name, teacher in self.teachers.items()]
+        return {name: features.float() for found in answers for name, features in found.items()}
 
 
 class PartialSource(FeatureSource, Protocol):
@@ -164,18 +196,15 @@ class FirstThen:
 
     def result(self, handle: Split) -> Features:
         """Put the answers together in the order of the slots."""
-        request = handle.request
-        present = [
-            (there, int(mask_image(key, rows * columns, request.mask_ratio).sum()))
-            for sample, (rows, columns), key, there in zip(
-                request.samples, request.grids, request.keys, handle.in_first, strict=True
-            )
-            if sample is not None
-        ]
-        in_first_M = torch.cat([torch.zeros(0, dtype=torch.bool), *(torch.full((n,), own) for own, n in present)])
-        first, second = self.first.result(handle.first), self.second.result(handle.second)
+        request, first, second = handle.request, self.first.result(handle.first), self.second.result(handle.second)
         features = {}
         for name, dim in self.dims.items():
+            own = [
+                torch.full((int(rows_asked(name, request, slot).sum()),), there)
+                for slot, there in enumerate(handle.in_first)
+                if request.samples[slot] is not None
+            ]
+            in_first_M = torch.cat([torch.zeros(0, dtype=torch.bool), *own])
             features[name] = torch.empty(len(in_first_M), dim)
             features[name][in_first_M], features[name][~in_first_M] = first[name], second[name]
         return features
@@ -221,7 +250,12 @@ class Shared:
 
 
 def attach_targets(
-    batches: Iterable[StepBatch], source: FeatureSource, *, mask_ratio: float, in_flight_steps: int
+    batches: Iterable[StepBatch],
+    source: FeatureSource,
+    *,
+    mask_ratio: float,
+    in_flight_steps: int,
+    augmented: bool = True,
 ) -> Iterator[StepBatch]:
     """Yield the same batches in the same order with their targets, keeping in_flight_steps of requests ahead.
 
@@ -229,7 +263,7 @@ def attach_targets(
     """
 
     def submit(step: StepBatch) -> list[Any]:
-        return [source.submit(request_of(batch, mask_ratio)) for batch in step.micro]
+        return [source.submit(request_of(batch, mask_ratio, augmented=augmented)) for batch in step.micro]
 
     for step, handles in submit_ahead(batches, submit, in_flight_steps):
         micro = tuple(

@@ -25,12 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cogvit.config import SUMMARY
 from cogvit.errors import ConfigError
 from cogvit.model.mim import TeacherWrapper
 from cogvit.teacher.own import is_own, make_wrapper, wrapper_digest
 
 Grid = tuple[int, int]  # rows, columns, in patches
 Pixels = NDArray[np.uint8]  # [H, W, 3]
+# (model, [3, H, W] images, grids, whether a summary is wanted) -> [rows, C] of each image, its summary first.
+Forward = Callable[[nn.Module, list[Tensor], Sequence[Grid], bool], list[Tensor]]
 Family = Literal["siglip2", "siglip", "dinov3", "own"]
 
 _FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
@@ -56,19 +59,21 @@ class TeacherSpec:
     fixed_grid: Grid | None  # None: any grid
     image_mean: tuple[float, ...]  # of channels in [0, 1]
     image_std: tuple[float, ...]
+    layer: int = -1  # whose output is taken, through the last norm; -1 is the last
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen vision tower whose patch features are regressed.
+    """A frozen vision tower whose patch features are regressed, and its summary of an image where `parts` says so.
 
     `features` of the same images, grids and order are the same bits on the same machine and number of threads.
     """
 
     spec: TeacherSpec
     model: nn.Module
-    forward: Callable[[nn.Module, list[Tensor], Sequence[Grid]], list[Tensor]]
+    forward: Forward
     dtype: torch.dtype  # of the features
+    parts: tuple[str, ...] = ("",)  # "" for patches, SUMMARY
 
     @property
     def dim(self) -> int:
@@ -82,13 +87,15 @@ class Teacher:
 
     @torch.inference_mode()
     def features(self, images: Sequence[Pixels], grids: Sequence[Grid]) -> list[Tensor]:
-        """Return the last layer's patch features of images of `input_px` size (uint8 [H, W, 3]) as one forward batch.
+        """Return the features of images of `input_px` size (uint8 [H, W, 3]) as one forward batch.
 
-        Each is [rows * columns, C] in the row-major order of its grid and in the precision of the teacher.
+        Each is [rows * columns, C], in the row-major order of its grid and in the precision of the teacher, behind one
+        row of summary where `parts` has one.
         """
         if not images:
             return []
-        features = self.forward(self.model, [self._normalize(image) for image in images], grids)
+        pixels = [self._normalize(image) for image in images]
+        features = self.forward(self.model, pixels, grids, SUMMARY in self.parts)
         return [feature.to(self.dtype) for feature in features]
 
     def _normalize(self, image: Pixels) -> Tensor:
@@ -97,12 +104,13 @@ class Teacher:
         return (torch.tensor(image).permute(2, 0, 1) / 255 - mean) / std
 
 
-def inspect_teacher(path: str) -> TeacherSpec:
+def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:
     """Read what a checkpoint (local directory or hub name) is, or make a teacher of the user's own and ask it.
 
     Errors: ConfigError when it is none that we know.
     """
     if is_own(path):
+        _require(layer == -1, f"teacher {path} gives one layer; leave its layer at -1")
         return _own_spec(path, make_wrapper(path))
     directory = _resolve(path)
     try:
@@ -120,6 +128,8 @@ def inspect_teacher(path: str) -> TeacherSpec:
     config = _read_config(directory, family)
     if not isinstance(config.patch_size, int) or config.num_channels != 3:
         raise ConfigError(f"teacher {path} has no square patches of three channels, which is all that is supported")
+    depth = config.num_hidden_layers
+    _require(-depth <= layer <= -1, f"teacher {path} has {depth} blocks; its layer={layer} must be -{depth} to -1")
     side_patches = config.image_size // config.patch_size if family == "siglip" else 0
     mean, std = (_IMAGENET_MEAN, _IMAGENET_STD) if family == "dinov3" else (_HALF, _HALF)
     stated = _preprocessing(directory)
@@ -131,33 +141,50 @@ def inspect_teacher(path: str) -> TeacherSpec:
         fixed_grid=(side_patches, side_patches) if family == "siglip" else None,
         image_mean=tuple(stated.get("image_mean", mean)),
         image_std=tuple(stated.get("image_std", std)),
+        layer=layer,
     )
 
 
-def load_teacher(path: str, precision: Literal["fp32", "bf16"]) -> Teacher:
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def load_teacher(
+    path: str,
+    precision: Literal["fp32", "bf16"],
+    *,
+    layer: int = -1,
+    parts: tuple[str, ...] = ("",),
+    compiled: bool = False,
+) -> Teacher:
     """Load a teacher, frozen and in eval mode; a checkpoint from safetensors and without remote code.
 
     Errors: ConfigError when the directory is not a complete checkpoint of a known model.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if is_own(path):
-        wrapper = make_wrapper(path)
-        return Teacher(_own_spec(path, wrapper), wrapper, _own_forward(path, dtype), dtype)
-    spec = inspect_teacher(path)
-    match spec.family:
-        case "siglip2":
-            return Teacher(spec, _load(transformers.Siglip2VisionModel, spec, dtype), _siglip2_features, dtype)
-        case "siglip":
-            return Teacher(spec, _load(transformers.SiglipVisionModel, spec, dtype), _siglip_features, dtype)
-        case "dinov3":
-            return Teacher(spec, _load(transformers.DINOv3ViTModel, spec, dtype), _dinov3_features, dtype)
+    spec, model, forward = _own(path, dtype) if is_own(path) else _pretrained(path, layer, dtype, SUMMARY in parts)
+    if compiled:
+        model.compile(dynamic=True)
+    return Teacher(spec, model, forward, dtype, parts)
+
+
+def _pretrained(path: str, layer: int, dtype: torch.dtype, summary: bool) -> tuple[TeacherSpec, nn.Module, Forward]:
+    spec = inspect_teacher(path, layer)
+    model_class, forward = {
+        "siglip2": (transformers.Siglip2VisionModel, _siglip2_features),
+        "siglip": (transformers.SiglipVisionModel, _siglip_features),
+        "dinov3": (transformers.DINOv3ViTModel, _dinov3_features),
+    }[spec.family]
+    return spec, _load(model_class, spec, dtype, summary), forward
 
 
 def fingerprint(spec: TeacherSpec) -> str:
     """Return a hash of everything that decides the features: weights, configuration, preprocessing, layer."""
     if spec.family == "own":
         return wrapper_digest(spec.location)
-    digest = hashlib.sha256(f"last_hidden_state {spec.image_mean} {spec.image_std}".encode())
+    output = "last_hidden_state" if spec.layer == -1 else f"layer {spec.layer}"
+    digest = hashlib.sha256(f"{output} {spec.image_mean} {spec.image_std}".encode())
     directory = Path(spec.location)
     for path in [directory / "config.json", *weight_files(directory)]:
         with path.open("rb") as file:
@@ -173,7 +200,7 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
     """NaFlex: images of any grid, padded to the longest of the batch."""
     patches = [_patchify(image, grid) for image, grid in zip(pixels, grids, strict=True)]
     lengths = [len(patch) for patch in patches]
@@ -181,8 +208,14 @@ def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Gr
         pixel_values=pad_sequence(patches, batch_first=True),
         pixel_attention_mask=pad_sequence([torch.ones(length, dtype=torch.int64) for length in lengths], True),
         spatial_shapes=torch.tensor(grids),
-    ).last_hidden_state
-    return [feature[:length] for feature, length in zip(output, lengths, strict=True)]
+    )
+    features = [feature[:length] for feature, length in zip(output.last_hidden_state, lengths, strict=True)]
+    return _behind(output.pooler_output, features) if summary else features
+
+
+def _behind(summary_BC: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """Put each image's patch features behind its summary."""
+    return [torch.cat([first_C[None], feature]) for first_C, feature in zip(summary_BC, features, strict=True)]
 
 
 def _patchify(image: Tensor, grid: Grid) -> Tensor:
@@ -191,14 +224,15 @@ def _patchify(image: Tensor, grid: Grid) -> Tensor:
     return image.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
 
 
-def _siglip_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+def _siglip_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
     """One fixed square; features are resampled to grids that differ from the teacher's."""
-    output = model(pixel_values=torch.stack(pixels)).last_hidden_state
-    side = int(output.shape[1] ** 0.5)
-    return [
+    output = model(pixel_values=torch.stack(pixels))
+    side = int(output.last_hidden_state.shape[1] ** 0.5)
+    features = [
         feature if grid == (side, side) else _resample(feature, (side, side), grid)
-        for feature, grid in zip(output, grids, strict=True)
+        for feature, grid in zip(output.last_hidden_state, grids, strict=True)
     ]
+    return _behind(output.pooler_output, features) if summary else features
 
 
 def _resample(feature: Tensor, source: Grid, target: Grid) -> Tensor:
@@ -207,29 +241,33 @@ def _resample(feature: Tensor, source: Grid, target: Grid) -> Tensor:
     return resampled[0].flatten(1).T.to(feature.dtype)
 
 
-def _dinov3_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-    """Rotary positions take any grid; class and register tokens are dropped."""
+def _dinov3_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
+    """Rotary positions take any grid; register tokens are dropped, and the class token is the summary."""
 
     def forward(images: Tensor, grid: Grid) -> Tensor:
-        return model(pixel_values=images).last_hidden_state[:, -grid[0] * grid[1] :]
+        tokens = model(pixel_values=images).last_hidden_state
+        patches = tokens[:, -grid[0] * grid[1] :]
+        return torch.cat([tokens[:, :1], patches], dim=1) if summary else patches
 
     return _by_grid(forward, pixels, grids)
 
 
-def _own_forward(path: str, dtype: torch.dtype) -> Callable[[nn.Module, list[Tensor], Sequence[Grid]], list[Tensor]]:
-    """Return the forward of a TeacherWrapper, under autocast where its features are wanted in bf16.
+def _own(path: str, dtype: torch.dtype) -> tuple[TeacherSpec, nn.Module, Forward]:
+    """Make a teacher of the user's own: its summary is the mean of its patches; autocast makes it bf16.
 
-    Errors of what is returned: ConfigError when the module does not give [B, N, C] on its grid.
+    Errors of its forward: ConfigError when the module does not give [B, N, C] on its grid.
     """
+    wrapper = make_wrapper(path)
 
-    def features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    def features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
         try:
             with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-                return _by_grid(model, pixels, grids)
+                found = _by_grid(model, pixels, grids)
         except ValueError as error:
             raise ConfigError(f"teacher {path}: {error}") from error
+        return _behind(torch.stack([feature.float().mean(dim=0) for feature in found]), found) if summary else found
 
-    return features
+    return _own_spec(path, wrapper), wrapper, features
 
 
 def _own_spec(path: str, wrapper: TeacherWrapper) -> TeacherSpec:
@@ -237,7 +275,7 @@ def _own_spec(path: str, wrapper: TeacherWrapper) -> TeacherSpec:
 
 
 def _by_grid(forward: Callable[[Tensor, Grid], Tensor], pixels: list[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-    """Run images of one grid as one batch, [B, 3, H, W] to [B, rows * columns, C]."""
+    """Run images of one grid as one batch, [B, 3, H, W] to [B, rows, C]."""
     found: dict[int, Tensor] = {}
     for grid in dict.fromkeys(grids):
         members = [index for index, other in enumerate(grids) if other == grid]
@@ -246,21 +284,24 @@ def _by_grid(forward: Callable[[Tensor, Grid], Tensor], pixels: list[Tensor], gr
 
 
 def _read_config(directory: Path, family: Family) -> transformers.PreTrainedConfig:
-    """Return the configuration of the vision tower, without the pooling head that we never read."""
+    """Return the configuration of the vision tower."""
     config_class = {
         "siglip2": transformers.Siglip2VisionConfig,
         "siglip": transformers.SiglipVisionConfig,
         "dinov3": transformers.DINOv3ViTConfig,
     }[family]
     with _quiet():
-        config = config_class.from_pretrained(directory)
-    if family != "dinov3":
-        config.vision_use_head = False
-    return config
+        return config_class.from_pretrained(directory)
 
 
-def _load(model_class: type[transformers.PreTrainedModel], spec: TeacherSpec, dtype: torch.dtype) -> nn.Module:
+def _load(
+    model_class: type[transformers.PreTrainedModel], spec: TeacherSpec, dtype: torch.dtype, summary: bool
+) -> nn.Module:
+    """Load the blocks up to the layer that is wanted; SigLIP's pooling head only where a summary is."""
     config = _read_config(Path(spec.location), spec.family)
+    config.num_hidden_layers += spec.layer + 1
+    if spec.family != "dinov3":
+        config.vision_use_head = summary
     with _quiet():
         try:
             model, report = model_class.from_pretrained(

@@ -33,6 +33,8 @@ from tests.packs import MASK_RATIO, random_batch
 
 TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
 TERMS = {"siglip2": Term(1.0, "smooth_l1"), "dinov3": Term(0.5, "smooth_l1")}
+SUMMARY_DIMS = {"dinov3_summary": 16}
+SUMMARY_TERMS = {"dinov3_summary": Term(0.7, "cosine")}
 FAMILIES = {
     "reference": {},
     "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
@@ -60,6 +62,12 @@ class Case:
     offload: bool = False
     depth: int = 4  # 5 makes the borders between dp partitions cut matrices
     precision: Literal["fp32", "bf16"] = "fp32"
+    summary: bool = False  # a loss of a teacher's summary too
+
+    @property
+    def teacher_dims(self) -> dict[str, int]:
+        """C of what is regressed, by name."""
+        return TEACHER_DIMS | SUMMARY_DIMS if self.summary else TEACHER_DIMS
 
     @property
     def dp(self) -> int:
@@ -68,7 +76,7 @@ class Case:
 
     def alone(self) -> Case:
         """The same run on one process."""
-        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro, depth=self.depth)
+        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro, depth=self.depth, summary=self.summary)
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,8 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
     config = run_config(case)
     vision = VisionStage(config.vision, mesh, config.parallel, memory=config.memory.vision, num_tokens=96, num_slots=8)
     if case.stage == "distill":
-        model: torch.nn.Module = DistillModel(vision, TEACHER_DIMS, recompute=config.memory.projection_recompute)
-        objective: Distill | Contrast = Distill(TERMS, MASK_RATIO)
+        model: torch.nn.Module = DistillModel(vision, case.teacher_dims, recompute=config.memory.projection_recompute)
+        objective: Distill | Contrast = Distill(TERMS | SUMMARY_TERMS if case.summary else TERMS, MASK_RATIO)
     else:
         text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80)
         model, objective = ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute), Contrast(config.contrast)
@@ -143,7 +151,7 @@ def micro_of(case: Case, mesh: Mesh) -> tuple[Batch, ...]:
     """This rank's share of the global batch, which is the same for every layout."""
     share = case.num_micro // mesh.dp_size
     seeds = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
-    return tuple(move(random_batch(seed, TEACHER_DIMS), mesh.device) for seed in seeds)
+    return tuple(move(random_batch(seed, case.teacher_dims), mesh.device) for seed in seeds)
 
 
 def train(rank: int, world: int, case: Case, steps: int) -> Trace:

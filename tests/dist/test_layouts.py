@@ -25,6 +25,8 @@ SINGLE = [
     Case(world=4, tp=2, optimizer="muon", depth=5, muon_qkv="fused"),
     Case(world=4, tp=2, optimizer="muon", depth=5, muon_tp="sharded", family="cogvit_l"),
     Case(world=4, tp=4, optimizer="muon", muon_tp="sharded", stage="contrast"),
+    Case(world=4, tp=2, pp=2, sequence=True, summary=True),  # its CLS token
+    Case(world=4, pp=2, family="cogvit_l", recompute="selective", summary=True),  # the mean of its patches
     Case(world=2, pp=2, stage="contrast", num_micro=1),
     Case(world=4, stage="contrast", num_micro=8, loss="gather"),
     Case(world=4, pp=2, stage="contrast", num_micro=8),
@@ -38,6 +40,7 @@ def name_of(case: Case) -> str:
     flags += ["sp"] * case.sequence + [case.recompute] * (case.recompute != "none") + ["overlap"] * case.overlap
     if case.optimizer == "muon":
         flags += [case.muon_qkv, case.muon_tp, f"depth{case.depth}"]
+    flags += ["summary"] * case.summary
     flags += [case.loss, f"micro{case.num_micro}"] * (case.stage == "contrast")
     return "-".join([case.stage, case.family, case.optimizer, *flags])
 

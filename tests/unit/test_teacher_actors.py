@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -163,6 +164,24 @@ def test_another_process_joins_and_takes_the_actors_that_are_there(
     assert_equal_bits(here, wanted)
     assert_equal_bits(there, wanted)
     assert num_started == 0
+
+
+def test_no_more_bytes_are_under_way_than_allowed(
+    actors: TeacherPool, paths: dict[str, str], expected: list[Features]
+) -> None:
+    """One row of both teachers is 256 bytes; the requests ask for 13, 7, 0 and 25 rows."""
+    careful = TeacherPool(replace(config(paths), max_in_flight_bytes=20 * 256), teachers.draw)
+    handles = [careful.submit(request) for request in REQUESTS]
+    assert [handle.size_bytes for handle in handles] == [13 * 256, 7 * 256, 0, 25 * 256]
+    under_way: list[list[bool]] = []
+    answers = []
+    for handle in handles:
+        under_way.append([bool(other.calls) for other in handles])
+        answers.append(careful.result(handle))
+    assert under_way == [[True, True, True, False], [True, True, True, False], [True] * 4, [True] * 4]
+    assert_equal_bits(answers, expected)
+    late_first = [careful.submit(request) for request in REQUESTS][::-1]  # the last is not sent yet
+    assert_equal_bits([careful.result(handle) for handle in late_first][::-1], expected)
 
 
 def test_silence_is_reported_with_the_way_out(actors: TeacherPool, paths: dict[str, str]) -> None:

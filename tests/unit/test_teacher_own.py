@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cogvit.config import SUMMARY
 from cogvit.errors import ConfigError
 from cogvit.teacher.zoo import Grid, Pixels, fingerprint, inspect_teacher, load_teacher
 from tests import teachers
@@ -43,6 +44,21 @@ def test_one_with_a_grid_and_a_normalization_of_its_own_is_resampled() -> None:
     torch.testing.assert_close(own, expected, atol=1e-6, rtol=0)
     field = F.interpolate(expected.T.reshape(1, 12, 4, 4), (2, 5), mode="bicubic", align_corners=False)
     torch.testing.assert_close(other, field[0].flatten(1).T, atol=1e-6, rtol=0)
+
+
+def test_its_summary_is_the_mean_of_its_patches() -> None:
+    for feature in load_teacher(OWN, "fp32", parts=("", SUMMARY)).features(images_of(GRIDS), GRIDS):
+        torch.testing.assert_close(feature[0], feature[1:].mean(dim=0))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_compiled_teacher_says_the_same() -> None:
+    plain, compiled = (load_teacher(OWN, "fp32", compiled=on).features(images_of(GRIDS), GRIDS) for on in (False, True))
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counted >= 1
+    for one, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_bf16_is_near_fp32() -> None:
@@ -103,6 +119,11 @@ def test_what_is_no_teacher_is_refused_in_one_line(path: str, reason: str) -> No
     with pytest.raises(ConfigError, match=reason) as caught:
         inspect_teacher(path)
     assert "\n" not in str(caught.value) and path in str(caught.value)
+
+
+def test_one_has_no_layers_to_choose_from() -> None:
+    with pytest.raises(ConfigError, match="gives one layer"):
+        inspect_teacher(OWN, -2)
 
 
 def test_one_that_gives_another_width_than_it_says_is_named() -> None:

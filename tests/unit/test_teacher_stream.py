@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvit.batch import SampleRef
+from cogvit.config import SUMMARY
 from cogvit.errors import ConfigError, TeacherUnavailable
 from cogvit.objective.masking import mask_tokens
 from cogvit.teacher.standardize import Standardized, fit_stats, hadamard, load_stats, save_stats
@@ -15,11 +18,12 @@ from cogvit.teacher.stream import (
     FeatureRequest,
     Features,
     LocalFeatures,
+    Pixels,
     Shared,
     attach_targets,
     request_of,
 )
-from cogvit.teacher.zoo import load_teacher
+from cogvit.teacher.zoo import Teacher, load_teacher
 from tests import teachers
 from tests.pool import Pool
 
@@ -70,6 +74,39 @@ def test_the_features_can_be_targets_of_a_loss(source: LocalFeatures) -> None:
     student = torch.zeros(9, 32, requires_grad=True)
     F.smooth_l1_loss(student, features).backward()
     assert student.grad is not None and student.grad.ne(0).any()
+
+
+def test_a_summary_comes_with_the_patches_or_alone_once_an_image(source: LocalFeatures) -> None:
+    asked = teachers.request((1, None, teachers.UNREADABLE, 2), ((3, 3), (0, 0), (2, 2), (2, 5)))
+    patches = ask(source, asked)["dinov3"]
+    teacher = source.teachers["dinov3"]
+    assert isinstance(teacher, Teacher)
+    both = LocalFeatures({"dinov3": replace(teacher, parts=("", SUMMARY))}, teachers.draw)
+    alone = LocalFeatures({"dinov3": replace(teacher, parts=(SUMMARY,))}, teachers.draw)
+    assert both.dims == {"dinov3": 32, "dinov3_summary": 32} and alone.dims == {"dinov3_summary": 32}
+    found = ask(both, asked)
+    assert torch.equal(found["dinov3"], patches) and found["dinov3_summary"].shape == (3, 32)
+    assert found["dinov3_summary"][1].eq(0).all() and found["dinov3_summary"][[0, 2]].ne(0).all()
+    assert torch.equal(ask(alone, asked)["dinov3_summary"], found["dinov3_summary"])
+
+
+def test_held_out_images_are_seen_as_they_are(source: LocalFeatures) -> None:
+    keys: list[int | None] = []
+
+    def note_key(sample: SampleRef, key: int | None, size_hw_px: tuple[int, int]) -> Pixels | None:
+        keys.append(key)
+        return teachers.draw(sample, 0, size_hw_px)
+
+    noting = LocalFeatures({"dinov3": source.teachers["dinov3"]}, note_key)
+    (batch,) = teachers.step_batch(0, (PACK,)).micro
+    ask(noting, request_of(batch, 0.35))
+    assert keys == [1, 2, 3]
+    keys.clear()
+    for step in attach_targets(
+        [teachers.step_batch(0, (PACK,))], noting, mask_ratio=0.35, in_flight_steps=1, augmented=False
+    ):
+        assert step.micro[0].targets is not None
+    assert keys == [None] * 3
 
 
 class Recorder:
@@ -132,17 +169,19 @@ def test_statistics_come_back_to_the_bit_and_only_for_their_teachers(source: Loc
     stats = fit_stats(source, requests(), FINGERPRINTS, "channel")
     path = tmp_path / "run" / "stats.safetensors"
     save_stats(path, stats)
-    loaded = load_stats(path, FINGERPRINTS, "channel")
+    loaded = load_stats(path, FINGERPRINTS, "channel", "way out")
     for name, fingerprint in FINGERPRINTS.items():
         assert loaded[name].fingerprint == fingerprint
         for part in ("mean", "std"):
             assert torch.equal(getattr(loaded[name], part), getattr(stats[name], part))
     assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
-    with pytest.raises(ConfigError, match="another teacher 'dinov3'"):
-        load_stats(path, FINGERPRINTS | {"dinov3": "c" * 64}, "channel")
+    with pytest.raises(ConfigError, match=r"another teacher 'dinov3' .*; way out$"):
+        load_stats(path, FINGERPRINTS | {"dinov3": "c" * 64}, "channel", "way out")
+    with pytest.raises(ConfigError, match=r"another teacher 'third' .none, now"):
+        load_stats(path, FINGERPRINTS | {"third": "c" * 64}, "channel", "way out")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError, match="does not read"):
-        load_stats(path, FINGERPRINTS, "channel")
+        load_stats(path, FINGERPRINTS, "channel", "way out")
 
 
 @pytest.mark.parametrize("order", [1, 2, 12, 32, 384, 768, 1152])
@@ -159,9 +198,9 @@ def test_a_width_without_a_hadamard_matrix_is_refused() -> None:
 
 def test_phi_s_gives_every_channel_deviation_one_and_keeps_angles(source: LocalFeatures, tmp_path: Path) -> None:
     save_stats(tmp_path / "stats", fit_stats(source, requests(), FINGERPRINTS, "phi_s"))
-    with pytest.raises(ConfigError, match="does not read"):
-        load_stats(tmp_path / "stats", FINGERPRINTS, "channel")
-    standardized = Standardized(source, load_stats(tmp_path / "stats", FINGERPRINTS, "phi_s"))
+    with pytest.raises(ConfigError, match=r"not fitted for --teachers.standardize channel; way out$"):
+        load_stats(tmp_path / "stats", FINGERPRINTS, "channel", "way out")
+    standardized = Standardized(source, load_stats(tmp_path / "stats", FINGERPRINTS, "phi_s", "way out"))
     for name in ("siglip2", "dinov3"):
         raw = torch.cat([ask(source, request)[name] for request in requests()]).double()
         x = torch.cat([ask(standardized, request)[name] for request in requests()]).double()

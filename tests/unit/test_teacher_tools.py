@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from cogvit.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config import SUMMARY, DataConfig, EvalConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
+from cogvit.targets import makers_of, sample_requests
+from cogvit.teacher.standardize import Method, Standardized, load_stats
 from cogvit.teacher.store import StoreFeatures
 from cogvit.teacher.stream import LocalFeatures
 from cogvit.teacher.zoo import Grid, Pixels, load_teacher
+from data_pipeline.index import open_index
 from data_pipeline.loader import image_of
 from tests import teachers
 from tests.e2e.corpus import write_shards
 from tools.demo_corpus import pictograms
+from tools.fit_teacher_stats import counted, fit
+from tools.fit_teacher_stats import main as fit_teacher_stats
 from tools.make_demo_teachers import main as make_demo_teachers
 from tools.precompute_features import main as precompute
-from tools.precompute_features import plan_job, run_job, shard_requests, take_dtype
+from tools.precompute_features import of_summaries, plan_job, run_job, shard_requests, take_dtype
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,68 @@ def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.
     assert precompute(["--help"]) == 0
 
 
+def test_a_store_of_summaries_has_one_feature_an_image_of_every_teacher(config: RunConfig) -> None:
+    members = {member.name: load_teacher(member.path, "fp32", parts=(SUMMARY,)) for member in config.teachers.members}
+    source = LocalFeatures(members, image_of)
+    job = plan_job(of_summaries(replace(config, out=config.out + "_summaries")))
+    assert job.makers.keys() == {"siglip2_summary", "dinov3_summary"} == source.dims.keys()
+    run_job(job, source)
+    assert sorted(path.name for path in job.out.iterdir()) == ["dinov3_summary", "lock", "siglip2_summary"]
+    store = StoreFeatures(job.out, job.makers, job.contents)
+    for shard in job.shards:
+        for request in shard_requests(shard.index, shard.rows, shard.grid_hw):
+            stored, computed = store.result(request), source.result(request)
+            assert all(torch.equal(stored[name], computed[name]) for name in job.makers)
+            assert len(stored["dinov3_summary"]) == len(request.samples)
+
+
+def test_tokens_is_all_or_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert precompute(["demo_stage1", "--tokens", "some"]) == 2
+    assert capsys.readouterr().err == "error: --tokens some is none of all, summary\n"
+
+
+@pytest.mark.parametrize("method", ["channel", "phi_s"])
+def test_statistics_of_a_sample_are_written_for_runs_and_are_their_teachers_alone(
+    config: RunConfig, tmp_path: Path, method: Method, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {member.name: load_teacher(member.path, "fp32") for member in config.teachers.members}
+    store = replace(config, out=str(tmp_path / "store"))
+    run_job(plan_job(store), LocalFeatures(members, image_of))
+    teachers_config = replace(config.teachers, source="store", store=store.out, standardize=method)
+    run = replace(config, out=str(tmp_path / "stats"), teachers=teachers_config)
+    fit(run, 1000)
+    assert "75 of 75 images asked for, 0 s left" in capsys.readouterr().out
+    makers, index = makers_of(run.teachers), open_index(run.data, run.data.shards)
+    fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
+    stats = load_stats(tmp_path / "stats", fingerprints, method, "fit them anew")
+    asked = counted(sample_requests(run, index), 75)
+    standardized = Standardized(LocalFeatures(members, image_of), stats)
+    answers = [standardized.result(standardized.submit(request)) for request in asked]
+    for name in members:
+        x = torch.cat([one[name] for one in answers])
+        assert x.mean(dim=0).abs().max() < 1e-4 and (x.std(dim=0) - 1).abs().max() < 1e-2
+    with pytest.raises(ConfigError, match=r"was fitted on another teacher 'dinov3' .*; fit them anew"):
+        load_stats(tmp_path / "stats", fingerprints | {"dinov3": "0" * 64}, method, "fit them anew")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["demo_stage1"], "--out FILE is needed"),
+        (["demo_stage1", "--images", "many"], "--images many must be a whole number above 0"),
+        (["demo_stage1", "--out", "."], "--out . is a directory"),
+        (["demo_stage2", "--out", "x"], "the preset has no teachers"),
+        (["demo_stage1", "--out", "x", "--teachers.source", "store"], "needs --teachers.store DIR"),
+    ],
+)
+def test_statistics_that_cannot_be_fitted_are_refused_in_one_line(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_teacher_stats(words) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+
+
 def test_held_out_shards_of_the_same_names_are_stored_with_the_training_shards(config: RunConfig) -> None:
     write_shards(Path(config.out).parent / "heldout", "a", 3)
     data = replace(config.data, eval_shards=str(Path(config.out).parent / "heldout"))
@@ -131,8 +198,10 @@ def test_the_dtype_is_taken_out_of_the_trainers_flags() -> None:
     assert take_dtype(["--out", "x"]) == (None, ["--out", "x"])
     assert take_dtype(["--dtype", "uint8", "--out", "x"]) == ("uint8", ["--out", "x"])
     assert take_dtype(["--out", "x", "--dtype=fp16"]) == ("fp16", ["--out", "x"])
-    for words in (["--dtype", "int4"], ["--dtype"]):
-        with pytest.raises(ConfigError, match="is none of fp32, bf16, fp16, uint8"):
+    with pytest.raises(ConfigError, match="--dtype int4 is none of fp32, bf16, fp16, uint8"):
+        take_dtype(["--dtype", "int4"])
+    for words in (["--dtype"], ["--dtype", "--out", "x"]):
+        with pytest.raises(ConfigError, match="--dtype needs a value"):
             take_dtype(words)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from cogvit.config import SUMMARY
 from cogvit.errors import ConfigError
 from cogvit.teacher.zoo import Grid, fingerprint, inspect_teacher, load_teacher
 from tests import teachers
@@ -64,6 +65,54 @@ def test_dinov3_is_the_transformers_model_without_class_and_register_tokens(dire
         pixels = ((torch.tensor(image) / 255 - mean) / std).permute(2, 0, 1)[None]
         expected = direct(pixel_values=pixels).last_hidden_state[0, 1 + 3 :]
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["siglip2", "siglip"])
+def test_siglips_summary_is_its_pooled_output(directory: Path, name: str) -> None:
+    grids: tuple[Grid, ...] = ((4, 4), (4, 4)) if name == "siglip" else GRIDS
+    images = images_of(grids, 4)
+    plain = load_teacher(str(directory / name), "fp32").features(images, grids)
+    both = load_teacher(str(directory / name), "fp32", parts=("", SUMMARY)).features(images, grids)
+    for feature, rows in zip(plain, both, strict=True):
+        assert torch.equal(rows[1:], feature)
+    model = getattr(teachers.transformers, "Siglip2VisionModel" if name == "siglip2" else "SiglipVisionModel")
+    direct = model.from_pretrained(directory / name).eval()
+    image, (rows, columns) = torch.tensor(images[0]) / 127.5 - 1, grids[0]
+    if name == "siglip":
+        expected = direct(pixel_values=image.permute(2, 0, 1)[None]).pooler_output[0]
+    else:
+        patches = image.reshape(rows, 4, columns, 4, 3).transpose(1, 2).reshape(1, rows * columns, -1)
+        mask = torch.ones(1, rows * columns, dtype=torch.int64)
+        shapes = torch.tensor([grids[0]])
+        expected = direct(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output[0]
+    torch.testing.assert_close(both[0][0], expected, atol=1e-5, rtol=0)
+
+
+def test_dinov3s_summary_is_its_class_token(directory: Path) -> None:
+    images = images_of(GRIDS, 8)
+    found = load_teacher(str(directory / "dinov3"), "fp32", parts=("", SUMMARY)).features(images, GRIDS)
+    plain = load_teacher(str(directory / "dinov3"), "fp32").features(images, GRIDS)
+    direct = teachers.transformers.DINOv3ViTModel.from_pretrained(directory / "dinov3").eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for image, rows, feature in zip(images, found, plain, strict=True):
+        pixels = ((torch.tensor(image) / 255 - mean) / std).permute(2, 0, 1)[None]
+        expected = direct(pixel_values=pixels).last_hidden_state[0, 0]
+        torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=0)
+        assert torch.equal(rows[1:], feature)
+
+
+def test_a_lower_layer_goes_through_the_last_norm_and_is_another_teacher(directory: Path) -> None:
+    path, grid = str(directory / "dinov3"), (3, 3)
+    (image,) = images_of((grid,), 8)
+    (feature,) = load_teacher(path, "fp32", layer=-2).features([image], [grid])
+    direct = teachers.transformers.DINOv3ViTModel.from_pretrained(path).eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = ((torch.tensor(image) / 255 - mean) / std).permute(2, 0, 1)[None]
+    hidden = direct(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(feature, direct.norm(hidden)[0, 1 + 3 :], atol=1e-5, rtol=0)
+    assert fingerprint(inspect_teacher(path, -2)) != fingerprint(inspect_teacher(path))
+    with pytest.raises(ConfigError, match="has 2 blocks; its layer=-3 must be -2 to -1"):
+        inspect_teacher(path, -3)
 
 
 def test_siglip_sees_its_own_square_and_is_resampled(directory: Path) -> None:

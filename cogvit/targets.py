@@ -1,0 +1,116 @@
+"""Stage 1's targets, put together: the teachers or their store, who asks them, and what standardizes the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from cogvit.config import RunConfig, TeachersConfig
+from cogvit.errors import CogViTError
+from cogvit.parallel.mesh import Mesh
+from cogvit.teacher.actors import TeacherPool
+from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+from cogvit.teacher.store import Maker, StoreFeatures, contents_of
+from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, Shared, request_of
+from cogvit.teacher.zoo import fingerprint, inspect_teacher
+from data_pipeline.augment import augmentation_of
+from data_pipeline.cache import cache_of
+from data_pipeline.index import Index
+from data_pipeline.loader import image_of, step_batches
+from data_pipeline.sizing import sizing_of
+from data_pipeline.topology import topology_of
+
+STATS_REQUESTS = 16  # packs on which a run fits its teachers' statistics where it is given none
+
+
+def makers_of(teachers: TeachersConfig) -> dict[str, Maker]:
+    """Say who computes what is regressed, by its name. Errors: ConfigError for what is no teacher."""
+    makers: dict[str, Maker] = {}
+    for member in teachers.members:
+        spec = inspect_teacher(member.path, member.layer)
+        maker = Maker(fingerprint(spec), teachers.precision, spec.dim)
+        makers |= {member.name + part: maker for part in member.parts}
+    return makers
+
+
+def shared_source(config: RunConfig, train: Index, held_out: Index | None, mesh: Mesh) -> FeatureSource:
+    """Return where features come from: one rank of each model replica asks and shares the answers with its replica.
+
+    Errors: ConfigError or DataError, on all ranks, for teachers, a store or statistics that do not serve.
+    """
+    makers = mesh.from_writer(lambda: makers_of(config.teachers))
+    source, failure = None, None
+    try:
+        if mesh.tp_rank == 0 and mesh.pp_rank == 0:
+            source = open_source(config, makers, [train] if held_out is None else [train, held_out])
+    except CogViTError as error:
+        failure = error
+    mesh.raise_together(failure)
+    return _standardized(config, train, mesh, source, makers)
+
+
+def open_source(config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index]) -> FeatureSource:
+    """Open the store for the shards of some indexes, the actors on the cluster that this process is in, or both.
+
+    Errors: ConfigError names what differs.
+    """
+    teachers = config.teachers
+    store = stored_features(config, makers, indexes) if teachers.source != "online" else None
+    if store is not None and teachers.source == "store":
+        return store
+    augmentation, cache = augmentation_of(config.data), cache_of(config.data)
+    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache))
+    return pool if store is None else FirstThen(store, pool)
+
+
+def stored_features(config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index]) -> StoreFeatures:
+    """Open the feature store of tools.precompute_features for the shards of some indexes.
+
+    Errors: ConfigError names what differs.
+    """
+    sizing = sizing_of(config)
+    contents: dict[str, str] = {}
+    for index in indexes:
+        grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
+        contents |= contents_of(index.shards, index.rows, grids)
+    return StoreFeatures(Path(config.teachers.store), makers, contents)
+
+
+def sample_requests(config: RunConfig, index: Index) -> Generator[FeatureRequest]:
+    """Ask for all features of the packs of the run's plan, from its first step, without end."""
+    # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
+    alone = replace(config, parallel=replace(config.parallel, pp=1))
+    seat = replace(topology_of(["alone"], config.data.canonical_shares).seat(0), decodes=None)
+    with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
+        for step in batches:
+            yield from (request_of(batch, 1.0) for batch in step.micro)
+
+
+def _standardized(
+    config: RunConfig, train: Index, mesh: Mesh, source: FeatureSource | None, makers: dict[str, Maker]
+) -> FeatureSource:
+    """Share one rank's source with its replica, with features standardized by what the run's first start was given."""
+    teachers, path = config.teachers, Path(config.out) / "teacher_stats.safetensors"
+    fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
+
+    def prepare() -> None:
+        if source is None or path.exists():
+            return
+        if teachers.stats:
+            stats = load_stats(
+                Path(teachers.stats), fingerprints, teachers.standardize, "fit them anew: tools.fit_teacher_stats"
+            )
+        else:
+            with closing(sample_requests(config, train)) as requests:
+                stats = fit_stats(source, islice(requests, STATS_REQUESTS), fingerprints, teachers.standardize)
+        save_stats(path, stats)
+
+    mesh.from_writer(prepare)
+    dims = {name: maker.dim for name, maker in makers.items()}
+    shared = Shared(source, dims, mesh.model_group, leader=0, device=mesh.device)
+    way_out = "pass the teacher the run began with, or choose another --out"
+    return Standardized(shared, load_stats(path, fingerprints, teachers.standardize, way_out))

@@ -1,0 +1,97 @@
+"""Fits what standardizes the teachers' features, over a sample of the training images, for --teachers.stats FILE.
+
+Usage: python -m tools.fit_teacher_stats PRESET --out FILE [--images N] [flags of the trainer]
+
+PRESET and flags are those of the runs that will read the file: their teachers, shards and sizes, whether features come
+from actors or a store (--teachers.source), and how they are standardized (--teachers.standardize channel|phi_s). The
+sample is what the run's plan begins with, so it mixes sources and sizes as training does. A file says which teachers it
+was fitted on; a run with others refuses it.
+
+  --images N  size of the sample (4096 by default, an epoch at most), rounded up to a whole pack.
+
+Exit status: 0, or 2 when the configuration cannot run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from cogvit.arguments import asks_for_help, take_flag
+from cogvit.config import RunConfig
+from cogvit.errors import CogViTError, ConfigError
+from cogvit.flags import load_preset, parse
+from cogvit.rules import check_data, check_training
+from cogvit.targets import makers_of, open_source, sample_requests
+from cogvit.teacher.actors import connect, plan_cluster
+from cogvit.teacher.standardize import fit_stats, save_stats
+from cogvit.teacher.stream import FeatureRequest
+from data_pipeline.index import open_index
+
+DEFAULT_IMAGES = 4096
+_LINE_EVERY_S = 10.0
+
+
+def fit(config: RunConfig, num_images: int) -> None:
+    """Fit the statistics of a configuration's teachers on num_images or an epoch and write them to config.out.
+
+    Errors: ConfigError or DataError for teachers, shards or a store that do not serve.
+    """
+    if not config.out:
+        raise ConfigError("--out FILE is needed: where the statistics go")
+    out, teachers = Path(config.out), config.teachers
+    if config.objective != "distill":
+        raise ConfigError("the preset has no teachers; take one of stage 1")
+    check_data(config)
+    check_training(config)
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a directory; name a file in it")
+    makers, index = makers_of(teachers), open_index(config.data, config.data.shards)
+    with ExitStack() as stack:
+        if teachers.source != "store":
+            stack.enter_context(connect(plan_cluster(teachers.ray_address), teachers.num_actors))
+        source = open_source(config, makers, [index])
+        packs = stack.enter_context(closing(sample_requests(config, index)))
+        requests = counted(packs, min(num_images, len(index)))
+        fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
+        save_stats(out, fit_stats(source, requests, fingerprints, teachers.standardize))
+    print(f"{out}: {teachers.standardize} statistics of {', '.join(makers)}")
+
+
+def counted(requests: Iterable[FeatureRequest], num_images: int) -> Iterator[FeatureRequest]:
+    """Yield requests until they hold num_images or more, with a line of progress every ten seconds and at the end."""
+    done, start_s = 0, time.monotonic()
+    next_line_s = start_s + _LINE_EVERY_S
+    for request in requests:
+        yield request
+        done = min(num_images, done + sum(sample is not None for sample in request.samples))
+        now_s = time.monotonic()
+        if now_s >= next_line_s or done >= num_images:
+            left_s = (num_images - done) * (now_s - start_s) / max(1, done)
+            print(f"{done:,} of {num_images:,} images asked for, {left_s:,.0f} s left", flush=True)
+            next_line_s = now_s + _LINE_EVERY_S
+        if done >= num_images:
+            return
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    if not argv or asks_for_help(argv):
+        print(__doc__)
+        return 0 if argv else 2
+    try:
+        images, words = take_flag(argv[1:], "--images")
+        if images is not None and not (images.isdecimal() and int(images) > 0):
+            raise ConfigError(f"--images {images} must be a whole number above 0")
+        fit(parse(load_preset(argv[0]), words), int(images or DEFAULT_IMAGES))
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
