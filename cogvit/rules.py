@@ -110,6 +110,9 @@ def check_data(config: RunConfig) -> None:
         )
     if config.objective == "contrast":
         contrast = config.contrast
+        _require(config.proj_dim >= 1, f"--proj-dim {config.proj_dim} must be at least 1")
+        for flag, start in (("--init-log-t", config.init_log_t), ("--init-bias", config.init_bias)):
+            _require(math.isfinite(start), f"{flag} {start} must be finite")
         _require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
         _require(
             0.0 < contrast.max_temperature < math.inf,
@@ -154,6 +157,12 @@ def check_training(config: RunConfig) -> None:
         ("parallel.step_timeout_s", config.parallel.step_timeout_s),
     ):
         _require(_is_rate(value), f"{what}={value} must be finite and not negative; 0 turns it off")
+    for what, count in (
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
+        ("eval.every_steps", config.eval.every_steps),
+    ):
+        _require(count >= 0, f"{what}={count} must not be negative; 0 turns it off")
     _require(config.eval.steps >= 1, f"eval.steps={config.eval.steps} must be at least 1")
     keep = config.checkpoint.keep_last
     _require(keep >= 1, f"checkpoint.keep_last={keep} must be at least 1")
@@ -169,6 +178,8 @@ def _check_teachers(config: RunConfig) -> None:
     _require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
     for member in teachers.members:
         _check_teacher(member)
+    for name in ("actors_per_teacher", "in_flight_steps"):
+        _require(getattr(teachers, name) >= 1, f"teachers.{name}={getattr(teachers, name)} must be at least 1")
     _require(
         teachers.max_in_flight_bytes >= 1,
         f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cogvit.draws import uniform
 from cogvit.model.attention import packed_attention
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.feedforward import tiled_mlp
+from cogvit.model.feedforward import tiled_mlp, tiles
 from cogvit.model.position import apply_rotary
 from cogvit.model.tokens import PackedLayout, PackedTokens
 
@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Return [S, D]."""
-        if x_SD.device.type == "cpu" and x_SD.requires_grad:
+        if tiles(x_SD, self.fc1, self.fc2):
             return tiled_mlp(x_SD, self.fc1, self.fc2, gated=self.gated)
         h_SF = self.fc1(x_SD)
         if self.gated:

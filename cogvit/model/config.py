@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,23 +61,13 @@ class CogViTConfig:
         for name in ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "naflex_max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.eps <= 0.0 or self.mlp_dim < 1:
-            raise ValueError(f"eps={self.eps} and mlp_ratio={self.mlp_ratio} must be positive")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+        _check_blocks(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.position == "rotary" and self.head_dim % 4:
             raise ValueError(f"2-D rotary positions need a head_dim that 4 divides, not {self.head_dim}")
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
-        for name, legal in (
-            ("norm", ("layernorm", "rmsnorm")),
-            ("mlp", ("gelu", "swiglu")),
-            ("position", ("learned", "rotary")),
-        ):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(legal)}")
+        if self.position not in ("learned", "rotary"):
+            raise ValueError(f"position={self.position!r} must be one of learned, rotary")
 
     @property
     def head_dim(self) -> int:
@@ -105,7 +96,7 @@ class TextConfig:
         vocab_size: number of token ids; the default is ByT5Tokenizer's, 256 bytes, 3 specials and 125 sentinels.
         max_tokens: of a caption; the data plane truncates longer ones.
 
-    Errors: ValueError when a size is not positive or the heads do not divide the width.
+    Errors: ValueError when a size is not positive, the heads do not divide the width or an option is unknown.
     """
 
     vocab_size: int = 384
@@ -127,8 +118,7 @@ class TextConfig:
         for name in ("vocab_size", "max_tokens", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
+        _check_blocks(self)
 
     @property
     def head_dim(self) -> int:
@@ -139,3 +129,18 @@ class TextConfig:
     def mlp_dim(self) -> int:
         """F, hidden width of the MLP (of one of the two branches for swiglu)."""
         return int(self.embed_dim * self.mlp_ratio)
+
+
+def _check_blocks(cfg: CogViTConfig | TextConfig) -> None:
+    """Check what the towers have in common, whose sizes are known to be positive."""
+    if not (0.0 < cfg.eps < math.inf and 0.0 < cfg.mlp_ratio < math.inf and cfg.mlp_dim >= 1):
+        raise ValueError(f"eps={cfg.eps} and mlp_ratio={cfg.mlp_ratio} must be positive")
+    if cfg.embed_dim % cfg.num_heads:
+        raise ValueError(f"num_heads={cfg.num_heads} does not divide embed_dim={cfg.embed_dim}")
+    if not 0.0 <= cfg.drop_path_rate < 1.0:
+        raise ValueError(f"drop_path_rate={cfg.drop_path_rate} must be in [0, 1)")
+    if cfg.layer_scale_init is not None and not math.isfinite(cfg.layer_scale_init):
+        raise ValueError(f"layer_scale_init={cfg.layer_scale_init} must be finite")
+    for name, legal in (("norm", ("layernorm", "rmsnorm")), ("mlp", ("gelu", "swiglu"))):
+        if getattr(cfg, name) not in legal:
+            raise ValueError(f"{name}={getattr(cfg, name)!r} must be one of {', '.join(legal)}")

@@ -5,6 +5,8 @@ What lives here: the tiles' forward and backward. `cogvit.model.blocks.Mlp` has 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,24 +17,43 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 TILE_TOKENS = 512
 
 
+def tiles(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> bool:
+    """Whether `tiled_mlp` gives what calling the layers one by one gives, and is worth it: training, on CPU.
+
+    It is not where a layer was replaced (adapters, quantization), has hooks (pruning, recorders of activations) or is
+    frozen, whose weight gradients nobody needs.
+    """
+    return x_SD.device.type == "cpu" and x_SD.ndim == 2 and x_SD.requires_grad and _is_plain(fc1) and _is_plain(fc2)
+
+
+def _is_plain(layer: torch.nn.Linear) -> bool:
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is torch.nn.Linear and layer.weight.requires_grad and not any(hooks)
+
+
 def tiled_mlp(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear, *, gated: bool) -> Tensor:
     """Return fc2(GELU(fc1(x))) or, gated, fc2(SiLU(gate) * up) with [gate; up] = fc1(x); [S, D] in and out.
 
     Keeps the input and what fc1 gives; the activation is computed again in backward. Gradients of the weights are
-    summed over tiles in the weights' dtype, under autocast too. Differentiable once.
+    summed over tiles in fp32 or better, under autocast and in half-precision models too. Differentiable once.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_SD.dtype
-    out: Tensor = _TiledMlp.apply(x_SD.to(dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, gated)  # type: ignore[no-untyped-call]
-    return out
+    outputs: tuple[Tensor, ...] = _TiledMlp.apply(  # type: ignore[no-untyped-call]
+        x_SD.to(dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, gated
+    )
+    return outputs[0]
 
 
 class _TiledMlp(torch.autograd.Function):
-    """Both linear layers and the activation between them; computes in the input's dtype."""
+    """Both linear layers and the activation between them; computes in the input's dtype.
+
+    What fc1 gives, tile by tile, is among the outputs because that is how torch.func lets a function keep it.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_SD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, gated: bool
-    ) -> Tensor:
+        x_SD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, gated: bool
+    ) -> tuple[Tensor, ...]:
         up, bias1, down, bias2 = (p.to(x_SD.dtype) for p in (w1_FD.t(), b1_F, w2_DF.t(), b2_D))
         out_SD = torch.empty_like(x_SD)
         hidden = []
@@ -40,26 +61,35 @@ class _TiledMlp(torch.autograd.Function):
             h = torch.addmm(bias1, x, up)
             torch.addmm(bias2, _activate(h, gated), down, out=out)
             hidden.append(h)
-        ctx.save_for_backward(x_SD, w1_FD, w2_DF, *hidden)
-        ctx.gated = gated  # type: ignore[attr-defined]
-        return out_SD
+        return out_SD, *hidden
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x_SD, w1_FD, _, w2_DF, _, gated = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_SD, w1_FD, w2_DF, *output[1:])
+        ctx.gated = gated  # type: ignore[attr-defined]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_SD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_SD is None:
+            return (None,) * 6
         x_SD, w1_FD, w2_DF, *hidden = ctx.saved_tensors  # type: ignore[attr-defined]
         up, down = w1_FD.to(x_SD.dtype), w2_DF.to(x_SD.dtype)
-        grad_w1, grad_w2 = torch.zeros_like(w1_FD), torch.zeros_like(w2_DF)
-        grad_b1, grad_b2 = w1_FD.new_zeros(len(w1_FD)), grad_SD.sum(0, dtype=w2_DF.dtype)
+        total = torch.promote_types(w1_FD.dtype, torch.float32)
+        grad_w1, grad_w2 = torch.zeros_like(w1_FD, dtype=total), torch.zeros_like(w2_DF, dtype=total)
+        grad_b1, grad_b2 = torch.zeros_like(w1_FD[:, 0], dtype=total), grad_SD.sum(0, dtype=total)
         grad_x_SD = torch.empty_like(x_SD)
         tiles = (x.split(TILE_TOKENS) for x in (x_SD, grad_SD, grad_x_SD))
         for x, grad, grad_x, h in zip(*tiles, hidden, strict=True):
             _add_product(grad_w2, grad.t(), _activate(h, ctx.gated))  # type: ignore[attr-defined]
             grad_h = _activation_gradient(grad @ down, h, ctx.gated)  # type: ignore[attr-defined]
             _add_product(grad_w1, grad_h.t(), x)
-            grad_b1 += grad_h.sum(0, dtype=grad_b1.dtype)
+            grad_b1 += grad_h.sum(0, dtype=total)
             torch.mm(grad_h, up, out=grad_x)
-        return grad_x_SD, grad_w1, grad_b1, grad_w2, grad_b2, None
+        return grad_x_SD, *(g.to(w1_FD.dtype) for g in (grad_w1, grad_b1, grad_w2, grad_b2)), None
 
 
 def _activate(h: Tensor, gated: bool) -> Tensor:

@@ -138,7 +138,7 @@ class InnerOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] += 1
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None or group["peak_lr"] == 0.0:  # a locked module costs no Newton-Schulz
                     continue
                 param.mul_(1.0 - group["lr"] * group["weight_decay"])
                 state = self._state_of(param, group["kind"])

@@ -106,6 +106,13 @@ def test_muon_kind_is_nesterov_then_newton_schulz() -> None:
     assert optimizer.newton_schulz_calls == 3
 
 
+def test_a_locked_module_costs_no_newton_schulz() -> None:
+    param = Parameter(rand(6, 4))
+    optimizer = InnerOptimizer([replace(group_of(param, "muon", 0.5), lr_mult=0.0)], OptimConfig())
+    assert torch.equal(run_steps(optimizer, param, 2), rand(6, 4))
+    assert optimizer.newton_schulz_calls == 0
+
+
 def test_rates_follow_the_schedule() -> None:
     param = Parameter(torch.zeros(3))
     optimizer = InnerOptimizer([group_of(param, "sgd")], OptimConfig())
