@@ -92,6 +92,13 @@ class SampleRef:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamedSample(SampleRef):
+    """A sample of a stream, whose image nobody can read again: it travels with it."""
+
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherTargets:
     """Features of the masked tokens only, in pack order, standardized per channel."""
 

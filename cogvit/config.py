@@ -35,6 +35,12 @@ class DataConfig:
     index_dir: str = option("", "where SHARD.parquet lies; beside the shard if empty")
     cache_dir: str = option("", "directory on each node's own disk that remote shards are copied to, whole")
     cache_bytes: int = option(100_000_000_000, "the most that data.cache_dir may hold")
+    order: Literal["planned", "sequential"] = option(
+        "planned",
+        "planned: by the index; sequential: shards as they lie, without an index, through webdataset, at reduced"
+        " guarantees: shuffled and balanced only inside lookahead_steps of each rank, no mixture, batches depend on the"
+        " number of ranks, and a resumed run begins the shards anew",
+    )
     where: str = option("", "a rule over the index for the samples to use, like 'width_px >= 64 and source != \"ads\"'")
     duplicates: Literal["drop", "keep"] = option("drop", "of images that are equal byte for byte, use the first or all")
     mixture: tuple[tuple[str, float], ...] = option((), "weights of the index's sources; by their sizes if empty")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Corpus:
     """The indexes of a run's shards."""
 
-    train: Index
+    train: Index | None  # None where the shards are read in sequential order
     held_out: Index | None  # None where the run does not evaluate
 
 
@@ -43,18 +43,32 @@ def open_corpus(config: RunConfig) -> Corpus:
     if config.eval.every_steps and not data.eval_shards:
         raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
     held_out = open_index(data, data.eval_shards) if config.eval.every_steps else None
-    return Corpus(open_index(data, data.shards), held_out)
+    return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out)
+
+
+def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
+    """Return where a new run begins. Errors: DataError."""
+    from data_pipeline.loader import start_position
+    from data_pipeline.stream import stream_position
+
+    if corpus.train is None:
+        return stream_position(config)
+    return start_position(corpus.train, config, with_text=config.objective == "contrast")
 
 
 def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
     """Return this rank's part of the global batches, by where all ranks sit: its replica's packs, and what it decodes.
 
-    The first pipeline stage alone embeds patches, and its tensor ranks decode an equal slice of them each.
+    The first pipeline stage alone embeds patches, and its tensor ranks decode an equal slice of them each. A stream
+    knows no places: its replicas are one group.
 
     Errors: ConfigError, on all ranks, when one does not find its place.
     """
-    from data_pipeline.topology import Slice, local_address, topology_of
+    from data_pipeline.topology import Seat, Slice, local_address, topology_of
 
+    decodes = Slice(mesh.tp_rank, mesh.tp_size) if mesh.is_first_stage else None
+    if config.data.order == "sequential":
+        return Seat(mesh.dp_rank, mesh.dp_size, range(config.data.canonical_shares), decodes)
     address, failure = "", None
     try:
         address = local_address(config.data.topology)
@@ -64,7 +78,7 @@ def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
     # Where a replica spans nodes, its first rank reads the images.
     leaders = sorted(mesh.gather((mesh.pp_rank, mesh.tp_rank, mesh.dp_rank, address)))[: mesh.dp_size]
     seat = topology_of([place for *_, place in leaders], config.data.canonical_shares).seat(mesh.dp_rank)
-    return replace(seat, decodes=Slice(mesh.tp_rank, mesh.tp_size) if mesh.is_first_stage else None)
+    return replace(seat, decodes=decodes)
 
 
 @contextmanager
@@ -115,7 +129,7 @@ def batch_server(config: RunConfig, mesh: Mesh) -> BatchServer | None:
 
 def rank_batches(
     config: RunConfig,
-    index: Index,
+    index: Index | None,
     intake: Intake,
     source: FeatureSource | None,
     position: DataPosition | None,
@@ -123,12 +137,9 @@ def rank_batches(
     """Yield this rank's batches with their teacher targets where the objective has teachers."""
     from cogvit.teacher.stream import attach_targets
     from data_pipeline.augment import AS_IT_IS, augmentation_of
-    from data_pipeline.loader import step_batches
     from data_pipeline.pinned import pinned_ahead
-    from data_pipeline.server import served_batches
 
-    load = step_batches if intake.server is None else partial(served_batches, intake.server)
-    batches = load(index, config, intake.seat, position, with_text=config.objective == "contrast")
+    batches = image_batches(config, index, intake.seat, intake.server, position)
     if intake.device.type == "cuda":
         batches = pinned_ahead(batches, intake.device)
     with closing(batches):
@@ -143,6 +154,21 @@ def rank_batches(
                 in_flight_steps=teachers.in_flight_steps,
                 augmented=augmentation_of(config.data) != AS_IT_IS,
             )
+
+
+def image_batches(
+    config: RunConfig, index: Index | None, seat: Seat, server: BatchServer | None, position: DataPosition | None
+) -> Generator[StepBatch]:
+    """Return this rank's batches without targets; no index is a stream."""
+    from data_pipeline.loader import step_batches
+    from data_pipeline.server import served_batches
+    from data_pipeline.stream import stream_batches
+
+    with_text = config.objective == "contrast"
+    if index is None:
+        return stream_batches(config, seat, position, with_text=with_text)
+    load = step_batches if server is None else partial(served_batches, server)
+    return load(index, config, seat, position, with_text=with_text)
 
 
 def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:

@@ -49,6 +49,11 @@ def check_layout(config: RunConfig, world_size: int) -> None:
             tower.depth % pp == 0,
             f"--parallel.pp {pp} does not divide {name}.depth={tower.depth}; use a divisor of it",
         )
+    dp, images = world_size // (tp * pp), config.data.global_batch_images
+    _require(
+        config.data.order == "planned" or dp <= images,
+        f"--data.order sequential deals data.global_batch_images={images} to {dp} ranks; raise it",
+    )
     _require(
         config.zero.stage in (1, 2),
         f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3"
@@ -103,9 +108,17 @@ def check_data(config: RunConfig) -> None:
             f" data.max_patches={data.max_patches}",
         )
     _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
-    for flag, shards in (("--data.shards", data.shards), ("--data.eval-shards", data.eval_shards)):
+    planned = data.order == "planned"
+    for name, default in (("where", ""), ("mixture", ()), ("loading", "in_process")):
         _require(
-            not shards.startswith("pipe:") or bool(data.cache_dir),
+            planned or getattr(data, name) == default,
+            f"--data.order sequential has no index for data.{name}; leave that out, or index the shards",
+        )
+    for flag, shards, by_offset in (
+        ("--data.shards", data.shards, planned), ("--data.eval-shards", data.eval_shards, True),
+    ):  # fmt: skip
+        _require(
+            not by_offset or not shards.startswith("pipe:") or bool(data.cache_dir),
             f"{flag} {shards} prints whole shards, and samples are read by offset; pass --data.cache-dir DIR",
         )
     if config.objective == "contrast":
@@ -189,6 +202,11 @@ def _check_teachers(config: RunConfig) -> None:
         teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
         f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above"
         f" teachers.max_wait_s={teachers.max_wait_s}: a step may wait that long for features",
+    )
+    _require(
+        teachers.source == "online" or config.data.order == "planned",
+        f"--teachers.source {teachers.source} finds features by the index, and --data.order sequential has none; pass"
+        " --teachers.source online",
     )
     for name, off in (("flip", False), ("crop", 1.0), ("color", 0.0)):
         _require(

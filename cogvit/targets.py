@@ -22,6 +22,7 @@ from data_pipeline.cache import cache_of
 from data_pipeline.index import Index
 from data_pipeline.loader import image_of, step_batches
 from data_pipeline.sizing import sizing_of
+from data_pipeline.stream import stream_batches
 from data_pipeline.topology import topology_of
 
 STATS_REQUESTS = 16  # packs on which a run fits its teachers' statistics where it is given none
@@ -37,7 +38,7 @@ def makers_of(teachers: TeachersConfig) -> dict[str, Maker]:
     return makers
 
 
-def shared_source(config: RunConfig, train: Index, held_out: Index | None, mesh: Mesh) -> FeatureSource:
+def shared_source(config: RunConfig, train: Index | None, held_out: Index | None, mesh: Mesh) -> FeatureSource:
     """Return where features come from: one rank of each model replica asks and shares the answers with its replica.
 
     Errors: ConfigError or DataError, on all ranks, for teachers, a store or statistics that do not serve.
@@ -46,7 +47,7 @@ def shared_source(config: RunConfig, train: Index, held_out: Index | None, mesh:
     source, failure = None, None
     try:
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:
-            source = open_source(config, makers, [train] if held_out is None else [train, held_out])
+            source = open_source(config, makers, [index for index in (train, held_out) if index is not None])
     except CogViTError as error:
         failure = error
     mesh.raise_together(failure)
@@ -80,18 +81,23 @@ def stored_features(config: RunConfig, makers: dict[str, Maker], indexes: Sequen
     return StoreFeatures(Path(config.teachers.store), makers, contents)
 
 
-def sample_requests(config: RunConfig, index: Index) -> Generator[FeatureRequest]:
-    """Ask for all features of the packs of the run's plan, from its first step, without end."""
+def sample_requests(config: RunConfig, index: Index | None) -> Generator[FeatureRequest]:
+    """Ask for all features of the packs of the run's plan, or of its stream, from its first step, without end."""
     # On one stage, so that the packs, and with them the statistics, do not depend on the layout.
     alone = replace(config, parallel=replace(config.parallel, pp=1))
     seat = replace(topology_of(["alone"], config.data.canonical_shares).seat(0), decodes=None)
-    with closing(step_batches(index, alone, seat, None, with_text=False)) as batches:
+    batches = (
+        stream_batches(alone, seat, None, with_text=False)
+        if index is None
+        else step_batches(index, alone, seat, None, with_text=False)
+    )
+    with closing(batches):
         for step in batches:
             yield from (request_of(batch, 1.0) for batch in step.micro)
 
 
 def _standardized(
-    config: RunConfig, train: Index, mesh: Mesh, source: FeatureSource | None, makers: dict[str, Maker]
+    config: RunConfig, train: Index | None, mesh: Mesh, source: FeatureSource | None, makers: dict[str, Maker]
 ) -> FeatureSource:
     """Share one rank's source with its replica, with features standardized by what the run's first start was given."""
     teachers, path = config.teachers, Path(config.out) / "teacher_stats.safetensors"

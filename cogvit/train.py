@@ -25,6 +25,7 @@ from cogvit.feed import (
     Intake,
     batch_server,
     feature_source,
+    first_position,
     held_out,
     open_corpus,
     rank_batches,
@@ -115,14 +116,13 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     from cogvit.training.spikes import SpikeLog
     from cogvit.training.state import TrainState
     from cogvit.training.watchdog import Watchdog
-    from data_pipeline.loader import start_position
 
     mesh = start_mesh(config.parallel)
     contrast = config.objective == "contrast"
     with ExitStack() as resources:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
-        start = start_position(corpus.train, config, with_text=contrast)
+        start = first_position(config, corpus)
         resources.enter_context(ray_cluster(config, mesh))
         intake = Intake(seat, batch_server(config, mesh), mesh.device)
         source = None if contrast else feature_source(config, corpus, mesh)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRef, StepBatch
+from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRef, StepBatch, StreamedSample
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
@@ -108,7 +108,10 @@ def image_of(
     Without a key it is not augmented. For other processes: it needs the sample's place alone. Errors: DataError when
     the shard cannot be read.
     """
-    data = ShardReader(cache).read(sample.shard, sample.offset_bytes, sample.size_bytes, sample.version)
+    if isinstance(sample, StreamedSample):
+        data = sample.data
+    else:
+        data = ShardReader(cache).read(sample.shard, sample.offset_bytes, sample.size_bytes, sample.version)
     view = PLAIN if key is None else views_of(np.array([key]), augmentation)[0]
     try:
         image = read_image_at(data, size_hw_px, view)
@@ -272,26 +275,14 @@ class StepLoader:
         return StepBatch(tuple(micro), position, cut_captions, downsized, decoded, tuple(failures))
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], decodes: Slice | None) -> Decoded:
-        """Pack images, of which those that other ranks decode are zeros here; without width where all are."""
-        patch_px, limits, grids = self.config.vision.patch_size, pack_limits(self.config), batch.grid_hw[order]
-        views = views_of(batch.key[order], augmentation_of(self.config.data))
-        mine = [False] * len(refs) if decodes is None else decodes.begins(grids.prod(axis=1))
-        elsewhere = torch.zeros(1, 0 if decodes is None else 3 * patch_px**2, dtype=torch.uint8)
-        patches: list[Tensor | None] = []
-        failures = []
-        for ref, (rows, columns), view, here in zip(refs, grids.tolist(), views, mine, strict=True):
-            if not here:
-                patches.append(elsewhere)
-                continue
-            data = self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
-            try:
-                patches.append(decode_patches(data, (rows, columns), patch_px, view))
-            except DataError as error:
-                row = int(batch.rows[order[len(patches)]])
-                failures.append(f"{self.index.name(row)} counts with weight 0: {error}")
-                patches.append(None)
-        images = assemble_images(patches, grids, batch.key[order], elsewhere.shape[1], limits)
-        return Decoded(images, sum(mine), tuple(failures))
+        def read(number: int) -> bytes:
+            ref = refs[number]
+            return self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
+
+        def name(number: int) -> str:
+            return self.index.name(int(batch.rows[order[number]]))
+
+        return decode_pack(self.config, batch.grid_hw[order], batch.key[order], decodes, read, name)
 
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
@@ -303,6 +294,38 @@ class StepLoader:
             found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
             captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions
+
+
+def decode_pack(
+    config: RunConfig,
+    grid_hw: Ints,
+    key: Ints,
+    decodes: Slice | None,
+    read: Callable[[int], bytes],
+    name: Callable[[int], str],
+) -> Decoded:
+    """Pack images, of which those that other ranks decode are zeros here; without width where all are.
+
+    read and name take the place of an image in the pack; a name is for the message when it does not decode.
+    """
+    patch_px = config.vision.patch_size
+    views = views_of(key, augmentation_of(config.data))
+    mine = [False] * len(views) if decodes is None else decodes.begins(grid_hw.prod(axis=1))
+    elsewhere = torch.zeros(1, 0 if decodes is None else 3 * patch_px**2, dtype=torch.uint8)
+    patches: list[Tensor | None] = []
+    failures = []
+    for number, ((rows, columns), view, here) in enumerate(zip(grid_hw.tolist(), views, mine, strict=True)):
+        if not here:
+            patches.append(elsewhere)
+            continue
+        data = read(number)
+        try:
+            patches.append(decode_patches(data, (rows, columns), patch_px, view))
+        except DataError as error:
+            failures.append(f"{name(number)} counts with weight 0: {error}")
+            patches.append(None)
+    images = assemble_images(patches, grid_hw, key, elsewhere.shape[1], pack_limits(config))
+    return Decoded(images, sum(mine), tuple(failures))
 
 
 def caption_cost(num_tokens: Ints, config: RunConfig) -> Ints:

@@ -157,6 +157,8 @@ def view_batch(argv: list[str]) -> None:
     config = parse(load_preset(rest[0]), rest[1:])
     if not config.out.endswith(".png"):
         raise ConfigError(f"--out {config.out!r} must name a .png file")
+    if config.data.order == "sequential":
+        raise ConfigError("--data.order sequential plans nothing that could be shown; pass --data.order planned")
     with_text = config.objective == "contrast"
     index = usable_index(open_index(config.data, config.data.shards), with_text)
     start = start_position(index, config, with_text=with_text)

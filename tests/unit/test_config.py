@@ -153,6 +153,20 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
                 ("color=0.1", r"--data\.color shows the student others; pass --data\.color 0\.0"),
             )
         ),
+        (
+            DISTILL,
+            ["--data.order=sequential", "--teachers.source=store", "--teachers.store=x"],
+            1,
+            r"finds features by the index, and --data\.order sequential has none",
+        ),
+        (
+            CONTRAST,
+            ["--data.order=sequential", "--data.global-batch-images=3"],
+            4,
+            r"deals data\.global_batch_images=3 to 4 ranks",
+        ),
+        (CONTRAST, ["--data.shards=pipe:x"], 1, r"prints whole shards.*; pass --data\.cache-dir DIR"),
+        (CONTRAST, ["--data.cache-bytes=0"], 1, r"data\.cache_bytes=0 must be at least 1"),
         (DISTILL, ["--data.crop=0"], 1, r"--data\.crop 0\.0 must be in \(0, 1\]"),
         (DISTILL, ["--data.color=1"], 1, r"--data\.color 1\.0 must be in \[0, 1\)"),
         (DISTILL, ["--data.zh-fraction=1.5"], 1, r"data\.zh_fraction=1\.5 must be in \[0, 1\]"),
