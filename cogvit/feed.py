@@ -56,6 +56,15 @@ def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
     return start_position(corpus.train, config, with_text=config.objective == "contrast")
 
 
+def describe(config: RunConfig, corpus: Corpus) -> str:
+    """Return one line on what the run trains on, and what of it is left out for which reason."""
+    from data_pipeline.loader import usable_index
+
+    if corpus.train is None:
+        return f"data: a stream of {config.data.shards}"
+    return f"data: {usable_index(corpus.train, config.objective == 'contrast').describe()}"
+
+
 def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
     """Return this rank's part of the global batches, by where all ranks sit: its replica's packs, and what it decodes.
 

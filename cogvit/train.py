@@ -24,6 +24,7 @@ from cogvit.feed import (
     Corpus,
     Intake,
     batch_server,
+    describe,
     feature_source,
     first_position,
     held_out,
@@ -123,6 +124,8 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         start = first_position(config, corpus)
+        if mesh.is_writer:
+            print(describe(config, corpus), flush=True)
         resources.enter_context(ray_cluster(config, mesh))
         intake = Intake(seat, batch_server(config, mesh), mesh.device)
         source = None if contrast else feature_source(config, corpus, mesh)

@@ -25,6 +25,7 @@ from data_pipeline.augment import PLAIN, View
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
+_TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, as a decompression bomb has; shrink the image"
 _EXIF_MARK = b"Exif\0\0"
 _JPEG_MARK = b"\xff\xd8\xff"
 
@@ -96,6 +97,8 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise DataError("no known image format, or a damaged header") from None
+    except Image.DecompressionBombError:
+        raise DataError(_TOO_LARGE) from None
     _check_pixels(image.height, image.width)
     return image
 
@@ -158,6 +161,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _check_pixels(height_px: int, width_px: int) -> None:
     if height_px * width_px > MAX_PIXELS:
-        raise DataError(f"{width_px} x {height_px} pixels exceed the limit of {MAX_PIXELS}; shrink the image")
+        raise DataError(_TOO_LARGE)
     if min(height_px, width_px) < 1:
         raise DataError("the image has no pixels")

@@ -70,8 +70,10 @@ class Index:
         return replace(self, keys=self.keys.filter(pa.array(chosen)), rows=self.rows[chosen])
 
     def captioned(self) -> Index:
-        """Return the index of the samples that have a caption."""
-        return self.select(self.rows["caption_member"] >= 0)
+        """Return the index of the samples that have a caption; the others are counted as left out."""
+        captioned = self.select(self.rows["caption_member"] >= 0)
+        missing = len(self) - len(captioned)
+        return replace(captioned, left_out=self.left_out | {"no caption": missing}) if missing else self
 
     def chosen_bytes(self, rows: NDArray[np.int64], choice: CaptionChoice) -> NDArray[np.int64]:
         """Return the UTF-8 length of the chosen caption of each of some rows, all of which have one."""

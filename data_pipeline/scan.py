@@ -30,6 +30,10 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
     for member in members_of(shard, file):
         if not member.name.isprintable():
             problems["a name is not printable UTF-8"] += 1
+        elif not member.is_regular:
+            problems["a link, device or sparse file, which is not followed"] += 1
+        elif member.extension in CAPTION_EXTENSIONS and member.extension in texts.get(member.key, {}):
+            problems["a second json or txt of the same key"] += 1
         elif member.extension in CAPTION_EXTENSIONS:
             texts.setdefault(member.key, {})[member.extension] = member
         elif member.extension in IMAGE_EXTENSIONS and member.key in images:

@@ -40,11 +40,12 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One regular file of a tar, with where its bytes lie."""
+    """One file of a tar, with where its bytes lie."""
 
     name: str
     offset_bytes: int
     data: bytes
+    is_regular: bool = True  # a link or device is not followed, and has no bytes
 
     @property
     def key(self) -> str:
@@ -288,11 +289,11 @@ def whole_shard(path: str) -> Iterator[tuple[IO[bytes], ShardVersion]]:
 def read_members(path: str) -> Iterator[Member]:
     """Walk through a tar once and yield its regular members in order. Errors: as `members_of`; DataError."""
     with whole_shard(path) as (file, _):
-        yield from members_of(path, file)
+        yield from (member for member in members_of(path, file) if member.is_regular)
 
 
 def members_of(path: str, stream: IO[bytes]) -> Iterator[Member]:
-    """Yield the regular members of an open tar in order.
+    """Yield the members of an open tar in order, without its directories.
 
     Errors: DataError when it is not a plain tar, is damaged, or ends without an end marker (a killed writer's tar).
     """
@@ -303,6 +304,8 @@ def members_of(path: str, stream: IO[bytes]) -> Iterator[Member]:
                 content = archive.extractfile(info) if info.isreg() and not info.issparse() else None
                 if content is not None:
                     yield Member(info.name, info.offset_data, content.read())
+                elif not info.isdir():
+                    yield Member(info.name, info.offset_data, b"", is_regular=False)
             _check_end(path, stream, archive.offset)
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a plain tar or is cut short: {error}; re-create it") from error

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import naflex_grid
+from data_pipeline.loader import lay_out
 from data_pipeline.permutation import permute
 from data_pipeline.plan import Planner, plan_hash, plan_spec
 from data_pipeline.sizing import Sizing
+from data_pipeline.topology import topology_of
 from tests.data.corpus import PATCH_PX, bare_index, run_config
 
 
@@ -69,6 +71,56 @@ def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, 
         assert len(set(zip(rows[mine], epoch[mine], strict=True))) == mine.sum()  # never twice
         assert np.array_equal(np.bincount(epoch[mine], minlength=whole)[:whole], np.full(whole, size))  # never left out
         assert epoch[mine].max() <= whole
+
+
+RANKS = st.sampled_from([1, 2, 4, 6, 64])
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(3, 120), min_size=1, max_size=3),
+    shares=st.sampled_from([1, 4, 8]),
+    per_node=st.sampled_from([1, 2, 8]),
+    before=RANKS,
+    after=RANKS,
+    stop=st.integers(0, 12),
+    seed=st.integers(0, 2**40),
+)
+def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_seen(
+    sizes, shares, per_node, before, after, stop, seed
+):
+    """The batches of 1, 2, 4, 6 and 64 ranks are one sequence, stopped at any step and resumed on another count."""
+    index = bare_index(sizes)
+    config = run_config(
+        global_batch_images=24, lookahead_steps=2, canonical_shares=shares, max_patches=12,
+        mixture=tuple((name, 1.0) for name in index.sources),
+    )  # fmt: skip
+    steps = 2 * -(-len(sizes) * max(sizes) // 48) + 2  # an epoch of the largest source and more
+    alone = Planner(index, plan_spec(config), seed)
+    counts, epochs = np.zeros(len(index), int), [set() for _ in index.rows]
+    for first, last, num_ranks in ((0, min(stop, steps), before), (min(stop, steps), steps, after)):
+        planner = Planner(index, plan_spec(config), seed)  # a process that starts knows nothing of the others
+        topology = topology_of([f"node{rank // per_node:02d}" for rank in range(num_ranks)], shares)
+        for step in range(first, last):
+            drawn = []
+            for group in topology.groups:
+                seats = [topology.seat(rank) for rank in group]
+                batch = planner.batch(step, seats[0].shares)
+                placement = lay_out(batch, index, config, len(group), with_text=True).placement
+                mine = [np.concatenate(placement.packs_of(seat.rank)) for seat in seats]
+                assert {seat.shares for seat in seats} == {seats[0].shares}
+                drawn += [(batch.key[one], batch.rows[one], batch.epoch[one]) for one in mine]
+            key, rows, epoch = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+            whole = alone.batch(step)
+            assert np.array_equal(np.sort(key), np.sort(whole.key)) and len(set(key.tolist())) == 24
+            np.add.at(counts, rows, 1)
+            for row, number in zip(rows.tolist(), epoch.tolist(), strict=True):
+                epochs[row].add(number)
+    for number in range(len(sizes)):
+        mine = index.rows["source"] == number
+        assert counts[mine].sum() == 24 * steps * (number + 1) // len(sizes) - 24 * steps * number // len(sizes)
+        assert counts[mine].max() - counts[mine].min() <= 1  # every sample once before any comes again
+        assert all(epochs[row] == set(range(counts[row])) for row in np.flatnonzero(mine))
 
 
 @settings(max_examples=20)
