@@ -12,7 +12,7 @@ from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig, TextConfig
 
 if TYPE_CHECKING:  # config.py imports this file
-    from cogvit.config import RunConfig, TeacherConfig
+    from cogvit.config import DataConfig, RunConfig, TeacherConfig
 
 
 def _require(holds: bool, message: str) -> None:
@@ -107,20 +107,7 @@ def check_data(config: RunConfig) -> None:
             f"data.budgets_patches has {budget}; budgets are from {data.grid_multiple**2} to"
             f" data.max_patches={data.max_patches}",
         )
-    _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
-    planned = data.order == "planned"
-    for name, default in (("where", ""), ("mixture", ()), ("loading", "in_process")):
-        _require(
-            planned or getattr(data, name) == default,
-            f"--data.order sequential has no index for data.{name}; leave that out, or index the shards",
-        )
-    for flag, shards, by_offset in (
-        ("--data.shards", data.shards, planned), ("--data.eval-shards", data.eval_shards, True),
-    ):  # fmt: skip
-        _require(
-            not by_offset or not shards.startswith("pipe:") or bool(data.cache_dir),
-            f"{flag} {shards} prints whole shards, and samples are read by offset; pass --data.cache-dir DIR",
-        )
+    _check_shards(data)
     if config.objective == "contrast":
         contrast = config.contrast
         _require(config.proj_dim >= 1, f"--proj-dim {config.proj_dim} must be at least 1")
@@ -140,6 +127,23 @@ def check_data(config: RunConfig) -> None:
     _require(0.0 < data.crop <= 1.0, f"--data.crop {data.crop} must be in (0, 1]: the smallest share of the area kept")
     _require(0.0 <= data.color < 1.0, f"--data.color {data.color} must be in [0, 1); 0 turns it off")
     _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
+
+
+def _check_shards(data: DataConfig) -> None:
+    _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
+    planned = data.order == "planned"
+    for name, default in (("where", ""), ("mixture", ()), ("loading", "in_process")):
+        _require(
+            planned or getattr(data, name) == default,
+            f"--data.order sequential has no index for data.{name}; leave that out, or index the shards",
+        )
+    for flag, shards, by_offset in (
+        ("--data.shards", data.shards, planned), ("--data.eval-shards", data.eval_shards, True),
+    ):  # fmt: skip
+        _require(
+            not by_offset or not shards.startswith("pipe:") or bool(data.cache_dir),
+            f"{flag} {shards} prints whole shards, and samples are read by offset; pass --data.cache-dir DIR",
+        )
 
 
 def check_training(config: RunConfig) -> None:
