@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -90,13 +91,17 @@ def node_id() -> str:
 
 
 def batch_bytes(config: RunConfig, num_ranks: int) -> int:
-    """Return what the batches of ranks on one machine take in its object store, those that are made ahead included."""
+    """Return what the batches of ranks on one machine take in its object store, those that are made ahead included.
+
+    At most three quarters of the shared memory that is free; Ray puts on disk what its store cannot hold.
+    """
     data = config.data
     rows, columns = config.vision.base_grid
     most_patches = rows * columns if data.sizing == "square" else data.max_patches
     # Every tensor rank has whole packs, mostly zeros, and may fill its last one with padding.
     tokens = data.global_batch_images * most_patches * config.parallel.tp + data.tokens_per_pack * num_ranks
-    return tokens * 3 * config.vision.patch_size**2 * (steps_ahead(data) + 1)
+    wanted = tokens * 3 * config.vision.patch_size**2 * (steps_ahead(data) + 1)
+    return min(wanted, shutil.disk_usage("/dev/shm").free * 3 // 4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from cogvit.config import RunConfig
 from cogvit.errors import DataError
 from cogvit.teacher.actors import Cluster, connect, plan_cluster
 from data_pipeline.index import Index, build_index, load_index
-from data_pipeline.loader import step_batches
-from data_pipeline.server import BatchRequest, BatchServer, served_batches
+from data_pipeline.loader import step_batches, steps_ahead
+from data_pipeline.server import BatchRequest, BatchServer, batch_bytes, served_batches
 from data_pipeline.topology import Seat, topology_of
 from tests.data.corpus import ANY_SIZE, members, picture, run_config, write_corpus, write_tar
 from tests.pool import Pool
@@ -181,6 +181,21 @@ def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig)
     doomed._start_next()
     with pytest.raises(DataError, match=r"died 4 times of step 3;.*--data\.loading in_process"):
         doomed.result(doomed.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
+
+
+def test_room_for_batches(index: Index, config: RunConfig) -> None:
+    """Enough for all that two ranks have asked for and train on, and never more than the machine has."""
+    room = batch_bytes(config, num_ranks=2)
+    steps = [
+        step
+        for rank in range(2)
+        for step in here(index, config, seat_of(config, rank, 2))[: steps_ahead(config.data) + 1]
+    ]
+    held = sum(micro.images.patches.nbytes for step in steps for micro in step.micro)
+    assert held <= room < 2 * held
+    free = shutil.disk_usage("/dev/shm").free
+    endless = replace(config, data=replace(config.data, global_batch_images=10**9))
+    assert batch_bytes(endless, num_ranks=2) <= free
 
 
 def test_shards_that_changed_or_vanished(server: BatchServer, index: Index, shards: Path, tmp_path: Path) -> None:
