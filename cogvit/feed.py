@@ -93,15 +93,15 @@ def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
 @contextmanager
 def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
     """Start or join the run's Ray cluster where this rank talks to teachers or takes batches from a server."""
-    from cogvit.teacher.actors import connect, plan_cluster
-    from data_pipeline.server import batch_bytes
-
     teachers, served = config.teachers, config.data.loading == "server"
     asks = config.objective == "distill" and teachers.source != "store"
     num_actors = teachers.num_actors if asks else 0
-    store_bytes = batch_bytes(config, mesh.world_size) if served else 0
     with ExitStack() as stack:
         if asks or served:
+            from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
+            from data_pipeline.server import batch_bytes
+
+            store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             cluster = plan_cluster(teachers.ray_address)
             if mesh.is_writer:

@@ -117,6 +117,6 @@ def _standardized(
 
     mesh.from_writer(prepare)
     dims = {name: maker.dim for name, maker in makers.items()}
-    shared = Shared(source, dims, mesh.model_group, leader=0, device=mesh.device)
+    shared = Shared(source, dims, mesh.new_target_group(), leader=0, device=mesh.device)
     way_out = "pass the teacher the run began with, or choose another --out"
     return Standardized(shared, load_stats(path, fingerprints, teachers.standardize, way_out))

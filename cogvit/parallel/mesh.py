@@ -128,6 +128,21 @@ class Mesh:
         assert group is not None
         return group
 
+    def new_target_group(self) -> dist.ProcessGroup | None:
+        """Make the group of each replica's first rank, which asks the teachers, and its last stage, which needs them.
+
+        None on other ranks. Collective over all ranks.
+        """
+        if self.pp_size == 1:
+            return self.model_group
+        layout = ParallelConfig(tp=self.tp_size, pp=self.pp_size)
+        groups: list[list[int]] = [[] for _ in range(self.dp_size)]
+        for rank in range(self.world_size):
+            tp_rank, pp_rank, dp_rank = layout.place(rank)
+            if pp_rank == self.pp_size - 1 or (tp_rank, pp_rank) == (0, 0):
+                groups[dp_rank].append(rank)
+        return dist.new_subgroups_by_enumeration(groups)[0]
+
     def all_reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduce in place over every rank and return the tensor."""
         dist.all_reduce(values, op=op)

@@ -215,12 +215,12 @@ class Shared:
     """One rank of a group asks and all of them receive: the ranks of a group train on the same packs.
 
     `source` is None on every rank but the leader. An error of the leader is raised on all of them, so that none waits
-    for a peer that has left.
+    for a peer that has left. A rank that trains on no features has no group and gets none.
     """
 
     source: FeatureSource | None
     dims: Mapping[str, int]
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     leader: int  # rank inside the group
     device: torch.device  # where the group's backend communicates
 
@@ -231,6 +231,8 @@ class Shared:
     def result(self, handle: Any) -> Features:
         """Broadcast what the leader's source answers. Collective: every rank of the group calls it."""
         features: Features = {}
+        if self.group is None:
+            return features
         header: list[Any] = [None]
         if self.source is not None:
             try:

@@ -12,9 +12,9 @@ import pytest
 
 from cogvit.batch import DataPosition, StepBatch
 from cogvit.config import ParallelConfig, RunConfig, TeacherConfig, TeachersConfig
-from cogvit.feed import take_seat
+from cogvit.feed import leads_replica, take_seat
 from cogvit.parallel.mesh import start_mesh, stop_mesh
-from cogvit.teacher.stream import LocalFeatures, attach_targets
+from cogvit.teacher.stream import LocalFeatures, Shared, attach_targets
 from cogvit.teacher.zoo import load_teacher
 from cogvit.train import build
 from cogvit.training.engine import Engine
@@ -36,6 +36,7 @@ class Trained:
 
     metrics: list[dict[str, float]]
     decoded: list[int]  # images, step by step
+    learns: bool  # whether its batches had features of teachers
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,14 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
             decoded.append(batch.decoded)
             yield batch
 
+    features = 0
+
+    def noting(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        nonlocal features
+        for batch in batches:
+            features += sum(len(micro.targets.features) for micro in batch.micro if micro.targets is not None)
+            yield batch
+
     try:
         seat = take_seat(config, mesh)
         seat = seat if apart else replace(seat, decodes=WHOLE)
@@ -82,11 +91,14 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
             source = counted(batches)
             if not contrast:
                 teachers = LocalFeatures({"own": load_teacher("tests.teachers:own", "fp32")}, partial(image_of))
-                source = attach_targets(source, teachers, mask_ratio=0.35, in_flight_steps=0)
+                own = teachers if leads_replica(mesh) else None
+                asked = Shared(own, teachers.dims, mesh.new_target_group(), leader=0, device=mesh.device)
+                source = attach_targets(source, asked if apart else teachers, mask_ratio=0.35, in_flight_steps=0)
+                source = noting(source)
             for _ in range(STEPS):
                 state, values, _ = advance(engine, objective, source, state)
                 metrics.append({name: values[name] for name in ("loss", "grad_norm", "images", "failed_images")})
-        return Trained(metrics, decoded)
+        return Trained(metrics, decoded, features > 0)
     finally:
         stop_mesh()
 
@@ -95,11 +107,11 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
 @pytest.mark.parametrize(
     ("stage", "parallel"),
     [
-        ("distill", ParallelConfig(pp=2)),
+        ("distill", ParallelConfig(tp=2, pp=2)),
         ("distill", ParallelConfig(tp=2, sequence=True)),
         ("contrast", ParallelConfig(tp=2, pp=2)),
     ],
-    ids=["stage1-pp2", "stage1-sp2", "stage2-tp2-pp2"],
+    ids=["stage1-tp2-pp2", "stage1-sp2", "stage2-tp2-pp2"],
 )
 def test_each_image_is_decoded_once_and_no_number_changes(
     pool: Pool, shards: Path, stage: str, parallel: ParallelConfig
@@ -111,5 +123,9 @@ def test_each_image_is_decoded_once_and_no_number_changes(
     assert [sum(counts) for counts in zip(*(rank.decoded for rank in first), strict=True)] == [IMAGES] * STEPS
     assert all(min(rank.decoded) > 0 for rank in first)
     assert [rank.decoded for rank in last] == [[0] * STEPS] * len(last)
+    if stage == "distill":
+        # The first rank, which asks the teachers, and the last stage, which learns from them.
+        learning = [0, *range(world - parallel.tp, world)]
+        assert [number for number, rank in enumerate(ranks) if rank.learns] == sorted(set(learning))
     assert [rank.metrics for rank in ranks] == [rank.metrics for rank in expected]
     assert all(line["failed_images"] == 1 and line["images"] == IMAGES - 1 for line in ranks[-1].metrics)
