@@ -249,6 +249,7 @@ class ZeroConfig:
 class CheckpointConfig:
     """When state is saved and what is kept."""
 
+    dir: str = option("", "directory or fsspec URL (s3://bucket/one) of the checkpoints; empty: OUT/checkpoints")
     every_steps: int = option(1000, "0 saves at the end only")
     keep_last: int = option(2, "newest checkpoints that are kept (the best by evaluation is kept beside them)")
     keep_every_steps: int = option(0, "checkpoints of multiples of this are kept for good; 0 keeps none of them")
@@ -372,7 +373,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
 
 # What may differ between a run and its resumption: how it is executed, never what it computes.
 _EXECUTION = (
-    "parallel.", "memory.", "zero.", "guard.", "checkpoint.", "eval.", "log.", "out", "optim.muon_tp",
+    "parallel.", "memory.", "zero.", "guard.", "eval.", "log.", "out", "optim.muon_tp",
+    "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_bad_fraction",

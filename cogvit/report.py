@@ -34,7 +34,7 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
 from cogvit.evaluation.results import Evaluation, read_evaluation
 from cogvit.evaluation.subject import load_subject
-from cogvit.training.checkpoint import list_checkpoints, read_state
+from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state
 from cogvit.training.chrono import Chrono
 from cogvit.training.meter import duration, read_metrics
 
@@ -126,7 +126,7 @@ def write_report(
 
 
 def _load(path: Path) -> Run:
-    checkpoints = list_checkpoints(path / "checkpoints")
+    checkpoints = list_checkpoints(folder_of(path))
     chrono = read_state(checkpoints[-1]).chrono if checkpoints else None
     return Run(path.name, load_config(path / "config.json"), read_metrics(path / "metrics.jsonl"), chrono)
 

@@ -108,7 +108,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s = time.monotonic()
     from cogvit.parallel.mesh import start_mesh, stop_mesh
-    from cogvit.training.checkpoint import Checkpoints
+    from cogvit.training.checkpoint import Checkpoints, folder_in
     from cogvit.training.chrono import after_restart
     from cogvit.training.engine import Engine
     from cogvit.training.loop import Evaluation, train
@@ -132,7 +132,10 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         stop = resources.enter_context(StopRequest())
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
-        checkpoints = resources.enter_context(Checkpoints(Path(config.out) / "checkpoints", mesh, config.checkpoint))
+        out = Path(config.out)
+        checkpoints = resources.enter_context(
+            Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
+        )
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
         if mesh.is_writer:
             elapsed_s = time.monotonic() - launched_s

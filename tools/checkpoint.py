@@ -17,7 +17,8 @@ from pathlib import Path
 
 from cogvit.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.training.checkpoint import list_checkpoints, read_state, stored_shapes, verify
+from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, stored_shapes, verify
+from cogvit.training.folder import Folder
 from cogvit.training.restore import latest_of_run
 
 
@@ -34,15 +35,15 @@ def inspect(arguments: Arguments) -> int:
     actions = {"list": list_run, "verify": verify_run, "show": show_run}
     if arguments.action not in actions:
         raise ConfigError(f"unknown action {arguments.action!r}; actions are {', '.join(actions)}")
-    if not list_checkpoints(Path(arguments.run) / "checkpoints"):
+    if not list_checkpoints(folder_of(Path(arguments.run))):
         raise CheckpointError(f"{arguments.run} has no checkpoint; pass a run directory")
     return actions[arguments.action](Path(arguments.run))
 
 
 def list_run(run: Path) -> int:
     """Print a line for each checkpoint."""
-    for path in list_checkpoints(run / "checkpoints"):
-        size_mb = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+    for path in list_checkpoints(folder_of(run)):
+        size_mb = sum(path.sizes().values()) / 1e6
         print(f"{path.name}  {size_mb:,.1f} MB  {_progress(path)}")
     return 0
 
@@ -50,7 +51,7 @@ def list_run(run: Path) -> int:
 def verify_run(run: Path) -> int:
     """Read every checkpoint and print what is wrong with it."""
     faults = 0
-    for path in list_checkpoints(run / "checkpoints"):
+    for path in list_checkpoints(folder_of(run)):
         fault = verify(path)
         faults += fault is not None
         print(f"{path.name}  {'good' if fault is None else 'DAMAGED: ' + fault}", flush=True)
@@ -76,7 +77,7 @@ def show_run(run: Path) -> int:
     return 0
 
 
-def _progress(path: Path) -> str:
+def _progress(path: Folder) -> str:
     try:
         state = read_state(path)
     except (OSError, ValueError, KeyError, TypeError):

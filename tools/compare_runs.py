@@ -22,7 +22,8 @@ from torch import Tensor
 from cogvit.arguments import run_command
 from cogvit.config import load_config, recipe_differences
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.training.checkpoint import list_checkpoints, read_state, read_tensors, stored_shapes, verify
+from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, read_tensors, stored_shapes, verify
+from cogvit.training.folder import Folder
 from cogvit.training.meter import read_metrics
 
 _PRINTED = 12  # differences of one step that are printed
@@ -70,7 +71,7 @@ def compare_checkpoints(a: Path, b: Path) -> Comparison:
 
     Errors: CheckpointError when one that both runs have is damaged.
     """
-    found_a, found_b = ({_step_of(path): path for path in list_checkpoints(run / "checkpoints")} for run in (a, b))
+    found_a, found_b = ({_step_of(path): path for path in list_checkpoints(folder_of(run))} for run in (a, b))
 
     def differing(step: int) -> Iterator[Difference]:
         paths = found_a[step], found_b[step]
@@ -124,7 +125,7 @@ def _differing(step: int, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterato
             yield Difference(step, name, f"A {in_a}, B {in_b}")
 
 
-def _differing_tensors(step: int, a: Path, b: Path) -> Iterator[Difference]:
+def _differing_tensors(step: int, a: Folder, b: Folder) -> Iterator[Difference]:
     shapes_a, shapes_b = stored_shapes(a), stored_shapes(b)
     shared = [key for key, shape in shapes_a.items() if shapes_b.get(key) == shape]
     yield from _differing(step, *({key: s[key] for key in s.keys() - set(shared)} for s in (shapes_a, shapes_b)))
@@ -156,7 +157,7 @@ def _name_of(key: str) -> str:
     return key.partition("/")[2]
 
 
-def _step_of(path: Path) -> int:
+def _step_of(path: Folder) -> int:
     return int(path.name.removeprefix("step_"))
 
 

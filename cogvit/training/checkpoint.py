@@ -1,7 +1,8 @@
 """Checkpoints: plain tensors under plain names in torch.distributed.checkpoint files, so any layout loads any other.
 
-A save copies the tensors and returns; a thread writes them to a hidden directory, then a manifest with sizes and
-SHA-256, and one rename makes it visible. The latest checkpoint is the highest step whose manifest verifies.
+A save copies the tensors and returns; a thread writes them, and a manifest with sizes and SHA-256 last. The manifest is
+what makes them a checkpoint, on a disk and in an object store alike: no directory needs to be renamed. The latest
+checkpoint is the highest step whose manifest verifies.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,9 +30,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cogvit.config import CheckpointConfig
 from cogvit.errors import CheckpointError
+from cogvit.training.folder import Folder
 from cogvit.training.optim import MASTER
 from cogvit.training.state import TrainState, state_from_json, state_to_json
-from cogvit.training.storage import SafeReader
+from cogvit.training.storage import FolderWriter, SafeReader
 
 if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
     from cogvit.parallel.mesh import Mesh
@@ -37,21 +41,22 @@ if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspee
     from cogvit.training.zero import Fragment
 
 FORMAT = 2
-_MANIFEST, _STATE, _BEST = "manifest.json", "state.json", "best.json"
+_MANIFEST, _STATE, _BEST, _PROBE = "manifest.json", "state.json", "best.json", ".writable"
+_READ_BYTES = 1 << 24
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Digests = dict[str, dict[str, Any]]  # {"bytes": size, "sha256": digest} by file name
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; making one is collective over all ranks.
+    """The checkpoints of one run; making one is collective over all ranks.
 
-    The context's end waits for the save under way.
+    The context's end waits for the save under way. newest: a file that gets the name of each checkpoint once it is
+    there, for scripts that cannot look into an object store. Errors: CheckpointError when the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, mesh: Mesh, config: CheckpointConfig) -> None:
-        self._directory, self._mesh, self._config = directory, mesh, config
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Folder, mesh: Mesh, config: CheckpointConfig, newest: Path) -> None:
+        self._folder, self._mesh, self._config, self._newest = folder, mesh, config, newest
+        mesh.from_writer(lambda: _try_to_write(folder))
         # Groups of its own, so that what the thread sends never meets what training sends.
         self._group = dist.new_group(backend="gloo")
         self._tp_group, self._dp_group = (mesh.new_axis_group(axis) for axis in ("tp", "dp"))
@@ -76,7 +81,7 @@ class Checkpoints:
 
         Waits for the save before this one first; one that failed (a full disk) is told as a warning, and training goes
         on with the checkpoints that are there. Memory on the CPU: a copy of this rank's partition, its share of the
-        whole tensors to write, and one whole tensor at a time.
+        whole tensors to write, and one bucket of `whole_tensors`.
         """
         if state.step == self._newest_step:
             return
@@ -96,7 +101,7 @@ class Checkpoints:
 
     def resume(self, engine: Engine) -> TrainState | None:
         """Load the newest good checkpoint into the engine; None when the run has none. Collective over all ranks."""
-        path = self._mesh.from_writer(lambda: latest(self._directory))
+        path = self._mesh.from_writer(lambda: latest(self._folder))
         if path is None:
             return None
 
@@ -112,43 +117,37 @@ class Checkpoints:
         return state
 
     def _write(self, engine: Engine, fragments: list[Fragment], state: TrainState) -> None:
-        """Write a snapshot's files on every rank, then make it visible on one; runs in the thread."""
-        final = step_directory(self._directory, state.step)
-        partial = final.with_name(f".{final.name}.partial")
-
-        def prepare() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-        def digest_own() -> Digests:
-            return {file.name: _digest(file) for file in sorted(partial.glob(f"__{self._mesh.rank}_*"))}
+        """Write a snapshot's files on every rank, then the manifest on one; runs in the thread."""
+        target = self._folder / step_name(state.step)
+        writer = FolderWriter(target)
 
         def publish() -> None:
-            (partial / _STATE).write_text(json.dumps(state_to_json(state)))
+            content = json.dumps(state_to_json(state)).encode()
+            target.write(_STATE, content)
             files = {name: entry for entries in digests for name, entry in entries.items()}
-            files |= {name: _digest(partial / name) for name in (".metadata", _STATE)}
+            files[_STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             manifest = {"format": FORMAT, "step": state.step, "files": files}
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            target.write(_MANIFEST, json.dumps(manifest, indent=1).encode())
+            self._newest.write_text(target.name + "\n")
             if state.best_step is not None:
                 best = {"step": state.best_step, "loss": state.best_loss}
-                (self._directory / _BEST).write_text(json.dumps(best))
+                self._folder.write(_BEST, json.dumps(best).encode())
             self._prune(state.best_step)
 
         try:
-            self._on_writer(prepare)
-            save(self._owned(engine, fragments), checkpoint_id=partial, process_group=self._group)
-            digests = self._on_all(digest_own)
+            self._on_writer(lambda: _discard(target))  # what a save that was cut off, or damage, left under this name
+            save(self._owned(engine, fragments), storage_writer=writer, process_group=self._group)
+            digests = self._on_all(lambda: writer.digests)
             self._on_writer(publish)
         except (CheckpointException, CheckpointError) as error:
-            free_mb = shutil.disk_usage(self._directory).free / 1e6  # a full disk hides behind other errors
-            if self._mesh.is_writer:
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would stand in the way of the next one
             reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(
-                f"checkpoint {final.name} could not be written, {free_mb:,.1f} MB are free there: {reason}"
-            ) from None
+            if self._folder.is_local:  # a full disk hides behind other errors
+                free_mb = shutil.disk_usage(self._folder.path).free / 1e6
+                reason = f"{free_mb:,.1f} MB are free there: {reason}"
+            if self._mesh.is_writer:
+                with suppress(OSError, CheckpointError):
+                    _discard(target)  # on a full disk it would stand in the way of the next one
+            raise CheckpointError(f"checkpoint {target} could not be written, {reason}") from None
 
     def _owned(self, engine: Engine, fragments: list[Fragment]) -> dict[str, Tensor]:
         """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""
@@ -165,7 +164,7 @@ class Checkpoints:
         answers: list[Any] = [None] * self._mesh.world_size
         try:
             mine: tuple[Any, str] = (work(), "")
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             mine = (None, str(error))
         dist.all_gather_object(answers, mine, group=self._group)
         for _, fault in answers:
@@ -174,30 +173,69 @@ class Checkpoints:
         return [result for result, _ in answers]
 
     def _prune(self, best_step: int | None) -> None:
+        """Remove the checkpoints that are not kept, and what saves that were cut off left."""
         keep_every = self._config.keep_every_steps
-        for old in list_checkpoints(self._directory)[: -self._config.keep_last]:
-            step = int(old.name.removeprefix("step_"))
-            if step != best_step and not (keep_every and step % keep_every == 0):
-                shutil.rmtree(old)
+        finished = list_checkpoints(self._folder)
+        kept = {path.name for path in finished[-self._config.keep_last :]}
+        for name in set(_step_folders(self._folder)) - kept:
+            step = int(name.removeprefix("step_"))
+            whole = self._folder / name in finished
+            if not (whole and (step == best_step or (keep_every and step % keep_every == 0))):
+                _discard(self._folder / name)
 
 
 def _nothing() -> None:
     """What the ranks that only wait for the writer do."""
 
 
-def step_directory(directory: Path, step: int) -> Path:
-    """RUN/checkpoints/step_00000012."""
-    return directory / f"step_{step:08d}"
+def _try_to_write(folder: Folder) -> None:
+    try:
+        folder.write(_PROBE, b"")
+        folder.remove(_PROBE)
+    except OSError as error:
+        raise CheckpointError(f"checkpoints cannot be written to {folder}: {error.strerror or error}") from None
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
+def _discard(path: Folder) -> None:
+    """Remove a checkpoint; its manifest first, so that what is left half-way is none."""
+    path.remove(_MANIFEST)
+    path.remove()
+
+
+def folder_in(run: Path, config: CheckpointConfig) -> Folder:
+    """Return where a run puts its checkpoints: checkpoint.dir, or RUN/checkpoints."""
+    return Folder(config.dir or str(run / "checkpoints"))
+
+
+def folder_of(run: Path) -> Folder:
+    """Return where a run has put its checkpoints, by its config.json if it has one, of whatever version."""
+    try:
+        configured = json.loads((run / "config.json").read_text())["checkpoint"]["dir"]
+    except (OSError, ValueError, KeyError, TypeError):
+        configured = ""
+    return folder_in(run, CheckpointConfig(dir=configured))
+
+
+def step_name(step: int) -> str:
+    """step_00000012."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(folder: Folder) -> list[Folder]:
     """Return the finished checkpoints, oldest first; they are not verified."""
-    return sorted(path for path in directory.glob("step_*") if path.is_dir())
+    return [folder / name for name in _step_folders(folder) if _MANIFEST in (folder / name).sizes()]
 
 
-def latest(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose manifest verifies, warning of each newer one that does not."""
-    for path in reversed(list_checkpoints(directory)):
+def _step_folders(folder: Folder) -> list[str]:
+    return [name for name in folder.folders() if re.fullmatch(r"step_\d+", name)]
+
+
+def latest(folder: Folder) -> Folder | None:
+    """Return the newest checkpoint whose manifest verifies, warning of each newer one that does not.
+
+    Errors: CheckpointError when an object store does not answer: that is not the same as no checkpoint.
+    """
+    for path in reversed(list_checkpoints(folder)):
         fault = verify(path)
         if fault is None:
             return path
@@ -205,35 +243,36 @@ def latest(directory: Path) -> Path | None:
     return None
 
 
-def verify(path: Path) -> str | None:
+def verify(path: Folder) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads(path.read(_MANIFEST))
+    except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({error})"
     if manifest.get("format") != FORMAT:
         return f"its format is {manifest.get('format')}, this version reads {FORMAT}"
+    sizes = path.sizes()
     for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+        if sizes.get(name) != expected["bytes"]:
             return f"{name} is missing or not {expected['bytes']} bytes long"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} does not have the recorded SHA-256"
+        with path.reading(name) as stream:
+            if _sha256(stream) != expected["sha256"]:
+                return f"{name} does not have the recorded SHA-256"
     return None
 
 
-def read_state(path: Path) -> TrainState:
+def read_state(path: Folder) -> TrainState:
     """Return the counters stored with a checkpoint."""
-    return state_from_json(json.loads((path / _STATE).read_text()))
+    return state_from_json(json.loads(path.read(_STATE)))
 
 
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(path: Folder) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint, by KIND/NAME; KIND is MASTER or a moment of the optimizer."""
     stored = SafeReader(path).read_metadata().state_dict_metadata
     return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+def read_tensors(path: Folder, keys: Iterable[str]) -> dict[str, Tensor]:
     """Return stored tensors by their keys (KIND/NAME); in this process alone.
 
     Errors: CheckpointError when the checkpoint does not hold one of them.
@@ -244,14 +283,14 @@ def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     return full
 
 
-def weights(path: Path, prefix: str) -> dict[str, Tensor]:
+def weights(path: Folder, prefix: str) -> dict[str, Tensor]:
     """Return the plain weights whose names begin with prefix, without it; in this process alone."""
     wanted = f"{MASTER}/{prefix}"
     full = read_tensors(path, (key for key in stored_shapes(path) if key.startswith(wanted)))
     return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 
 
-def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
+def _load(full: dict[str, Tensor], path: Folder, *, alone: bool = False) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` asks for
@@ -261,10 +300,8 @@ def _load(full: dict[str, Tensor], path: Path, *, alone: bool = False) -> None:
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
 
 
-def _digest(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while content := stream.read(_READ_BYTES):
+        digest.update(content)
+    return digest.hexdigest()

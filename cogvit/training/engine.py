@@ -22,7 +22,7 @@ from cogvit.training import zero
 from cogvit.training.blame import find_suspects
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
-from cogvit.training.zero import Fragment
+from cogvit.training.zero import Fragment, whole_tensors
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class Engine:
     def plain_of(
         self, fragments: Iterable[Fragment], dp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of a snapshot, one at a time.
+        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of a snapshot, one at a time; clone what is kept.
 
         Collective over the tp and dp ranks of a stage, which all see the same sequence; by the groups that are given,
         so that it can go on beside training.
         """
         by_name = {tensor.name: tensor for tensor in self.tensors}
-        for fragment in fragments:
-            plain = gather_plain(by_name[fragment.name], fragment.whole(dp_group), tp_group)
+        for fragment, tensor in whole_tensors(fragments, dp_group):
+            plain = gather_plain(by_name[fragment.name], tensor, tp_group)
             yield f"{fragment.kind}/{fragment.name}", plain
 
     def load_plain_state(self, read: Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]) -> None:

@@ -15,7 +15,8 @@ from cogvit.model.interop import load_checked, read_model
 from cogvit.model.position import resized_table
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
-from cogvit.training.checkpoint import latest, weights
+from cogvit.training.checkpoint import folder_of, latest, weights
+from cogvit.training.folder import Folder
 
 _POSITIONS = "vision.pos_embed.embed"
 
@@ -87,14 +88,15 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run directory (and not an export)."""
-    return (path / "checkpoints").is_dir()
+    return (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
 
 
-def latest_of_run(path: Path) -> Path:
+def latest_of_run(path: Path) -> Folder:
     """Return the newest good checkpoint of a run. Errors: CheckpointError when there is none."""
-    checkpoint = latest(path / "checkpoints")
+    folder = folder_of(path)
+    checkpoint = latest(folder)
     if checkpoint is None:
-        raise CheckpointError(f"{path} has no complete checkpoint")
+        raise CheckpointError(f"{path} has no complete checkpoint in {folder}")
     return checkpoint
 
 

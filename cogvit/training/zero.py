@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -55,12 +55,34 @@ class Fragment(NamedTuple):
         """Return the same in memory of its own, on the CPU."""
         return self._replace(values=self.values.to("cpu", copy=True))
 
-    def whole(self, dp_group: dist.ProcessGroup) -> Tensor:
-        """Put the tensor together; collective over the dp ranks."""
-        full = self.values.new_zeros(self.shape.numel(), dtype=torch.float32)
-        full[self.start : self.start + self.values.numel()] = self.values
-        dist.all_reduce(full, group=dp_group)
-        return full.view(self.shape)
+
+def whole_tensors(
+    fragments: Iterable[Fragment], dp_group: dist.ProcessGroup, bucket_values: int = 1 << 22
+) -> Iterator[tuple[Fragment, Tensor]]:
+    """Put the tensors of the dp ranks' fragments together, a bucket at a time; collective over the dp ranks.
+
+    Holds one bucket (16 MB, or one tensor that is larger), whose memory the yielded tensors share.
+    """
+    bucket: list[Fragment] = []
+    for fragment in fragments:
+        if bucket and sum(held.shape.numel() for held in [*bucket, fragment]) > bucket_values:
+            yield from _whole(bucket, dp_group)
+            bucket = []
+        bucket.append(fragment)
+    yield from _whole(bucket, dp_group)
+
+
+def _whole(bucket: list[Fragment], dp_group: dist.ProcessGroup) -> Iterator[tuple[Fragment, Tensor]]:
+    if not bucket:
+        return
+    sizes = [fragment.shape.numel() for fragment in bucket]
+    flat = bucket[0].values.new_zeros(sum(sizes), dtype=torch.float32)
+    parts = flat.split(sizes)
+    for fragment, part in zip(bucket, parts, strict=True):
+        part[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+    dist.all_reduce(flat, group=dp_group)
+    for fragment, part in zip(bucket, parts, strict=True):
+        yield fragment, part.view(fragment.shape)
 
 
 def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
@@ -266,13 +288,13 @@ class ZeroEngine:
                 yield Fragment(name, kind, param.shape, start, held)
 
     def full_tensors(self, named: Mapping[str, Parameter]) -> Iterator[StateTensor]:
-        """Yield the fp32 state of each parameter in turn, whole over dp; holds one tensor at a time.
+        """Yield the fp32 state of each parameter in turn, whole over dp; holds one bucket of `whole_tensors` at a time.
 
         Collective over dp: every dp rank iterates to the end over the same names in the same order.
         """
         group = MegatronGroups.get_data_parallel_group()
-        for fragment in self.fragments(named):
-            yield StateTensor(fragment.name, fragment.kind, fragment.whole(group))
+        for fragment, tensor in whole_tensors(self.fragments(named), group):
+            yield StateTensor(fragment.name, fragment.kind, tensor)
 
     def full_gradients(self, named: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's last reduced gradient before clipping, whole over dp; collective as `full_tensors`."""

@@ -21,6 +21,7 @@ from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import start_mesh
 from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
 from cogvit.training.chrono import Chrono
+from cogvit.training.folder import Folder
 from cogvit.training.state import TrainState
 from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
 from tests.pool import Pool
@@ -29,13 +30,29 @@ EACH_STEP = CheckpointConfig(every_steps=1, keep_last=2)
 START = TrainState(step=0, position=DataPosition("plan", 0), images=0, tokens=0)
 
 
+def folder(path: Path) -> Folder:
+    return Folder(str(path))
+
+
+def note_of(directory: Path) -> Path:
+    """Where the name of the newest checkpoint is written."""
+    return directory.with_name(directory.name + "-newest")
+
+
 def train_and_save(
     rank: int, world: int, case: Case, directory: Path, until: int, config: CheckpointConfig = EACH_STEP
 ) -> Trace:
     """Resume if there is something to resume, train to `until`, save after every step."""
+    return train_in(case, folder(directory), note_of(directory), until, config)
+
+
+def train_in(
+    case: Case, checkpoints_folder: Folder, note: Path, until: int, config: CheckpointConfig = EACH_STEP
+) -> Trace:
+    """The same in any folder."""
     mesh = start_mesh(run_config(case).parallel)
     engine, objective = start_engine(case, mesh)
-    with Checkpoints(directory, mesh, config) as checkpoints:
+    with Checkpoints(checkpoints_folder, mesh, config, note) as checkpoints:
         state = checkpoints.resume(engine) or START
         losses, norms = [], []
         while state.step < until:
@@ -64,8 +81,8 @@ def test_resume_on_the_same_layout_is_bitwise(pool: Pool, tmp_path: Path, case: 
     assert resumed.grad_norms == straight.grad_norms[2:]
     for key, tensor in straight.state.items():
         assert torch.equal(resumed.state[key], tensor), key
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
-    assert read_state(tmp_path / "step_00000004").position == DataPosition("plan", 4)
+    assert [path.name for path in list_checkpoints(folder(tmp_path))] == ["step_00000003", "step_00000004"]
+    assert read_state(folder(tmp_path / "step_00000004")).position == DataPosition("plan", 4)
 
 
 def test_resume_on_another_layout(pool: Pool, tmp_path: Path) -> None:
@@ -84,7 +101,7 @@ def skip_then_save(rank: int, world: int, directory: Path, resume: bool) -> dict
     """Three AdamW steps of which the second is skipped, in one go or with a resumption before the third."""
     case = Case(world=world, optimizer="adamw")
     mesh = start_mesh(run_config(case).parallel)
-    with Checkpoints(directory, mesh, CheckpointConfig(every_steps=1)) as checkpoints:
+    with Checkpoints(folder(directory), mesh, CheckpointConfig(every_steps=1), note_of(directory)) as checkpoints:
         engine, objective = start_engine(case, mesh)
         engine.guard = GuardConfig(non_finite="skip")
         state = START
@@ -120,20 +137,20 @@ def test_damage_is_seen_and_the_previous_checkpoint_used(
     shard = next(newest.glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     shard.write_bytes(content[:-1])
-    assert f"not {len(content)} bytes long" in str(verify(newest))
+    assert f"not {len(content)} bytes long" in str(verify(folder(newest)))
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert "SHA-256" in str(verify(newest))
-    assert latest(tmp_path) == tmp_path / "step_00000001"
+    assert "SHA-256" in str(verify(folder(newest)))
+    assert latest(folder(tmp_path)) == folder(tmp_path / "step_00000001")
     assert "step_00000002 is not used" in caplog.text
     shutil.rmtree(tmp_path / "step_00000001")
-    assert latest(tmp_path) is None
+    assert latest(folder(tmp_path)) is None
 
 
 def test_weights_are_read_without_any_layout(pool: Pool, tmp_path: Path) -> None:
     case = Case(world=4, tp=2, pp=2, family="cogvit_l")
     trained = pool.run(train_and_save, world=4, args=(case, tmp_path, 1))[0]
-    vision = weights(tmp_path / "step_00000001", "vision.")
+    vision = weights(folder(tmp_path / "step_00000001"), "vision.")
     expected = {
         key.removeprefix("master/vision."): tensor
         for key, tensor in trained.state.items()
@@ -146,7 +163,7 @@ def test_weights_are_read_without_any_layout(pool: Pool, tmp_path: Path) -> None
 def test_every_kth_checkpoint_is_kept(pool: Pool, tmp_path: Path) -> None:
     config = CheckpointConfig(every_steps=1, keep_last=1, keep_every_steps=2)
     pool.run(train_and_save, world=1, args=(Case(), tmp_path, 5, config))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
+    assert [path.name for path in list_checkpoints(folder(tmp_path))] == ["step_00000002", "step_00000004", "step_00000005"]
 
 
 def fill_the_disk(rank: int, world: int, case: Case, directory: Path) -> list[str]:
@@ -154,7 +171,7 @@ def fill_the_disk(rank: int, world: int, case: Case, directory: Path) -> list[st
     mesh = start_mesh(run_config(case).parallel)
     engine, _ = start_engine(case, mesh)
     said = []
-    with Checkpoints(directory, mesh, EACH_STEP) as checkpoints:
+    with Checkpoints(folder(directory), mesh, EACH_STEP, note_of(directory)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(replace(START, step=step), engine)
             try:
@@ -179,9 +196,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_checkpoint_before(pool: Pool, small_disk: Path) -> None:
     said = pool.run(fill_the_disk, world=2, args=(Case(world=2), small_disk))
-    assert said[1][1].startswith("checkpoint step_00000002 could not be written")
+    assert "step_00000002 could not be written" in said[1][1]
     assert said[0][0] == "" and "step_00000002 could not be written, 0." in said[0][1]
-    assert latest(small_disk) == small_disk / "step_00000001"
+    assert latest(folder(small_disk)) == folder(small_disk / "step_00000001")
     assert [path.name for path in small_disk.iterdir()] == ["step_00000001"]
 
 
@@ -200,7 +217,7 @@ def test_a_checkpoint_of_a_stranger_runs_nothing(pool: Pool, tmp_path: Path) -> 
     metadata = tmp_path / "step_00000001" / ".metadata"
     metadata.write_bytes(pickle.dumps(Exploit(tmp_path / "proof")))
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
-        weights(tmp_path / "step_00000001", "vision.")
+        weights(folder(tmp_path / "step_00000001"), "vision.")
     assert not (tmp_path / "proof").exists()
 
 
@@ -208,4 +225,4 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(pool: Pool, tmp_path
     pool.run(train_and_save, world=1, args=(Case(), tmp_path, 1))
     manifest = tmp_path / "step_00000001" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 7}))
-    assert verify(manifest.parent) == "its format is 7, this version reads 2"
+    assert verify(folder(manifest.parent)) == "its format is 7, this version reads 2"

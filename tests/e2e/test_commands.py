@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvit.training.checkpoint import latest, read_state, weights
+from cogvit.training.checkpoint import folder_of, latest, read_state, weights
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_world
 
@@ -78,14 +78,14 @@ def test_a_stopped_run_resumes_as_if_nothing_happened(world: Path, stage1: Path)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    checkpoint = latest(out / "checkpoints")
+    checkpoint = latest(folder_of(out))
     assert checkpoint is not None and 3 <= read_state(checkpoint).step < 8
     run(world, command)
     straight, resumed = (read_metrics(path / "metrics.jsonl") for path in (stage1, out))
     assert [line["step"] for line in resumed] == list(range(1, 9))
     for name in ("loss", "loss_siglip2", "loss_dinov3", "grad_norm", "lr"):
         assert [line[name] for line in resumed] == [line[name] for line in straight]
-    final = [weights(path / "checkpoints" / "step_00000008", "") for path in (stage1, out)]
+    final = [weights(folder_of(path) / "step_00000008", "") for path in (stage1, out)]
     assert final[0].keys() == final[1].keys() and "vision.blocks.3.mlp.fc2.weight" in final[0]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
@@ -133,8 +133,8 @@ def test_stage_2_starts_from_stage_1_and_is_evaluated_and_exported(world: Path, 
     assert {"loss", "temperature", "bias", "grad_norm_text", "valid_fraction"} <= lines[0].keys()
     assert "eval_loss" in lines[2]
     # With rates of 0 the vision tower is still the one of stage 1.
-    before = weights(stage1 / "checkpoints" / "step_00000008", "vision.")
-    after = weights(world / "runs" / "stage2" / "checkpoints" / "step_00000003", "vision.")
+    before = weights(folder_of(stage1) / "step_00000008", "vision.")
+    after = weights(folder_of(world / "runs" / "stage2") / "step_00000003", "vision.")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     run(world, ["python", "-m", "cogvit.evaluate", "runs/stage2", "--out", "eval.json"])
     figures = json.loads((world / "eval.json").read_text())

@@ -17,7 +17,7 @@ import torch
 from cogvit.config import load_config
 from cogvit.model.init import init_tensor
 from cogvit.train import main
-from cogvit.training.checkpoint import weights
+from cogvit.training.checkpoint import folder_of, weights
 from cogvit.training.meter import read_metrics
 from data_pipeline.index import build_index, load_index
 from tests.data.corpus import picture, write_tar
@@ -120,7 +120,7 @@ def test_locked_image_tuning_at_several_resolutions(pool: Pool, tmp_path: Path) 
     # 24 x 40 pixels take 2 x 2 or 4 x 7 patches: the six images of a step are neither all small nor all large.
     assert all(6 * 4 < line["tokens"] < 6 * 28 for line in lines)
     config = load_config(tmp_path / "run" / "config.json")
-    trained = weights(tmp_path / "run" / "checkpoints" / "step_00000002", "")
+    trained = weights(folder_of(tmp_path / "run") / "step_00000002", "")
     for name, tensor in trained.items():
         start = init_tensor(name, tuple(tensor.shape), config.seed, 1.0)
         if name.startswith("vision."):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cogvit.train import main
-from cogvit.training.checkpoint import latest, read_state, weights
+from cogvit.training.checkpoint import folder_of, latest, read_state, weights
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_shards
 from tests.pool import Pool
@@ -46,7 +46,7 @@ def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> 
     assert status == 0
     draw = random.Random(kills)
     killed, ends = 0, 0
-    while killed < kills or latest(disturbed / "checkpoints") is None or last_step(disturbed) < STEPS:
+    while killed < kills or latest(folder_of(disturbed)) is None or last_step(disturbed) < STEPS:
         victim = draw.randrange(2) if killed < kills else -1
         try:
             pool.run(train, 2, ([*argv, str(disturbed)], victim, draw.uniform(0.0, whole_s)), timeout_s=120)
@@ -59,19 +59,19 @@ def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> 
         if killed < kills:
             disturbed = tmp_path / f"disturbed-{ends}"
     assert_same(disturbed, straight)
-    path = latest(disturbed / "checkpoints")
+    path = latest(folder_of(disturbed))
     assert path is not None
     print(f"{killed} kills, {ends} runs to the end; the last one's times: {read_state(path).chrono}")
 
 
 def last_step(run: Path) -> int:
-    path = latest(run / "checkpoints")
+    path = latest(folder_of(run))
     return 0 if path is None else read_state(path).step
 
 
 def assert_same(run: Path, other: Path) -> None:
     """The last weights and every step's loss are equal to the bit."""
-    mine, theirs = (weights(path / "checkpoints" / f"step_{STEPS:08d}", "") for path in (run, other))
+    mine, theirs = (weights(folder_of(path) / f"step_{STEPS:08d}", "") for path in (run, other))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs) and mine.keys() == theirs.keys()
     curves = [[(row["step"], row["loss"]) for row in read_metrics(path / "metrics.jsonl")] for path in (run, other)]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cogvit.training.checkpoint import latest, read_state, weights
+from cogvit.training.checkpoint import folder_of, latest, read_state, weights
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_world
 from tests.slurm.lab import Job, Lab, wait_for
@@ -90,9 +92,19 @@ def make_site(lab: Lab, directory: Path) -> Site:
     return Site(lab, directory)
 
 
+@contextmanager
+def mounted(site: Site, node: str, source: Path, target: Path) -> Iterator[None]:
+    """Put one directory or file in the place of another, on one node alone."""
+    site.lab.on(node, "mount", "--bind", "-o", "ro", str(source), str(target))
+    try:
+        yield
+    finally:
+        site.lab.on(node, "umount", str(target))
+
+
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint's weights."""
-    path = latest(out / "checkpoints")
+    path = latest(folder_of(out))
     assert path is not None, f"{out} has no checkpoint"
     return weights(path, "")
 
@@ -109,5 +121,5 @@ def assert_same_end(out: Path, other: Path) -> None:
 
 def progress(out: Path) -> tuple[int, int]:
     """The last step a run recorded, and the step of its newest good checkpoint."""
-    path = latest(out / "checkpoints")
+    path = latest(folder_of(out))
     return int(read_metrics(out / "metrics.jsonl")[-1]["step"]), 0 if path is None else read_state(path).step

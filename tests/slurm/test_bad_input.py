@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from cogvit.config import to_json
 from cogvit.flags import load_preset, parse
 from cogvit.training.lock import run_lock
-from tests.slurm.jobs import STAGE2, TP2_PP2, Site
+from tests.slurm.jobs import STAGE2, TP2_PP2, Site, mounted
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -25,16 +23,6 @@ def refused(site: Site, options: tuple[str, ...], command: tuple[str, ...]) -> s
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 2, 0), output
     assert "requeued" not in output
     return output
-
-
-@contextmanager
-def mounted(site: Site, node: str, source: Path, target: Path) -> Iterator[None]:
-    """Put one directory or file in the place of another, on one node alone."""
-    site.lab.on(node, "mount", "--bind", "-o", "ro", str(source), str(target))
-    try:
-        yield
-    finally:
-        site.lab.on(node, "umount", str(target))
 
 
 def test_a_node_count_that_the_layout_does_not_fit(site: Site) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cogvit.config import ParallelConfig
 from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import STAGE2, STEPS, TP2_PP2, Site, assert_same_end
+from tests.slurm.jobs import ROOT, STAGE2, STEPS, TP2_PP2, Site, assert_same_end, mounted
 from tests.slurm.lab import wait_for
 
 SWITCH = {"node1": "leaf1", "node3": "leaf1", "node2": "leaf2", "node4": "leaf2"}
@@ -92,3 +92,20 @@ def test_a_run_that_cannot_get_on_is_given_up(site: Site) -> None:
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 1, 1), site.output(job)
     assert "restart 1 of 1 without a new checkpoint" in site.output(job)
     assert "ended with status 1, 2 times since the start; not started again" in site.output(job)
+
+
+def test_a_node_that_keeps_failing_is_excluded(site: Site, tmp_path: Path) -> None:
+    """The ranks of one node die at once, twice; the third start goes without it and reaches the end."""
+    broken = tmp_path / "train.py"
+    broken.write_text("import os\nos._exit(7)\n")
+    out, node = site.directory / "runs" / "excluded", "node3"
+    with mounted(site, node, broken, ROOT / "cogvit" / "train.py"):
+        job = site.submit(("--nodes=2",), (*STAGE2, "--parallel.tp", "2", "--out", "runs/excluded"))
+        ended = site.finish(job)
+    assert (ended.restarts, ended.excluded) == (2, node), site.output(job)
+    assert (out / "logs" / "failed_nodes").read_text().split() == [node, node]
+    printed = site.output(job)
+    assert (
+        f"requeued: failed with status 7 on {node}, restart 2 of 3 without a new checkpoint; without {node}" in printed
+    )
+    assert node in printed.split("start 2:")[1] and node not in printed.split("start 3:")[1]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import STAGE1, STAGE2, TP2_PP2, Site, assert_same_end
+from tests.slurm.jobs import STAGE1, TP2_PP2, Site, assert_same_end
 from tests.slurm.lab import wait_for
 
 pytestmark = [pytest.mark.timeout(3600), pytest.mark.long]
@@ -39,24 +38,3 @@ def test_a_node_of_the_ray_cluster_is_killed(site: Site, straight: Path) -> None
     site.lab.start_node(node)
     site.finish(job, 1800)
     assert_same_end(site.directory / out, straight)
-
-
-def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site) -> None:
-    """Four nodes at tp=2, pp=2, dp=2; two at tp=1, pp=1, dp=4; four again: the losses are those of one layout."""
-    stage2 = (*STAGE2, "--optim.name", "adamw")
-    site.finish(site.submit((), (*stage2, *TP2_PP2, "--out", "runs/one-layout")))
-
-    for nodes, layout, until in (("4", TP2_PP2, 2), ("2", (), 4), ("4", TP2_PP2, 6)):
-        job = site.submit((f"--nodes={nodes}",), (*stage2, *layout, "--out", "runs/layouts"), {})
-        if until < 6:
-            site.wait_for_step(job, "runs/layouts", until)
-            site.lab.run("scancel", "--batch", "--signal=USR1", str(job))
-            wait_for(lambda job=job: "requeued:" in site.output(job), 240, "the save")
-            site.lab.run("scancel", str(job))
-        else:
-            site.finish(job)
-    rows, straight = (
-        read_metrics(site.directory / "runs" / name / "metrics.jsonl") for name in ("layouts", "one-layout")
-    )
-    assert [row["step"] for row in rows] == [row["step"] for row in straight]
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in straight], rel=1e-6)

@@ -36,6 +36,7 @@ from cogvit.parallel.mesh import Mesh, start_mesh
 from cogvit.train import build
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.engine import Engine
+from cogvit.training.folder import Folder
 from cogvit.training.state import TrainState
 
 OURS, TORCH, DEEPSPEED = "ours", "torch.save", "DeepSpeed"
@@ -113,7 +114,8 @@ def run_rank(rank: int, setting: Setting) -> dict[str, list[Timing]]:
     model, _ = build(config, mesh, {"siglip2": 768, "dinov3": 1024})
     engine = Engine(model, config, mesh)
     timings: dict[str, list[Timing]] = {OURS: [], TORCH: [], DEEPSPEED: []}
-    with Checkpoints(setting.directory / OURS, mesh, CheckpointConfig(keep_last=1)) as checkpoints:
+    folder, newest = Folder(str(setting.directory / OURS)), setting.directory / "newest"
+    with Checkpoints(folder, mesh, CheckpointConfig(keep_last=1), newest) as checkpoints:
         for step in range(setting.rounds + 1):
             contenders: dict[str, Callable[[], Timing]] = {
                 OURS: partial(save_ours, engine, checkpoints, step),
