@@ -27,6 +27,7 @@ from tests.pool import Pool
 from tests.slurm.lab import wait_for
 
 CASE = Case(world=4, tp=2, pp=2, optimizer="muon", family="cogvit_l")
+pytestmark = pytest.mark.timeout(300)
 Connect = tuple[Callable[[str], None], str]
 
 
