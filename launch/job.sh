@@ -106,18 +106,25 @@ start_ray() {
     export RAY_FILES=$RAY_TMPDIR/cogvit-ray-$SLURM_JOB_ID RAY_PORT RAY_ADDRESS RAY_CPUS RAY_GPUS RAY_STORE_BYTES
     rm -f "$LOGS"/ray-*.log
     local ray=("${SRUN[@]}" --kill-on-bad-exit=0 --cpu-bind=none) end=$((SECONDS + RAY_START_S)) others=$((NODES - 1))
-    "${ray[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" bash launch/ray_node.sh "$PYTHON" head >"$LOGS/ray-head.log" 2>&1 &
-    ray_pids=("$!")
+    start_head() {
+        "${ray[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" bash launch/ray_node.sh "$PYTHON" head >>"$LOGS/ray-head.log" 2>&1 &
+        ray_pids[0]=$!
+    }
+    start_head
     if ((others > 0)); then
         "${ray[@]}" --nodes=$others --ntasks=$others --ntasks-per-node=1 --exclude="$HEAD" \
             bash launch/ray_node.sh "$PYTHON" worker >"$LOGS/ray-workers.log" 2>&1 &
         ray_pids+=("$!")
     fi
     until (($(cat "$LOGS"/ray-*.log | grep -c 'Ray runtime started') >= NODES)); do
-        if ((SECONDS > end)) || ! kill -0 "${ray_pids[0]}" 2>/dev/null; then
+        if ((SECONDS > end)); then
             say "Ray did not start on all nodes in $RAY_START_S s: see $LOGS/ray-head.log and ray-workers.log"
             stop_ray
             finish 1
+        fi
+        if ! kill -0 "${ray_pids[0]}" 2>/dev/null; then # Ray gives itself 30 s, which is short on a busy node
+            say "Ray's head did not start; once more"
+            start_head
         fi
         sleep 0.5
     done
@@ -173,7 +180,7 @@ finish() {
     if [[ $first == *"exit code "* ]]; then status=${first##*exit code }; fi
     tail -n 3 "$LOGS/rank_00000.log" 2>/dev/null | sed 's/^/rank 0: /' >&2 || true
     if ((status == 2)); then exit 2; fi
-    newest=$(cat "$LOGS/newest_checkpoint" 2>/dev/null || true) # the trainer's note: the checkpoint itself may be in an object store
+    newest=$(cat "$LOGS/newest_checkpoint" 2>/dev/null || true) # the trainer's note: itself may be in an object store
     if [[ -f $LOGS/restarts ]]; then read -r tried before <"$LOGS/restarts"; fi
     if [[ ${newest:-none} != "$before" ]]; then tried=0; fi # it got on since the last failure
     if ((tried >= MAX_RESTARTS)); then

@@ -7,9 +7,10 @@ usage: python -m tools.plan PRESET [flags]
 --cluster NAME      a100, h100 or h200 of configs/clusters.py; h100 by default
 --tp T --pp P       plan this layout alone; by default every legal one, the fastest that fits first
 
-Parameters and the blocks' FLOPs are exact (tests count them on the model). Memory and time are estimates from
-data-sheet figures and an assumed share of the peak: they rank layouts, and no run has checked them yet. Images count
-with their largest size, teachers and data with nothing; communication is not overlapped with computation.
+Parameters and the FLOPs of blocks and Muon are exact (tests count them). Memory and time are estimates from data-sheet
+figures and an assumed share of the peak: they rank layouts; `tools.bench.plan` compares them with steps on CPU, nothing
+has on a GPU. Images count with their largest size, teachers and data with nothing; communication is not overlapped
+with computation.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from cogvit.flags import load_preset
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
+from cogvit.training.optim import role_of
+from cogvit.training.orthogonal import NEWTON_SCHULZ_STEPS
 from configs.clusters import CLUSTERS, Cluster
 
 _FP32_BYTES, _MOMENTS = 4, {"muon": 1, "adamw": 2, "sgd": 1}  # moments of most parameters
@@ -56,6 +59,7 @@ class Load:
     tokens: int
     pack_tokens: int
     forward_flops: float
+    muon_flops: float  # of making every matrix of the blocks orthogonal once; 0 where Muon does not train them
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,17 @@ def forward_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_tokens
     return tower.depth * tokens * (2.0 * matrices + 4.0 * sequence_tokens * width)
 
 
+def muon_flops(tower: CogViTConfig | TextConfig, module: nn.Module, qkv: str) -> float:
+    """Return the FLOPs of one update of Muon's matrices; qkv is optim.muon_qkv."""
+    flops = 0.0
+    for name, parameter in module.named_parameters():
+        if role_of(name, parameter) == "block_matrix":
+            parts = {"split": 3, "heads": 3 * tower.num_heads, "fused": 1}[qkv] if "qkv" in name else 1
+            small, large = sorted((parameter.shape[0] // parts, parameter.shape[1]))
+            flops += parts * NEWTON_SCHULZ_STEPS * (4.0 * small**2 * large + 2.0 * small**3)
+    return flops
+
+
 def loads_of(config: RunConfig) -> list[Load]:
     """Return the towers' loads; images and captions count with their largest size."""
     images, data, vision = config.data.global_batch_images, config.data, config.vision
@@ -102,6 +117,7 @@ def loads_of(config: RunConfig) -> list[Load]:
             tokens=images * length,
             pack_tokens=pack_tokens,
             forward_flops=forward_flops(tower, images * length, length),
+            muon_flops=muon_flops(tower, module, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
         )
         for tower, module, length, pack_tokens in towers
     ]
@@ -130,6 +146,9 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     bubble = (pp - 1) / (micro + pp - 1)
     flops = _BACKWARD * sum(load.forward_flops for load in loads)
     compute_s = flops / (world * cluster.flops * cluster.attained) / (1 - bubble)
+    # Each dp rank has its part of the matrices; tensor ranks repeat the work on each other's, or share it.
+    workers = pp * dp * (tp if config.optim.muon_tp == "sharded" else 1)
+    compute_s += sum(load.muon_flops for load in loads) / (workers * cluster.flops * cluster.attained)
     sending_s = tp_bytes / fast + pp_bytes / (fast if tp * pp <= per_node else across)
     sending_s += dp_bytes / (fast if world <= per_node else across)
     step_s = compute_s + sending_s

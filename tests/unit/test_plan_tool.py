@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from cogvit.config import ParallelConfig, RunConfig
 from cogvit.flags import load_preset
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
+from cogvit.training.optim import role_of
+from cogvit.training.orthogonal import newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
-from tools.plan import Arguments, forward_flops, legal_layouts, loads_of, plan, predict
+from tools.plan import Arguments, forward_flops, legal_layouts, loads_of, muon_flops, plan, predict
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -35,6 +38,17 @@ def test_flops_are_those_of_the_blocks(mlp: str) -> None:
     patches = images * 16
     embedding = 2 * patches * 3 * 8 * 8 * 32
     assert counter.get_total_flops() == forward_flops(cfg, patches, 16) + embedding
+
+
+@pytest.mark.parametrize("qkv", ["split", "heads", "fused"])
+def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", "fused"]) -> None:
+    cfg = CogViTConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp="swiglu")
+    model = CogViT(cfg)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if role_of(name, parameter) == "block_matrix":
+                newton_schulz(parts_of_qkv(parameter, 4, qkv) if "qkv" in name else parameter)
+    assert counter.get_total_flops() == muon_flops(cfg, model, qkv) > 0
 
 
 def test_parameters_of_the_reference() -> None:
