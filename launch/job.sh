@@ -180,7 +180,7 @@ finish() {
     if [[ $first == *"exit code "* ]]; then status=${first##*exit code }; fi
     tail -n 3 "$LOGS/rank_00000.log" 2>/dev/null | sed 's/^/rank 0: /' >&2 || true
     if ((status == 2)); then exit 2; fi
-    newest=$(cat "$LOGS/newest_checkpoint" 2>/dev/null || true) # the trainer's note: itself may be in an object store
+    newest=$(cat "$LOGS/newest_checkpoint" 2>/dev/null || true) # the checkpoint may be in an object store
     if [[ -f $LOGS/restarts ]]; then read -r tried before <"$LOGS/restarts"; fi
     if [[ ${newest:-none} != "$before" ]]; then tried=0; fi # it got on since the last failure
     if ((tried >= MAX_RESTARTS)); then

@@ -14,6 +14,7 @@ import torch
 
 from cogvit.train import main
 from cogvit.training.checkpoint import folder_of, latest, read_state, weights
+from cogvit.training.chrono import Chrono
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_shards
 from tests.pool import Pool
@@ -45,23 +46,29 @@ def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> 
     (status, whole_s), _ = pool.run(train, 2, ([*argv, str(straight)], -1, 0.0), timeout_s=120)
     assert status == 0
     draw = random.Random(kills)
-    killed, ends = 0, 0
+    killed, ends, of_this_run = 0, 0, 0
     while killed < kills or latest(folder_of(disturbed)) is None or last_step(disturbed) < STEPS:
         victim = draw.randrange(2) if killed < kills else -1
         try:
             pool.run(train, 2, ([*argv, str(disturbed)], victim, draw.uniform(0.0, whole_s)), timeout_s=120)
         except ChildProcessError as error:
             assert "-9" in str(error)
-            killed += 1
+            killed, of_this_run = killed + 1, of_this_run + 1
             continue
         assert_same(disturbed, straight)
         ends += 1
         if killed < kills:
-            disturbed = tmp_path / f"disturbed-{ends}"
+            disturbed, of_this_run = tmp_path / f"disturbed-{ends}", 0
     assert_same(disturbed, straight)
     path = latest(folder_of(disturbed))
     assert path is not None
-    print(f"{killed} kills, {ends} runs to the end; the last one's times: {read_state(path).chrono}")
+    print(f"{killed} kills, {ends} runs to the end; of the last, {goodput(read_state(path).chrono, of_this_run)}")
+
+
+def goodput(chrono: Chrono, kills: int) -> str:
+    """Say what the kills cost, and what would be left with an hour between them."""
+    cost_s = (chrono.lost_s + chrono.restart_s) / max(1, kills)
+    return f"{kills} kills: {chrono}, goodput {chrono.goodput:.1%}, {3600 / (3600 + cost_s):.1%} at one kill an hour"
 
 
 def last_step(run: Path) -> int:
