@@ -144,11 +144,16 @@ def measure(layout: ParallelConfig, dp: int, rounds: int) -> Measured:
     )
 
 
-def predicted_s(layout: ParallelConfig, dp: int, machine: Measured, attained: float) -> float:
-    """Return the step time of tools.plan on a machine as it was measured."""
+def predictions_s(layout: ParallelConfig, dp: int, machine: Measured, attained: float) -> tuple[float, float]:
+    """Return the step time of tools.plan on a machine as it was measured, and the same without the bubble.
+
+    Ranks that share a core lose nothing to the bubble: while a stage waits, another one has the core.
+    """
     config, ranks = run_config(layout), layout.tp * layout.pp * dp
     cluster = Cluster(machine.flops, 1e12, machine.bytes_per_s, machine.bytes_per_s, attained)
-    return predict(config, loads_of(config), ranks, ranks, cluster).step_s
+    found = predict(config, loads_of(config), ranks, ranks, cluster)
+    waiting_s = found.bubble * found.mfu * found.step_s / attained / (1.0 - found.bubble)
+    return found.step_s, found.step_s - waiting_s
 
 
 def parse_layouts(text: str) -> list[tuple[ParallelConfig, int]]:
@@ -174,17 +179,21 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield f"{version('deepspeed')}, megatron-core {version('megatron-core')}; cores for all ranks: {cores};"
     yield f"load {os.getloadavg()[0]:.0f} at the start."
     yield ""
-    yield "| tp | pp | dp | GFLOP/s of a rank | all-reduce MB/s | predicted ms | measured ms | predicted / measured |"
+    yield "| tp | pp | dp | GFLOP/s of a rank | all-reduce MB/s | predicted ms | without bubble | measured ms |"
     yield "|---|---|---|---|---|---|---|---|"
     attained = 0.0
     for layout, dp in layouts:
         machine = measure(layout, dp, rounds)
-        attained = attained or predicted_s(layout, dp, machine, 1.0) / machine.step_s
-        predicted = predicted_s(layout, dp, machine, attained)
+        attained = attained or predictions_s(layout, dp, machine, 1.0)[0] / machine.step_s
         rates = f"{machine.flops / 1e9:.1f} | {machine.bytes_per_s / 1e6:.0f}"
-        times = f"{1000 * predicted:,.0f} | {1000 * machine.step_s:,.0f} | {predicted / machine.step_s:.2f}"
+        predicted = " | ".join(
+            f"{1000 * seconds:,.0f} ({seconds / machine.step_s:.2f})"
+            for seconds in predictions_s(layout, dp, machine, attained)
+        )
+        times = f"{predicted} | {1000 * machine.step_s:,.0f}"
         yield f"| {layout.tp} | {layout.pp} | {dp} | {rates} | {times} |"
     yield ""
+    yield "In parentheses: over measured."
     yield f"Training attains {attained:.2f} of the rate of its products at the first layout."
     yield f"Load {os.getloadavg()[0]:.0f} at the end."
 
