@@ -31,7 +31,7 @@ class ObjectStore(fsspec.AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         prefix = self._strip_protocol(path).rstrip("/") + "/"
         found: dict[str, dict[str, Any]] = {}
-        for file in self._file("").parent.iterdir():
+        for file in Path(os.environ["OBJECT_STORE"]).iterdir():
             key = unquote(file.name)
             if key.startswith(prefix) and not file.name.startswith("."):
                 first, *deeper = key.removeprefix(prefix).split("/")
@@ -63,6 +63,7 @@ def use_objects(directory: str) -> None:
 
 
 def use_s3(endpoint: str) -> None:
-    """Point this process's s3:// at a server."""
+    """Point this process's s3:// at a server, and forget an earlier one."""
     os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "no_proxy": "127.0.0.1"}
+    fsspec.get_filesystem_class("s3").clear_instance_cache()

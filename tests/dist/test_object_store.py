@@ -27,7 +27,7 @@ from tests.pool import Pool
 from tests.slurm.lab import wait_for
 
 CASE = Case(world=2, zero=2, optimizer="adamw")
-pytestmark = pytest.mark.timeout(3000)
+pytestmark = pytest.mark.timeout(300)
 Connect = tuple[Callable[[str], None], str]
 
 
