@@ -108,6 +108,9 @@ def check_data(config: RunConfig) -> None:
             f" data.max_patches={data.max_patches}",
         )
     _check_shards(data)
+    for source, weight in data.mixture:
+        _require(0.0 < weight < math.inf, f"data.mixture gives {source!r} the weight {weight}; weights are positive")
+    _require(data.prefetch_steps >= 0, f"data.prefetch_steps={data.prefetch_steps} must not be negative")
     if config.objective == "contrast":
         contrast = config.contrast
         _require(config.proj_dim >= 1, f"--proj-dim {config.proj_dim} must be at least 1")
@@ -201,6 +204,7 @@ def _check_teachers(config: RunConfig) -> None:
         teachers.max_in_flight_bytes >= 1,
         f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",
     )
+    _require(0.0 < teachers.max_wait_s < math.inf, f"teachers.max_wait_s={teachers.max_wait_s} must be positive")
     _require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
     _require(
         teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,
