@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cogvit.train import main
-from cogvit.training.checkpoint import weights
+from cogvit.training.checkpoint import folder_of, weights
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_world
 from tests.pool import Pool
@@ -76,7 +76,7 @@ def test_a_run_whose_actors_are_killed_ends_with_the_same_bits(pool: Pool, tmp_p
             for row in read_metrics(tmp_path / name / "metrics.jsonl")
         ]
         assert [step for step, *_ in curve] == list(range(1, STEPS + 1))
-        ends[name] = curve, weights(tmp_path / name / "checkpoints" / f"step_{STEPS:08d}", "")
+        ends[name] = curve, weights(folder_of(tmp_path / name) / f"step_{STEPS:08d}", "")
     (curve, mine), (other_curve, theirs) = ends.values()
     assert curve == other_curve and mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
