@@ -6,6 +6,7 @@ A dataclass says what a command takes and the command's docstring is its help.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -25,13 +26,20 @@ def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callabl
     """
     lacks_words = not argv and any(member.default is MISSING for member in fields(kind))  # type: ignore[arg-type]
     if lacks_words or asks_for_help(argv):
-        print(usage.strip())
+        if speaks():
+            print(usage.strip())
         return 2 if lacks_words else 0
     try:
         return run(read_arguments(kind, argv))
     except CogViTError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def speaks() -> bool:
+    """Whether this process prints: the first of the ranks, and in a Slurm step each, which has a log of its own."""
+    return os.environ.get("RANK", "0") == "0" or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
 def asks_for_help(argv: list[str]) -> bool:

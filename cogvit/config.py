@@ -45,6 +45,9 @@ class DataConfig:
     duplicates: Literal["drop", "keep"] = option("drop", "of images that are equal byte for byte, use the first or all")
     mixture: tuple[tuple[str, float], ...] = option((), "weights of the index's sources; by their sizes if empty")
     global_batch_images: int = option(256, "images of one optimizer step, over all ranks")
+    batch_schedule: tuple[tuple[int, int], ...] = option(
+        (), "[[STEP, IMAGES], ...]: global_batch_images from a step on; steps count from 0"
+    )
     tokens_per_pack: int = option(4096, "T: patch tokens of one microbatch on one rank")
     images_per_pack: int = option(64, "N: image slots of one microbatch on one rank")
     text_tokens_per_pack: int = option(4096, "L: caption tokens of one microbatch on one rank")
@@ -52,6 +55,9 @@ class DataConfig:
     max_patches: int = option(256, "naflex: the largest grid an image may have, in patches")
     budgets_patches: tuple[int, ...] = option(
         (), "naflex: each image gets one of these budgets in each epoch, drawn by its key; max_patches if none"
+    )
+    budget_schedule: tuple[tuple[int, tuple[int, ...]], ...] = option(
+        (), "[[STEP, [PATCHES, ...]], ...]: budgets_patches from a step on; steps count from 0"
     )
     enlarge: bool = option(False, "naflex: enlarge images that are smaller than max_patches")
     grid_multiple: int = option(1, "naflex: rows and columns are multiples of it (2: a language model's 2 x 2 groups)")
@@ -145,6 +151,19 @@ class ContrastConfig:
     )
     chunk_pairs: int = option(1024, "rows and columns of the largest block of logits; bounds the memory of the loss")
     max_temperature: float = option(1000.0, "the learned temperature counts as this where it is higher")
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A text encoder of transformers in place of our own text tower (stage 2)."""
+
+    path: str = option(
+        "",
+        "directory or hub name of a transformers text encoder; it takes the place of the tower that text.* describes",
+    )
+    pooling: Literal["mean", "first", "last", "own"] = option(
+        "mean", "of a caption's tokens: the mean, the first (BERT's CLS), the last, or the encoder's own pooling"
+    )
 
 
 @dataclass(frozen=True)
@@ -289,6 +308,7 @@ class RunConfig:
     objective: Literal["distill", "contrast"] = option("distill", "stage 1 or stage 2")
     vision: CogViTConfig = field(default_factory=CogViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float = option(-10.0, "bias of the sigmoid loss at the start (stage 2)")
@@ -369,32 +389,3 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}={value!r} is not of type {getattr(hint, '__name__', hint)}")
-
-
-# What may differ between a run and its resumption: how it is executed, never what it computes.
-_EXECUTION = (
-    "parallel.", "memory.", "zero.", "guard.", "eval.", "log.", "out", "optim.muon_tp",
-    "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
-    "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
-    "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
-    "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_bad_fraction",
-    "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
-    "teachers.ray_address", "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
-)  # fmt: skip
-
-
-def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return "field: old -> new" for each difference that makes `new` another run than `old`."""
-    before, after = _flatten(to_json(old)), _flatten(to_json(new))
-    return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(_EXECUTION)
-    ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

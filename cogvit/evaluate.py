@@ -1,6 +1,7 @@
 """Evaluates a run or an export on held-out shards.
 
 usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
+       launch/local.sh NPROC cogvit.evaluate RUN_OR_EXPORT [flags]    (or under torchrun or srun: ranks share the work)
 
 --tasks NAME,...      any of the tasks below; by default all that RUN_OR_EXPORT can do
 --data PATTERN        indexed held-out shards; by default the run's data.eval_shards
@@ -30,21 +31,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cogvit.arguments import run_command
+from cogvit.arguments import run_command, speaks
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
 from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
 from cogvit.evaluation.prompts import Prompts, read_prompts
+from cogvit.evaluation.ranks import joined
 from cogvit.evaluation.results import Evaluation, read_evaluation, score, table, write_evaluation
 from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
 from cogvit.evaluation.subject import Subject, load_subject
+from cogvit.slurm import join_slurm
 from cogvit.training.restore import untrained_towers
 from data_pipeline.index import Index, load_index
 
@@ -70,29 +74,42 @@ class Arguments:
 
 
 def evaluate(arguments: Arguments) -> int:
-    """Run the tasks, print their figures and add them to --out; returns the exit status."""
+    """Run the tasks, print their figures and add them to --out; returns the exit status.
+
+    Ranks that a launcher has started share the encoding; the first one prints and writes.
+    """
+    join_slurm()
+    with joined() as ranks:
+        asked, earlier = check_arguments(arguments)
+        path = Path(arguments.run_or_export)
+        subject = ranks.together(partial(load_subject, path, arguments.data, arguments.index_dir, ranks))
+        if arguments.resolution:
+            subject = shown_at(subject, RESOLUTIONS[arguments.resolution])
+        tasks = asked or possible_tasks(subject)
+        if not tasks:
+            raise DataError(
+                f"the held-out shards have neither labels nor captions; every task of {subject.path} needs them"
+            )
+        results = run_tasks(subject, tasks, arguments)
+        if arguments.resolution:
+            results = {f"{task}_{arguments.resolution}": figures for task, figures in results.items()}
+        if speaks():
+            print(table(results))
+        if arguments.out and ranks.rank == 0:
+            write_evaluation(Path(arguments.out), earlier | results)
+    return 0
+
+
+def check_arguments(arguments: Arguments) -> tuple[list[str], Evaluation]:
+    """Return the tasks that are asked for and what --out holds already. Errors: ConfigError."""
     asked = arguments.tasks.split(",") if arguments.tasks else []
     for name in asked:
         if name not in TASKS:
             raise ConfigError(f"unknown task {name!r} in --tasks; tasks are {', '.join(TASKS)}")
     if arguments.resolution not in ("", *RESOLUTIONS):
         raise ConfigError(f"--resolution {arguments.resolution} must be one of {', '.join(RESOLUTIONS)}")
-    earlier = read_evaluation(Path(arguments.out)) if arguments.out and Path(arguments.out).exists() else {}
-    subject = load_subject(Path(arguments.run_or_export), arguments.data, arguments.index_dir)
-    if arguments.resolution:
-        subject = shown_at(subject, RESOLUTIONS[arguments.resolution])
-    tasks = asked or possible_tasks(subject)
-    if not tasks:
-        raise DataError(
-            f"the held-out shards have neither labels nor captions; every task of {subject.path} needs them"
-        )
-    results = run_tasks(subject, tasks, arguments)
-    if arguments.resolution:
-        results = {f"{task}_{arguments.resolution}": figures for task, figures in results.items()}
-    print(table(results))
-    if arguments.out:
-        write_evaluation(Path(arguments.out), earlier | results)
-    return 0
+    found = bool(arguments.out) and Path(arguments.out).exists()
+    return asked, read_evaluation(Path(arguments.out)) if found else {}
 
 
 def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
@@ -149,8 +166,9 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
     towers = {"": subject.towers, "_untrained": untrained_towers(subject.path)}
     for suffix, tower in towers.items():
         encoder = tower.vision.to(subject.towers.vision.mask_token.device)
-        yield suffix, (image_features(encoder, train, subject.sizing), image_features(encoder, test, subject.sizing))
-    yield "_pixels", (pixel_features(train), pixel_features(test))
+        features = [image_features(encoder, samples, subject.sizing, subject.ranks) for samples in (train, test)]
+        yield suffix, (features[0], features[1])
+    yield "_pixels", (pixel_features(train, subject.ranks), pixel_features(test, subject.ranks))
 
 
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
@@ -159,7 +177,7 @@ def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evalua
     for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
-        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
+        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
         by_language = {language: one.texts() for language, one in prompts.items()} or _captions_as_prompts(samples)
         for language, (texts, labels) in by_language.items():
             if int(samples.label.max()) > max(labels):
@@ -187,7 +205,7 @@ def retrieval_results(subject: Subject) -> Evaluation:
     results: Evaluation = {}
     for samples in _needed(subject.captioned, "retrieval needs", "captions"):
         _note(f"retrieval: {len(samples):,} {samples.source}")
-        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
+        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
         for language, captions in samples.captions.items():
             distinct = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
             text, text_id = embed_texts(subject, list(distinct)), torch.arange(len(distinct))
@@ -221,7 +239,8 @@ def _train_index(subject: Subject, arguments: Arguments) -> Index:
 
 
 def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

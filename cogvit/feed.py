@@ -183,7 +183,8 @@ def image_batches(
 def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:
     """Return the global batches of the held-out shards, the same each time."""
     assert corpus.held_out is not None
-    data = replace(config.data, shards=config.data.eval_shards, mixture=(), flip=False, crop=1.0, color=0.0)
+    data = replace(config.data, shards=config.data.eval_shards, mixture=(), batch_schedule=(), budget_schedule=())
+    data = replace(data, flip=False, crop=1.0, color=0.0)
     return rank_batches(replace(config, data=data), corpus.held_out, intake, source, None)
 
 

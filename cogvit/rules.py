@@ -33,7 +33,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         f"{world_size} processes cannot be split into tp={tp} x pp={pp}; start a multiple of {tp * pp}",
     )
     towers: list[tuple[str, CogViTConfig | TextConfig]] = [("vision", config.vision)]
-    if config.objective == "contrast":
+    if config.objective == "contrast" and not config.text_encoder.path:
         towers.append(("text", config.text))
     for name, tower in towers:
         _require(
@@ -72,7 +72,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         _require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
         cls = config.data.images_per_pack if config.vision.use_cls_token else 0
         tokens = {"data.tokens_per_pack": config.data.tokens_per_pack + cls}
-        if config.objective == "contrast":
+        if config.objective == "contrast" and not config.text_encoder.path:
             tokens["data.text_tokens_per_pack"] = config.data.text_tokens_per_pack
         for what, count in tokens.items():
             _require(count % tp == 0, f"sequence parallelism splits {what}: {count} tokens over tp={tp} do not divide")
@@ -97,16 +97,7 @@ def check_data(config: RunConfig) -> None:
         f"an image of {largest} patches does not fit data.tokens_per_pack={data.tokens_per_pack}; raise it or lower"
         " data.max_patches",
     )
-    _require(
-        data.sizing == "naflex" or not data.budgets_patches,
-        "data.budgets_patches are of --data.sizing naflex; squares have one size",
-    )
-    for budget in data.budgets_patches:
-        _require(
-            data.grid_multiple**2 <= budget <= data.max_patches,
-            f"data.budgets_patches has {budget}; budgets are from {data.grid_multiple**2} to"
-            f" data.max_patches={data.max_patches}",
-        )
+    _check_schedules(data)
     _check_shards(data)
     for source, weight in data.mixture:
         _require(0.0 < weight < math.inf, f"data.mixture gives {source!r} the weight {weight}; weights are positive")
@@ -126,16 +117,50 @@ def check_data(config: RunConfig) -> None:
             f"a caption of text.max_tokens={config.text.max_tokens} does not fit"
             f" data.text_tokens_per_pack={data.text_tokens_per_pack}",
         )
+    encoder, memory = config.text_encoder.path, config.memory.text
+    _require(not encoder or config.objective == "contrast", f"--text-encoder.path {encoder} is of stage 2")
+    _require(
+        not encoder or (memory.recompute == "none" and not memory.offload),
+        f"memory.text is of our own text tower; --text-encoder.path {encoder} keeps its activations",
+    )
     _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
     _require(0.0 < data.crop <= 1.0, f"--data.crop {data.crop} must be in (0, 1]: the smallest share of the area kept")
     _require(0.0 <= data.color < 1.0, f"--data.color {data.color} must be in [0, 1); 0 turns it off")
     _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
 
 
+def _check_schedules(data: DataConfig) -> None:
+    """Check budgets, and what changes in the course of the run."""
+    for name, schedule in (("batch", data.batch_schedule), ("budget", data.budget_schedule)):
+        steps = [step for step, _ in schedule]
+        _require(
+            steps == sorted(set(steps)) and min(steps, default=0) >= 0,
+            f"data.{name}_schedule has the steps {steps}; they count from 0 and rise",
+        )
+    for step, images in data.batch_schedule:
+        _require(images >= 1, f"data.batch_schedule has {images} images from step {step}; at least 1")
+    budgets = [("budgets_patches", data.budgets_patches)] if data.budgets_patches else []
+    budgets += [("budget_schedule", of_step) for _, of_step in data.budget_schedule]
+    _require(
+        data.sizing == "naflex" or not budgets,
+        "data.budgets_patches and data.budget_schedule are of --data.sizing naflex; squares have one size",
+    )
+    for name, patches in budgets:
+        _require(bool(patches), f"data.{name} has a step without budgets; name at least one")
+        for budget in patches:
+            _require(
+                data.grid_multiple**2 <= budget <= data.max_patches,
+                f"data.{name} has {budget}; budgets are from {data.grid_multiple**2} to"
+                f" data.max_patches={data.max_patches}",
+            )
+
+
 def _check_shards(data: DataConfig) -> None:
     _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
     planned = data.order == "planned"
-    for name, default in (("where", ""), ("mixture", ()), ("loading", "in_process")):
+    for name, default in (
+        ("where", ""), ("mixture", ()), ("loading", "in_process"), ("batch_schedule", ()), ("budget_schedule", ()),
+    ):  # fmt: skip
         _require(
             planned or getattr(data, name) == default,
             f"--data.order sequential has no index for data.{name}; leave that out, or index the shards",
@@ -223,8 +248,9 @@ def _check_teachers(config: RunConfig) -> None:
             f" student others; pass --data.{name} {str(off).lower()} or --teachers.source online",
         )
     _require(
-        not (teachers.source == "store" and config.data.budgets_patches),
-        "--teachers.source store holds features of one size of each image; leave data.budgets_patches empty",
+        teachers.source != "store" or not (config.data.budgets_patches or config.data.budget_schedule),
+        "--teachers.source store holds features of one size of each image; leave data.budgets_patches and"
+        " data.budget_schedule empty",
     )
     _require(
         teachers.source == "online" or bool(teachers.store),

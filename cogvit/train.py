@@ -15,10 +15,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-from cogvit.arguments import asks_for_help
-from cogvit.config import ModuleConfig, RunConfig, load_config, recipe_differences, to_json
+from cogvit.arguments import asks_for_help, speaks
+from cogvit.config import RunConfig, load_config, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.feed import (
     Corpus,
@@ -34,14 +33,9 @@ from cogvit.feed import (
     take_seat,
 )
 from cogvit.flags import help_text, load_preset, parse
+from cogvit.recipe import recipe_differences
 from cogvit.slurm import join_slurm, place_line
 from cogvit.training.lock import run_lock
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from cogvit.parallel.mesh import Mesh
-    from cogvit.training.objective import Objective
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
@@ -63,6 +57,10 @@ def main(argv: list[str]) -> int:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         config = parse(load_preset(argv[0]), [word for word in argv[1:] if word != "--dry-run"])
         config.check(world_size)
+        if config.text_encoder.path:
+            from cogvit.model.pretrained import with_encoder_shape
+
+            config = with_encoder_shape(config)
         if "--dry-run" in argv:
             print(json.dumps(to_json(config), indent=1))
             return 0
@@ -72,8 +70,7 @@ def main(argv: list[str]) -> int:
         with claimed_directory(config, writer=rank == 0):
             return run(config, corpus)
     except CogViTError as error:
-        # In a Slurm step each rank has a log of its own.
-        if os.environ.get("RANK", "0") == "0" or "SLURM_STEP_NUM_TASKS" in os.environ:
+        if speaks():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
 
@@ -108,6 +105,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s = time.monotonic()
     from cogvit.parallel.mesh import start_mesh, stop_mesh
+    from cogvit.training.build import build
     from cogvit.training.checkpoint import Checkpoints, folder_in
     from cogvit.training.chrono import after_restart
     from cogvit.training.engine import Engine
@@ -161,69 +159,6 @@ def run(config: RunConfig, corpus: Corpus) -> int:
             spikes=SpikeLog(Path(config.out) / "logs" / "spikes.jsonl", config.guard.spike_factor),
         )
     return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
-
-
-def build(config: RunConfig, mesh: Mesh, teacher_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
-    """Return this rank's stage of the model with its initial weights, and what trains it."""
-    from cogvit.objective.distill import Distill, DistillModel, Term
-    from cogvit.objective.siglip import Contrast, ContrastModel
-    from cogvit.parallel.convert import fill
-    from cogvit.parallel.encoder import TextStage, VisionStage
-
-    data, parallel, memory = config.data, config.parallel, config.memory
-    vision = VisionStage(
-        config.vision, mesh, parallel, memory.vision, num_tokens=data.tokens_per_pack, num_slots=data.images_per_pack
-    )
-    if config.objective == "distill":
-        terms = {
-            member.name + part: Term(weight, member.error)
-            for member in config.teachers.members
-            for part, weight in member.parts.items()
-        }
-        model: nn.Module = DistillModel(vision, teacher_dims, recompute=memory.projection_recompute)
-        objective: Any = Distill(terms, config.teachers.mask_ratio)
-    else:
-        text = TextStage(config.text, mesh, parallel, memory.text, num_tokens=data.text_tokens_per_pack)
-        model, objective = (
-            ContrastModel(vision, text, config.proj_dim, recompute=memory.projection_recompute),
-            Contrast(config.contrast, locked_towers(config)),
-        )
-    fill(model.to(mesh.device), mesh, initial_weights(config))
-    return model, objective
-
-
-def locked_towers(config: RunConfig) -> tuple[Literal["vision", "text"], ...]:
-    """Return the towers whose rate is 0: nothing needs their gradients."""
-    towers: tuple[tuple[Literal["vision", "text"], ModuleConfig], ...] = (
-        ("vision", config.optim.vision),
-        ("text", config.optim.text),
-    )
-    return tuple(name for name, own in towers if own.lr_mult == 0.0)
-
-
-def initial_weights(config: RunConfig) -> Any:
-    """Return the source of initial plain tensors: --init for what it holds of the towers, the seed for the rest.
-
-    Errors: CheckpointError when the vision tower of --init is not this run's.
-    """
-    import torch
-
-    from cogvit.model.init import init_tensor
-    from cogvit.training.restore import initial_towers
-
-    given = initial_towers(config) if config.init else {}
-    constants = {"log_t": config.init_log_t, "bias": config.init_bias}
-
-    def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name in given:
-            return given[name]
-        if name in constants:
-            return torch.full(shape, constants[name])
-        tower = config.text if name.startswith("text.") else config.vision
-        scale = 1.0 if tower.layer_scale_init is None else tower.layer_scale_init
-        return init_tensor(name, shape, config.seed, scale)
-
-    return weight
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ LANGUAGES = ("en", "zh")
 _LANGUAGE_SALT = 0x6C616E67  # "lang"
 _NUMBER_SALT = 0x63617074  # "capt"
 _CACHED_CAPTIONS = 1 << 16
+_LONGEST_TOKEN = 128  # characters
+_MOST_ADDED = 4  # tokens that a tokenizer puts around and before a caption's own
 
 Captions = dict[str, tuple[str, ...]]  # language -> captions, none of them empty
 
@@ -45,6 +47,11 @@ class Tokenizer(Protocol):
     @property
     def num_ids(self) -> int:
         """Rows that the text tower's embedding table needs."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the rows of shorter captions where a text encoder wants rows of one length."""
         ...
 
     def encode(self, text: str, max_tokens: int) -> CaptionTokens:
@@ -113,12 +120,13 @@ def choose_captions(num_captions: NDArray[np.int64], key: NDArray[np.int64], zh_
     return CaptionChoice(language, number)
 
 
-def token_bound(size_bytes: NDArray[np.int64], max_tokens: int) -> NDArray[np.int64]:
-    """Return how many tokens captions of so many UTF-8 bytes may take: a byte each and the end of sequence.
+def token_bound(size_bytes: NDArray[np.int64], max_tokens: int, tokenizer: str) -> NDArray[np.int64]:
+    """Return how many tokens captions of so many UTF-8 bytes may take: one a byte and what the tokenizer adds.
 
-    The plan reserves this much, and no caption gets more (`encode` is held to it); for ByT5 it is exact.
+    The plan reserves this much, and no caption gets more (`encode` is held to it): exact for byt5, which adds the end.
+    Others may mark the beginning of a sequence too, and that of a word.
     """
-    return np.minimum(size_bytes + 1, max_tokens)
+    return np.minimum(size_bytes + (1 if tokenizer == "byt5" else _MOST_ADDED), max_tokens)
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Tokenizer:
@@ -141,6 +149,7 @@ class ByteTokenizer:
     """
 
     num_ids = 259
+    pad_id = 0
 
     def encode(self, text: str, max_tokens: int) -> CaptionTokens:
         """See Tokenizer."""
@@ -154,13 +163,16 @@ class PretrainedTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.num_ids = len(tokenizer)
+        self.pad_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._tokenizer = tokenizer
         self._lock = Lock()  # transformers switches truncation on and off inside the tokenizer
         self._encode = lru_cache(_CACHED_CAPTIONS)(self._encode_anew)
 
     def encode(self, text: str, max_tokens: int) -> CaptionTokens:
-        """See Tokenizer."""
-        return self._encode(text, max_tokens)
+        """See Tokenizer. What no token of a caption can reach is not looked at, nor kept."""
+        reached = text[: max_tokens * _LONGEST_TOKEN]
+        tokens = self._encode(reached, max_tokens)
+        return tokens if len(reached) == len(text) else CaptionTokens(tokens.ids, cut=True)
 
     def _encode_anew(self, text: str, max_tokens: int) -> CaptionTokens:
         with self._lock:
@@ -175,7 +187,7 @@ def _load_pretrained(name: str) -> PretrainedTokenizer:
     from transformers import AutoTokenizer  # here, because it takes seconds and `byt5` needs none of it
 
     try:
-        return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
+        return PretrainedTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"--data.tokenizer {name} does not load: {reason}; pass byt5, a directory or a name") from None

@@ -215,7 +215,8 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
     choice, text_tokens = None, np.zeros_like(num_tokens)
     if with_text:
         choice = choose_captions(index.rows["num_captions"][batch.rows], batch.key, config.data.zh_fraction)
-        text_tokens = token_bound(index.chosen_bytes(batch.rows, choice), config.text.max_tokens)
+        spelt_bytes = index.chosen_bytes(batch.rows, choice)
+        text_tokens = token_bound(spelt_bytes, config.text.max_tokens, config.data.tokenizer)
         cost = cost + caption_cost(text_tokens, config)
     placement = place(cost, num_tokens, text_tokens, num_ranks=num_ranks, limits=pack_limits(config))
     return Layout(placement, choice, text_tokens, cost)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -50,11 +51,39 @@ class PlanSpec:
     lookahead_steps: int
     sizing: Sizing
     attention_tokens: int  # n0: the length at which attention costs as much as everything else
+    batch_schedule: tuple[tuple[int, int], ...] = ()  # step, global_batch_images from it on
+    budget_schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step, sizing.budgets from it on
 
     @property
-    def window_images(self) -> int:
-        """Images of one look-ahead window."""
-        return self.global_batch_images * self.lookahead_steps
+    def smallest_window_images(self) -> int:
+        """Images that every look-ahead window has at least."""
+        return self.lookahead_steps * min([self.global_batch_images, *(images for _, images in self.batch_schedule)])
+
+    def batch_images(self, step: int) -> int:
+        """Return the images of a step's global batch."""
+        return _in_force(self.batch_schedule, step, self.global_batch_images)
+
+    def images_before(self, window: int) -> int:
+        """Return the images of all look-ahead windows before one."""
+        end, total, images, since = window * self.lookahead_steps, 0, self.global_batch_images, 0
+        for start, later in self.batch_schedule:
+            if start >= end:
+                break
+            total, images, since = total + images * (start - since), later, start
+        return total + images * (end - since)
+
+    def window_of(self, images: int) -> int:
+        """Return the look-ahead window that holds an image, by its number in the run."""
+        left, size, since = images, self.global_batch_images, 0
+        for start, later in self.batch_schedule:
+            if left < size * (start - since):
+                break
+            left, size, since = left - size * (start - since), later, start
+        return (since + left // size) // self.lookahead_steps
+
+    def sizing_at(self, step: int) -> Sizing:
+        """Return how the images of a step are sized."""
+        return replace(self.sizing, budgets=_in_force(self.budget_schedule, step, self.sizing.budgets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +98,14 @@ class GlobalBatch:
     grid_hw: Ints  # [B, 2]
     cost: Ints  # [B]
     downsized: NDArray[np.bool_]  # [B], the image has more patches than its budget
+
+
+Value = TypeVar("Value")
+
+
+def _in_force(schedule: Sequence[tuple[int, Value]], step: int, before: Value) -> Value:
+    """Return the value of the last entry that has begun, or what holds before the first."""
+    return next((value for start, value in reversed(schedule) if start <= step), before)
 
 
 def attention_tokens(tower: CogViTConfig | TextConfig) -> int:
@@ -88,12 +125,16 @@ def plan_spec(config: RunConfig) -> PlanSpec:
         lookahead_steps=data.lookahead_steps,
         sizing=sizing_of(config),
         attention_tokens=attention_tokens(config.vision),
+        batch_schedule=data.batch_schedule,
+        budget_schedule=data.budget_schedule,
     )
 
 
 def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     """Return the hash that names a sequence of global batches."""
-    text = json.dumps([VERSION, index.content_hash(), asdict(spec), seed], sort_keys=True)
+    schedules = ("batch_schedule", "budget_schedule")  # runs without them are older than these
+    fields = {name: value for name, value in asdict(spec).items() if value or name not in schedules}
+    text = json.dumps([VERSION, index.content_hash(), fields, seed], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -158,7 +199,8 @@ class Planner:
             found = [self._share_window(window, share)[inside] for share in shares]
         rows, epoch = (np.concatenate(parts) for parts in zip(*found, strict=True))
         sizes, key = self._index.rows[rows], self._keys(rows, epoch)
-        grid_hw = spec.sizing.grids(sizes["height_px"], sizes["width_px"], key)
+        sizing = spec.sizing_at(step)
+        grid_hw = sizing.grids(sizes["height_px"], sizes["width_px"], key)
         return GlobalBatch(
             step=step,
             rows=rows,
@@ -167,21 +209,24 @@ class Planner:
             key=key,
             grid_hw=grid_hw,
             cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
-            downsized=spec.sizing.exceeds(sizes["height_px"], sizes["width_px"], key),
+            downsized=sizing.exceeds(sizes["height_px"], sizes["width_px"], key),
         )
 
     def _keys(self, rows: Ints, epoch: Ints, *salts: int) -> Ints:
         sample_id = torch.from_numpy(self._index.rows["sample_id"][rows])
         return mix(sample_id, self._seed, torch.from_numpy(epoch), *salts).numpy()
 
-    def _cost(self, rows: Ints, epoch: Ints) -> Ints:
+    def _cost(self, rows: Ints, epoch: Ints, sizing: Sizing) -> Ints:
         """Return the cost of images, which in another epoch may have another budget."""
         sizes = self._index.rows[rows]
-        grid_hw = self._spec.sizing.grids(sizes["height_px"], sizes["width_px"], self._keys(rows, epoch))
+        grid_hw = sizing.grids(sizes["height_px"], sizes["width_px"], self._keys(rows, epoch))
         return attention_cost(grid_hw.prod(axis=1), self._spec.attention_tokens)
 
     def _share_window_anew(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
-        """Return (rows, epochs) of a share for each step of a window; the steps cost the same."""
+        """Return (rows, epochs) of a share for each step of a window.
+
+        The steps cost in proportion to their images, by the sizing of the window's first step.
+        """
         spec = self._spec
         draws, before = [], 0  # slots of the window that belong to the shares before this one
         for stream in self._streams:
@@ -190,15 +235,22 @@ class Planner:
             before += others
         rows = np.concatenate([one.stream.rows[one.member] for one in draws])
         epoch = np.concatenate([one.epoch for one in draws])
-        cost = self._cost(rows, epoch)
-        # All slots of the window go round the steps, so that every step gets exactly its number of images.
-        sizes = np.bincount((before + np.arange(len(rows))) % spec.lookahead_steps, minlength=spec.lookahead_steps)
+        cost = self._cost(rows, epoch, spec.sizing_at(window * spec.lookahead_steps))
+        turns = self._turns(window)[before : before + len(rows)]
+        sizes = np.bincount(turns, minlength=spec.lookahead_steps)
         step = spread(cost, sizes, self._keys(rows, epoch, _STEP_SALT))
         return [(rows[step == one], epoch[step == one]) for one in range(spec.lookahead_steps)]
 
+    def _turns(self, window: int) -> Ints:
+        """Return the step of each slot of a window: they go round the steps, each of which gets exactly its images."""
+        first, steps = window * self._spec.lookahead_steps, np.arange(self._spec.lookahead_steps)
+        sizes = np.array([self._spec.batch_images(first + step) for step in steps.tolist()])
+        turn = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist()])
+        return np.repeat(steps, sizes)[np.argsort(turn, kind="stable")]
+
     def _draws(self, stream: _Stream, window: int, share: int) -> tuple[_Draws, int]:
         """Return what a share draws from a source in a window, and how much the shares before it draw."""
-        first, last = (stream.drawn(self._spec.window_images * edge) for edge in (window, window + 1))
+        first, last = (stream.drawn(self._spec.images_before(edge)) for edge in (window, window + 1))
         if stream.bounds is None:
             common, owner = self._common_draws(stream.number, window)
             mine = owner == share
@@ -231,13 +283,13 @@ class Planner:
         start, stop = epoch * (high - low), (epoch + 1) * (high - low)
 
         def reached(windows: range) -> Ints:
-            draws = np.array([stream.drawn(self._spec.window_images * window) for window in windows])
+            draws = np.array([stream.drawn(self._spec.images_before(window)) for window in windows])
             return np.diff(stream.drawn_by_shares(draws)[:, share : share + 2], axis=1)[:, 0]
 
         # The mixture's share says where the epoch lies to within a few windows; the counts say where exactly.
-        length = self._spec.window_images * (stream.upto - stream.before) / len(stream.rows)  # in epochs
-        first = max(int(epoch / length) - 2, 0)
-        edges = reached(range(first, int((epoch + 1) / length) + 4))
+        length = len(stream.rows) / (stream.upto - stream.before)  # of an epoch, in images of the run
+        first = max(self._spec.window_of(int(epoch * length)) - 2, 0)
+        edges = reached(range(first, self._spec.window_of(int((epoch + 1) * length)) + 4))
         skipped = int((edges <= start).sum()) - 1
         bounds = edges[skipped : skipped + 1 + int((edges[skipped + 1 :] < stop).sum()) + 1]
         bounds = np.clip(bounds, start, stop) - start
@@ -249,7 +301,7 @@ class Planner:
     def _common_draws_anew(self, number: int, window: int) -> tuple[_Draws, Ints]:
         """Return what all shares draw in a window from a source that none owns, and the share of each draw."""
         stream, shares = self._streams[number], self._spec.canonical_shares
-        first, last = (stream.drawn(self._spec.window_images * edge) for edge in (window, window + 1))
+        first, last = (stream.drawn(self._spec.images_before(edge)) for edge in (window, window + 1))
         epoch, at = np.divmod(np.arange(first, last), len(stream.rows))
         for one in np.unique(epoch).tolist():
             mine = epoch == one
@@ -272,10 +324,11 @@ def _streams(index: Index, spec: PlanSpec) -> Iterator[_Stream]:
     for number, (name, weight) in enumerate(spec.mixture):
         if name not in index.sources:
             raise DataError(f"data.mixture names {name!r}; the shards' sources are {', '.join(index.sources)}")
-        if weight * spec.window_images < total:
+        if weight * spec.smallest_window_images < total:
+            images = spec.smallest_window_images
             raise DataError(
-                f"data.mixture gives {name!r} less than one of the {spec.window_images} images of a window; raise its"
-                f" weight from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
+                f"data.mixture gives {name!r} less than one of the {images} images of a window; raise its weight"
+                f" from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
             )
         rows = np.flatnonzero(index.rows["source"] == index.sources.index(name))
         if not len(rows):
@@ -291,6 +344,6 @@ def _stream(index: Index, spec: PlanSpec, rows: Ints, number: int, before: Fract
     cuts = np.searchsorted(total, total[-1] / shares * np.arange(1, shares))
     bounds = np.array([0, *cuts, len(rows)], np.int64)
     smallest = int(np.diff(bounds).min())
-    draws = spec.window_images * (upto - before) * smallest / len(rows)  # of the smallest share in a window
+    draws = spec.smallest_window_images * (upto - before) * smallest / len(rows)  # of the smallest share in a window
     owned = shares == 1 or (smallest >= FEWEST_SAMPLES and draws >= FEWEST_DRAWS)
     return _Stream(number, rows, cost, bounds if owned else None, before, upto)

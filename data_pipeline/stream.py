@@ -238,7 +238,7 @@ class _Maker:
         if self._tokenizer is not None:
             spoken = _speak(planned, config.data.zh_fraction)
             size_bytes = np.array([len(one.text.encode()) for one in spoken], np.int64)
-            text_tokens = token_bound(size_bytes, config.text.max_tokens)
+            text_tokens = token_bound(size_bytes, config.text.max_tokens, config.data.tokenizer)
             cost = cost + caption_cost(text_tokens, config)
         placement = place(cost, num_tokens, text_tokens, num_ranks=1, limits=limits)
         micro, failures = [], list(planned.unreadable)

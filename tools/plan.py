@@ -99,7 +99,8 @@ def muon_flops(tower: CogViTConfig | TextConfig, module: nn.Module, qkv: str) ->
 
 def loads_of(config: RunConfig) -> list[Load]:
     """Return the towers' loads; images and captions count with their largest size."""
-    images, data, vision = config.data.global_batch_images, config.data, config.vision
+    data, vision = config.data, config.vision
+    images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
     rows, columns = vision.base_grid
     patches = rows * columns if data.sizing == "square" else data.max_patches
     patches += vision.use_cls_token

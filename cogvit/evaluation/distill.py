@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -51,13 +52,21 @@ def distill_results(subject: Subject) -> Evaluation:
         member.name: load_teacher(member.path, config.teachers.precision, layer=member.layer) for member in members
     }
     source = Standardized(LocalFeatures(teachers, image_of), stats)
-    sums: dict[str, Fit] = {}
     rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
-    for pack in pack_rows(subject.heldout, rows, subject.sizing):
-        grids = tuple((rows, columns) for rows, columns in pack.images.grid_hw.tolist())
-        request = FeatureRequest(pack.samples, grids, tuple(pack.images.key.tolist()), mask_ratio=1.0)
-        fits = compare(subject.towers, pack, source.result(source.submit(request)), config.teachers.mask_ratio)
-        sums = {name: sums[name] + fit if name in sums else fit for name, fit in fits.items()}
+
+    def part() -> list[dict[str, Fit]]:
+        fits = []
+        for pack in pack_rows(subject.heldout, rows, subject.sizing, subject.ranks):
+            grids = tuple((rows, columns) for rows, columns in pack.images.grid_hw.tolist())
+            request = FeatureRequest(pack.samples, grids, tuple(pack.images.key.tolist()), mask_ratio=1.0)
+            target = source.result(source.submit(request))
+            fits.append(compare(subject.towers, pack, target, config.teachers.mask_ratio))
+        return fits
+
+    sums: dict[str, Fit] = {}
+    for round_of_packs in zip_longest(*subject.ranks.gather(part), fillvalue={}):  # in the order of the packs
+        for fits in round_of_packs:
+            sums |= {name: sums[name] + fit if name in sums else fit for name, fit in fits.items()}
     return {
         f"distill_{name}": {
             "explained_masked": score(fit.masked.share(), 0.0),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
+from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
 from data_pipeline.decode import Pixels, decode_patches
@@ -114,13 +115,18 @@ def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) ->
             raise DataError(f"{index.name(row)}: {error}; evaluation takes whole shards: remove or repair it") from None
 
 
-def pack_rows(index: Index, rows: Ints, sizing: Sizing) -> Iterator[Pack]:
-    """Yield the images of some rows in packs, images of one grid side by side; the sample ids seed their draws."""
+def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) -> Iterator[Pack]:
+    """Yield the images of some rows in packs, images of one grid side by side; the sample ids seed their draws.
+
+    ranks: who shares the packs; only this process's are read.
+    """
     grid_hw = sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
     order = np.lexsort(grid_hw.T)
     pack = (np.cumsum(grid_hw.prod(axis=1)[order]) - 1) // _TOKENS_PER_PACK
-    bar = tqdm(total=len(rows), unit=" images", disable=None, leave=False)  # nothing unless on a terminal
-    for places in np.split(order, np.flatnonzero(np.diff(pack)) + 1):
+    mine = list(ranks.mine(np.split(order, np.flatnonzero(np.diff(pack)) + 1)))
+    quiet = None if ranks.rank == 0 else True  # nothing unless on a terminal
+    bar = tqdm(total=sum(map(len, mine)), unit=" images", disable=quiet, leave=False)
+    for places in mine:
         chosen, grids = rows[places], grid_hw[places]
         images = pack_images(
             list(read_patches(index, chosen, grids, sizing.patch_size_px)),

@@ -9,6 +9,7 @@ import torch
 
 from cogvit.config import RunConfig, load_config
 from cogvit.errors import ConfigError
+from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Samples, read_samples, rows_of
 from cogvit.model.config import CogViTConfig
 from cogvit.training.restore import Towers, is_run, load_towers
@@ -26,6 +27,7 @@ class Subject:
     sizing: Sizing
     heldout: Index
     samples: tuple[Samples, ...]  # of the held-out shards, one for each source
+    ranks: Ranks = ALONE  # who shares the encoding
 
     @property
     def labeled(self) -> list[Samples]:
@@ -38,7 +40,7 @@ class Subject:
         return [samples for samples in self.samples if samples.captions]
 
 
-def load_subject(path: Path, data: str = "", index_dir: str = "") -> Subject:
+def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks = ALONE) -> Subject:
     """Load a run's newest good checkpoint, or an export, and what is said of the held-out shards.
 
     data and index_dir are by default the run's data.eval_shards and data.index_dir.
@@ -64,6 +66,7 @@ def load_subject(path: Path, data: str = "", index_dir: str = "") -> Subject:
         _sizing(config, towers.vision.cfg),
         heldout,
         tuple(read_samples(heldout, source, rows_of(heldout, source)) for source in heldout.sources),
+        ranks,
     )
 
 

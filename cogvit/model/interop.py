@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
@@ -90,8 +91,11 @@ def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Errors: CheckpointError names every missing, extra and misshaped weight.
     """
-    check_shapes(weights, {name: weight.shape for name, weight in module.state_dict().items()})
-    module.load_state_dict(weights)
+    own = dict(module.named_parameters())
+    check_shapes(weights, {name: parameter.shape for name, parameter in own.items()})
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
 
 
 def _write(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

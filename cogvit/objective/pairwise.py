@@ -61,6 +61,7 @@ def sigmoid_gradients(
     compare = _ring if config.loss == "ring" else _gather
     d_text = compare(sums, images, texts, logits, counts, mesh).div_(num_pairs)
     d_log_t = sums.d_log_t(images, logits.chunk) / num_pairs
+    del images, texts  # where some pairs are absent these are copies, and so is what `_in_slots` makes
     return SigmoidGradients(
         loss=(sums.loss / num_pairs).to(dtype),
         image=_in_slots(sums.d_image_nE.div_(num_pairs), here, len(image_nE)),

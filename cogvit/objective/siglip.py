@@ -21,19 +21,25 @@ from cogvit.config import ContrastConfig
 from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.distill import reduce_terms
 from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients
-from cogvit.parallel.encoder import TextStage, TrunkStage, VisionStage
+from cogvit.parallel.encoder import TextStage, TrunkStage, VisionStage, WholeTextStage
 from cogvit.parallel.schedule import Schedule
 
 
 class ContrastModel(nn.Module):
-    """This rank's stages of both towers; projections, temperature and bias live on the last stage."""
+    """This rank's stages of both towers; projections, temperature and bias live on the last stage.
 
-    def __init__(self, vision: VisionStage, text: TextStage, proj_dim: int, *, recompute: bool = False) -> None:
+    text: None where the text tower lies whole on another stage.
+    """
+
+    def __init__(
+        self, vision: VisionStage, text: TextStage | WholeTextStage | None, proj_dim: int, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.vision, self.text, self.recompute = vision, text, recompute
         if vision.trunk.mesh.is_last_stage:
+            assert text is not None, "the last stage has a text tower"
             self.vision_proj = nn.Linear(vision.cfg.embed_dim, proj_dim)
-            self.text_proj = nn.Linear(text.cfg.embed_dim, proj_dim)
+            self.text_proj = nn.Linear(text.dim, proj_dim)
             # Shape [1]: DeepSpeed's broadcast cannot take 0-dim parameters.
             self.log_t = nn.Parameter(torch.zeros(1))
             self.bias = nn.Parameter(torch.zeros(1))
@@ -62,7 +68,7 @@ class ContrastModel(nn.Module):
 class _Tower:
     """One tower on the microbatches of a step, as the passes see it."""
 
-    trunk: TrunkStage
+    trunk: TrunkStage | None  # None where the tower lies whole on the last stage
     forward: Callable[[int], Any]
     pool: Callable[[Any, int], Tensor]  # what the last stage gives for a microbatch to [N, D]
     embed: Callable[[Tensor], Tensor]  # [N, D] to unit vectors [N, E]
@@ -136,6 +142,7 @@ class Contrast:
 
 
 def _towers(model: ContrastModel, micro: Sequence[Batch]) -> dict[str, _Tower]:
+    text: Any = model.text
     return {
         "vision": _Tower(
             model.vision.trunk,
@@ -144,8 +151,8 @@ def _towers(model: ContrastModel, micro: Sequence[Batch]) -> dict[str, _Tower]:
             embed=model.embed_image,
         ),
         "text": _Tower(
-            model.text.trunk,
-            forward=lambda index: model.text(micro[index].text, micro[index].images.key),
+            None if text is None else text.trunk,
+            forward=lambda index: text(micro[index].text, micro[index].images.key),
             pool=lambda pooled_ND, index: pooled_ND,
             embed=model.embed_text,
         ),

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from cogvit.batch import PackedImages, PackedText
 from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.pretrained import PretrainedText
 from cogvit.model.text import TextEmbedding, text_layout
 from cogvit.model.tokens import PackedFeatures, PackedLayout, pool_mean
 from cogvit.model.vit import VisionEmbedding, split_packed, vision_layout
@@ -137,6 +138,11 @@ class TextStage(TextEmbedding):
             _disown(self, "norm")
         self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens)
 
+    @property
+    def dim(self) -> int:
+        """D, width of the pooled captions."""
+        return self.cfg.embed_dim
+
     def forward(self, text: PackedText, key_N: Tensor) -> Tensor:
         """Return each caption's mean token [N, D] on the last stage, hidden states for the next one elsewhere.
 
@@ -150,3 +156,13 @@ class TextStage(TextEmbedding):
             layout = text_layout(text, key_N)
             x = self.trunk.run(None, layout)
         return pool_mean(self.norm(x), layout.slot_S, len(text.caption_id)) if self.trunk.mesh.is_last_stage else x
+
+
+class WholeTextStage(PretrainedText):
+    """A text encoder of transformers, whole on every rank of the last stage: no stage and no tensor rank shares it."""
+
+    trunk = None
+
+    def forward(self, text: PackedText, key_N: Tensor) -> Tensor:
+        """Return [N, D]: each caption pooled; it has no draws, so the keys mean nothing to it."""
+        return self.pool_packed(text)

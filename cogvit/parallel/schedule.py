@@ -20,14 +20,17 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a tower is run: the mesh it is split over and the compute precision."""
+    """How a tower is run: the mesh it is split over and the compute precision.
+
+    A tower without a trunk lies whole on the last stage, which runs it alone.
+    """
 
     mesh: Mesh
     precision: str
 
     def forward_backward(
         self,
-        trunk: TrunkStage,
+        trunk: TrunkStage | None,
         forward: Callable[[int], Any],
         num_micro: int,
         loss: Callable[[Any, int], tuple[Tensor, Any]],
@@ -50,7 +53,7 @@ class Schedule:
 
     def forward_only(
         self,
-        trunk: TrunkStage,
+        trunk: TrunkStage | None,
         forward: Callable[[int], Any],
         num_micro: int,
         collect: Callable[[Any, int], Output],
@@ -61,13 +64,16 @@ class Schedule:
 
     def _run(
         self,
-        trunk: TrunkStage,
+        trunk: TrunkStage | None,
         forward: Callable[[int], Any],
         num_micro: int,
         last: Callable[[Any, int], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
+        if trunk is None:
+            return self._run_whole(forward, num_micro, last, forward_only=forward_only)
+
         def forward_step(indices: Any, model: TrunkStage) -> tuple[Any, Callable[..., Any]]:
             index = next(indices)
             with self._autocast():
@@ -88,6 +94,21 @@ class Schedule:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _run_whole(
+        self, forward: Callable[[int], Any], num_micro: int, last: Callable[[Any, int], Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Do with a tower of one stage what Megatron's schedule does with a pipeline."""
+        reports = []
+        for index in range(num_micro if self.mesh.is_last_stage else 0):
+            with self._autocast():
+                output = forward(index)
+            report = last(output, index)
+            if not forward_only:
+                value, report = report
+                (value / num_micro).backward()
+            reports.append(report)
+        return reports
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

@@ -1,17 +1,14 @@
 """Frozen teachers: SigLIP2 (NaFlex and fixed size), SigLIP and DINOv3 from transformers checkpoints, or your own.
 
 A teacher sees the image at (grid of the student) x (its own patch size), so that both grids match and nothing is
-interpolated; one that knows a single grid sees its own square and its features are resampled. This is the only module
-of the package that imports transformers.
+interpolated; one that knows a single grid sees its own square and its features are resampled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cogvit.config import SUMMARY
 from cogvit.errors import ConfigError
 from cogvit.model.mim import TeacherWrapper
+from cogvit.model.pretrained import quiet, resolve, weight_files
 from cogvit.teacher.own import is_own, make_wrapper, wrapper_digest
 
 Grid = tuple[int, int]  # rows, columns, in patches
@@ -45,7 +43,6 @@ _FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
 }
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CHECKPOINT_FILES = ["*.json", "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:
     if is_own(path):
         _require(layer == -1, f"teacher {path} gives one layer; leave its layer at -1")
         return _own_spec(path, make_wrapper(path))
-    directory = _resolve(path)
+    directory = resolve(path, "teacher")
     try:
         model_type = json.loads((directory / "config.json").read_text())["model_type"]
     except FileNotFoundError:
@@ -123,7 +120,7 @@ def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:
         raise ConfigError(
             f"teacher {path} is a {model_type!r}; known model types are {', '.join(_FAMILY_OF_MODEL_TYPE)}"
         )
-    weight_files(directory)
+    weight_files(directory, "teacher")
     family = _FAMILY_OF_MODEL_TYPE[model_type]
     config = _read_config(directory, family)
     if not isinstance(config.patch_size, int) or config.num_channels != 3:
@@ -186,18 +183,10 @@ def fingerprint(spec: TeacherSpec) -> str:
     output = "last_hidden_state" if spec.layer == -1 else f"layer {spec.layer}"
     digest = hashlib.sha256(f"{output} {spec.image_mean} {spec.image_std}".encode())
     directory = Path(spec.location)
-    for path in [directory / "config.json", *weight_files(directory)]:
+    for path in [directory / "config.json", *weight_files(directory, "teacher")]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the weights of a checkpoint. Errors: ConfigError when there are none in safetensors."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"teacher {directory} has no *.safetensors; other formats can run code and are refused")
-    return files
 
 
 def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
@@ -290,7 +279,7 @@ def _read_config(directory: Path, family: Family) -> transformers.PreTrainedConf
         "siglip": transformers.SiglipVisionConfig,
         "dinov3": transformers.DINOv3ViTConfig,
     }[family]
-    with _quiet():
+    with quiet():
         return config_class.from_pretrained(directory)
 
 
@@ -302,7 +291,7 @@ def _load(
     config.num_hidden_layers += spec.layer + 1
     if spec.family != "dinov3":
         config.vision_use_head = summary
-    with _quiet():
+    with quiet():
         try:
             model, report = model_class.from_pretrained(
                 spec.location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -321,33 +310,3 @@ def _load(
 def _preprocessing(directory: Path) -> dict[str, list[float]]:
     path = directory / "preprocessor_config.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _resolve(path: str) -> Path:
-    """Return the directory of a checkpoint, downloading it when it is a hub name."""
-    if path and Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ConfigError(f"teacher {path!r} does not exist; pass a checkpoint directory or a hub name")
-    from huggingface_hub import snapshot_download  # a network client that local runs need not load
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=_CHECKPOINT_FILES))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"teacher {path} is no directory here, and the hub did not give it: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep load reports and progress bars of transformers off the terminal; we check the reports ourselves."""
-    log = transformers.utils.logging
-    verbosity, progress = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if progress:
-            log.enable_progress_bar()

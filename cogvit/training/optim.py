@@ -52,7 +52,7 @@ def role_of(name: str, param: Parameter) -> Role:
     """
     if param.ndim < 2 or name.endswith(("cls_token", "mask_token")):
         return "vector"
-    in_block = any(part in ("blocks", "layers") for part in name.split("."))
+    in_block = any(part in ("blocks", "layers", "layer") for part in name.split("."))
     return "block_matrix" if in_block and param.ndim == 2 else "matrix"
 
 

@@ -13,10 +13,12 @@ from cogvit.errors import CheckpointError
 from cogvit.model.init import init_tensor
 from cogvit.model.interop import load_checked, read_model
 from cogvit.model.position import resized_table
+from cogvit.model.pretrained import PretrainedTextTower, new_text_encoder
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
 from cogvit.training.checkpoint import folder_of, latest, weights
 from cogvit.training.folder import Folder
+from data_pipeline.caption import load_tokenizer
 
 _POSITIONS = "vision.pos_embed.embed"
 
@@ -28,7 +30,7 @@ class Towers:
     """What a run trained, as plain modules in eval mode; what its stage has not is None or empty."""
 
     vision: CogViT
-    text: TextTower | None
+    text: TextTower | PretrainedTextTower | None
     vision_proj: nn.Linear | None
     text_proj: nn.Linear | None
     heads: dict[str, nn.Linear]  # of the teachers
@@ -46,7 +48,7 @@ def load_towers(path: Path) -> Towers:
     vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
     if config.objective == "distill":
         return Towers(vision, None, None, None, _heads(weights(checkpoint, "heads.")))
-    text = _filled(TextTower(config.text), weights(checkpoint, "text."))
+    text = _filled(_text_tower(config), weights(checkpoint, "text."))
     projections = [_linear(weights(checkpoint, f"{name}.")) for name in ("vision_proj", "text_proj")]
     return Towers(vision, text, projections[0], projections[1], {})
 
@@ -104,6 +106,14 @@ def _is_tower(key: str, config: RunConfig) -> bool:
     if config.objective == "distill":
         return key.startswith("vision.")
     return not key.startswith("heads.")
+
+
+def _text_tower(config: RunConfig) -> TextTower | PretrainedTextTower:
+    """Return the run's text tower; one of transformers is built from the configuration beside its own checkpoint."""
+    if not config.text_encoder.path:
+        return TextTower(config.text)
+    pad_id = load_tokenizer(config.data.tokenizer, config.text.vocab_size).pad_id
+    return new_text_encoder(config.text_encoder, pad_id)
 
 
 def _filled(module: Tower, tensors: dict[str, Tensor]) -> Tower:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
 from cogvit.errors import DataError
 from data_pipeline.caption import (
@@ -70,7 +70,7 @@ def test_bytes_equal_transformers(text, limit):
     expected = BYT5(text, truncation=True, max_length=limit)["input_ids"]
     assert encoded.ids.tolist() == expected
     assert encoded.cut == (len(text.encode()) + 1 > limit)
-    assert len(encoded.ids) == token_bound(np.array([len(text.encode())]), limit)[0]
+    assert len(encoded.ids) == token_bound(np.array([len(text.encode())]), limit, "byt5")[0]
 
 
 def test_a_caption_cannot_end_itself():
@@ -92,6 +92,33 @@ def test_pretrained_tokenizer_keeps_its_end_when_it_cuts(word_tokenizer):
     whole, cut = tokenizer.encode("red house red", 8), tokenizer.encode("red house red", 3)
     assert (whole.ids.tolist(), whole.cut) == ([2, 3, 2, 1], False)
     assert (cut.ids.tolist(), cut.cut) == ([2, 3, 1], True)
+
+
+def test_a_caption_of_any_length_is_cut_and_costs_what_its_beginning_does(word_tokenizer):
+    tokenizer = load_tokenizer(word_tokenizer, vocab_size=10)
+    endless = tokenizer.encode("red house " * 10_000, 4)
+    assert (endless.ids.tolist(), endless.cut) == ([2, 3, 2, 1], True)
+    assert tokenizer.encode("red" + " " * 100_000 + "house", 4).cut
+
+
+def test_the_plan_reserves_what_short_captions_take(tmp_path):
+    """Begin, end and the mark before a word are tokens beside those of the caption's bytes."""
+    pieces = {"<s>": 0, "</s>": 1, "<unk>": 2, "\u2581": 3, "a": 4}
+    words = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    bound = token_bound(np.array([1]), 16, str(tmp_path))[0]
+    encoded = load_tokenizer(str(tmp_path), vocab_size=10).encode("a", int(bound))
+    assert (encoded.ids.tolist(), encoded.cut) == ([0, 3, 4, 1], False)
+
+
+def test_siglip2s_tokenizer_lowers_case_and_says_what_pads(tmp_path):
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "r": 5, "e": 6, "d": 7}
+    Siglip2Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), vocab_size=8)
+    assert tokenizer.encode("Red", 8).ids.tolist() == tokenizer.encode("red", 8).ids.tolist() == [5, 6, 7]
+    assert tokenizer.pad_id == 0 and load_tokenizer("byt5", 384).pad_id == 0
 
 
 def test_tokenizers_that_do_not_fit_are_refused(word_tokenizer, tmp_path):

@@ -123,6 +123,73 @@ def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_
         assert all(epochs[row] == set(range(counts[row])) for row in np.flatnonzero(mine))
 
 
+@settings(max_examples=15)
+@given(
+    size=st.integers(20, 900),
+    schedule=st.dictionaries(st.integers(0, 40), st.integers(4, 60), min_size=1, max_size=4),
+    lookahead=st.integers(1, 6),
+    shares=st.sampled_from([1, 2, 4]),
+    mixed=st.booleans(),
+)
+def test_every_sample_once_in_each_epoch_when_the_batch_changes(size, schedule, lookahead, shares, mixed):
+    index = bare_index([size, 30])
+    mixture = (("source0", 3.0), ("source1", 1.0)) if mixed else ()
+    schedule = tuple(sorted(schedule.items()))
+    data = {"global_batch_images": 8, "lookahead_steps": lookahead, "canonical_shares": shares, "mixture": mixture}
+    planner = Planner(index, spec_of(**data, batch_schedule=schedule), 5)
+    batches = [planner.batch(step) for step in range(lookahead * -(-60 // lookahead))]
+    for batch in batches:
+        begun = [images for start, images in schedule if start <= batch.step]
+        assert len(batch.rows) == (begun[-1] if begun else 8)
+    rows, epoch = (np.concatenate([getattr(one, name) for one in batches]) for name in ("rows", "epoch"))
+    source = index.rows["source"] if mixture else np.zeros(len(index), int)
+    for number in np.unique(source):
+        mine = source[rows] == number
+        whole = mine.sum() // (source == number).sum()
+        assert len(set(zip(rows[mine], epoch[mine], strict=True))) == mine.sum()
+        counts = np.bincount(epoch[mine], minlength=whole)[:whole]
+        assert np.array_equal(counts, np.full(whole, (source == number).sum()))
+        assert epoch[mine].max() <= whole
+        if mixture:
+            assert abs(mine.sum() - len(rows) * (0.75, 0.25)[number]) < 1 + 1e-6
+
+
+def test_a_schedule_that_changes_nothing_plans_the_same():
+    index, data = bare_index([700]), {"global_batch_images": 24, "lookahead_steps": 3, "max_patches": 20}
+    plain = spec_of(**data, budgets_patches=(6, 20))
+    same = spec_of(**data, batch_schedule=((0, 24), (4, 24)), budget_schedule=((0, (6, 20)),))
+    for step in range(0, 9, 2):
+        one, other = (Planner(index, spec, 0).batch(step) for spec in (plain, same))
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("rows", "share", "grid_hw"))
+    assert len({plan_hash(index, spec, 0) for spec in (plain, same, replace(same, budget_schedule=()))}) == 3
+
+
+def test_a_schedule_raises_the_resolution_and_the_batch():
+    """In the middle of a window too."""
+    index = bare_index([40_000])
+    data = {"global_batch_images": 256, "lookahead_steps": 4, "canonical_shares": 4, "max_patches": 60, "enlarge": True}
+    spec = spec_of(
+        **data, batch_schedule=((6, 512),), budget_schedule=((6, (20, 60)), (10, (60,))), budgets_patches=(20,)
+    )
+    planner, alone = Planner(index, spec, 0), Sizing("naflex", PATCH_PX, (1, 1), 60, True)
+    batches = [planner.batch(step) for step in range(12)]
+    for batch in batches:
+        budgets = (20,) if batch.step < 6 else (20, 60) if batch.step < 10 else (60,)
+        sizes = index.rows[batch.rows]
+        legal = [replace(alone, max_patches=n).grids(sizes["height_px"], sizes["width_px"]) for n in budgets]
+        assert np.any([(batch.grid_hw == grids).all(axis=1) for grids in legal], axis=0).all()
+        assert all((batch.grid_hw == grids).all(axis=1).any() for grids in legal)
+        loads = np.bincount(batch.share, weights=batch.cost, minlength=4)
+        assert loads.max() <= 1.1 * loads.mean()
+    assert [len(batch.rows) for batch in batches] == [256] * 6 + [512] * 6
+    cost = [batch.cost.sum() / len(batch.rows) for batch in batches]
+    assert max(cost[:6]) / min(cost[:6]) < 1.01 and max(cost[8:10]) / min(cost[8:10]) < 1.01
+    again = Planner(index, spec, 0)
+    for step in (11, 6, 7):  # a resumed run, on other nodes
+        parts = [again.batch(step, [share]).rows for share in range(4)]
+        assert np.array_equal(np.concatenate(parts), batches[step].rows)
+
+
 @settings(max_examples=20)
 @given(weights=st.lists(st.floats(1, 10), min_size=2, max_size=4), batch=st.integers(12, 64))
 def test_every_window_holds_the_exact_mixture(weights, batch):

@@ -16,7 +16,7 @@ from cogvit.feed import leads_replica, take_seat
 from cogvit.parallel.mesh import start_mesh, stop_mesh
 from cogvit.teacher.stream import LocalFeatures, Shared, attach_targets
 from cogvit.teacher.zoo import load_teacher
-from cogvit.train import build
+from cogvit.training.build import build
 from cogvit.training.engine import Engine
 from cogvit.training.loop import advance
 from cogvit.training.state import TrainState

@@ -13,8 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import BertModel
 
+from cogvit import CogViT
 from cogvit.config import load_config
+from cogvit.evaluate import Arguments as Evaluation
+from cogvit.evaluate import evaluate
 from cogvit.model.init import init_tensor
 from cogvit.train import main
 from cogvit.training.checkpoint import folder_of, weights
@@ -22,6 +26,9 @@ from cogvit.training.meter import read_metrics
 from data_pipeline.index import build_index, load_index
 from tests.data.corpus import picture, write_tar
 from tests.pool import Pool
+from tests.text_encoders import bert, write_encoder
+from tools.export import Arguments as Export
+from tools.export import export
 
 CAPTIONS = [
     "a photo of something red",
@@ -128,3 +135,40 @@ def test_locked_image_tuning_at_several_resolutions(pool: Pool, tmp_path: Path) 
         elif name.endswith("proj.weight"):
             assert not torch.equal(tensor, start), name
     assert all(line["grad_norm_vision"] == 0.0 < line["grad_norm_text"] for line in lines)
+
+
+def evaluate_on_rank(rank: int, world: int, run: Path, data: Path, out: Path) -> int:
+    return evaluate(Evaluation(str(run), tasks="retrieval", data=str(data), out=str(out)))
+
+
+def test_a_text_encoder_of_transformers_locked_and_free(pool: Pool, tmp_path: Path) -> None:
+    """Train, resume, evaluate and export; locked, it still teaches its projection and the images."""
+    shards, encoder = write_img2dataset(tmp_path / "shards", CAPTIONS), write_encoder(tmp_path, bert)
+    flags = ["--text-encoder.path", str(encoder), "--text.max-tokens", "24", "--data.global-batch-images", "12"]
+    locked = train(pool, 2, shards, tmp_path / "locked", *flags, "--optim.text.lr-mult", "0")
+    free = train(pool, 1, shards, tmp_path / "free", *flags)
+    assert locked[0]["loss"] == pytest.approx(free[0]["loss"], rel=1e-5)
+    assert locked[0]["grad_norm_text"] == 0.0 < free[0]["grad_norm_text"]
+    start = dict(BertModel.from_pretrained(encoder).named_parameters())
+    for name, changes in (("locked", False), ("free", True)):
+        config = load_config(tmp_path / name / "config.json")
+        assert (config.text.vocab_size, config.text.embed_dim, config.text.depth) == (384, 32, 2)
+        found = weights(tmp_path / name / "checkpoints" / "step_00000002", "text.encoder.")
+        assert found.keys() == {key for key in start if not key.startswith("pooler.")}
+        assert all(torch.equal(found[key], start[key]) for key in found) != changes
+    more = train(pool, 1, shards, tmp_path / "locked", *flags, "--optim.text.lr-mult", "0", "--schedule.steps", "2")
+    assert [line["step"] for line in more] == [1, 2]  # it had come to its end
+    heldout = write_img2dataset(tmp_path / "heldout", ["red", "green", "blue"])
+    assert pool.run(evaluate_on_rank, 1, (tmp_path / "free", heldout, tmp_path / "eval.json"), timeout_s=100.0) == [0]
+    (figures,) = json.loads((tmp_path / "eval.json").read_text()).values()
+    assert figures["image_to_text_r1"]["chance"] == pytest.approx(1 / 3)
+    assert export(Export(str(tmp_path / "free"), str(tmp_path / "export"))) == 0
+    assert CogViT.from_pretrained(tmp_path / "export").cfg == load_config(tmp_path / "free" / "config.json").vision
+
+
+def test_an_encoder_that_does_not_fit_is_one_line(pool: Pool, tmp_path: Path) -> None:
+    shards, encoder = write_img2dataset(tmp_path / "shards", ["one", "two"]), write_encoder(tmp_path, bert)
+    argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(tmp_path / "run"), "--eval.every-steps", "0"]
+    status, printed = pool.run(refusal, 1, ([*argv, "--text-encoder.path", str(encoder)],))[0]
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "--text.max-tokens 64" in errors[0]

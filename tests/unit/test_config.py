@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, from_json, load_config, recipe_differences, to_json
+from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, from_json, load_config, to_json
 from cogvit.errors import ConfigError
 from cogvit.flags import parse
+from cogvit.recipe import recipe_differences
 
 DISTILL = RunConfig(teachers=TeachersConfig(members=(TeacherConfig("siglip2"), TeacherConfig("dinov3"))))
 CONTRAST = RunConfig(objective="contrast")
@@ -139,6 +140,28 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         (CONTRAST, ["--data.text-tokens-per-pack=63"], 1, r"text\.max_tokens=64 does not fit .*=63"),
         (CONTRAST, ["--contrast.chunk-pairs=0"], 1, r"contrast\.chunk_pairs=0 must be at least 1"),
         (CONTRAST, ["--contrast.max-temperature=inf"], 1, r"contrast\.max_temperature=inf must be positive and finite"),
+        (
+            CONTRAST,
+            ["--data.batch-schedule=[[8,64],[8,32]]"],
+            1,
+            r"data\.batch_schedule has the steps \[8, 8\]; they .* rise",
+        ),
+        (CONTRAST, ["--data.batch-schedule=[[0,0]]"], 1, r"data\.batch_schedule has 0 images from step 0; at least 1"),
+        (
+            CONTRAST,
+            ["--data.budget-schedule=[[0,[64]],[5,[512]]]"],
+            1,
+            r"budget_schedule has 512; .*max_patches=256",
+        ),
+        (CONTRAST, ["--data.budget-schedule=[[0,[]]]"], 1, r"budget_schedule has a step without budgets"),
+        (CONTRAST, ["--data.sizing=square", "--data.budget-schedule=[[0,[64]]]"], 1, r"are of --data\.sizing naflex"),
+        (DISTILL, ["--text-encoder.path=x"], 1, r"--text-encoder\.path x is of stage 2"),
+        (
+            CONTRAST,
+            ["--text-encoder.path=x", "--memory.text.recompute=full"],
+            1,
+            r"memory\.text is of our own text tower",
+        ),
         (CONTRAST, ["--data.budgets-patches=[64,512]"], 1, r"budgets_patches has 512; .* to data\.max_patches=256"),
         (CONTRAST, ["--data.budgets-patches=[64]", "--data.sizing=square"], 1, "squares have one size"),
         (

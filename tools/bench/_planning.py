@@ -81,7 +81,7 @@ def simulate(lengths: Lengths, num_ranks: int) -> Balance:
     nodes, images = num_ranks // RANKS_PER_NODE, num_ranks * IMAGES_PER_RANK
     sizing = Sizing("naflex", PATCH_PX, (1, 1), lengths.longest, enlarge=False)
     spec = PlanSpec((), images, nodes, LOOKAHEAD_STEPS, sizing, ATTENTION_TOKENS)
-    index = synthetic_index(lengths, int(WINDOWS_PER_EPOCH * spec.window_images))
+    index = synthetic_index(lengths, int(WINDOWS_PER_EPOCH * spec.smallest_window_images))
     planner = Planner(index, spec, 1)
     first = 2 * LOOKAHEAD_STEPS + 2  # the window in which an epoch ends
     steps = range(first, first + STEPS)

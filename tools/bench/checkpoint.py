@@ -33,7 +33,7 @@ from cogvit.batch import DataPosition
 from cogvit.config import CheckpointConfig, ParallelConfig, RunConfig
 from cogvit.flags import load_preset
 from cogvit.parallel.mesh import Mesh, start_mesh
-from cogvit.train import build
+from cogvit.training.build import build
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.engine import Engine
 from cogvit.training.folder import Folder

@@ -33,7 +33,7 @@ from cogvit.flags import load_preset
 from cogvit.model.packing import pack_images
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.mesh import start_mesh
-from cogvit.train import build
+from cogvit.training.build import build
 from cogvit.training.engine import Engine
 from configs.clusters import Cluster
 from tools.bench._ranks import on_ranks

@@ -1,7 +1,7 @@
 """Time and memory of the sigmoid loss beside open_clip's SigLipLoss, and of the two-pass step beside one pass, on CPU.
 
-Usage: python -m tools.bench.siglip [flags]     (needs open_clip_torch, of which the loss alone is loaded)
-  --pairs 1024,4096,16384  pairs of the global batch
+Usage: python -m tools.bench.siglip [flags]
+  --pairs 1024,4096,16384  pairs of the global batch; 0 for none (needs open_clip_torch, whose loss alone is loaded)
   --alone 32768            the same without open_clip, which cannot hold them; 0 for none
   --ranks 1,4              processes that share the pairs
   --dim 768                width of the embeddings
@@ -161,7 +161,10 @@ def loss_lines(setting: Setting, names: Sequence[str], rounds: int) -> Iterator[
 
 
 def report(arguments: Arguments) -> Iterator[str]:
-    """Yield the record line by line. Errors: ConfigError for a flag that is no number, or without open_clip."""
+    """Yield the record line by line.
+
+    Errors: ConfigError for a flag that is no number, or without open_clip where --pairs needs it.
+    """
     try:
         numbers = {
             name: [int(number) for number in value.split(",") if number != "0"]
@@ -173,11 +176,14 @@ def report(arguments: Arguments) -> Iterator[str]:
             f"flags are whole numbers, --pairs, --alone, --ranks and --step lists of them: {error}"
         ) from None
     (dim,), (chunk,), (threads,), (rounds,) = (numbers[name] for name in ("dim", "chunk", "threads", "rounds"))
-    open_clip_loss(0, 1)
+    libraries = [f"torch {version('torch')}"]
+    if numbers["pairs"]:
+        open_clip_loss(0, 1)
+        libraries.append(f"open_clip_torch {version('open_clip_torch')}")
     yield "# The sigmoid loss, time and memory on CPU"
     yield ""
-    yield f"{date.today()}, `python -m tools.bench.siglip {flags_of(arguments)}`; torch {version('torch')},"
-    yield f"open_clip_torch {version('open_clip_torch')}, gloo, {threads} thread(s) a process, fp32, E = {dim}."
+    yield f"{date.today()}, `python -m tools.bench.siglip {flags_of(arguments)}`;"
+    yield f"{', '.join(libraries)}, gloo, {threads} thread(s) a process, fp32, E = {dim}."
     yield ""
     yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
     yield "|---|---|---|---|---|---|"
