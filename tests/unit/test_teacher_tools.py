@@ -11,15 +11,17 @@ import torch
 from cogvit.config import SUMMARY, DataConfig, EvalConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
-from cogvit.targets import makers_of, sample_requests
-from cogvit.teacher.standardize import Method, Standardized, load_stats
+from cogvit.parallel.mesh import start_mesh
+from cogvit.targets import makers_of, sample_requests, shared_source
+from cogvit.teacher.standardize import ChannelStats, Method, Standardized, load_stats, save_stats
 from cogvit.teacher.store import StoreFeatures
-from cogvit.teacher.stream import LocalFeatures
+from cogvit.teacher.stream import Features, LocalFeatures
 from cogvit.teacher.zoo import Grid, Pixels, load_teacher
 from data_pipeline.index import open_index
 from data_pipeline.loader import image_of
 from tests import teachers
 from tests.e2e.corpus import write_shards
+from tests.pool import Pool
 from tools.demo_corpus import pictograms
 from tools.fit_teacher_stats import counted, fit
 from tools.fit_teacher_stats import main as fit_teacher_stats
@@ -166,6 +168,36 @@ def test_statistics_of_a_sample_are_written_for_runs_and_are_their_teachers_alon
         assert x.mean(dim=0).abs().max() < 1e-4 and (x.std(dim=0) - 1).abs().max() < 1e-2
     with pytest.raises(ConfigError, match=r"was fitted on another teacher 'dinov3' .*; fit them anew"):
         load_stats(tmp_path / "stats", fingerprints | {"dinov3": "0" * 64}, method, "fit them anew")
+
+
+def first_answer(rank: int, world: int, run: RunConfig) -> Features:
+    """What a run's first pack gets from its source, standardized."""
+    mesh, index = start_mesh(run.parallel), open_index(run.data, run.data.shards)
+    source = shared_source(run, index, None, mesh)
+    return source.result(source.submit(next(sample_requests(run, index))))
+
+
+def test_a_run_takes_the_statistics_that_it_is_given_and_keeps_them(
+    config: RunConfig, tmp_path: Path, pool: Pool
+) -> None:
+    members = {member.name: load_teacher(member.path, "fp32") for member in config.teachers.members}
+    job = plan_job(replace(config, out=str(tmp_path / "store")))
+    run_job(job, LocalFeatures(members, image_of))
+    stored = replace(config.teachers, source="store", store=str(job.out), stats=str(tmp_path / "stats"))
+    run = replace(config, out=str(tmp_path / "run"), teachers=stored)
+    fingerprints = {name: maker.fingerprint for name, maker in job.makers.items()}
+    halved = {name: ChannelStats(torch.zeros(32), torch.full((32,), 2.0), each) for name, each in fingerprints.items()}
+    save_stats(tmp_path / "stats", halved)
+    (answer,) = pool.run(first_answer, 1, (run,))
+    raw = StoreFeatures(job.out, job.makers, job.contents)
+    request = next(sample_requests(run, open_index(run.data, run.data.shards)))
+    assert all(torch.equal(2 * answer[name], features) for name, features in raw.result(request).items())
+    other = {name: replace(one, fingerprint="0" * 64) for name, one in halved.items()}
+    save_stats(tmp_path / "stats", other)
+    (kept,) = pool.run(first_answer, 1, (run,))  # a resumed run
+    assert all(torch.equal(kept[name], answer[name]) for name in answer)
+    with pytest.raises(ConfigError, match=r"stats was fitted on another teacher .*; fit them anew"):
+        pool.run(first_answer, 1, (replace(run, out=str(tmp_path / "new")),))
 
 
 @pytest.mark.parametrize(
