@@ -55,10 +55,11 @@ def load_towers(path: Path) -> Towers:
 
 def untrained_towers(path: Path) -> Towers:
     """Return the vision tower of a run or export as it was before any training: the baseline of an evaluation."""
-    cfg = load_config(path / "config.json").vision if is_run(path) else read_model(path)[0]
+    config = load_config(path / "config.json") if is_run(path) else None
+    cfg, seed = (read_model(path)[0], 0) if config is None else (config.vision, config.seed)
     vision = CogViT(cfg)
     scale = 1.0 if cfg.layer_scale_init is None else cfg.layer_scale_init
-    fresh = {name: init_tensor(f"vision.{name}", p.shape, 0, scale) for name, p in vision.named_parameters()}
+    fresh = {name: init_tensor(f"vision.{name}", p.shape, seed, scale) for name, p in vision.named_parameters()}
     return Towers(_filled(vision, fresh), None, None, None, {})
 
 
