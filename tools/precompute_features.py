@@ -39,7 +39,8 @@ from cogvit.flags import load_preset, parse
 from cogvit.targets import makers_of
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
-from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, write_shard, writing
+from cogvit.teacher.shard import write_shard
+from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, writing
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, is_summary, submit_ahead
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index

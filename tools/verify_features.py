@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cogvit.arguments import run_command
 from cogvit.errors import ConfigError, DataError
-from cogvit.teacher.store import open_shard
+from cogvit.teacher.shard import open_shard
 
 
 @dataclass(frozen=True)

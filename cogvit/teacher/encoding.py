@@ -10,7 +10,12 @@ from torch import Tensor
 
 StoreDtype = Literal["fp32", "bf16", "fp16", "uint8"]
 
-_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROW_DTYPES: dict[StoreDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "uint8": torch.uint8,
+}
 _LARGEST = 255
 
 
@@ -21,15 +26,15 @@ def encode(feature_TC: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
     every channel of every image has a scale of its own; it costs 8 bytes a channel and image.
     """
     if dtype != "uint8":
-        return {"rows": feature_TC.to(_FLOATS[dtype])}
+        return {"rows": feature_TC.to(ROW_DTYPES[dtype])}
     feature_TC = feature_TC.float()
     low_1C, high_1C = feature_TC.amin(dim=0, keepdim=True), feature_TC.amax(dim=0, keepdim=True)
     step_1C = (high_1C - low_1C) / _LARGEST
-    rows_TC = (feature_TC - low_1C) / torch.where(step_1C > 0, step_1C, 1.0)
-    return {"rows": rows_TC.round().clamp(0, _LARGEST).to(torch.uint8), "low": low_1C, "step": step_1C}
+    rows_TC = (feature_TC - low_1C).div_(torch.where(step_1C > 0, step_1C, 1.0)).round_()  # to 0 .. 255, as step is
+    return {"rows": rows_TC.to(torch.uint8), "low": low_1C, "step": step_1C}
 
 
 def decode(parts: Mapping[str, Tensor]) -> Tensor:
     """Return [T, C] float32 features from the parts of an image."""
-    rows_TC = parts["rows"].float()
-    return parts["low"] + rows_TC * parts["step"] if "low" in parts else rows_TC
+    rows_TC = parts["rows"]
+    return (rows_TC * parts["step"]).add_(parts["low"]) if "low" in parts else rows_TC.float()

@@ -12,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,18 +24,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvit.batch import SampleRef
-from cogvit.errors import ConfigError, DataError
-from cogvit.teacher.encoding import StoreDtype, decode, encode
+from cogvit.errors import ConfigError
+from cogvit.teacher.encoding import StoreDtype
+from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
 from cogvit.teacher.stream import FeatureRequest, Features, rows_asked
 
 _VERSION = "2"
 _OPEN_FILES = 128
-_COMMAND = "run python -m tools.precompute_features"
-_UNFINISHED = ".part"
 
 
 @dataclass(frozen=True)
@@ -46,31 +43,6 @@ class Maker:
     fingerprint: str
     precision: str
     dim: int  # C
-
-
-@dataclass(frozen=True)
-class ShardFeatures:
-    """One open file of the store."""
-
-    path: Path
-    file: Any  # safetensors handle, memory-mapped
-    start_S: Tensor  # [S + 1] int64, first token of each sample
-    checksum_S: Tensor  # [S] int64
-    place: dict[int, int]  # sample id -> s
-    is_scaled: bool  # uint8
-
-    def read(self, sample_id: int) -> Tensor:
-        """Return all features of one image, [n, C] float32.
-
-        Errors: DataError when they are not what was written.
-        """
-        place = self.place[sample_id]
-        parts = {"rows": self.file.get_slice("rows")[int(self.start_S[place]) : int(self.start_S[place + 1])]}
-        if self.is_scaled:
-            parts |= {name: self.file.get_slice(name)[place : place + 1] for name in ("low", "step")}
-        if _checksum(parts) != int(self.checksum_S[place]):
-            raise DataError(f"{self.path} is damaged (features of sample {sample_id}); remove it and {_COMMAND}")
-        return decode(parts)
 
 
 def contents_of(shards: Sequence[str], rows: NDArray[Any], grid_hw: NDArray[np.int64]) -> dict[str, str]:
@@ -130,10 +102,10 @@ def _claim(directory: Path, manifest: dict[str, str]) -> None:
         _refuse_other(path, manifest, "choose another --out")
     else:
         directory.mkdir(exist_ok=True)
-        unfinished = path.with_name(path.name + _UNFINISHED)
+        unfinished = path.with_name(path.name + UNFINISHED)
         unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
         unfinished.replace(path)
-    for left in directory.glob(f"*{_UNFINISHED}"):
+    for left in directory.glob(f"*{UNFINISHED}"):
         left.unlink()
 
 
@@ -146,7 +118,7 @@ def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None
     try:
         said = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"the store has no {path}; {_COMMAND}") from None
+        raise ConfigError(f"the store has no {path}; {COMMAND}") from None
     except ValueError:
         raise ConfigError(f"{path} is no manifest of a feature store; {way_out}") from None
     for name, value in expected.items():
@@ -154,65 +126,6 @@ def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None
             raise ConfigError(
                 f"{path.parent} was made with {name} {str(said.get(name))[:12]}, this run's is {value[:12]}; {way_out}"
             )
-
-
-def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
-    """Write the [n, C] features of each sample of a shard to one file, whole or not at all.
-
-    Errors: DataError when the disk does not take it.
-    """
-    dtype: Any = header["dtype"]
-    encoded = [encode(feature, dtype) for feature in features]
-    tensors = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
-    index = {
-        "sample_id": torch.tensor(sample_ids, dtype=torch.int64),
-        "start": torch.tensor([0, *(len(feature) for feature in features)]).cumsum(0),
-        "checksum": torch.tensor([_checksum(parts) for parts in encoded], dtype=torch.int64),
-    }
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | index, unfinished, metadata={**header, "index": _digest(index)})
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
-    return array.data
-
-
-def _checksum(parts: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of an image's parts."""
-    value = 0
-    for name in sorted(parts):
-        value = zlib.crc32(_bytes(parts[name]), value)
-    return value
-
-
-def _digest(index: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(_bytes(index[name]).tobytes() for name in sorted(index))).hexdigest()
-
-
-def open_shard(path: Path) -> tuple[ShardFeatures, dict[str, str]]:
-    """Open a file of a store; returns what it holds and what it says of itself.
-
-    Errors: DataError when it is cut, of an older format, or its index is not what was written.
-    """
-    try:
-        file = safe_open(path, "pt")
-        header: dict[str, str] = file.metadata() or {}
-        index = {name: file.get_tensor(name) for name in ("sample_id", "start", "checksum")}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and {_COMMAND}") from error
-    if _digest(index) != header.pop("index", ""):
-        raise DataError(f"{path} is damaged (its index); remove it and {_COMMAND}")
-    place = {sample_id: place for place, sample_id in enumerate(index["sample_id"].tolist())}
-    return ShardFeatures(path, file, index["start"], index["checksum"], place, header["dtype"] == "uint8"), header
 
 
 class StoreFeatures:
@@ -228,6 +141,8 @@ class StoreFeatures:
             _refuse_other(directory / name / "manifest.json", expected, "pass another --teachers.store")
         self._open = lru_cache(_OPEN_FILES)(self._open_file)
         self._has = lru_cache(maxsize=None)(self._has_shard)
+        # One thread, in the order of the requests; it waits for the disk and adds checksums while the step computes.
+        self._reader = ThreadPoolExecutor(1, "store")
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -238,25 +153,31 @@ class StoreFeatures:
         """Whether there are features of an image by every teacher."""
         return self._has(sample.shard)
 
-    def submit(self, request: FeatureRequest) -> FeatureRequest:
-        """Keep the request; files are read when the result is asked for."""
-        return request
+    def submit(self, request: FeatureRequest) -> Future[Features]:
+        """Have the features read."""
+        return self._reader.submit(self._answer, request)
 
-    def result(self, handle: FeatureRequest) -> Features:
-        """Read the features.
+    def result(self, handle: Future[Features]) -> Features:
+        """Wait for the features.
 
         Errors: ConfigError when a shard has no file or its file is of another teacher, precision or set of images;
         DataError when a file is damaged.
         """
-        return {name: self._read(name, handle) for name in self._makers}
+        return handle.result()
+
+    def _answer(self, request: FeatureRequest) -> Features:
+        return {name: self._read(name, request) for name in self._makers}
 
     def _read(self, name: str, request: FeatureRequest) -> Tensor:
-        rows = [torch.zeros(0, self._makers[name].dim)]
-        for slot, sample in enumerate(request.samples):
-            if sample is not None:
-                features = self._open(name, sample.shard).read(sample.sample_id)
-                rows.append(features[rows_asked(name, request, slot)])
-        return torch.cat(rows)
+        found = [
+            (self._open(name, sample.shard), sample.sample_id, rows_asked(name, request, slot))
+            for slot, sample in enumerate(request.samples)
+            if sample is not None
+        ]
+        for shard, sample_id, _ in found:
+            shard.expect(sample_id)
+        nothing = torch.zeros(0, self._makers[name].dim)
+        return torch.cat([nothing, *(shard.read(sample_id, chosen_n) for shard, sample_id, chosen_n in found)])
 
     def _has_shard(self, shard: str) -> bool:
         return all(path_of(self._directory, name, shard, self._contents[shard]).exists() for name in self._makers)
@@ -264,10 +185,10 @@ class StoreFeatures:
     def _open_file(self, name: str, shard: str) -> ShardFeatures:
         path = path_of(self._directory, name, shard, self._contents[shard])
         if not path.exists():
-            raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {_COMMAND}")
+            raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {COMMAND}")
         features, said = open_shard(path)
         expected = _manifest(self._makers[name], said["dtype"]) | {"contents": self._contents[shard]}
         wrong = [field for field in expected.keys() | said.keys() if said.get(field) != expected.get(field)]
         if wrong:
-            raise ConfigError(f"{path} was made with other {', '.join(sorted(wrong))} than this run's; {_COMMAND}")
+            raise ConfigError(f"{path} was made with other {', '.join(sorted(wrong))} than this run's; {COMMAND}")
         return features

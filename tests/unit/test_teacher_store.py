@@ -12,22 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError, DataError
 from cogvit.teacher.encoding import StoreDtype, decode, encode
-from cogvit.teacher.store import (
-    Maker,
-    StoreFeatures,
-    contents_of,
-    header_of,
-    is_complete,
-    path_of,
-    write_shard,
-    writing,
-)
-from cogvit.teacher.stream import FeatureRequest, FirstThen, LocalFeatures
+from cogvit.teacher.shard import open_shard, write_shard
+from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, path_of, writing
+from cogvit.teacher.stream import FeatureRequest, Features, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
 from tools.verify_features import Arguments, verify
@@ -91,13 +84,17 @@ def open_store(directory: Path) -> StoreFeatures:
     return StoreFeatures(directory, MAKERS, contents())
 
 
+def ask(store: StoreFeatures, asked: FeatureRequest) -> Features:
+    return store.result(store.submit(asked))
+
+
 @pytest.mark.parametrize("mask_ratio", [1.0, 0.35])
 def test_the_store_answers_as_the_teachers_do_to_the_bit_where_the_batch_is_the_same(
     local: LocalFeatures, directory: Path, mask_ratio: float
 ) -> None:
     store = open_store(directory)
     asked = request((3, 4, 5), mask_ratio)
-    stored, computed = store.result(store.submit(asked)), local.result(asked)
+    stored, computed = ask(store, asked), local.result(asked)
     assert store.dims == local.dims
     for name in MAKERS:
         assert stored[name].dtype == torch.float32 and torch.equal(stored[name], computed[name])
@@ -105,7 +102,7 @@ def test_the_store_answers_as_the_teachers_do_to_the_bit_where_the_batch_is_the_
 
 def test_images_come_from_their_shards_in_the_order_of_the_slots(local: LocalFeatures, directory: Path) -> None:
     asked = request((5, None, 0, 4), 0.35)
-    stored, computed = open_store(directory).result(asked), local.result(asked)
+    stored, computed = ask(open_store(directory), asked), local.result(asked)
     for name in MAKERS:
         torch.testing.assert_close(stored[name], computed[name], atol=1e-5, rtol=0)
 
@@ -147,14 +144,14 @@ def test_features_of_other_images_or_grids_are_not_found(directory: Path, change
     with pytest.raises(
         ConfigError, match=r"the store has no .*first\.tar.* for the images and grids of data/first\.tar"
     ):
-        store.result(request((0,), 0.35))
+        ask(store, request((0,), 0.35))
 
 
 def test_a_file_put_under_another_name_is_refused(directory: Path) -> None:
     second = path_of(directory, "siglip2", SHARDS[1], contents()[SHARDS[1]])
     second.write_bytes(first_file(directory).read_bytes())
     with pytest.raises(ConfigError, match=r"second\.tar.* was made with other contents than this run's"):
-        open_store(directory).result(request((3,), 0.35))
+        ask(open_store(directory), request((3,), 0.35))
 
 
 def test_a_truncated_or_missing_file_is_named(directory: Path) -> None:
@@ -162,10 +159,10 @@ def test_a_truncated_or_missing_file_is_named(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     assert not is_complete(path, header_of(MAKERS["siglip2"], "fp32", contents()[SHARDS[0]]))
     with pytest.raises(DataError, match=r"first\.tar.* is damaged"):
-        open_store(directory).result(request((0,), 0.35))
+        ask(open_store(directory), request((0,), 0.35))
     path.unlink()
     with pytest.raises(ConfigError, match=r"python -m tools\.precompute_features"):
-        open_store(directory).result(request((0,), 0.35))
+        ask(open_store(directory), request((0,), 0.35))
 
 
 @pytest.mark.parametrize("part", ["rows", "start", "checksum", "sample_id"])
@@ -178,7 +175,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(directory: Path, part: str, caps
     data[8 + header_bytes + start + 8] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"first\.tar.* is damaged"):
-        open_store(directory).result(request((0, 1, 2), 0.35))
+        ask(open_store(directory), request((0, 1, 2), 0.35))
     capsys.readouterr()
     assert verify(Arguments(str(directory))) == 2
     assert "is damaged" in capsys.readouterr().out
@@ -236,7 +233,7 @@ def test_a_store_in_fewer_bytes(
     local: LocalFeatures, tmp_path: Path, dtype: StoreDtype, bytes_per_value: int, close: float | None
 ) -> None:
     store = open_store(fill(tmp_path / "store", local, dtype))
-    stored, computed = store.result(request((0, 1, 2), 1.0)), local.result(request((0, 1, 2), 1.0))
+    stored, computed = ask(store, request((0, 1, 2), 1.0)), local.result(request((0, 1, 2), 1.0))
     for name in MAKERS:
         if close is not None:
             torch.testing.assert_close(stored[name], computed[name], atol=1e-6, rtol=close)
@@ -244,6 +241,23 @@ def test_a_store_in_fewer_bytes(
     scales = 3 * 2 * 4 * 32 if dtype == "uint8" else 0
     size = first_file(tmp_path / "store").stat().st_size
     assert 35 * 32 * bytes_per_value + scales < size < 35 * 32 * bytes_per_value + scales + 2048
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "uint8"])
+def test_a_file_is_safetensors_and_gives_what_a_mask_chooses(tmp_path: Path, dtype: StoreDtype) -> None:
+    path, header = tmp_path / "a.safetensors", header_of(MAKERS["siglip2"], dtype, "c")
+    features = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (2, 5)]
+    write_shard(path, header, [7, 4], features)
+    tensors, (shard, said) = load_file(path), open_shard(path)
+    assert said == header
+    assert tensors["sample_id"].tolist() == [7, 4] and tensors["start"].tolist() == [0, 2, 7]
+    own = {name: tensors[name][1:] for name in ("low", "step") if name in tensors}
+    whole = decode({"rows": tensors["rows"][2:]} | own)
+    shard.expect(4)
+    assert torch.equal(shard.read(4), whole)
+    torch.testing.assert_close(whole, features[1], atol=0.02, rtol=0.01)
+    chosen = torch.tensor([True, False, False, True, False])
+    assert torch.equal(shard.read(4, chosen), whole[chosen])
 
 
 def test_bytes_hold_channels_of_any_range_and_constant_ones_exactly() -> None:

@@ -115,7 +115,8 @@ def _write(path: Path, pictures: list[Picture]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TarWriter(str(path), encoder=False, mtime=0) as shard:
         for number, (picture, image) in enumerate(_shrunk(pictures)):
-            about = {"source": SOURCE} | ({} if picture.label is None else {"label": picture.label})
+            about: dict[str, object] = {"source": SOURCE, "caption": picture.path.stem.replace("_", " ")}
+            about |= {} if picture.label is None else {"label": picture.label}
             shard.write({"__key__": f"{number:05d}", "png": image, "json": json.dumps(about).encode()})
 
 

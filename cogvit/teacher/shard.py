@@ -1,0 +1,187 @@
+"""One file of a feature store, in the safetensors format, written and read image by image.
+
+It holds `rows`, the features of the shard's images end to end, `low` and `step` [S, C] where those are bytes, and an
+index of int64: `sample_id` and `checksum` [S], `start` [S + 1]. An image is encoded, summed and written while it is in
+the processor's cache, and reading asks for its bytes alone: a memory map would fault page by page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cogvit.errors import DataError
+from cogvit.teacher.encoding import ROW_DTYPES, StoreDtype, decode, encode
+
+UNFINISHED = ".part"
+COMMAND = "run python -m tools.precompute_features"
+_CODES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_DIGEST_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor [.., C] lies in a file."""
+
+    offset_bytes: int
+    dtype: torch.dtype
+    dim: int  # C
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row."""
+        return self.dim * self.dtype.itemsize
+
+    def read(self, file: BinaryIO, first: int, end: int) -> Tensor:
+        """Return some rows; what a file that was cut lacks is undefined, and the checksum tells."""
+        found = torch.empty(end - first, self.dim, dtype=self.dtype)
+        view, offset = _bytes(found), self.offset_bytes + first * self.row_bytes
+        while len(view) and (count := os.preadv(file.fileno(), [view], offset)):
+            view, offset = view[count:], offset + count
+        return found
+
+
+@dataclass(frozen=True)
+class ShardFeatures:
+    """One open file of the store."""
+
+    path: Path
+    file: BinaryIO
+    parts: dict[str, Part]  # rows and, where those are bytes, low and step
+    start: list[int]  # S + 1, first row of each sample
+    checksum: list[int]  # S
+    place: dict[int, int]  # sample id -> s
+
+    def expect(self, sample_id: int) -> None:
+        """Have the system fetch an image's features, without waiting for them."""
+        place, rows = self.place[sample_id], self.parts["rows"]
+        first, end = (rows.offset_bytes + row * rows.row_bytes for row in self.start[place : place + 2])
+        os.posix_fadvise(self.file.fileno(), first, end - first, os.POSIX_FADV_WILLNEED)
+
+    def read(self, sample_id: int, chosen_n: Tensor | None = None) -> Tensor:
+        """Return all features of one image, or those that a mask chooses: [m, C] float32.
+
+        Errors: DataError when they are not what was written.
+        """
+        place = self.place[sample_id]
+        found = {
+            name: part.read(self.file, *(self.start[place : place + 2] if name == "rows" else (place, place + 1)))
+            for name, part in self.parts.items()
+        }
+        if _checksum(found) != self.checksum[place]:
+            raise DataError(f"{self.path} is damaged (features of sample {sample_id}); remove it and {COMMAND}")
+        if chosen_n is not None:
+            found["rows"] = found["rows"].index_select(0, chosen_n.nonzero()[:, 0])
+        return decode(found)
+
+
+def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
+    """Write the [n, C] features of each sample of a shard to one file, whole or not at all.
+
+    Errors: DataError when the disk does not take it.
+    """
+    dtype: StoreDtype = header["dtype"]  # type: ignore[assignment]
+    count, dim, start = len(features), features[0].shape[1], np.cumsum([0, *map(len, features)]).tolist()
+    scales = ("low", "step") if dtype == "uint8" else ()
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "sample_id": (torch.int64, (count,)),
+        "start": (torch.int64, (count + 1,)),
+        "checksum": (torch.int64, (count,)),
+        **{name: (torch.float32, (count, dim)) for name in scales},
+        "rows": (ROW_DTYPES[dtype], (start[-1], dim)),
+    }
+    small: dict[str, list[Tensor]] = {name: [] for name in scales}
+    checksums, unfinished = [], path.with_name(path.name + UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            head, offsets = _head({**header, "index": "0" * _DIGEST_CHARACTERS}, layout)
+            file.seek(len(head) + offsets["rows"])
+            for feature in features:
+                parts = encode(feature, dtype)
+                checksums.append(_checksum(parts))
+                file.write(_bytes(parts["rows"]))
+                for name in scales:
+                    small[name].append(parts[name])
+            columns = {"sample_id": sample_ids, "start": start, "checksum": checksums}
+            index = {name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
+            file.seek(0)
+            file.write(_head({**header, "index": _digest(index)}, layout)[0])
+            for tensor in [*index.values(), *(torch.cat(small[name]) for name in scales)]:
+                file.write(_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _head(
+    metadata: Mapping[str, str], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> tuple[bytes, dict[str, int]]:
+    """Return what stands before the tensors in a safetensors file, and where each begins after it."""
+    said: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for name, (dtype, shape) in layout.items():
+        offsets[name], end = end, end + int(np.prod(shape)) * dtype.itemsize
+        said[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (offsets[name], end)}
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def open_shard(path: Path) -> tuple[ShardFeatures, dict[str, str]]:
+    """Open a file of a store; returns what it holds and what it says of itself.
+
+    Errors: DataError when it is cut, of an older format, or its index is not what was written.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:  # which also finds a file that was cut
+            header: dict[str, str] = tensors.metadata() or {}
+            index = {name: tensors.get_tensor(name) for name in ("sample_id", "start", "checksum")}
+        file = path.open("rb", buffering=0)
+        head_bytes = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+        said = json.loads(os.pread(file.fileno(), head_bytes, 8))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and {COMMAND}") from error
+    if _digest(index) != header.pop("index", ""):
+        raise DataError(f"{path} is damaged (its index); remove it and {COMMAND}")
+    parts = {
+        name: Part(8 + head_bytes + said[name]["data_offsets"][0], _DTYPES[said[name]["dtype"]], said[name]["shape"][1])
+        for name in ("rows", "low", "step")
+        if name in said
+    }
+    place = {sample_id: place for place, sample_id in enumerate(index["sample_id"].tolist())}
+    return ShardFeatures(path, file, parts, index["start"].tolist(), index["checksum"].tolist(), place), header
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+    return array.reshape(-1).data
+
+
+def _checksum(parts: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of an image's parts."""
+    value = 0
+    for name in sorted(parts):
+        value = zlib.crc32(_bytes(parts[name]), value)
+    return value
+
+
+def _digest(index: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(bytes(_bytes(index[name])) for name in sorted(index))).hexdigest()
