@@ -128,5 +128,5 @@ def test_a_store_of_squares_has_the_teachers_bits_where_the_batch_is_the_same(ba
     for number in range(len(index.shards)):
         refs = tuple(index.ref(row) for row in range(len(index)) if index.rows["shard"][row] == number)
         request = FeatureRequest(refs, ((16, 16),) * len(refs), (0,) * len(refs), mask_ratio=1.0)
-        stored, computed = store.result(request), local.result(request)
+        stored, computed = store.result(store.submit(request)), local.result(request)
         assert all(torch.equal(stored[name], computed[name]) for name in computed)
