@@ -72,7 +72,7 @@ def sleeper() -> TeacherWrapper:
     return TeacherWrapper(Sleeper(float(os.environ[_SLEEP_S])), DIM, patch_size=PATCH_PX)
 
 
-def blank(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels:
+def blank(sample: SampleRef, key: int | None, size_hw_px: tuple[int, int]) -> Pixels:
     """Return an image without decoding one: what a teacher's images cost is the data plane's benchmark."""
     return np.zeros((*size_hw_px, 3), np.uint8)
 
