@@ -153,7 +153,7 @@ def test_a_text_encoder_of_transformers_locked_and_free(pool: Pool, tmp_path: Pa
     for name, changes in (("locked", False), ("free", True)):
         config = load_config(tmp_path / name / "config.json")
         assert (config.text.vocab_size, config.text.embed_dim, config.text.depth) == (384, 32, 2)
-        found = weights(tmp_path / name / "checkpoints" / "step_00000002", "text.encoder.")
+        found = weights(folder_of(tmp_path / name) / "step_00000002", "text.encoder.")
         assert found.keys() == {key for key in start if not key.startswith("pooler.")}
         assert all(torch.equal(found[key], start[key]) for key in found) != changes
     more = train(pool, 1, shards, tmp_path / "locked", *flags, "--optim.text.lr-mult", "0", "--schedule.steps", "2")
@@ -171,4 +171,4 @@ def test_an_encoder_that_does_not_fit_is_one_line(pool: Pool, tmp_path: Path) ->
     argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(tmp_path / "run"), "--eval.every-steps", "0"]
     status, printed = pool.run(refusal, 1, ([*argv, "--text-encoder.path", str(encoder)],))[0]
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(errors) == 1 and "--text.max-tokens 64" in errors[0]
+    assert status == 2 and len(errors) == 1 and "--text.max-tokens 48" in errors[0]
