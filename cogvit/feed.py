@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
-from cogvit.errors import ConfigError
+from cogvit.errors import CogViTError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,10 @@ def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
 
 @contextmanager
 def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
-    """Start or join the run's Ray cluster where this rank talks to teachers or takes batches from a server."""
+    """Start or join the run's Ray cluster where this rank talks to teachers or takes batches from a server.
+
+    Errors: ConfigError or TeacherUnavailable, on all ranks, when one cannot start or reach it.
+    """
     teachers, served = config.teachers, config.data.loading == "server"
     asks = config.objective == "distill" and teachers.source != "store"
     num_actors = teachers.num_actors if asks else 0
@@ -103,12 +106,15 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
 
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
-            cluster = plan_cluster(teachers.ray_address)
-            if mesh.is_writer:
-                cluster = stack.enter_context(connect(cluster, num_actors, store_bytes))
-            cluster = mesh.from_writer(lambda: cluster)
+            planned = plan_cluster(teachers.ray_address)
+            cluster = mesh.from_writer(lambda: stack.enter_context(connect(planned, num_actors, store_bytes)))
+            failure = None
             if not mesh.is_writer and (served or leads_replica(mesh)):
-                stack.enter_context(connect(cluster, num_actors))
+                try:
+                    stack.enter_context(connect(cluster, num_actors))
+                except CogViTError as error:
+                    failure = error
+            mesh.raise_together(failure)
         yield
 
 

@@ -61,7 +61,7 @@ def connect(cluster: Cluster, num_actors: int, batch_bytes: int = 0) -> Iterator
     A cluster of our own is started by the first to connect, has a CPU for each actor and room for batch_bytes beside
     features, and ends with the block; its processes are bound to this one, so they end when it is killed too.
 
-    Errors: ConfigError when the cluster cannot be reached.
+    Errors: ConfigError when the cluster cannot be reached, TeacherUnavailable when Ray does not start.
     """
     if cluster.host not in ("", socket.gethostname()):
         raise ConfigError(
@@ -88,19 +88,26 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def _start(cluster: Cluster, num_actors: int, batch_bytes: int, directory: str) -> str:
-    """Start a cluster on this machine, with its sockets and logs in a directory; returns its address."""
+    """Start a cluster on this machine, with its sockets and logs in a directory; returns its address.
+
+    Errors: TeacherUnavailable when Ray gives up.
+    """
     import ray
 
-    context = ray.init(
-        address="local",
-        namespace=cluster.namespace,
-        num_cpus=num_actors,
-        object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=directory,
-    )
+    try:
+        context = ray.init(
+            address="local",
+            namespace=cluster.namespace,
+            num_cpus=num_actors,
+            object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=directory,
+        )
+    except Exception as error:  # Ray has no narrower one for processes that do not start in its 15 or 30 s
+        reason = str(error).partition("\n")[0]
+        raise TeacherUnavailable(f"Ray did not start on this machine: {reason}; start again when it is less busy") from error
     return context.address_info["gcs_address"]
 
 
