@@ -107,7 +107,7 @@ def _start(cluster: Cluster, num_actors: int, batch_bytes: int, directory: str) 
         )
     except Exception as error:  # Ray has no narrower one for processes that do not start in its 15 or 30 s
         reason = str(error).partition("\n")[0]
-        raise TeacherUnavailable(f"Ray did not start on this machine: {reason}; start again when it is less busy") from error
+        raise TeacherUnavailable(f"Ray did not start here: {reason}; start again when it is less busy") from error
     return context.address_info["gcs_address"]
 
 
