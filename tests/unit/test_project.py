@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_size_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str], source:
     (tmp_path / "long.py").write_text(source)
     assert main([str(tmp_path)]) == (1 if complaint else 0)
     assert complaint is None or complaint in capsys.readouterr().out
+
+
+def test_pytest_enters_every_folder_of_tests(request: pytest.FixtureRequest) -> None:
+    """Its default skips folders named dist, which holds the parity of all layouts."""
+    skipped = request.config.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "dist" in folders
+    assert not [folder for folder in folders for pattern in skipped if fnmatch(folder, pattern)]
