@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cogvit.arguments import run_command
+from cogvit.arguments import run_command, speaks
 from cogvit.errors import ConfigError
 from cogvit.slurm import join_slurm
 
@@ -254,10 +254,13 @@ def _join(timeout_s: float) -> bool:
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).splitlines()[0][:120]
-        raise ConfigError(
+        message = (
             f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')} met nobody at {place} in {timeout_s:g} s"
             f" ({reason}); see MASTER_ADDR, MASTER_PORT and firewalls"
-        ) from None
+        )
+        if not speaks():  # the first rank, which speaks for all, may be the one that is not there
+            print(f"error: {message}", file=sys.stderr)
+        raise ConfigError(message) from None
     return True
 
 

@@ -79,7 +79,10 @@ def test_sizes_that_only_fit_together_may_come_in_any_order() -> None:
 
 def test_members_are_addressed_by_name() -> None:
     config = parse(PRESET, ["--teachers.members.dinov3.path", "weights/d", "--teachers.members.siglip2.weight=2"])
-    assert config.teachers.members == (TeacherConfig("siglip2", "", 2.0), TeacherConfig("dinov3", "weights/d", 0.5))
+    assert config.teachers.members == (
+        TeacherConfig("siglip2", weight=2.0),
+        TeacherConfig("dinov3", "weights/d", weight=0.5),
+    )
 
 
 def test_members_given_as_json_have_flags_too() -> None:
@@ -92,7 +95,7 @@ def test_members_given_as_json_have_flags_too() -> None:
     [
         (["--lr", "1"], r"unknown flag --lr; did you mean --optim\.lr\?"),
         (["--zro.stage", "1"], r"did you mean --zero\.stage\?"),
-        (["--data.batch", "1"], r"did you mean --data\.global-batch-images\?"),
+        (["--data.batch-images", "1"], r"did you mean --data\.global-batch-images\?"),
         (["--teachers.members.dino.path", "x"], r"did you mean --teachers\.members\.dinov3\.path\?"),
         (["--xyzzy"], r"unknown flag --xyzzy; --help lists all"),
         (["steps", "3"], "unexpected argument 'steps'"),

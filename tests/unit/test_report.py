@@ -18,6 +18,7 @@ from cogvit.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axi
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
 from cogvit.report import write_report
+from cogvit.training.checkpoint import FORMAT
 from cogvit.training.chrono import Chrono
 from cogvit.training.meter import Meter
 from cogvit.training.state import TrainState, state_to_json
@@ -176,6 +177,7 @@ def test_the_wall_time_of_the_newest_checkpoint_is_told(tmp_path: Path) -> None:
     checkpoint = run / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps(state_to_json(state)))
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 4, "files": {}}))
     write_report(tmp_path / "report.html", [run], {}, {})
     page = (tmp_path / "report.html").read_text()
     assert "goodput 75.0%" in page and "5.0 s (5.0%)" in page and "20.0 s (20.0%)" in page
