@@ -58,15 +58,30 @@ def naflex_grid(
     return rows * multiple, columns * multiple
 
 
+def _kept_grid(
+    height_px: int, width_px: int, patch_size: int, max_patches: int, *, enlarge: bool = True, multiple: int = 1
+) -> Grid:
+    """`naflex_grid`, but one whose aspect no grid keeps is refused."""
+    grid = naflex_grid(height_px, width_px, patch_size, max_patches, enlarge=enlarge, multiple=multiple)
+    line = max_patches // multiple**2
+    if max(grid) == line * multiple and max(height_px, width_px) > line * min(height_px, width_px):
+        raise ValueError(
+            f"an image of {height_px} x {width_px} px is too thin: a line of {max(grid)} patches, the longest within "
+            f"the budget of {max_patches}, would not keep its aspect"
+        )
+    return grid
+
+
 def naflex_target_size(h: int, w: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
     """Return the height and width in px that an image of h x w px is resized to: whole patches within the budget.
 
     The aspect is kept up to rounding, and the scale is the largest at which the grid has at most max_tokens patches.
 
-    Errors: ValueError when a side, the patch or the budget is not positive.
-    Source: NaFlex of SigLIP 2 (arXiv 2502.14786, section 2.4.2).
+    Errors: ValueError when a side, the patch or the budget is not positive, or a side is more than max_tokens times the
+    other, which no grid keeps.
+    Source: NaFlex of SigLIP 2 (arXiv 2502.14786, section 2.4.2), which resizes such images too.
     """
-    rows, columns = naflex_grid(h, w, patch_size, max_tokens)
+    rows, columns = _kept_grid(h, w, patch_size, max_tokens)
     return rows * patch_size, columns * patch_size
 
 
@@ -103,10 +118,10 @@ def resize_to_grid(image: Tensor, grid: Grid, patch_size: int) -> Tensor:
 def naflex_resize(image: Tensor, patch_size: int, max_tokens: int) -> Tensor:
     """Resize one image [C, H, W] to its `naflex_target_size`, bilinear and antialiased; fp32 comes out.
 
-    Errors: ValueError when the image is not [C, H, W], has no pixels or is not finite.
+    Errors: ValueError when the image is not [C, H, W], has no pixels, is not finite or is too thin for the budget.
     """
     _check_images([image])
-    grid = naflex_grid(image.shape[1], image.shape[2], patch_size, max_tokens)
+    grid = _kept_grid(image.shape[1], image.shape[2], patch_size, max_tokens)
     return resize_to_grid(image.float(), grid, patch_size)
 
 
@@ -122,8 +137,8 @@ def naflex_collate(images: Sequence[Tensor], patch_size: int, max_tokens: int) -
         patch_size: P, in px.
         max_tokens: the budget of each image, padding included.
 
-    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels or is not finite, or the images
-    differ in channels or kind.
+    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels, is not finite or is too thin
+    for the budget, or the images differ in channels or kind.
     """
     _check_images(images)
     resized = [naflex_resize(image, patch_size, max_tokens) for image in images]
@@ -172,13 +187,13 @@ def naflex_pack(
             whole patches.
         multiple: both sides of an image's grid are multiples of it (2 for the 2 x 2 groups of an adapter).
 
-    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels or is not finite, the images
-    differ in channels or kind, or they do not fit the pack.
+    Errors: ValueError when the list is empty, an image is not [C, H, W], has no pixels, is not finite or is too thin
+    for the budget, the images differ in channels or kind, or they do not fit the pack.
     """
     _check_images(images)
     patches, grids = [], []
     for image in images:
-        grid = naflex_grid(image.shape[1], image.shape[2], patch_size, max_tokens, enlarge=enlarge, multiple=multiple)
+        grid = _kept_grid(image.shape[1], image.shape[2], patch_size, max_tokens, enlarge=enlarge, multiple=multiple)
         patches.append(patchify(resize_to_grid(image, grid, patch_size), patch_size))
         grids.append(grid)
     return pack_images(patches, grids, tokens_per_pack=tokens_per_pack, images_per_pack=images_per_pack)

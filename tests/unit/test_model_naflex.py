@@ -55,7 +55,7 @@ class TestSizes:
         for _ in range(3000):
             height, width = draw.randint(16, 4000), draw.randint(16, 4000)
             patch, budget = draw.choice([14, 16]), draw.choice([64, 256, 576, 1024])
-            ours = naflex_target_size(height, width, patch, budget)
+            ours = tuple(side * patch for side in naflex_grid(height, width, patch, budget))
             theirs = get_image_size_for_max_num_patches(height, width, patch, budget)
             if ours != theirs:  # their search stops 1e-5 short of a larger size that fits
                 differ += 1
@@ -69,8 +69,18 @@ class TestSizes:
         assert naflex_grid(3000, 5000, 14, 256, enlarge=False) == naflex_grid(3000, 5000, 14, 256)
 
     def test_thin_images(self) -> None:
-        assert naflex_target_size(1, 100_000, 14, 256) == (14, 256 * 14)
-        assert naflex_target_size(100_000, 1, 14, 256) == (256 * 14, 14)
+        assert naflex_target_size(1, 256, 14, 256) == (14, 256 * 14)
+        assert naflex_target_size(256, 1, 14, 256) == (256 * 14, 14)
+        for sides in ((1, 100_000), (100_000, 1), (1, 257)):
+            with pytest.raises(ValueError, match=f"an image of {sides[0]} x {sides[1]} px is too thin"):
+                naflex_target_size(*sides, 14, 256)
+        for make in (naflex_resize, lambda image, *size: naflex_collate([image], *size)):
+            with pytest.raises(ValueError, match="1 x 100000 px is too thin: a line of 64 patches"):
+                make(torch.rand(3, 1, 100_000), 8, 64)
+        with pytest.raises(ValueError, match="1 x 100000 px is too thin: a line of 32 patches"):
+            naflex_pack([torch.rand(3, 1, 100_000)], 8, 67, multiple=2)
+        kept = naflex_pack([torch.rand(3, 1, 100)], 8, 64, enlarge=False)
+        assert kept.grid_hw.tolist() == [[1, 13]]
 
     def test_bad_input(self) -> None:
         for height, width in ((0, 5), (5, 0), (-1, 5)):
@@ -168,7 +178,7 @@ def test_lists_that_are_no_batch_are_refused(message: str, images: list[Tensor])
 
 def test_an_image_of_one_row_is_encoded() -> None:
     model = tiny_vit().float()
-    packed = naflex_pack([torch.rand(3, 1, 100_000), torch.rand(3, 16, 16)], 8, 64)
+    packed = naflex_pack([torch.rand(3, 1, 64), torch.rand(3, 16, 16)], 8, 64)
     assert packed.grid_hw.tolist() == [[1, 64], [8, 8]]
     assert model.forward_packed(packed).patch_TD.isfinite().all()
 
