@@ -214,7 +214,7 @@ def insert_visual_tokens_mmtp(
     if visual_mask is not None:
         if [len(real) for real in visual_mask] != [len(row) for row in rows]:
             raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; expected one value for each embedding")
-        rows = [row[real] for row, real in zip(rows, visual_mask, strict=True)]
+        rows = [row[real] for row, real in zip(rows, visual_mask.bool(), strict=True)]
     placeholder = input_ids == image_token_id
     counts = placeholder.sum(dim=1).tolist()
     sizes = [len(row) for row in rows]

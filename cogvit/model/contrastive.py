@@ -166,8 +166,16 @@ class CogViTForContrastive(nn.Module):
         return self.vision_proj(patch_tokens.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return [B, E] of token ids and their mask [B, L]."""
-        return self.text_proj(self.text_encoder(input_ids, attention_mask))
+        """Return [B, E] of token ids and their mask [B, L].
+
+        Errors: ValueError when the text encoder does not give [B, text_dim].
+        """
+        pooled = self.text_encoder(input_ids, attention_mask)
+        expected = (len(input_ids), self.text_proj.in_features)
+        if not isinstance(pooled, Tensor) or pooled.shape != expected:
+            given = f"shape {tuple(pooled.shape)}" if isinstance(pooled, Tensor) else f"a {type(pooled).__name__}"
+            raise ValueError(f"the text encoder gave {given}; expected pooled features of shape {expected}")
+        return self.text_proj(pooled)
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, valid_mask: Tensor | None = None

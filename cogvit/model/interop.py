@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogvit.errors import CheckpointError
+from cogvit.config import from_json
+from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model import glm_ocr
 from cogvit.model.config import CogViTConfig
 from cogvit.model.glm_ocr import GlmOcrShape, check_shapes
@@ -110,6 +111,8 @@ def _write(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Ten
 def _read_config(directory: Path) -> dict[str, Any]:
     values = _read_json(directory / _CONFIG)
     known = (_MODEL_TYPE, glm_ocr.VISION_TYPE, glm_ocr.MODEL_TYPE)
+    if "objective" in values:
+        raise CheckpointError(f"{directory} is a run; python -m tools.export {directory} --out DIR makes weights of it")
     if values.get("model_type") not in known:
         raise CheckpointError(
             f"{directory / _CONFIG} is not of a CogViT: model_type is {values.get('model_type')!r}; expected one of"
@@ -119,13 +122,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_own_config(directory: Path, values: dict[str, Any]) -> CogViTConfig:
-    options = {name: value for name, value in values.items() if name != "model_type"}
-    unknown = sorted(set(options) - {field.name for field in fields(CogViTConfig)})
-    if unknown:
-        raise CheckpointError(f"{directory / _CONFIG} has the unknown field {unknown[0]!r}")
     try:
-        return CogViTConfig(**options)
-    except (TypeError, ValueError) as error:
+        return from_json(CogViTConfig, {name: value for name, value in values.items() if name != "model_type"})
+    except ConfigError as error:
         raise CheckpointError(f"{directory / _CONFIG}: {error}") from None
 
 

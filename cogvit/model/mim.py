@@ -99,7 +99,7 @@ class CogViTForMIM(nn.Module):
         mask_ratio: share of each image's patches that is masked.
         loss_weights: by teacher; 1 where not given.
 
-    Errors: ValueError when the ratio is outside (0, 1), there is no teacher or a name is unknown or reserved.
+    Errors: ValueError when the ratio is outside (0, 1), there is no teacher or a name is unknown, reserved or dotted.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class CogViTForMIM(nn.Module):
         if not teachers:
             raise ValueError("at least one teacher is required")
         weights = dict(loss_weights or {})
+        if dotted := [name for name in teachers if "." in name]:
+            raise ValueError(f"teacher name {dotted[0]!r} has a dot, which separates names of parameters; choose another")
         if reserved := {"total", "mask"} & set(teachers):
             raise ValueError(f"teacher name {sorted(reserved)[0]!r} is taken by the output; choose another")
         if unknown := set(weights) - set(teachers):
@@ -143,18 +145,24 @@ class CogViTForMIM(nn.Module):
         """Return each teacher's Smooth-L1 loss at masked patches, their weighted sum "total" and the "mask" [B, N].
 
         Args:
-            x: images [B, 3, H, W] of any grid.
+            x: images [B, 3, H, W] of any grid; uint8 is brought to [-1, 1].
             valid_mask: bool [B, N]; padding is neither masked nor seen.
 
-        Errors: ValueError when the patch does not divide the images.
+        Errors: ValueError when these are no images, the patch does not divide them or the mask is not [B, N].
         """
+        if x.ndim != 4:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; expected images (B, 3, H, W), which teachers can see. Sequences"
+                " are what naflex_collate makes of wide images beside tall ones: collate those apart"
+            )
+        x = x / 127.5 - 1.0 if x.dtype == torch.uint8 else x
         patch_size = self.encoder.cfg.patch_size
-        grid = x.shape[-2] // patch_size, x.shape[-1] // patch_size
-        if valid_mask is None:
-            mask = self.random_mask(len(x), grid[0] * grid[1], self.mask_ratio, x.device)
-        else:
-            mask = draw_mask(valid_mask, self.mask_ratio)
-        student = self.encoder(x, mask=mask, valid_mask=valid_mask)["patch_tokens"][mask]
+        grid = x.shape[2] // patch_size, x.shape[3] // patch_size
+        valid = x.new_ones(len(x), grid[0] * grid[1], dtype=torch.bool) if valid_mask is None else valid_mask.bool()
+        if valid.shape != (len(x), grid[0] * grid[1]):
+            raise ValueError(f"valid_mask has shape {tuple(valid.shape)}; expected {(len(x), grid[0] * grid[1])}")
+        mask = draw_mask(valid, self.mask_ratio)
+        student = self.encoder(x, mask=mask, valid_mask=None if valid_mask is None else valid)["patch_tokens"][mask]
         losses = {
             name: F.smooth_l1_loss(self.heads[name](student), teacher(x, target_grid=grid)[mask])
             for name, teacher in self.teachers.items()

@@ -87,9 +87,11 @@ def naflex_target_size(h: int, w: int, patch_size: int, max_tokens: int) -> tupl
 
 def _check_images(images: Sequence[Tensor]) -> None:
     """Refuse what is no list of images of one kind, before anything is computed from it."""
-    if not images:
+    if not len(images):
         raise ValueError("the list of images is empty; expected at least one")
     for number, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise ValueError(f"image {number} is a {type(image).__name__}; expected a tensor (C, H, W)")
         if image.ndim != 3:
             raise ValueError(f"image {number} has shape {tuple(image.shape)}; expected (C, H, W)")
         if image.is_floating_point() and not bool(torch.isfinite(image.sum(dtype=torch.float64))):

@@ -104,6 +104,7 @@ class TestInsert:
         padded[0], padded[2, 1] = 5.0, 6.0
         mask = torch.tensor([[True] * 3, [False] * 3, [False, True, False]])
         assert torch.equal(insert_visual_tokens_mmtp(self.text, padded, IMAGE, ids, visual_mask=mask), out)
+        assert torch.equal(insert_visual_tokens_mmtp(self.text, padded, IMAGE, ids, visual_mask=mask.int()), out)
 
     def test_gradients_reach_text_and_vision(self) -> None:
         text = torch.zeros(1, 3, 2, requires_grad=True)

@@ -152,6 +152,16 @@ class TestTwoTowers:
         torch.testing.assert_close(out["loss"], model.loss_fn(out["image_embed"], out["text_embed"]))
         assert out["image_embed"].shape == (3, 12)
 
+    def test_other_text_features_are_refused(self) -> None:
+        model, given = build(), batch()
+        for gives, message in (
+            (torch.zeros(3, 8, 16), r"gave shape \(3, 8, 16\); expected .* \(3, 16\)"),
+            ({"pooler_output": torch.zeros(3, 16)}, "gave a dict; expected"),
+        ):
+            model.text_encoder.register_forward_hook(lambda *call, gives=gives: gives)
+            with pytest.raises(ValueError, match=message):
+                model(**given)
+
     def test_keys_outside_the_towers_are_the_references(self) -> None:
         keys = {key for key in build().state_dict() if not key.startswith(("vision.", "text_encoder."))}
         assert keys == {"vision_proj.weight", "text_proj.weight", "loss_fn.log_t", "loss_fn.bias"}

@@ -47,9 +47,10 @@ def test_every_wrong_weight_is_named(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "not of a CogViT"),
         ('{"model_type": "siglip"}', "not of a CogViT"),
-        ('{"model_type": "cogvit", "width": 3}', "unknown field 'width'"),
+        ('{"model_type": "cogvit", "width": 3}', "unknown configuration field width"),
         ('{"model_type": "cogvit", "num_heads": 5}', "num_heads=5 does not divide"),
-        ('{"model_type": "cogvit", "depth": "two"}', "config.json: "),
+        ('{"model_type": "cogvit", "depth": "two"}', "config.json: depth='two' is not of type int"),
+        ('{"objective": "contrast", "vision": {}}', "is a run; python -m tools.export"),
     ],
 )
 def test_bad_configurations(tmp_path: Path, config: str | None, message: str) -> None:

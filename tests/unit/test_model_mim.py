@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper, draw_mask
+from cogvit.model.naflex import naflex_collate
 from tests.plain_vit import tiny_vit
 
 
@@ -122,7 +123,20 @@ def test_rectangles_and_padding() -> None:
     assert mim(x)["mask"].shape == (2, 12)
     valid = torch.ones(2, 2, 6, dtype=torch.bool)
     valid[1, :, 3:] = False
-    assert not (mim(x, valid_mask=valid.flatten(1))["mask"] & ~valid.flatten(1)).any()
+    torch.manual_seed(0)
+    out = mim(x, valid_mask=valid.flatten(1))
+    assert not (out["mask"] & ~valid.flatten(1)).any()
+    for numbers in (valid.flatten(1).int(), valid.flatten(1).float()):
+        torch.manual_seed(0)
+        assert torch.equal(mim(x, valid_mask=numbers)["total"], out["total"])
+
+
+def test_bytes_are_images_in_minus_one_to_one() -> None:
+    mim, x = build(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    out = mim(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(out["total"], mim(x / 127.5 - 1.0)["total"])
 
 
 def test_bad_input() -> None:
@@ -132,6 +146,7 @@ def test_bad_input() -> None:
         (({"a": teacher}, 1.0), "mask_ratio=1.0"),
         (({}, 0.35), "at least one teacher"),
         (({"total": teacher}, 0.35), "'total' is taken"),
+        (({"a.b": teacher}, 0.35), "'a.b' has a dot"),
         (({"a": teacher}, 0.35, {"b": 1.0}), "loss_weights names 'b'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -142,3 +157,8 @@ def test_bad_input() -> None:
         TeacherWrapper(PatchTeacher(6, 8), 6, feature_std=torch.ones(5))
     with pytest.raises(ValueError, match=r"16 x 17 px"):
         CogViTForMIM(encoder, {"a": teacher})(torch.randn(1, 3, 16, 17))
+    with pytest.raises(ValueError, match=r"valid_mask has shape \(1, 3\); expected \(1, 4\)"):
+        CogViTForMIM(encoder, {"a": teacher})(torch.randn(1, 3, 16, 16), torch.ones(1, 3))
+    wide_and_tall = naflex_collate([torch.rand(3, 8, 64), torch.rand(3, 64, 8)], 8, max_tokens=8)
+    with pytest.raises(ValueError, match="collate those apart"):
+        CogViTForMIM(encoder, {"a": teacher})(*wide_and_tall)

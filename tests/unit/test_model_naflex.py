@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,6 +164,7 @@ WRONG_LISTS = {
     "image 0 holds NaN or infinite": [torch.full((3, 9, 9), torch.inf)],
     r"\['torch.float32', 'torch.uint8'\]; expected": [torch.rand(3, 9, 9), torch.zeros(3, 9, 9, dtype=torch.uint8)],
     "an image of 0 x 9 px has no pixels": [torch.rand(3, 0, 9)],
+    "image 0 is a ndarray; expected a tensor": [np.zeros((3, 9, 9))],
 }
 
 
@@ -210,6 +212,8 @@ class TestPack:
         packed = naflex_pack(images, 8, 24)
         assert packed.patches.dtype == torch.uint8
         assert packed.num_tokens == int(packed.grid_hw.prod(1).sum()) == packed.cu_seqlens[-1] == packed.cu_seqlens[-2]
+        stacked = naflex_pack(torch.stack([images[0], images[0]]), 8, 24)
+        assert torch.equal(stacked.patches, naflex_pack([images[0], images[0]], 8, 24).patches)
         padded = naflex_pack(images, 8, 24, tokens_per_pack=60, images_per_pack=4)
         assert padded.num_tokens == 60
         assert padded.grid_hw[2:].tolist() == [[0, 0], [0, 0]]
