@@ -117,7 +117,7 @@ class CogViTForMIM(nn.Module):
             raise ValueError("at least one teacher is required")
         weights = dict(loss_weights or {})
         if dotted := [name for name in teachers if "." in name]:
-            raise ValueError(f"teacher name {dotted[0]!r} has a dot, which separates names of parameters; choose another")
+            raise ValueError(f"teacher name {dotted[0]!r} has a dot, as names of parameters; choose another")
         if reserved := {"total", "mask"} & set(teachers):
             raise ValueError(f"teacher name {sorted(reserved)[0]!r} is taken by the output; choose another")
         if unknown := set(weights) - set(teachers):
