@@ -15,9 +15,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cogvit.arguments import asks_for_help, speaks
-from cogvit.config import RunConfig, load_config, to_json
+from cogvit.config import RunConfig, from_json, load_config, to_json
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.feed import (
     Corpus,
@@ -36,6 +37,9 @@ from cogvit.flags import help_text, load_preset, parse
 from cogvit.recipe import recipe_differences
 from cogvit.slurm import join_slurm, place_line
 from cogvit.training.lock import run_lock
+
+if TYPE_CHECKING:
+    from cogvit.training.folder import Folder
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
@@ -101,6 +105,24 @@ def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
         yield
 
 
+def claim_checkpoints(folder: Folder, config: RunConfig) -> None:
+    """Leave the configuration with a run's checkpoints, or accept them as the same run's.
+
+    Errors: ConfigError when they are another run's, which would be resumed from and removed.
+    """
+    try:
+        differences = recipe_differences(from_json(RunConfig, json.loads(folder.read("config.json"))), config)
+    except FileNotFoundError:
+        folder.write("config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+        return
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder}/config.json is not JSON: {error}; remove it if the checkpoints are yours"
+        ) from None
+    if differences:
+        raise ConfigError(f"{folder} holds another run ({'; '.join(differences[:3])}); choose another --checkpoint.dir")
+
+
 def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s = time.monotonic()
@@ -131,9 +153,12 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
         out = Path(config.out)
+        folder = folder_in(out, config.checkpoint)
         checkpoints = resources.enter_context(
-            Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
+            Checkpoints(folder, mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
         )
+        if config.checkpoint.dir:  # else it lies in --out, which is this run's
+            mesh.from_writer(lambda: claim_checkpoints(folder, config))
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
         if mesh.is_writer:
             elapsed_s = time.monotonic() - launched_s

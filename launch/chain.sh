@@ -8,6 +8,7 @@ set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then
     sed -n '2,6s/^# \{0,1\}//p' "$0"
+    if [[ ${1:-} == -h || ${1:-} == --help ]]; then exit 0; fi
     exit 2
 fi
 DIR=$1

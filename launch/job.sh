@@ -2,7 +2,14 @@
 # shellcheck disable=SC2034  # PRESET, STATUS and RAY_ADDRESS are for the scripts that source this one
 # What the batch scripts share. A script sources it in the directory of the submission and calls, in this order:
 #   read_flags DEFAULT_PRESET "$@";  check_nodes;  start_ray;  train or another run_step;  finish STATUS
-# Statuses: 0 done; 2 a mistake of the user's, not tried again; 75 stopped on request; anything else a failure.
+# Statuses: 0 done; 2 a mistake of the user's, not tried again unless the job had been working; 75 stopped on request;
+# anything else a failure.
+if [[ -z ${SLURM_JOB_ID:-} || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$0"
+    if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then exit 0; fi
+    echo "error: this is a batch script; submit it: sbatch $0 $*" >&2
+    exit 2
+fi
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
@@ -11,13 +18,27 @@ step_pid=  # of the srun that does the work
 ray_pids=() # of the sruns that hold Ray; the head's first
 # shellcheck disable=SC2206  # SRUN_FLAGS is a list of words
 SRUN=(srun --overlap $SRUN_FLAGS)
+# The controller's name of this job alone: the number of one task of an array, the last one, means the whole array to it.
+JOB=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+ERRORS=$(mktemp) # what srun says of the ranks of this start
+trap 'rm -f "$ERRORS"' EXIT
 
 say() { echo "$(date +%T) $*"; }
 
 die() {
     echo "error: $*" >&2
+    refused
+}
+
+# Ends a job that cannot begin. A later start of a job that has worked is tried again: a node may be to blame.
+refused() {
+    if ((${SLURM_RESTART_COUNT:-0} > 0)); then finish 2; fi
     exit 2
 }
+
+# What has been reached and will not be lost; a start that changes it made progress.
+progress() { cat "$LOGS/newest_checkpoint" 2>/dev/null || true; } # the checkpoint may be in an object store
 
 # Sets PRESET, FLAGS and OUT. In a job array, {task} in a flag stands for the task's number: --seed {task} --out runs/{task}
 read_flags() {
@@ -42,6 +63,7 @@ read_flags() {
     NODES=$SLURM_JOB_NUM_NODES
     WORLD=$((NODES * TASKS_PER_NODE))
     unset SLURM_NTASKS_PER_NODE # or every step below would have to obey it
+    AT_START=$(progress)
     trap 'ask_to_stop "the time limit is near"' USR1
     trap 'ask_to_stop "SIGTERM"' TERM
     trap 'ask_to_stop "SIGINT"' INT
@@ -61,7 +83,10 @@ check_nodes() {
     before=$(date +%s)
     # A failed check must not leave the job waiting for the other nodes'.
     found=$("${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        bash launch/check_node.sh "$PYTHON" "$OUT") || exit 2
+        bash launch/check_node.sh "$PYTHON" "$OUT" 2>"$ERRORS") || {
+        cat "$ERRORS" >&2
+        refused
+    }
     after=$(date +%s)
     found=$(sort --version-sort <<<"$found")
     mapfile -t ORDER < <(awk '{ print $2 }' <<<"$found")
@@ -82,7 +107,7 @@ check_nodes() {
 check_flags() {
     local resolved
     resolved=$(RANK=0 WORLD_SIZE=$WORLD "${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" \
-        "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || exit 2
+        "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || refused
     read -r TP PP TEACHERS LOADING < <("${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -c '
 import json, sys
 run = json.loads(sys.argv[1])
@@ -140,20 +165,24 @@ train() {
 
 # Runs the step that does the job's work and waits for its end; sets STATUS. Ray's end asks the step to save and stop.
 run_step() {
-    local ended
-    "${SRUN[@]}" "$@" 2> >(tee "$LOGS/srun.$SLURM_JOB_ID" >&2) &
+    local head=${ray_pids[0]:-} shown
+    "${SRUN[@]}" "$@" 2>"$ERRORS" &
     step_pid=$!
+    tail --lines=+1 --follow --sleep-interval=0.5 --pid="$step_pid" "$ERRORS" >&2 &
+    shown=$!
     if [[ -n $asked ]]; then ask_to_stop "$asked"; fi # it came before there was a step to tell
-    while true; do
-        STATUS=0 ended=
-        wait -n -p ended "$step_pid" "${ray_pids[@]:0:1}" || STATUS=$?
-        if [[ ${ended:-} == "$step_pid" ]]; then break; fi
-        if [[ -n ${ended:-} ]]; then # else a signal ended the wait
+    while kill -0 "$step_pid" 2>/dev/null; do
+        if [[ -n $head ]] && ! kill -0 "$head" 2>/dev/null; then
             say "Ray's head is gone; the ranks are asked to save"
-            ray_pids=("${ray_pids[@]:1}")
+            head= # a second signal would cut the save short
             kill -USR1 "$step_pid" 2>/dev/null || true
         fi
+        sleep 0.5 &
+        wait "$!" || true # a signal ends the wait, not the sleep
     done
+    STATUS=0
+    wait "$step_pid" || STATUS=$?
+    wait "$shown" || true
     stop_ray
 }
 
@@ -163,55 +192,77 @@ stop_ray() {
     kill -QUIT "${ray_pids[@]}" 2>/dev/null || true
     wait "${ray_pids[@]}" 2>/dev/null || true
     ray_pids=()
+    # shellcheck disable=SC2016  # for the node's own shell
     timeout 20 "${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        bash -c "rm -rf $RAY_FILES-\$SLURMD_NODENAME" 2>/dev/null || true
+        bash -c 'rm -rf "$RAY_FILES-$SLURMD_NODENAME"' 2>/dev/null || true
 }
 
 # Ends the job with what its status asks for: done, refused, or another start.
 finish() {
-    local status=$1 newest tried=0 before=none node first
+    local status=$1 now before='' tried=0 rank=0 node='' first
     rm -f "${RAY_AUTH_TOKEN_PATH:-}"
     if ((status == 0)); then
         say "done"
         exit 0
     fi
     # srun names the tasks that failed, the first one first; its status is the highest, so that of tasks it took down.
-    first=$(grep -m 1 '^srun: error: [^ ]*: tasks\? [0-9,-]*: ' "$LOGS/srun.$SLURM_JOB_ID" 2>/dev/null || true)
+    first=$(grep -m 1 '^srun: error: [^ ]*: tasks\? [0-9,-]*: ' "$ERRORS" || true)
+    if [[ $first =~ ^srun:\ error:\ ([^ ]*):\ tasks?\ ([0-9]+) ]]; then node=${BASH_REMATCH[1]} rank=${BASH_REMATCH[2]}; fi
     if [[ $first == *"exit code "* ]]; then status=${first##*exit code }; fi
-    tail -n 3 "$LOGS/rank_00000.log" 2>/dev/null | sed 's/^/rank 0: /' >&2 || true
-    if ((status == 2)); then exit 2; fi
-    newest=$(cat "$LOGS/newest_checkpoint" 2>/dev/null || true) # the checkpoint may be in an object store
-    if [[ -f $LOGS/restarts ]]; then read -r tried before <"$LOGS/restarts"; fi
-    if [[ ${newest:-none} != "$before" ]]; then tried=0; fi # it got on since the last failure
-    if ((tried >= MAX_RESTARTS)); then
-        say "ended with status $status, $((tried + 1)) times since ${newest:-the start}; not started again"
-        rm -f "$LOGS/restarts"
+    if [[ -n $step_pid ]]; then # else no rank has said anything in this start
+        tail -n 3 "$LOGS/rank_$(printf %05d "$rank").log" 2>/dev/null | sed "s/^/rank $rank: /" >&2 || true
+    fi
+    now=$(progress)
+    if ((status == 2 && ${SLURM_RESTART_COUNT:-0} == 0)) && [[ $now == "$AT_START" ]]; then exit 2; fi
+    local stopped='' record=$LOGS/restarts.$SLURM_JOB_ID
+    if [[ -n $asked ]] || ((status == 75)); then stopped="stopped on request${asked:+ ($asked)} at ${now:-no checkpoint}"; fi
+    if [[ -f $record ]]; then read -r tried before <"$record" || true; fi
+    if [[ $now != "$before" ]]; then tried=0; fi # it got on since the last failure
+    if [[ -z $stopped || $now == "$before" ]]; then tried=$((tried + 1)); fi
+    if ((tried > MAX_RESTARTS)); then
+        say "ended with status $status, $tried times since ${now:-the start}; not started again"
         exit "$status"
     fi
-    echo "$((tried + 1)) ${newest:-none}" >"$LOGS/restarts"
-    if [[ -n $asked ]] || ((status == 75)); then requeue "stopped on request${asked:+ ($asked)} at ${newest:-no checkpoint}"; fi
-    node=${first#srun: error: } node=${node%%:*}
+    echo "$tried $now" >"$record" || { say "restarts cannot be counted; not started again" && exit "$status"; }
+    if [[ -n $stopped ]]; then requeue "$stopped"; fi
     # Not to blame: several nodes at once, and tasks that somebody ended.
     if [[ $node == *"["* || $first == *Terminated* ]]; then node=; fi
-    if [[ -n $node ]]; then echo "$node" >>"$LOGS/failed_nodes"; fi
-    requeue "failed with status $status${node:+ on $node}, restart $((tried + 1)) of $MAX_RESTARTS without a new checkpoint"
+    if [[ -n $node ]]; then echo "$node" >>"$LOGS/failed_nodes.$SLURM_JOB_ID"; fi
+    requeue "failed with status $status${node:+ on $node}, restart $tried of $MAX_RESTARTS without a new checkpoint"
+}
+
+# Prints the nodes that keep failing, joined by commas: nothing while the job could not do without them.
+nodes_to_exclude() {
+    local record=$LOGS/failed_nodes.$SLURM_JOB_ID failing told left
+    [[ -f $record ]] || return 0
+    failing=$(sort "$record" | uniq -c | awk -v n="$NODE_FAILURES" '$1 >= n { print $2 }')
+    [[ -n $failing ]] || return 0
+    # Those that sbatch was told to exclude would be forgotten.
+    told=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    if [[ $told != "(null)" ]]; then failing=$(sort -u <<<"$failing"$'\n'"$(scontrol show hostnames "$told")"); fi
+    # A job with too few nodes left would wait for good.
+    left=$(sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format %N | sort -u | grep -cvxF "$failing" || true)
+    failing=$(paste -sd, <<<"$failing")
+    if ((left >= NODES)); then
+        echo "$failing"
+    else
+        say "$failing cannot be excluded: the job needs $NODES nodes, and $left would be left" >&2
+    fi
 }
 
 # Puts the job back into the queue, without the nodes that keep failing, and ends it.
 requeue() {
-    local excluded=
-    if [[ -f $LOGS/failed_nodes ]]; then
-        excluded=$(sort "$LOGS/failed_nodes" | uniq -c | awk -v n="$NODE_FAILURES" '$1 >= n { print $2 }' | paste -sd,)
-    fi
+    local excluded
+    excluded=$(nodes_to_exclude)
     say "requeued: $1${excluded:+; without $excluded}"
     trap '' TERM INT USR1
     # After scontrol requeue by somebody else, and after preemption, the job is in the queue already.
-    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
+    if [[ $(squeue --noheader --jobs "$JOB" --format %T) == RUNNING ]] && ! scontrol requeue "$JOB"; then
         say "the cluster does not requeue this job: submit it again"
         exit 75
     fi
     if [[ -n $excluded ]]; then
-        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
+        scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
     fi
     exit 75
 }

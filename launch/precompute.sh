@@ -17,6 +17,8 @@ set -euo pipefail
 # shellcheck source=launch/job.sh
 source launch/job.sh
 
+progress() { { find "$OUT" -name '*.safetensors' 2>/dev/null || true; } | awk 'END { print NR " files" }'; } # they stay
+
 read_flags stage1_cogvit_l "$@"
 check_nodes
 start_ray

@@ -100,8 +100,11 @@ class Checkpoints:
             under_way.result()
 
     def resume(self, engine: Engine) -> TrainState | None:
-        """Load the newest good checkpoint into the engine; None when the run has none. Collective over all ranks."""
-        path = self._mesh.from_writer(lambda: latest(self._folder))
+        """Load the newest good checkpoint into the engine; None when the run has none. Collective over all ranks.
+
+        Errors: CheckpointError when there are checkpoints and none can be used: to begin anew would remove them.
+        """
+        path = self._mesh.from_writer(lambda: _to_resume(self._folder))
         if path is None:
             return None
 
@@ -128,11 +131,6 @@ class Checkpoints:
             files[_STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             manifest = {"format": FORMAT, "step": state.step, "files": files}
             target.write(_MANIFEST, json.dumps(manifest, indent=1).encode())
-            self._newest.write_text(target.name + "\n")
-            if state.best_step is not None:
-                best = {"step": state.best_step, "loss": state.best_loss}
-                self._folder.write(_BEST, json.dumps(best).encode())
-            self._prune(state.best_step)
 
         try:
             self._on_writer(lambda: _discard(target))  # what a save that was cut off, or damage, left under this name
@@ -148,6 +146,8 @@ class Checkpoints:
                 with suppress(OSError, CheckpointError):
                     _discard(target)  # on a full disk it would stand in the way of the next one
             raise CheckpointError(f"checkpoint {target} could not be written, {reason}") from None
+        if self._mesh.is_writer:
+            self._tell_and_prune(target, state)
 
     def _owned(self, engine: Engine, fragments: list[Fragment]) -> dict[str, Tensor]:
         """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""
@@ -172,16 +172,42 @@ class Checkpoints:
                 raise CheckpointError(fault)
         return [result for result, _ in answers]
 
-    def _prune(self, best_step: int | None) -> None:
-        """Remove the checkpoints that are not kept, and what saves that were cut off left."""
+    def _tell_and_prune(self, target: Folder, state: TrainState) -> None:
+        """Say that a checkpoint is there and remove those before it that are not kept.
+
+        What fails here is told and tried again after the next save: the checkpoint is good, and stays.
+        """
+
+        def tell_the_best() -> None:
+            if state.best_step is not None:
+                best = {"step": state.best_step, "loss": state.best_loss}
+                self._folder.write(_BEST, json.dumps(best).encode())
+
+        def discard(folder: Folder) -> Callable[[], None]:
+            return lambda: _discard(folder)
+
+        for work in (
+            lambda: self._newest.write_text(target.name + "\n"),
+            tell_the_best,
+            *(discard(folder) for folder in self._to_discard(state)),
+        ):
+            try:
+                work()
+            except (OSError, CheckpointError) as error:
+                _log.warning("%s is written, but %s", target, error)
+
+    def _to_discard(self, state: TrainState) -> list[Folder]:
+        """Return the checkpoints that are not kept, and what saves that were cut off left.
+
+        One beyond this step was damaged, or the run would have resumed from it: it must not count among those kept.
+        """
         keep_every = self._config.keep_every_steps
-        finished = list_checkpoints(self._folder)
-        kept = {path.name for path in finished[-self._config.keep_last :]}
-        for name in set(_step_folders(self._folder)) - kept:
-            step = int(name.removeprefix("step_"))
-            whole = self._folder / name in finished
-            if not (whole and (step == best_step or (keep_every and step % keep_every == 0))):
-                _discard(self._folder / name)
+        steps = [step for step in map(_step_of, list_checkpoints(self._folder)) if step <= state.step]
+        kept = {*steps[-self._config.keep_last :], *(step for step in steps if keep_every and step % keep_every == 0)}
+        if state.best_step in steps:
+            kept.add(state.best_step)
+        folders = [self._folder / name for name in _step_folders(self._folder)]
+        return [folder for folder in folders if _step_of(folder) not in kept]
 
 
 def _nothing() -> None:
@@ -221,6 +247,10 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def _step_of(folder: Folder) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Folder) -> list[Folder]:
     """Return the finished checkpoints, oldest first; they are not verified."""
     return [folder / name for name in _step_folders(folder) if _MANIFEST in (folder / name).sizes()]
@@ -233,31 +263,58 @@ def _step_folders(folder: Folder) -> list[str]:
 def latest(folder: Folder) -> Folder | None:
     """Return the newest checkpoint whose manifest verifies, warning of each newer one that does not.
 
-    Errors: CheckpointError when an object store does not answer: that is not the same as no checkpoint.
+    Errors: CheckpointError when an object store does not answer, which is not the same as no checkpoint, and when one
+    is of another version.
     """
     for path in reversed(list_checkpoints(folder)):
         fault = verify(path)
         if fault is None:
             return path
+        if foreign := another_version(path):
+            raise CheckpointError(f"{path} cannot be used: {foreign}; go on with that version or choose another --out")
         _log.warning("%s is not used: %s", path, fault)
     return None
 
 
-def verify(path: Folder) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+def _to_resume(folder: Folder) -> Folder | None:
+    """Return the checkpoint to go on from, or None when there is none at all."""
+    path, names = latest(folder), [path.name for path in list_checkpoints(folder)]
+    if path is None and names:
+        listed = ", ".join(names)
+        raise CheckpointError(
+            f"none of {folder}'s checkpoints ({listed}) is whole; repair one, or remove all to begin anew"
+        )
+    return path
+
+
+def another_version(path: Folder) -> str | None:
+    """Return what is wrong with a checkpoint's format, or None where it is ours or cannot be told."""
     try:
-        manifest = json.loads(path.read(_MANIFEST))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read(_MANIFEST)).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if found in (FORMAT, None) else f"its format is {found}, this version reads {FORMAT}"
+
+
+def verify(path: Folder) -> str | None:
+    """Return what is wrong with a checkpoint, or None. Errors: CheckpointError when an object store does not answer."""
+    if foreign := another_version(path):
+        return foreign
+    try:
+        files = json.loads(path.read(_MANIFEST))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, this version reads {FORMAT}"
     sizes = path.sizes()
-    for name, expected in manifest["files"].items():
-        if sizes.get(name) != expected["bytes"]:
-            return f"{name} is missing or not {expected['bytes']} bytes long"
-        with path.reading(name) as stream:
-            if _sha256(stream) != expected["sha256"]:
-                return f"{name} does not have the recorded SHA-256"
+    for name, (num_bytes, digest) in expected.items():
+        if sizes.get(name) != num_bytes:
+            return f"{name} is missing or not {num_bytes} bytes long"
+        try:
+            with path.reading(name) as stream:
+                if _sha256(stream) != digest:
+                    return f"{name} does not have the recorded SHA-256"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
     return None
 
 

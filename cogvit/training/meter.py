@@ -87,7 +87,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsFile:
-    """One JSON object a step, floats at full precision, each line handed to the system as it is written."""
+    """One JSON object a step, floats at full precision, each line handed to the system as it is written.
+
+    A disk that is full is told once; training goes on, and the lines are written when there is room again.
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +98,20 @@ class MetricsFile:
         rewound = path.with_name(path.name + ".tmp")
         rewound.write_text("".join(json.dumps(row) + "\n" for row in kept))
         rewound.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting, self._told = b"", False
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            while self._waiting:  # a disk that fills up takes a part of a line
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                print(f"{self._file.name} waits: {error.strerror}; training goes on", file=sys.stderr, flush=True)
+            self._told = True
 
     def close(self) -> None:
         """Close the file."""

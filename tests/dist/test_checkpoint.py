@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, re
 from cogvit.training.chrono import Chrono
 from cogvit.training.folder import Folder
 from cogvit.training.state import TrainState
+from tests.disk import small_file_system
 from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
 from tests.pool import Pool
 
@@ -129,6 +129,14 @@ def test_a_skipped_step_does_not_count_as_an_update_after_resuming(pool: Pool, t
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
+def damage(directory: Path) -> None:
+    """Flip a bit in a checkpoint's first shard."""
+    shard = min(directory.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
 def test_damage_is_seen_and_the_previous_checkpoint_used(
     pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,6 +174,32 @@ def test_every_kth_checkpoint_is_kept(pool: Pool, tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(folder(tmp_path))] == ["step_00000002", "step_00000004", "step_00000005"]
 
 
+def test_damaged_checkpoints_do_not_push_out_good_ones(pool: Pool, tmp_path: Path) -> None:
+    pool.run(train_and_save, args=(Case(), tmp_path, 4, CheckpointConfig(every_steps=1, keep_last=3)), world=1)
+    for name in ("step_00000003", "step_00000004"):
+        damage(tmp_path / name)
+    pool.run(train_and_save, args=(Case(), tmp_path, 3, CheckpointConfig(every_steps=1, keep_last=1)), world=1)
+    assert [path.name for path in list_checkpoints(folder(tmp_path))] == ["step_00000003"]
+    assert latest(folder(tmp_path)) == folder(tmp_path / "step_00000003")
+
+
+def test_a_run_is_not_begun_anew_over_damaged_checkpoints(pool: Pool, tmp_path: Path) -> None:
+    pool.run(train_and_save, world=1, args=(Case(), tmp_path, 1))
+    damage(tmp_path / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"none of .*'s checkpoints \(step_00000001\) is whole"):
+        pool.run(train_and_save, world=1, args=(Case(), tmp_path, 2))
+
+
+def test_a_checkpoint_outlives_what_goes_wrong_after_it(pool: Pool, tmp_path: Path) -> None:
+    """Neither a note that cannot be written nor an old checkpoint that cannot be removed makes a new one bad."""
+    directory = tmp_path / "checkpoints"
+    note_of(directory).mkdir()
+    with small_file_system(directory / "step_00000000", "1m"):
+        pool.run(train_and_save, world=2, args=(Case(world=2), directory, 3))
+        assert [path.name for path in list_checkpoints(folder(directory))] == ["step_00000002", "step_00000003"]
+        assert latest(folder(directory)) == folder(directory / "step_00000003")
+
+
 def fill_the_disk(rank: int, world: int, case: Case, directory: Path) -> list[str]:
     """Save twice on a file system that holds one checkpoint; returns what the two saves said."""
     mesh = start_mesh(run_config(case).parallel)
@@ -185,13 +219,8 @@ def fill_the_disk(rank: int, world: int, case: Case, directory: Path) -> list[st
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.5 checkpoints of the test's model."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "full", mounted], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"a full disk needs a file system of its own, and mounting is not allowed: {mount.stderr.strip()}")
-    yield mounted
-    subprocess.run(["umount", mounted], check=True)
+    with small_file_system(tmp_path / "disk", "3m") as mounted:
+        yield mounted
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(pool: Pool, small_disk: Path) -> None:
@@ -226,3 +255,13 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(pool: Pool, tmp_path
     manifest = tmp_path / "step_00000001" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 7}))
     assert verify(folder(manifest.parent)) == "its format is 7, this version reads 2"
+    with pytest.raises(CheckpointError, match="its format is 7, this version reads 2; go on with that version"):
+        latest(folder(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2, "files": {"a": 1}}'])
+def test_a_damaged_manifest_is_no_checkpoint_and_no_crash(tmp_path: Path, content: str) -> None:
+    (tmp_path / "step_00000001").mkdir()
+    (tmp_path / "step_00000001" / "manifest.json").write_text(content)
+    assert "its manifest cannot be read" in str(verify(folder(tmp_path / "step_00000001")))
+    assert latest(folder(tmp_path)) is None

@@ -80,7 +80,7 @@ def missing() -> str | None:
 class Job:
     """What the controller knows of a job."""
 
-    number: int
+    number: int | str
     state: str
     exit_code: int
     restarts: int
@@ -149,8 +149,8 @@ class Lab:
         """Run sbatch; returns the job's number."""
         return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env))
 
-    def job(self, number: int) -> Job:
-        """Ask the controller for a job."""
+    def job(self, number: int | str) -> Job:
+        """Ask the controller for a job, or a task of an array by JOB_TASK."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(number))
         values = dict(re.findall(r"(\w+)=(\S*)", text))
         return Job(
@@ -162,7 +162,7 @@ class Lab:
             values["ExcNodeList"],
         )
 
-    def wait(self, number: int, timeout_s: float) -> Job:
+    def wait(self, number: int | str, timeout_s: float) -> Job:
         """Wait for a job's end."""
         wait_for(lambda: self.job(number).state in ENDED, timeout_s, f"the end of job {number}", pause_s=1.0)
         return self.job(number)

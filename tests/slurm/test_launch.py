@@ -103,7 +103,7 @@ def test_a_node_that_keeps_failing_is_excluded(site: Site, tmp_path: Path) -> No
         job = site.submit(("--nodes=2",), (*STAGE2, "--parallel.tp", "2", "--out", "runs/excluded"))
         ended = site.finish(job)
     assert (ended.restarts, ended.excluded) == (2, node), site.output(job)
-    assert (out / "logs" / "failed_nodes").read_text().split() == [node, node]
+    assert (out / "logs" / f"failed_nodes.{job}").read_text().split() == [node, node]
     printed = site.output(job)
     assert (
         f"requeued: failed with status 7 on {node}, restart 2 of 3 without a new checkpoint; without {node}" in printed

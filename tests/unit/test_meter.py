@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig
 from cogvit.errors import DataError
 from cogvit.training.meter import Meter, duration, read_metrics
+from tests.disk import small_file_system
 
 CONFIG = RunConfig(schedule=ScheduleConfig(steps=10), log=LogConfig(wandb="off"))
 VALUES = {"loss": 0.1 + 0.2, "loss_dinov3": 1 / 3, "lr": 1e-3, "images_per_s": 10.0, "tokens_per_s": 1234.5}
@@ -58,6 +59,21 @@ def test_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     record(tmp_path, 2, 3, value=2.0)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with small_file_system(tmp_path / "disk", "64k") as disk:
+        with Meter(disk, CONFIG, writer=True, start_step=0) as meter:
+            meter.record(1, VALUES)
+            ballast = disk / "ballast"
+            ballast.write_bytes(b"0" * 60 * 1024)  # a page is left for metrics.jsonl
+            for step in range(2, 60):
+                meter.record(step, VALUES)
+            assert len(read_metrics(disk / "metrics.jsonl")) < 59
+            assert capfd.readouterr().err.count("metrics.jsonl waits: No space left on device; training goes on") == 1
+            ballast.unlink()
+            meter.record(60, VALUES)
+        assert read_metrics(disk / "metrics.jsonl") == [{"step": step, **VALUES} for step in range(1, 61)]
 
 
 def test_damaged_or_missing_metrics_are_told(tmp_path: Path) -> None:
