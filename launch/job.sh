@@ -252,15 +252,20 @@ nodes_to_exclude() {
 
 # Puts the job back into the queue, without the nodes that keep failing, and ends it.
 requeue() {
-    local excluded
+    local excluded state tries
     excluded=$(nodes_to_exclude)
     say "requeued: $1${excluded:+; without $excluded}"
     trap '' TERM INT USR1
-    # After scontrol requeue by somebody else, and after preemption, the job is in the queue already.
-    if [[ $(squeue --noheader --jobs "$JOB" --format %T) == RUNNING ]] && ! scontrol requeue "$JOB"; then
-        say "the cluster does not requeue this job: submit it again"
-        exit 75
-    fi
+    for ((tries = 1; ; tries++)); do
+        state=$(squeue --noheader --jobs "$JOB" --format %T) || state=unknown
+        # After scontrol requeue by somebody else, and after preemption, the job is in the queue already.
+        if [[ $state != RUNNING && $state != unknown ]] || scontrol requeue "$JOB"; then break; fi
+        if ((tries == REQUEUE_TRIES)); then
+            say "the cluster does not requeue this job: submit it again"
+            exit 75
+        fi
+        sleep 10 # a controller that is restarted is back in a minute
+    done
     if [[ -n $excluded ]]; then
         scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
     fi

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.jobs import STAGE2, Site
+from tests.slurm.lab import wait_for
 
 pytestmark = pytest.mark.timeout(900)
 ONE_RANK = ("--nodes=1", "--ntasks-per-node=1")
@@ -21,10 +23,11 @@ def ending(tmp_path: Path) -> dict[str, str]:
     wrapper.write_text(
         "#!/bin/bash\nSTART=$((${SLURM_RESTART_COUNT:-0} + 1))\n"
         'if [[ $1 == -c ]]; then eval "${CHECK:-}"; fi\n'
-        'if [[ " $* " == *" -m cogvit.train "* && " $* " != *" --dry-run "* ]]; then eval "$END"; fi\n'
+        'if [[ $* =~ "-m cogvit.train "|"-m tools.precompute_features " && $* != *--dry-run* ]]; then eval "$END"; fi\n'
         f'exec {shlex.quote(sys.executable)} "$@"\n'
     )
     wrapper.chmod(0o755)
+    (tmp_path / "ray").symlink_to(Path(sys.executable).with_name("ray"))
     return {"PYTHON": str(wrapper), "MAX_RESTARTS": "1"}
 
 
@@ -87,3 +90,29 @@ def test_a_node_that_breaks_between_two_starts_is_left_out(site: Site, ending: d
     ended = site.lab.wait(job, 300)
     assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 3, "node3"), site.output(job)
     assert site.output(job).count("error: node3: PYTHON=") == 2
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(site: Site, ending: dict[str, str]) -> None:
+    """It hangs from before the end of the rank until it has failed to say whether the job is in the queue already."""
+    here = site.directory / "runs" / "no-answer"
+    here.mkdir(parents=True)
+    end = f"if ((START > 1)); then exit 0; fi; echo >{here}/up; until [[ -e {here}/go ]]; do sleep 0.1; done; exit 7"
+    job = site.submit(ONE_RANK, (*STAGE2, "--out", "runs/no-answer"), ending | {"END": end})
+    wait_for((here / "up").exists, 400, "the rank")
+    controller = site.lab.daemons["controller"]
+    controller.send_signal(signal.SIGSTOP)
+    try:
+        (here / "go").touch()
+        wait_for(lambda: "slurm_load_jobs error" in site.output(job), 240, "a failed question")
+    finally:
+        controller.send_signal(signal.SIGCONT)
+    ended = site.lab.wait(job, 300)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), site.output(job)
+
+
+@pytest.mark.long
+def test_stored_shards_renew_the_budget_of_precompute(site: Site, ending: dict[str, str]) -> None:
+    out = site.directory / "runs" / "store-budget"
+    end = f"if ((START == 3)); then exit 0; fi; echo >{out}/$START.safetensors; exit 1"
+    command = ("launch/precompute.sh", "demo_stage1", "--out", "runs/store-budget")
+    assert site.finish(site.submit(ONE_RANK, command, ending | {"END": end})).restarts == 2
