@@ -15,7 +15,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cogvit.arguments import asks_for_help, speaks
 from cogvit.config import RunConfig, from_json, load_config, to_json
@@ -37,9 +36,6 @@ from cogvit.flags import help_text, load_preset, parse
 from cogvit.recipe import recipe_differences
 from cogvit.slurm import join_slurm, place_line
 from cogvit.training.lock import run_lock
-
-if TYPE_CHECKING:
-    from cogvit.training.folder import Folder
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
@@ -105,11 +101,16 @@ def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
         yield
 
 
-def claim_checkpoints(folder: Folder, config: RunConfig) -> None:
-    """Leave the configuration with a run's checkpoints, or accept them as the same run's.
+def claim_checkpoints(config: RunConfig) -> None:
+    """Leave the configuration in --checkpoint.dir, if there is one, or accept what lies there as the same run's.
 
-    Errors: ConfigError when they are another run's, which would be resumed from and removed.
+    Errors: ConfigError when it is another run's: its checkpoints would be resumed from and removed.
     """
+    from cogvit.training.checkpoint import folder_in
+
+    if not config.checkpoint.dir:
+        return
+    folder = folder_in(Path(config.out), config.checkpoint)
     try:
         differences = recipe_differences(from_json(RunConfig, json.loads(folder.read("config.json"))), config)
     except FileNotFoundError:
@@ -153,12 +154,10 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         model, objective = build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
         out = Path(config.out)
-        folder = folder_in(out, config.checkpoint)
         checkpoints = resources.enter_context(
-            Checkpoints(folder, mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
+            Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
         )
-        if config.checkpoint.dir:  # else it lies in --out, which is this run's
-            mesh.from_writer(lambda: claim_checkpoints(folder, config))
+        mesh.from_writer(lambda: claim_checkpoints(config))
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
         if mesh.is_writer:
             elapsed_s = time.monotonic() - launched_s
