@@ -31,6 +31,7 @@ from cogvit.parallel.mesh import Mesh, start_mesh
 from cogvit.training.engine import Engine
 from tests.packs import MASK_RATIO, random_batch
 
+ADAMW_LR = 0.002
 TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
 TERMS = {"siglip2": Term(1.0, "smooth_l1"), "dinov3": Term(0.5, "smooth_l1")}
 SUMMARY_DIMS = {"dinov3_summary": 16}
@@ -76,7 +77,15 @@ class Case:
 
     def alone(self) -> Case:
         """The same run on one process."""
-        return Case(optimizer=self.optimizer, stage=self.stage, family=self.family, muon_qkv=self.muon_qkv, num_micro=self.num_micro, depth=self.depth, summary=self.summary)
+        return Case(
+            optimizer=self.optimizer,
+            stage=self.stage,
+            family=self.family,
+            muon_qkv=self.muon_qkv,
+            num_micro=self.num_micro,
+            depth=self.depth,
+            summary=self.summary,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,8 @@ def run_config(case: Case) -> RunConfig:
         contrast=ContrastConfig(loss=case.loss, chunk_pairs=5),  # divides no batch
         optim=OptimConfig(
             name=case.optimizer,
-            lr=0.002 if case.optimizer == "adamw" else 0.05,
-            adamw_lr=0.002,
+            lr=ADAMW_LR if case.optimizer == "adamw" else 0.05,
+            adamw_lr=ADAMW_LR,
             clip_norm=0.5,
             muon_qkv=case.muon_qkv,
             muon_tp=case.muon_tp,
@@ -135,7 +144,10 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
         objective: Distill | Contrast = Distill(TERMS | SUMMARY_TERMS if case.summary else TERMS, MASK_RATIO)
     else:
         text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80)
-        model, objective = ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute), Contrast(config.contrast)
+        model, objective = (
+            ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute),
+            Contrast(config.contrast),
+        )
 
     def weights(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in ("log_t", "bias"):

@@ -171,7 +171,11 @@ def test_weights_are_read_without_any_layout(pool: Pool, tmp_path: Path) -> None
 def test_every_kth_checkpoint_is_kept(pool: Pool, tmp_path: Path) -> None:
     config = CheckpointConfig(every_steps=1, keep_last=1, keep_every_steps=2)
     pool.run(train_and_save, world=1, args=(Case(), tmp_path, 5, config))
-    assert [path.name for path in list_checkpoints(folder(tmp_path))] == ["step_00000002", "step_00000004", "step_00000005"]
+    assert [path.name for path in list_checkpoints(folder(tmp_path))] == [
+        "step_00000002",
+        "step_00000004",
+        "step_00000005",
+    ]
 
 
 def test_damaged_checkpoints_do_not_push_out_good_ones(pool: Pool, tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_equals_the_full_matrix(pool: Pool, layout: World) -> None:
 
 
 def test_a_step_leaves_the_gradients_of_the_full_matrix(pool: Pool) -> None:
-    for num_micro, (loss, expected, grads, references) in pool.run(steps_against_autograd, 1, timeout_s=100.0)[0].items():
+    for num_micro, (loss, expected, grads, references) in pool.run(steps_against_autograd, 1, timeout_s=100.0)[
+        0
+    ].items():
         assert loss == pytest.approx(expected, rel=1e-6)
         assert grads.keys() == references.keys()
         for name, reference in references.items():

@@ -1,4 +1,4 @@
-"""Taking a batch: ranks that balanced apart leave with equally many packs, and a failure of one is the failure of all."""
+"""Taking a batch: ranks that balanced apart leave with equally many packs, and a failure of one is that of all."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ def test_every_rank_gets_as_many_packs_as_the_fullest_and_every_failure(pool: Po
     assert (padding.images.segment() == padding.images.num_slots).all()
     assert padding.text is not None and padding.text.cu_seqlens.tolist()[-2:] == [0, len(padding.text.ids)]
     assert padding.targets is not None
-    assert {name: tuple(x.shape) for name, x in padding.targets.features.items()} == {"siglip2": (0, 24), "dinov3": (0, 16)}
+    assert {name: tuple(x.shape) for name, x in padding.targets.features.items()} == {
+        "siglip2": (0, 24),
+        "dinov3": (0, 16),
+    }
     kept = answers[0][0].micro[0].images
     assert torch.equal(kept.patches, random_batch(0, TEACHER_DIMS).images.patches)

@@ -50,7 +50,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(shards: Path, stage: str, parallel: ParallelConfig) -> RunConfig:
-    config = run_config(shards=str(shards), global_batch_images=IMAGES, lookahead_steps=1, tokens_per_pack=128, images_per_pack=16, text_tokens_per_pack=256)
+    config = run_config(
+        shards=str(shards),
+        global_batch_images=IMAGES,
+        lookahead_steps=1,
+        tokens_per_pack=128,
+        images_per_pack=16,
+        text_tokens_per_pack=256,
+    )
     return replace(
         config,
         objective=stage,

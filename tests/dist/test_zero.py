@@ -281,7 +281,13 @@ def leave_out_on_rank(rank: int, world: int, stage: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_parameter_without_gradient_counts_as_zero(pool: Pool, stage: int) -> None:
-    expected = {"vision": 0.0, "text": 0.0, "projection": pytest.approx(math.sqrt(7 * 8) / 2), "temperature": 0.0, "bias": 0.0}
+    expected = {
+        "vision": 0.0,
+        "text": 0.0,
+        "projection": pytest.approx(math.sqrt(7 * 8) / 2),
+        "temperature": 0.0,
+        "bias": 0.0,
+    }
     assert pool.run(leave_out_on_rank, args=(stage,)) == [expected, expected]
 
 
