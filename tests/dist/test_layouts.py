@@ -109,8 +109,8 @@ def adamw_doubt(expected: Trace, name: str) -> Tensor | float:
 
     AdamW divides by the root of the squared gradients. So the error that the comparison of gradients lets pass, all of
     which may lie in one element, counts as a share of that element's own gradient: an element whose gradient is mostly
-    rounding may go the other way. One whose gradient is exactly 0 may not. Source: the derivatives of m / sqrt(v) by the
-    gradients (betas of 0.9 and 0.95), summed over three steps, stay below 9 over the first step's gradient.
+    rounding may go the other way. One whose gradient is exactly 0 may not. Source: the derivatives of m / sqrt(v) by
+    the gradients (betas of 0.9 and 0.95), summed over three steps, stay below 9 over the first step's gradient.
     """
     if f"exp_avg_sq/{name}" not in expected.state:
         return 0.0
