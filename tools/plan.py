@@ -7,10 +7,13 @@ usage: python -m tools.plan PRESET [flags]
 --cluster NAME      a100, h100 or h200 of configs/clusters.py; h100 by default
 --tp T --pp P       plan this layout alone; by default every legal one, the fastest that fits first
 
+Other flags are the trainer's (--data.global-batch-images, --text-encoder.path, ...).
+
 Parameters and the FLOPs of blocks and Muon are exact (tests count them). Memory and time are estimates from data-sheet
 figures and an assumed share of the peak: they rank layouts; `tools.bench.plan` compares them with steps on CPU, nothing
 has on a GPU. Images count with their largest size, teachers and data with nothing; communication is not overlapped
-with computation.
+with computation. A text encoder of transformers is counted whole on the last stage, its memory and FLOPs as those of
+blocks of its size.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from cogvit.arguments import run_command
+from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import ParallelConfig, RunConfig
-from cogvit.errors import ConfigError
-from cogvit.flags import load_preset
+from cogvit.errors import CogViTError, ConfigError
+from cogvit.flags import load_preset, parse
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.pretrained import PretrainedText, inspect_text_encoder
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
@@ -60,6 +64,7 @@ class Load:
     pack_tokens: int
     forward_flops: float
     muon_flops: float  # of making every matrix of the blocks orthogonal once; 0 where Muon does not train them
+    whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def loads_of(config: RunConfig) -> list[Load]:
             (vision, CogViT(vision), patches, data.tokens_per_pack)
         ]
         if config.objective == "contrast":
-            towers.append((config.text, TextTower(config.text), config.text.max_tokens, data.text_tokens_per_pack))
+            text, module = _text_tower(config)
+            towers.append((text, module, text.max_tokens, data.text_tokens_per_pack))
     return [
         Load(
             parameters=count_parameters(module),
@@ -119,9 +125,18 @@ def loads_of(config: RunConfig) -> list[Load]:
             pack_tokens=pack_tokens,
             forward_flops=forward_flops(tower, images * length, length),
             muon_flops=muon_flops(tower, module, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
+            whole=tower is not vision and bool(config.text_encoder.path),
         )
         for tower, module, length, pack_tokens in towers
     ]
+
+
+def _text_tower(config: RunConfig) -> tuple[TextConfig, nn.Module]:
+    """Return the text tower's shape and the tower, of which no weight is read. Errors: ConfigError."""
+    if not config.text_encoder.path:
+        return config.text, TextTower(config.text)
+    spec = inspect_text_encoder(config.text_encoder)
+    return spec.shape(config.text.max_tokens), PretrainedText(spec.model_class(spec.config), spec)
 
 
 def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, cluster: Cluster) -> Prediction:
@@ -130,12 +145,16 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     tp, pp, dp = layout.tp, layout.pp, world // (layout.tp * layout.pp)
     value_bytes = 2 if config.precision == "bf16" else 4
     micro = max(math.ceil(load.tokens / (dp * load.pack_tokens)) for load in loads)
-    held = sum(load.parameters for load in loads) / (tp * pp)
+    shared_by = {True: 1, False: tp * pp}
+    held = sum(load.parameters / shared_by[load.whole] for load in loads)
     sharded = 1 + _MOMENTS[config.optim.name] + (config.zero.stage == 2)  # master, moments, gradients
     memory = _FP32_BYTES * held * (1 + (config.zero.stage == 1) + sharded / dp)
     tp_bytes = pp_bytes = 0.0
     for load in loads:
         row = load.pack_tokens * load.width
+        if load.whole:  # one microbatch at a time, and nothing is sent
+            memory += value_bytes * row * 18 * load.depth
+            continue
         # Of a block, in values of the width: its inputs, q, k, v, attention's output and the MLP's 4-wide layers.
         kept = 2 if config.memory.vision.recompute == "full" else 4 + 14 / tp
         memory += value_bytes * row * kept * load.depth / pp * min(pp, micro)
@@ -145,11 +164,14 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     across = cluster.network_bytes_per_s
     fast = cluster.node_bytes_per_s
     bubble = (pp - 1) / (micro + pp - 1)
+    rate = cluster.flops * cluster.attained
     flops = _BACKWARD * sum(load.forward_flops for load in loads)
-    compute_s = flops / (world * cluster.flops * cluster.attained) / (1 - bubble)
+    alone = _BACKWARD * sum(load.forward_flops for load in loads if load.whole)  # the other stages wait
+    compute_s = (flops - alone) / (world * rate) / (1 - bubble) + alone / (dp * rate)
     # Each dp rank has its part of the matrices; tensor ranks repeat the work on each other's, or share it.
-    workers = pp * dp * (tp if config.optim.muon_tp == "sharded" else 1)
-    compute_s += sum(load.muon_flops for load in loads) / (workers * cluster.flops * cluster.attained)
+    for load in loads:
+        sharing = dp if load.whole else pp * dp * (tp if config.optim.muon_tp == "sharded" else 1)
+        compute_s += load.muon_flops / (sharing * rate)
     sending_s = tp_bytes / fast + pp_bytes / (fast if tp * pp <= per_node else across)
     sending_s += dp_bytes / (fast if world <= per_node else across)
     step_s = compute_s + sending_s
@@ -171,7 +193,7 @@ def legal_layouts(config: RunConfig, world: int, per_node: int) -> list[RunConfi
     return legal
 
 
-def plan(arguments: Arguments) -> int:
+def plan(arguments: Arguments, config: RunConfig) -> int:
     """Print the table; returns the exit status."""
     if arguments.cluster not in CLUSTERS:
         raise ConfigError(f"unknown cluster {arguments.cluster!r}; there are {', '.join(CLUSTERS)}")
@@ -180,7 +202,7 @@ def plan(arguments: Arguments) -> int:
         fixed = {name: int(size) for name, size in (("tp", arguments.tp), ("pp", arguments.pp)) if size}
     except ValueError as error:
         raise ConfigError(f"--nodes, --gpus-per-node, --tp and --pp are whole numbers: {error}") from None
-    config, world, cluster = load_preset(arguments.preset), nodes * per_node, CLUSTERS[arguments.cluster]
+    world, cluster = nodes * per_node, CLUSTERS[arguments.cluster]
     layouts = legal_layouts(config, world, per_node)
     layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
     if not layouts:
@@ -203,5 +225,22 @@ def plan(arguments: Arguments) -> int:
     return 0
 
 
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    if not argv or asks_for_help(argv):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    try:
+        own: dict[str, str] = {}
+        words = argv[1:]
+        for name in ("nodes", "gpus_per_node", "cluster", "tp", "pp"):
+            value, words = take_flag(words, f"--{name.replace('_', '-')}")
+            own |= {} if value is None else {name: value}
+        return plan(Arguments(argv[0], **own), parse(load_preset(argv[0]), words))
+    except CogViTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, plan))
+    sys.exit(main(sys.argv[1:]))

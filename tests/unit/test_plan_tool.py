@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertModel
 
-from cogvit.config import ParallelConfig, RunConfig
+from cogvit.config import ParallelConfig, RunConfig, TextEncoderConfig
 from cogvit.flags import load_preset
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
-from tools.plan import Arguments, forward_flops, legal_layouts, loads_of, muon_flops, plan, predict
+from tests.text_encoders import bert, write_encoder
+from tools.plan import forward_flops, legal_layouts, loads_of, main, muon_flops, predict
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -53,7 +56,9 @@ def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", 
 
 def test_parameters_of_the_reference() -> None:
     (load,) = loads_of(load_preset("stage1_reference"))
-    assert load.parameters == sum(parameter.numel() for parameter in CogViT(CogViTConfig()).parameters())
+    with torch.device("meta"):
+        reference = CogViT(CogViTConfig())
+    assert load.parameters == sum(parameter.numel() for parameter in reference.parameters())
 
 
 def test_layouts_are_legal_and_keep_tensor_ranks_on_a_node() -> None:
@@ -78,7 +83,45 @@ def test_estimates_move_the_right_way() -> None:
     assert tensor[2] > alone[2]
 
 
+def test_a_text_encoder_of_transformers_is_counted_whole(tmp_path: Path) -> None:
+    encoder = TextEncoderConfig(str(write_encoder(tmp_path, bert)))
+    config = replace(load_preset("demo_stage2"), text_encoder=encoder, precision="fp32")
+    vision, text = loads_of(config)
+    weights = sum(p.numel() for name, p in BertModel.from_pretrained(encoder.path).named_parameters())
+    pooler = 32 * 32 + 32  # which the mean over tokens does without
+    assert text.whole and not vision.whole and text.parameters == weights - pooler
+    assert (text.width, text.depth, text.tokens) == (32, 2, 256 * config.text.max_tokens)
+    assert text.forward_flops == 2 * text.tokens * (2 * (4 * 32**2 + 2 * 32 * 48) + 4 * config.text.max_tokens * 32)
+    # Tensor ranks and stages share the vision tower and none of the encoder.
+    loads, cluster = [vision, replace(text, parameters=10**9)], CLUSTERS["h100"]
+    alone, shared = (
+        predict(replace(config, parallel=ParallelConfig(tp=tp, pp=pp)), loads, 4, 8, cluster).memory_bytes
+        for tp, pp in ((1, 1), (2, 2))
+    )
+    assert 4 * 10**9 < alone < shared  # ZeRO's shards over four replicas, or over one
+
+
+def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    encoder = str(write_encoder(tmp_path, bert))
+    flags = ["--nodes", "1", "--gpus-per-node", "2", "--text-encoder.path", encoder]
+    assert main(["demo_stage2", *flags, "--data.global-batch-images=512"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo_stage2 on 1 nodes x 2" in printed
+    config = replace(load_preset("demo_stage2"), text_encoder=TextEncoderConfig(encoder))
+    config = replace(config, data=replace(config.data, global_batch_images=512))
+    assert f"{sum(load.parameters for load in loads_of(config)):,} parameters" in printed
+    assert f"{3 * sum(load.forward_flops for load in loads_of(config)):.3g} FLOPs" in printed
+    for argv, expected in (
+        (["demo_stage2", "--node", "2"], "--node"),
+        (["demo_stage2", "--nodes", "two"], "whole numbers"),
+        (["demo_stage2", "--text-encoder.path", str(tmp_path / "gone")], "--text-encoder.path"),
+    ):
+        assert main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and expected in line
+
+
 def test_the_table_names_what_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(Arguments("stage2_cogvit_l", tp="2", pp="1")) == 0
+    assert main(["stage2_cogvit_l", "--tp", "2", "--pp", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 4
