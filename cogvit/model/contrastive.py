@@ -94,14 +94,21 @@ class SigLIPLoss(nn.Module):
 
         Errors: ValueError when the shapes differ, between the two or between ranks.
         """
-        if image_embed.shape != text_embed.shape or image_embed.ndim != 2 or not len(image_embed):
+        fit = image_embed.shape == text_embed.shape and image_embed.ndim == 2 and len(image_embed) > 0
+        own = tuple(image_embed.shape) if fit else (0, 0)
+        # Before any rank raises: the others would wait for it.
+        shapes = _all_gather(torch.tensor([own], device=image_embed.device)).tolist()
+        if not fit:
             raise ValueError(
                 f"image embeddings {tuple(image_embed.shape)} and text embeddings {tuple(text_embed.shape)} must share"
                 " the shape (B, E), B at least 1"
             )
-        sizes = _all_gather(torch.tensor([len(image_embed)], device=image_embed.device)).tolist()
-        if len(set(sizes)) > 1:
-            raise ValueError(f"ranks bring {sizes} pairs; the loss needs the same number on each")
+        sizes, widths = zip(*shapes, strict=True)
+        if len(set(sizes)) > 1 or len(set(widths)) > 1:
+            raise ValueError(
+                f"ranks bring {list(sizes)} pairs of {list(widths)} channels; the loss needs the same on each, and 0 is"
+                " of a rank whose shapes are wrong"
+            )
         with torch.autocast(image_embed.device.type, enabled=False):
             image_BE = F.normalize(image_embed.float(), dim=-1)
             text_BE = F.normalize(text_embed.float(), dim=-1)

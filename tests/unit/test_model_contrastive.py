@@ -103,6 +103,16 @@ def bring_unequal_numbers(rank: int, world: int) -> Any:
     SigLIPLoss()(torch.rand(2 + rank, 4), torch.rand(2 + rank, 4))
 
 
+def bring_what_does_not_fit(rank: int, world: int) -> list[str]:
+    """Rank 1 brings no pair, then images and texts of different shapes, then other channels."""
+    found = []
+    for image, text in (((3 - 3 * rank, 4),) * 2, ((3, 4), (3 - rank, 4)), ((3, 4 + rank),) * 2):
+        with pytest.raises(ValueError) as refusal:
+            SigLIPLoss()(torch.rand(*image), torch.rand(*text))
+        found.append(str(refusal.value))
+    return found
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ddp_gives_the_loss_and_gradients_of_one_process(pool: Pool, world: int) -> None:
     alone = TwoLinears()
@@ -122,6 +132,13 @@ def test_unequal_numbers_of_pairs_are_refused_on_every_rank(pool: Pool) -> None:
     assert not dist.is_initialized()
     with pytest.raises(ValueError, match=r"ranks bring \[2, 3\] pairs"):
         pool.run(bring_unequal_numbers, 2)
+
+
+def test_no_rank_waits_for_one_whose_shapes_are_wrong(pool: Pool) -> None:
+    waiting, wrong = pool.run(bring_what_does_not_fit, 2)
+    assert "[3, 0] pairs of [4, 0] channels" in waiting[0] and "[3, 0] pairs" in waiting[1]
+    assert all("must share the shape (B, E)" in message for message in wrong[:2])
+    assert "of [4, 5] channels" in waiting[2] and waiting[2] == wrong[2]
 
 
 def build() -> CogViTForContrastive:
