@@ -16,6 +16,7 @@ from cogvit.draws import mix, uniform
 from cogvit.errors import DataError
 
 LANGUAGES = ("en", "zh")
+NO_LABEL = -1
 _LANGUAGE_SALT = 0x6C616E67  # "lang"
 _NUMBER_SALT = 0x63617074  # "capt"
 _CACHED_CAPTIONS = 1 << 16
@@ -60,10 +61,15 @@ class Tokenizer(Protocol):
 
 
 def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
-    """Read a sample's `json` member; a `txt` member counts as {"caption": ...}.
+    """Read a sample's `json` member; a `txt` member counts as {"caption": ...}, a `cls` member as {"label": ...}.
 
-    Errors: DataError when the bytes are not UTF-8 or not a JSON object.
+    Errors: DataError when the bytes are not UTF-8, not a JSON object or not a whole number.
     """
+    if extension == "cls":
+        try:
+            return {"label": int(data)}
+        except ValueError:
+            raise DataError("a cls is no whole number") from None
     if extension != "json":
         try:
             return {"caption": data.decode()}
@@ -95,6 +101,12 @@ def captions_of(metadata: dict[str, Any]) -> Captions:
             text.strip() for text in texts if isinstance(text, str) and text.strip() and _is_encodable(text)
         )
     return captions
+
+
+def label_of(metadata: dict[str, Any]) -> int:
+    """Return a sample's class, a whole number from 0 as `label`; NO_LABEL where there is none."""
+    label = metadata.get("label")
+    return label if type(label) is int and 0 <= label < 2**31 else NO_LABEL
 
 
 def _is_encodable(text: str) -> bool:
@@ -176,7 +188,7 @@ class PretrainedTokenizer:
 
     def _encode_anew(self, text: str, max_tokens: int) -> CaptionTokens:
         with self._lock:
-            ids = self._tokenizer(text)["input_ids"]
+            ids = self._tokenizer(text)["input_ids"] or [self.pad_id]  # no caption is without a token
             cut = len(ids) > max_tokens
             if cut:
                 ids = self._tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
@@ -189,5 +201,5 @@ def _load_pretrained(name: str) -> PretrainedTokenizer:
     try:
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"--data.tokenizer {name} does not load: {reason}; pass byt5, a directory or a name") from None

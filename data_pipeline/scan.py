@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
+from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, parse_metadata
 from data_pipeline.decode import read_header
 from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
-from data_pipeline.table import CAPTION_EXTENSIONS, SCHEMA
+from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
 
@@ -32,9 +32,9 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
             problems["a name is not printable UTF-8"] += 1
         elif not member.is_regular:
             problems["a link, device or sparse file, which is not followed"] += 1
-        elif member.extension in CAPTION_EXTENSIONS and member.extension in texts.get(member.key, {}):
-            problems["a second json or txt of the same key"] += 1
-        elif member.extension in CAPTION_EXTENSIONS:
+        elif member.extension in METADATA_EXTENSIONS and member.extension in texts.get(member.key, {}):
+            problems["a second json, txt or cls of the same key"] += 1
+        elif member.extension in METADATA_EXTENSIONS:
             texts.setdefault(member.key, {})[member.extension] = member
         elif member.extension in IMAGE_EXTENSIONS and member.key in images:
             problems["a second image of the same key"] += 1
@@ -69,10 +69,11 @@ def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
 
 
 def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
-    """Return the source, if the json names one, and where the captions lie: in the json, or else in the txt."""
+    """Return source and label, if there are any, and where the captions lie: in the json, or else in the txt."""
     columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
+    columns["label"] = NO_LABEL
     columns |= {f"{language}_bytes": [] for language in LANGUAGES}
-    for number, extension in enumerate(CAPTION_EXTENSIONS):
+    for number, extension in enumerate(METADATA_EXTENSIONS):
         if extension not in members:
             continue
         member = members[extension]
@@ -83,6 +84,8 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             continue
         if isinstance(source := metadata.get("source"), str) and source:
             columns["source"] = source
+        if columns["label"] == NO_LABEL:
+            columns["label"] = label_of(metadata)
         captions = captions_of(metadata)
         if any(captions.values()) and columns["caption_member"] < 0:
             columns |= {
@@ -91,6 +94,6 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             columns["caption_member"] = number
             columns["caption_offset_bytes"] = member.offset_bytes
             columns["caption_size_bytes"] = len(member.data)
-    if members and columns["caption_member"] < 0:
+    if members and columns["caption_member"] < 0 and columns["label"] == NO_LABEL:
         problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] += 1
     return columns

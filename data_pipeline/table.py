@@ -17,8 +17,9 @@ from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.shards import is_pipe, retry, shard_name
 
-VERSION = 3
+VERSION = 4
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
+METADATA_EXTENSIONS = (*CAPTION_EXTENSIONS, "cls")  # and labels
 _METADATA_KEY = b"cogvit.index"
 
 # One row per sample; its key and the lengths of its captions lie beside it.
@@ -33,6 +34,7 @@ ROW = np.dtype(
         ("caption_offset_bytes", np.int64),
         ("caption_size_bytes", np.int32),
         ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
+        ("label", np.int32),  # class for evaluation; NO_LABEL where there is none
         ("num_captions", np.int64, (len(LANGUAGES),)),
         ("caption_start", np.int64, (len(LANGUAGES),)),  # of its entries in Index.caption_bytes[language]
         ("shard", np.int32),
@@ -68,7 +70,10 @@ def table_exists(path: str) -> bool:
 
 
 def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the rows and the facts that were written with them. Errors: DataError when it is no index."""
+    """Return the rows and the facts that were written with them, of an older version as they are.
+
+    Errors: DataError when it is no index.
+    """
 
     def read() -> bytes:
         with fsspec.open(path, "rb") as file:
@@ -79,9 +84,12 @@ def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
         table = pq.read_table(pa.BufferReader(retry(read, path)), use_threads=False)
     except pa.ArrowInvalid:
         raise foreign from None
-    if table.schema.names != SCHEMA.names or _METADATA_KEY not in (table.schema.metadata or {}):
+    if _METADATA_KEY not in (table.schema.metadata or {}):
         raise foreign
-    return table, json.loads(table.schema.metadata[_METADATA_KEY])
+    facts = json.loads(table.schema.metadata[_METADATA_KEY])
+    if facts["made_from"]["version"] == VERSION and table.schema.names != SCHEMA.names:
+        raise foreign
+    return table, facts
 
 
 def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:

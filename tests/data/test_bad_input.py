@@ -98,7 +98,7 @@ def test_everything_is_indexed_or_counted(zoo):
         "the aspect ratio is beyond 6": 1,
         "a caption is not UTF-8: unexpected end of data": 1,
         "a second image of the same key": 1,
-        "a second json or txt of the same key": 1,
+        "a second json, txt or cls of the same key": 1,
         "a link, device or sparse file, which is not followed": 4,
         "a sample's captions are empty or missing in its json or txt (it serves stage 1)": 3,
         "captions without an image": 5,  # of those whose image was left out

@@ -101,6 +101,13 @@ def test_a_caption_of_any_length_is_cut_and_costs_what_its_beginning_does(word_t
     assert tokenizer.encode("red" + " " * 100_000 + "house", 4).cut
 
 
+def test_a_caption_that_no_token_spells_has_one_of_padding(tmp_path):
+    letters = Tokenizer(models.BPE({"<pad>": 0, "r": 1, "e": 2, "d": 3}, []))
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), vocab_size=4)
+    assert [tokenizer.encode(text, 8).ids.tolist() for text in ("red", "\u56fe")] == [[1, 2, 3], [0]]
+
+
 def test_the_plan_reserves_what_short_captions_take(tmp_path):
     """Begin, end and the mark before a word are tokens beside those of the caption's bytes."""
     pieces = {"<s>": 0, "</s>": 1, "<unk>": 2, "\u2581": 3, "a": 4}

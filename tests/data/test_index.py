@@ -13,7 +13,7 @@ from data_pipeline.caption import CaptionChoice
 from data_pipeline.index import build_index, load_index
 from data_pipeline.rules import Rules
 from data_pipeline.shards import ShardReader
-from data_pipeline.table import index_path
+from data_pipeline.table import VERSION, index_path, read_table, write_table
 from tests.data.corpus import ANY_SIZE, indexed, members, picture, write_corpus, write_tar
 from tools.index_shards import main
 
@@ -69,6 +69,39 @@ def test_img2dataset_and_txt_layouts(tmp_path):
     assert index.rows["num_captions"][:, 0].tolist() == [1, 1, 1, 0]
     assert len(index.captioned()) == 3
     assert index.captioned().keys.to_pylist() == ["0", "1", "2"]
+
+
+def test_labels_lie_in_json_or_cls_with_or_without_captions(tmp_path):
+    entries = [
+        *members("0", picture(8, 8, 0), label=3),
+        ("1.png", picture(8, 8, 1)), ("1.cls", b"12\n"),
+        *members("2", picture(8, 8, 2), caption="both", label=0), ("2.cls", b"7"),
+        *members("3", picture(8, 8, 3), label=True), ("3.txt", b"a txt beside"), ("3.cls", b"5"),
+        *members("4", picture(8, 8, 4), label=-2, caption="x"),
+        ("5.png", picture(8, 8, 5)), ("5.cls", b"cat"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "s.tar", entries)
+    (report,) = build(tmp_path)
+    index = load_index(str(tmp_path))
+    assert index.rows["label"].tolist() == [3, 12, 0, 5, -1, -1]
+    assert index.captioned().keys.to_pylist() == ["2", "3", "4"]
+    assert report.problems == {
+        "a cls is no whole number": 1,
+        "a sample's captions are empty or missing in its json or txt (it serves stage 1)": 1,
+    }
+
+
+def test_an_index_of_another_version_is_made_anew(tmp_path):
+    write_tar(tmp_path / "s.tar", members("0", picture(8, 8, 0), label=3))
+    build(tmp_path)
+    path = tmp_path / "s.tar.parquet"
+    table, facts = read_table(str(path))
+    facts["made_from"]["version"] = VERSION - 1
+    write_table(str(path), table.drop_columns(["label"]), facts)
+    with pytest.raises(DataError, match=rf"version {VERSION - 1}.*python -m tools.index_shards"):
+        load_index(str(tmp_path))
+    (report,) = build(tmp_path)
+    assert not report.reused and load_index(str(tmp_path)).rows["label"].tolist() == [3]
 
 
 def test_what_is_left_out_is_counted(tmp_path):
