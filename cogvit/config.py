@@ -150,6 +150,11 @@ class ContrastConfig:
         "ring", "how ranks meet each other's texts: passed around, or all gathered"
     )
     chunk_pairs: int = option(1024, "rows and columns of the largest block of logits; bounds the memory of the loss")
+    leave_out: Literal["concepts", "captions", "none"] = option(
+        "concepts",
+        "pairs that are no negatives: of samples with equal captions in all languages (translations of each other) or"
+        " the same caption; the latter alone; none, as the paper",
+    )
     max_temperature: float = option(1000.0, "the learned temperature counts as this where it is higher")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,13 @@ class Pairs:
     concept_id: Tensor  # [n] int64
     weight: Tensor  # [n] float32, 0 where the pair is absent
 
+    def identity(self, leave_out: Literal["concepts", "captions", "none"]) -> Tensor:
+        """Return [n, K] int64: pairs that agree in one of the K are not negatives of each other."""
+        if leave_out == "none":
+            return self.caption_id.new_empty(len(self.caption_id), 0)
+        kinds = [self.caption_id, self.concept_id] if leave_out == "concepts" else [self.caption_id]
+        return torch.stack(kinds, dim=1)
+
 
 @dataclass(frozen=True)
 class SigmoidGradients:
@@ -45,12 +53,12 @@ def sigmoid_gradients(
 ) -> SigmoidGradients:
     """Return the exact loss and gradients over the global batch, in fp32 (fp64 for fp64 embeddings).
 
-    Every dp rank brings any number of pairs. The loss is divided by the number of all pairs that are there; equal
-    captions and captions of equal concepts are no negatives of each other. Collective over the dp ranks.
+    Every dp rank brings any number of pairs. The loss is divided by the number of all pairs that are there; which of
+    them are no negatives of each other, `config.leave_out` says. Collective over the dp ranks.
     """
     dtype = torch.promote_types(image_nE.dtype, torch.float32)
     here = pairs.weight.nonzero().squeeze(1)
-    identity_nK = torch.stack([pairs.caption_id[here], pairs.concept_id[here]], dim=1)
+    identity_nK = pairs.identity(config.leave_out)[here]
     images = Side(_rows(image_nE.detach(), here).to(dtype), identity_nK)
     texts = Side(_rows(text_nE.detach(), here).to(dtype), identity_nK)
     limit = math.log(config.max_temperature)
@@ -193,6 +201,8 @@ def _gathered(local: Tensor, counts: Sequence[int], mesh: Mesh) -> list[Tensor]:
     """Return every dp rank's rows."""
     if mesh.dp_size == 1:
         return [local]
+    if not max(counts) * local.shape[1]:
+        return [local.new_empty(count, local.shape[1]) for count in counts]
     padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
     everyone = padded.new_empty(mesh.dp_size, *padded.shape)
     dist.all_gather(list(everyone.unbind()), padded, group=mesh.dp_group)

@@ -22,6 +22,7 @@ from cogvit.parallel.mesh import Mesh, start_mesh
 from cogvit.parallel.schedule import Schedule
 from tests.dist.runs import Case, micro_of, run_config, start_engine
 from tests.largest_tensor import LargestTensor
+from tests.peak_bytes import PeakBytes
 from tests.pool import Pool
 
 DIM = 8
@@ -86,7 +87,7 @@ def scalars(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.tensor([1.3], dtype=dtype), torch.tensor([-1.7], dtype=dtype)
 
 
-def full_matrix(everyone: list[Slots], log_t: Tensor, bias: Tensor) -> Tensor:
+def full_matrix(everyone: list[Slots], log_t: Tensor, bias: Tensor, leave_out: str = "concepts") -> Tensor:
     """The loss as the paper writes it over all slots of all ranks at once, for autograd."""
     image, text = (torch.cat([getattr(one, name) for one in everyone]) for name in ("image", "text"))
     caption, concept, weight = (
@@ -94,13 +95,17 @@ def full_matrix(everyone: list[Slots], log_t: Tensor, bias: Tensor) -> Tensor:
     )
     logits = log_t.exp() * image @ text.T + bias
     own = torch.eye(len(image), dtype=torch.bool)
-    same = (caption[:, None] == caption) | (concept[:, None] == concept)
+    same = torch.zeros_like(own)
+    if leave_out != "none":
+        same |= caption[:, None] == caption
+    if leave_out == "concepts":
+        same |= concept[:, None] == concept
     counts = weight[:, None].bool() & weight.bool() & (own | ~same)
     losses = -F.logsigmoid(torch.where(own, 1.0, -1.0) * logits)
     return losses[counts].sum() / weight.sum()
 
 
-def reference_of(everyone: list[Slots]) -> SigmoidGradients:
+def reference_of(everyone: list[Slots], leave_out: str) -> SigmoidGradients:
     """Loss and gradients of the full matrix in fp64."""
     leaves = [torch.cat([getattr(one, name) for one in everyone]).double() for name in ("image", "text")]
     leaves = [leaf.requires_grad_() for leaf in (*leaves, *scalars(torch.float64))]
@@ -109,11 +114,12 @@ def reference_of(everyone: list[Slots]) -> SigmoidGradients:
         Slots(image, text, one.pairs)
         for image, text, one in zip(leaves[0].split(sizes), leaves[1].split(sizes), everyone, strict=True)
     ]
-    loss = full_matrix(split, leaves[2], leaves[3])
+    loss = full_matrix(split, leaves[2], leaves[3], leave_out)
     return SigmoidGradients(loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
 CONFIGS = [ContrastConfig(loss=loss, chunk_pairs=chunk) for loss, chunk in product(("ring", "gather"), CHUNKS)]
+CONFIGS += [ContrastConfig(loss=loss, chunk_pairs=7, leave_out=k) for loss, k in (("ring", "captions"), ("gather", "none"))]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
@@ -133,7 +139,7 @@ def test_equals_the_full_matrix(pool: Pool, layout: World) -> None:
     answers = dict(pool.run(on_this_rank, layout.size, (layout,)))  # one of each model replica
     for (dtype, tolerance), number in product(TOLERANCE.items(), range(len(CONFIGS))):
         everyone = [slots_of(rank, count, layout.absent, dtype) for rank, count in enumerate(layout.counts)]
-        expected = reference_of(everyone)
+        expected = reference_of(everyone, CONFIGS[number].leave_out)
         parts = [answers[rank][dtype][number] for rank in range(len(everyone))]
         actual = {
             "loss": sum((part.loss for part in parts), torch.zeros(())),
@@ -242,6 +248,43 @@ def test_no_rank_holds_more_than_chunk_by_chunk_logits(pool: Pool, loss: str) ->
     assert max(pool.run(largest_tensor, 2, (loss,))) == 40 * 40
 
 
+def peak_bytes(rank: int, world: int, absent: int, loss: str) -> int:
+    """What the loss holds at its peak above its inputs, in bytes; its blocks are a fifth of a copy."""
+    mesh, slots, chunk = start_mesh(ParallelConfig()), PAIRS + absent, 40
+    g = torch.Generator().manual_seed(rank)
+    image, text = (torch.randn(slots, WIDTH, generator=g) for _ in range(2))
+    weight = torch.ones(slots).index_fill_(0, torch.randperm(slots, generator=g)[:absent], 0.0)
+    number = torch.arange(slots) + 10_000 * rank
+    with PeakBytes() as peak:
+        sigmoid_gradients(
+            image,
+            text,
+            Pairs(number, number, weight),
+            *scalars(torch.float32),
+            mesh,
+            ContrastConfig(loss=loss, chunk_pairs=chunk),
+        )
+    return peak.bytes
+
+
+# Copies of one side's embeddings that a rank holds: the two gradients; where slots are absent, what is there of both
+# sides (and then the gradients in their slots). A visit of another rank's texts is up to three more: they, the
+# next ones and their gradient. gather holds all texts and their gradients.
+PAIRS, WIDTH = 640, 200
+COPIES = {("ring", 1): 2, ("gather", 1): 2, ("ring", 2): 2 + 3, ("gather", 2): 2 + 4}
+
+
+@pytest.mark.parametrize("absent", [0, 100])
+@pytest.mark.parametrize(("loss", "ranks"), COPIES)
+def test_memory_grows_with_the_pairs_and_absent_ones_cost_a_copy_of_both_sides(
+    pool: Pool, loss: str, ranks: int, absent: int
+) -> None:
+    copy = (PAIRS + absent) * WIDTH * 4
+    copies = COPIES[loss, ranks] + (2 if absent else 0)
+    for peak in pool.run(peak_bytes, ranks, (absent, loss)):
+        assert copies - 1.5 < peak / copy < copies + 0.5
+
+
 def degenerate(rank: int, world: int) -> dict[str, SigmoidGradients]:
     mesh, own = start_mesh(ParallelConfig()), slots_of(0, 6, 1, torch.float32)
     one_caption = replace(own, pairs=replace(own.pairs, caption_id=torch.zeros(7, dtype=torch.int64)))
@@ -272,6 +315,16 @@ def test_degenerate_batches_and_temperatures_give_finite_numbers(pool: Pool) -> 
     # Above its limit a temperature counts as the limit, and what would raise it further is dropped.
     torch.testing.assert_close(answers["limited"].loss, answers["at 50"].loss)
     assert answers["aligned"].log_t < 0.0 and answers["aligned at the limit"].log_t == 0.0
+
+
+def nobody(rank: int, world: int) -> list[SigmoidGradients]:
+    mesh, own = start_mesh(ParallelConfig()), slots_of(rank, 0, 3, torch.float32)
+    return [compare(mesh, own, loss=loss) for loss in ("ring", "gather")]
+
+
+def test_ranks_that_all_come_without_a_pair(pool: Pool) -> None:
+    for answer in (one for answers in pool.run(nobody, 2) for one in answers):
+        assert answer.loss == 0.0 and not any(x.any() for x in (answer.image, answer.text, answer.log_t, answer.bias))
 
 
 def step_with_a_nan_on_the_last_rank(rank: int, world: int) -> tuple[str, bool]:

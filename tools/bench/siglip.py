@@ -7,6 +7,7 @@ Usage: python -m tools.bench.siglip [flags]
   --dim 768                width of the embeddings
   --chunk 1024             rows and columns of our blocks
   --threads 1              of each process
+  --absent 0               slots of each process without a pair, for our loss: packs are rarely full
   --rounds 3               each round runs every contender once; the table has the medians
   --step 1,2,4,8           microbatches of the step's comparison; 1 is one pass; 0 leaves it out
   --out FILE               also write the record there
@@ -56,6 +57,7 @@ class Arguments:
     dim: str = "768"
     chunk: str = "1024"
     threads: str = "1"
+    absent: str = "0"
     rounds: str = "3"
     step: str = "1,2,4,8"
     out: str = ""
@@ -70,6 +72,7 @@ class Setting:
     dim: int
     chunk: int
     threads: int
+    absent: int = 0  # slots of a rank, beside its pairs
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,11 @@ class Inputs:
 
 def inputs_of(setting: Setting, rank: int) -> Inputs:
     """Return random unit vectors with captions that all differ."""
-    count, generator = setting.pairs // setting.ranks, torch.Generator().manual_seed(rank)
+    count, generator = setting.pairs // setting.ranks + setting.absent, torch.Generator().manual_seed(rank)
     image, text = (F.normalize(torch.randn(count, setting.dim, generator=generator), dim=1) for _ in range(2))
+    weight = torch.ones(count).index_fill_(0, torch.randperm(count, generator=generator)[: setting.absent], 0.0)
     number = torch.arange(count) + rank * count
-    return Inputs(image, text, Pairs(number, number, torch.ones(count)), torch.tensor([2.3]), torch.tensor([-10.0]))
+    return Inputs(image, text, Pairs(number, number, weight), torch.tensor([2.3]), torch.tensor([-10.0]))
 
 
 def ours(inputs: Inputs, mesh: Mesh, config: ContrastConfig) -> None:
@@ -133,7 +137,8 @@ def products(inputs: Inputs, setting: Setting) -> None:
 
 def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
     """Return what runs under a name."""
-    inputs = inputs_of(setting, mesh.dp_rank)
+    full = replace(setting, absent=0)
+    inputs = inputs_of(setting if name in OURS else full, mesh.dp_rank)
     if name == PRODUCTS:
         return partial(products, inputs, setting)
     if name == PEER:
@@ -175,6 +180,7 @@ def report(arguments: Arguments) -> Iterator[str]:
         raise ConfigError(
             f"flags are whole numbers, --pairs, --alone, --ranks and --step lists of them: {error}"
         ) from None
+    absent = sum(numbers["absent"])
     (dim,), (chunk,), (threads,), (rounds,) = (numbers[name] for name in ("dim", "chunk", "threads", "rounds"))
     libraries = [f"torch {version('torch')}"]
     if numbers["pairs"]:
@@ -183,7 +189,8 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield "# The sigmoid loss, time and memory on CPU"
     yield ""
     yield f"{date.today()}, `python -m tools.bench.siglip {flags_of(arguments)}`;"
-    yield f"{', '.join(libraries)}, gloo, {threads} thread(s) a process, fp32, E = {dim}."
+    yield f"{', '.join(libraries)}, gloo, {threads} thread(s) a process, fp32, E = {dim},"
+    yield f"of our loss {absent} absent slots a process."
     yield ""
     yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
     yield "|---|---|---|---|---|---|"
@@ -191,7 +198,8 @@ def report(arguments: Arguments) -> Iterator[str]:
         way = list(OURS) if ranks > 1 else list(OURS)[:1]
         for pairs in sorted({*numbers["pairs"], *numbers["alone"]}):
             peers = [PEER] if pairs in numbers["pairs"] else []
-            yield from loss_lines(Setting(pairs, ranks, dim, chunk, threads), [*way, *peers, PRODUCTS], rounds)
+            setting = Setting(pairs, ranks, dim, chunk, threads, absent)
+            yield from loss_lines(setting, [*way, *peers, PRODUCTS], rounds)
     yield ""
     if numbers["step"]:
         yield from step_lines(numbers["step"], rounds)
