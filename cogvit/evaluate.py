@@ -16,14 +16,15 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
-zeroshot      classes by the nearest caption, in each language; needs a stage-2 run
+zeroshot      classes by the nearest caption, in each language; needs the same
 retrieval     captions of images and images of captions among all of a source, in each language: the share of queries
-              that find their own first (r1) or among the first five (r5); equal captions are one; needs a stage-2 run
+              that find one of their own first (r1) or among the first five (r5); every caption of a sample counts,
+              equal ones are one; needs a stage-2 run, or its export with --layout two_towers
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
 Tasks run on each source of the held-out shards that has what they need: classes are whole numbers, `label` in the
-samples' json. Every figure comes with what guessing gives.
+samples' json or alone in a `.cls`. Every figure comes with what guessing gives.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def evaluate(arguments: Arguments) -> int:
         subject = ranks.together(partial(load_subject, path, arguments.data, arguments.index_dir, ranks))
         if arguments.resolution:
             subject = shown_at(subject, RESOLUTIONS[arguments.resolution])
-        tasks = asked or possible_tasks(subject)
+        tasks = asked or possible_tasks(subject, named=bool(arguments.prompts))
         if not tasks:
             raise DataError(
                 f"the held-out shards have neither labels nor captions; every task of {subject.path} needs them"
@@ -117,11 +118,12 @@ def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
     return replace(subject, sizing=replace(subject.sizing, kind=kind))
 
 
-def possible_tasks(subject: Subject) -> list[str]:
-    """Return the tasks that a stage's towers and the held-out samples allow."""
+def possible_tasks(subject: Subject, *, named: bool) -> list[str]:
+    """Return the tasks that a stage's towers and the held-out samples allow; named: classes have prompts."""
     possible = ["knn", "linear"] if subject.labeled else []
     if subject.towers.text is not None:
-        possible += ["zeroshot"] if subject.labeled else []
+        named = named or any(samples.captions for samples in subject.labeled)
+        possible += ["zeroshot"] if subject.labeled and named else []
         possible += ["retrieval"] if subject.captioned else []
     return possible + (["distill"] if subject.towers.heads else [])
 
@@ -129,7 +131,10 @@ def possible_tasks(subject: Subject) -> list[str]:
 def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> Evaluation:
     """Return the figures of some tasks. Errors: ConfigError or DataError when a task lacks what it needs."""
     if subject.towers.text is None and not {"zeroshot", "retrieval"}.isdisjoint(tasks):
-        raise ConfigError(f"{subject.path} has no text tower; zeroshot and retrieval need the run of a stage 2")
+        raise ConfigError(
+            f"{subject.path} has no text tower; zeroshot and retrieval need the run of a stage 2, or its export with"
+            " --layout two_towers"
+        )
     if not subject.towers.heads and "distill" in tasks:
         raise ConfigError(f"{subject.path} has no teachers; distill needs the run of a stage 1")
     results: Evaluation = {}
@@ -148,7 +153,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
 def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str]) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
-    for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
+    for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
         train = read_samples(train_index, test.source, spread(rows_of(train_index, test.source), MAX_TRAIN_IMAGES))
         if not len(train) or train.label is None or test.label is None:
             raise DataError(f"the training shards have no labeled {test.source!r} samples; pass --train-data PATTERN")
@@ -174,7 +179,7 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
     """Classify held-out samples by the prompts of their classes; without prompts, by the classes' captions."""
     results: Evaluation = {}
-    for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json"):
+    for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
@@ -187,6 +192,8 @@ def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evalua
                 )
             accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
             results[f"zeroshot_{samples.source}_{language}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
+    if not results:
+        raise DataError("no captions say what the held-out classes are called; pass --prompts FILE")
     return results
 
 
@@ -195,26 +202,28 @@ def _captions_as_prompts(samples: Samples) -> dict[str, tuple[list[str], list[in
     labels = samples.label.tolist()
     found = {}
     for language, captions in samples.captions.items():
-        pairs = sorted(set(zip(labels, captions, strict=True)))
+        pairs = sorted({(label, text) for label, own in zip(labels, captions, strict=True) for text in own})
         found[language] = ([text for _, text in pairs], [label for label, _ in pairs])
     return found
 
 
 def retrieval_results(subject: Subject) -> Evaluation:
-    """Find the captions of images and the images of captions among all of a source; equal captions count once."""
+    """Find any caption of an image and any image of a caption among all of a source; equal captions count once."""
     results: Evaluation = {}
     for samples in _needed(subject.captioned, "retrieval needs", "captions"):
         _note(f"retrieval: {len(samples):,} {samples.source}")
         image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
         for language, captions in samples.captions.items():
-            distinct = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
-            text, text_id = embed_texts(subject, list(distinct)), torch.arange(len(distinct))
-            image_id = torch.tensor([distinct[caption] for caption in captions])
+            place = {caption: n for n, caption in enumerate(dict.fromkeys(text for own in captions for text in own))}
+            right = torch.tensor([(n, place[text]) for n, own in enumerate(captions) for text in dict.fromkeys(own)])
+            text = embed_texts(subject, list(place))
             results[f"retrieval_{samples.source}_{language}"] = {
-                f"{direction}_r{k}": score(recall(*query, *gallery, k), recall_chance(query[1], gallery[1], k))
-                for direction, query, gallery in (
-                    ("image_to_text", (image, image_id), (text, text_id)),
-                    ("text_to_image", (text, text_id), (image, image_id)),
+                f"{direction}_r{k}": score(
+                    recall(query, gallery, pairs, k), recall_chance(pairs, len(query), len(gallery), k)
+                )
+                for direction, query, gallery, pairs in (
+                    ("image_to_text", image, text, right),
+                    ("text_to_image", text, image, right.flip(1)),
                 )
                 for k in RECALL_AT
             }

@@ -1,26 +1,29 @@
 """Writes the vision encoder of a run for others to load.
 
-usage: python -m tools.export RUN --out DIR [--layout cogvit|glm_ocr]
+usage: python -m tools.export RUN --out DIR [--layout cogvit|two_towers|glm_ocr]
 
 --out DIR     new directory; it gets config.json and model.safetensors, which CogViT.from_pretrained(DIR) reads
---layout NAME glm_ocr is for GlmOcrVisionModel.from_pretrained(DIR) of transformers, without its merger; encoders of the
-              cogvit_l family only (default: cogvit)
+--layout NAME two_towers adds the text tower, both projections, temperature and bias of a stage-2 run in DIR/text_side,
+              for python -m cogvit.evaluate DIR and load_for_clip_benchmark(DIR, device); glm_ocr is for
+              GlmOcrVisionModel.from_pretrained(DIR) of transformers, without its merger, encoders of the cogvit_l
+              family only (default: cogvit)
 
-The newest good checkpoint is taken. Text tower, projections and teacher heads are training aids and stay behind.
+The newest good checkpoint is taken. Teacher heads stay behind, and so does the text side unless it is asked for.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cogvit.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.model.adapter import save_glm_ocr
-from cogvit.training.restore import is_run, latest_of_run, load_towers
+from cogvit.model.interop import write_text_side
+from cogvit.training.restore import is_run, latest_of_run, load_towers, text_side_weights
 
-LOADERS = {"cogvit": "CogViT", "glm_ocr": "GlmOcrVisionModel"}
+LOADERS = {"cogvit": "CogViT", "two_towers": "CogViT", "glm_ocr": "GlmOcrVisionModel"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,17 @@ def export(arguments: Arguments) -> int:
         raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists; choose a new directory")
-    checkpoint, vision = latest_of_run(run), load_towers(run).vision
+    checkpoint, towers = latest_of_run(run), load_towers(run)
+    vision, side = towers.vision, towers.text_side
+    if arguments.layout == "two_towers" and side is None:
+        raise ConfigError(f"{run} is of stage 1 and has no text tower; leave --layout two_towers out")
     try:
         if arguments.layout == "glm_ocr":
             save_glm_ocr(out, vision)
         else:
             vision.save_pretrained(out)
+        if arguments.layout == "two_towers" and side is not None:
+            write_text_side(out, asdict(side), text_side_weights(checkpoint))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     num_parameters = sum(parameter.numel() for parameter in vision.parameters())

@@ -1,7 +1,7 @@
-"""A stage-2 run in the form that LAION's clip_benchmark takes: a model, a transform and a tokenizer.
+"""A stage-2 run or its export in the form that LAION's clip_benchmark takes: a model, a transform and a tokenizer.
 
     from clip_benchmark.metrics import zeroshot_classification
-    model, transform, tokenizer = load_for_clip_benchmark(Path("runs/stage2"), "cpu")
+    model, transform, tokenizer = load_for_clip_benchmark("runs/stage2", "cpu")
     zeroshot_classification.evaluate(model, dataloader, tokenizer, classnames, templates, "cpu")
 
 Images are squares of the tower's image size, because the suite stacks them; `python -m cogvit.evaluate` takes any
@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cogvit.config import load_config
 from cogvit.errors import ConfigError
 from cogvit.model.naflex import resize_to_grid
-from cogvit.training.restore import Towers, is_run, load_towers
+from cogvit.training.restore import Towers, load_towers
 from data_pipeline.caption import Tokenizer, load_tokenizer
 
 _NO_TOKEN = -1  # fills the rows of shorter captions; no tokenizer has it
@@ -72,16 +71,19 @@ class PaddedTokenizer:
         return pad_sequence(ids, batch_first=True, padding_value=_NO_TOKEN)
 
 
-def load_for_clip_benchmark(run: Path, device: str) -> tuple[EmbeddingModel, SquareTransform, PaddedTokenizer]:
-    """Load the newest good checkpoint of a stage-2 run.
+def load_for_clip_benchmark(
+    run_or_export: str | Path, device: str
+) -> tuple[EmbeddingModel, SquareTransform, PaddedTokenizer]:
+    """Load the newest good checkpoint of a stage-2 run, or what `tools.export --layout two_towers` wrote of one.
 
-    Errors: ConfigError when it is no run of stage 2; CheckpointError when it has no good checkpoint.
+    Errors: ConfigError when there is no text tower; CheckpointError when there is no good checkpoint.
     """
-    if not is_run(run):
-        raise ConfigError(f"{run} is not a run directory: an export has no text tower to benchmark")
-    config = load_config(run / "config.json")
-    if config.objective != "contrast":
-        raise ConfigError(f"{run} is a run of stage 1: it has no text tower to benchmark")
-    tokenizer = PaddedTokenizer(load_tokenizer(config.data.tokenizer, config.text.vocab_size), config.text.max_tokens)
-    model = EmbeddingModel(load_towers(run)).to(device).eval()
-    return model, SquareTransform(config.vision.image_size), tokenizer
+    towers = load_towers(Path(run_or_export))
+    side = towers.text_side
+    if side is None:
+        raise ConfigError(
+            f"{run_or_export} has no text tower to benchmark; pass a run of stage 2, or its export with --layout"
+            " two_towers"
+        )
+    tokenizer = PaddedTokenizer(load_tokenizer(side.tokenizer, side.text.vocab_size), side.text.max_tokens)
+    return EmbeddingModel(towers).to(device).eval(), SquareTransform(towers.vision.cfg.image_size), tokenizer

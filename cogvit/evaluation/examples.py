@@ -80,7 +80,8 @@ def retrieval_examples(subject: Subject) -> list[Example]:
     image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
     queries = spread(np.arange(len(samples)), _NUM_QUERIES + 2)[1:-1].tolist()
     by_caption, by_image = [], []
-    for captions in samples.captions.values():
+    for several in samples.captions.values():
+        captions = tuple(own[0] for own in several)
         distinct = list(dict.fromkeys(captions))
         text = embed_texts(subject, distinct)
         by_caption += [

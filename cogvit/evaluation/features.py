@@ -64,16 +64,16 @@ def embed_images(subject: Subject, features: Tensor) -> Tensor:
 @torch.inference_mode()
 def embed_texts(subject: Subject, captions: Sequence[str]) -> Tensor:
     """Return captions in the shared space: [n, E] unit vectors; for stage 2; collective over the ranks."""
-    tower, projection, config = subject.towers.text, subject.towers.text_proj, subject.config
-    assert tower is not None and projection is not None and config is not None, "stage 2 has a text side"
+    tower, projection, side = subject.towers.text, subject.towers.text_proj, subject.towers.text_side
+    assert tower is not None and projection is not None and side is not None, "stage 2 has a text side"
     device = projection.weight.device
 
     def part() -> Tensor:
-        tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size)
+        tokenizer = load_tokenizer(side.tokenizer, side.text.vocab_size)
         embedded = torch.zeros(len(captions), projection.out_features)
         for start in subject.ranks.mine(range(0, len(captions), _CAPTIONS_PER_BATCH)):
             texts = captions[start : start + _CAPTIONS_PER_BATCH]
-            ids = [torch.from_numpy(tokenizer.encode(text, config.text.max_tokens).ids) for text in texts]
+            ids = [torch.from_numpy(tokenizer.encode(text, side.text.max_tokens).ids) for text in texts]
             valid = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
             pooled = tower(pad_sequence(ids, batch_first=True).to(device), valid.to(device))
             embedded[start : start + len(texts)] = F.normalize(projection(pooled), dim=1).cpu()

@@ -75,30 +75,31 @@ def zeroshot_accuracy(image: Tensor, label: Tensor, prompt: Tensor, prompt_label
     return float((classes[found] == label).float().mean())
 
 
-def recall(query: Tensor, query_id: Tensor, gallery: Tensor, gallery_id: Tensor, k: int) -> float:
-    """Return the share of queries that find an item of their own id among the k most similar of the gallery.
+def recall(query: Tensor, gallery: Tensor, right: Tensor, k: int) -> float:
+    """Return the share of queries that find a right item among the k most similar of the gallery.
 
     Args:
         query: [q, E] unit vectors.
-        query_id: [q] int64.
         gallery: [g, E] unit vectors.
-        gallery_id: [g] int64; items of equal id are equally right.
+        right: [p, 2] int64, pairs of a query and an item that is right for it, each once.
         k: items looked at.
     """
+    pair = (right[:, 0] * len(gallery) + right[:, 1]).sort().values
     hits = 0
     for start in range(0, len(query), _BLOCK):
         found = (query[start : start + _BLOCK] @ gallery.T).topk(min(k, len(gallery)), dim=1).indices
-        own = query_id[start : start + _BLOCK].unsqueeze(1)
-        hits += int((gallery_id[found] == own).any(dim=1).sum())
+        asked = torch.arange(start, start + len(found)).unsqueeze(1) * len(gallery) + found
+        at = torch.searchsorted(pair, asked).clamp(max=len(pair) - 1)
+        hits += int((pair[at] == asked).any(dim=1).sum())
     return hits / len(query)
 
 
-def recall_chance(query_id: Tensor, gallery_id: Tensor, k: int) -> float:
-    """Return what `recall` expects of a random order: k / g where every item has an id of its own."""
-    num_right = (query_id.unsqueeze(1) == gallery_id).sum(dim=1).double()
+def recall_chance(right: Tensor, num_queries: int, num_items: int, k: int) -> float:
+    """Return what `recall` expects of a random order: k / g where one item is right for each query."""
+    num_right = right[:, 0].bincount(minlength=num_queries).double()
     miss = torch.ones_like(num_right)
-    for drawn in range(min(k, len(gallery_id))):
-        miss *= (len(gallery_id) - drawn - num_right).clamp(min=0) / (len(gallery_id) - drawn)
+    for drawn in range(min(k, num_items)):
+        miss *= (num_items - drawn - num_right).clamp(min=0) / (num_items - drawn)
     return float(1 - miss.mean())
 
 

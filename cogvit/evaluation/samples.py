@@ -15,7 +15,7 @@ from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
-from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
+from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, parse_metadata
 from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
@@ -35,7 +35,7 @@ class Samples:
     index: Index
     rows: Ints  # [n], into the index
     label: Tensor | None  # [n] int64; None unless every sample has one
-    captions: dict[str, tuple[str, ...]]  # the first caption of each sample, for the languages that all of them have
+    captions: dict[str, tuple[tuple[str, ...], ...]]  # of each sample, for the languages that all of them have
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,24 +72,22 @@ def rows_of(index: Index, source: str) -> Ints:
 
 
 def read_samples(index: Index, source: str, rows: Ints) -> Samples:
-    """Read labels (`label`, a whole number in a sample's json) and captions of some rows of a source."""
-    reader, labels = ShardReader(), []
-    captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}
+    """Read labels and captions of some rows of a source."""
+    reader, labels = ShardReader(), index.rows["label"][rows]
+    captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
     for entry in index.rows[rows]:
         metadata = {}
         if entry["caption_member"] >= 0:
             shard = index.shards[entry["shard"]]
             data = reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
             metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
-        label = metadata.get("label")
-        labels += [label] if isinstance(label, int) else []
         for language, texts in captions_of(metadata).items():
-            captions[language] += texts[:1]
+            captions[language] += [texts] if texts else []
     return Samples(
         source,
         index,
         rows,
-        torch.tensor(labels) if len(labels) == len(rows) else None,
+        None if (labels == NO_LABEL).any() else torch.from_numpy(labels.astype(np.int64)),
         {language: tuple(texts) for language, texts in captions.items() if len(texts) == len(rows)},
     )
 

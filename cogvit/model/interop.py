@@ -21,6 +21,7 @@ from cogvit.model.config import CogViTConfig
 from cogvit.model.glm_ocr import GlmOcrShape, check_shapes
 
 _CONFIG, _WEIGHTS, _MODEL_TYPE = "config.json", "model.safetensors", "cogvit"
+_TEXT_SIDE = "text_side"  # directory inside an export
 _PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
 _OURS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # mean and deviation that bring [0, 1] to [-1, 1]
 _THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
@@ -85,6 +86,18 @@ def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
         raise CheckpointError(f"{directory} holds no merger: it is a CogViT, not a GLM-OCR")
     shape = _read_shape(directory, values)
     return shape, glm_ocr.adapter_from_glm_ocr(_read_weights(directory, *_prefixes(values)), shape)
+
+
+def write_text_side(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a text tower beside an exported encoder, with what tells how it is used."""
+    _write(directory / _TEXT_SIDE, values, weights)
+
+
+def read_text_side(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Read what `write_text_side` wrote; None where an export has none. Errors: CheckpointError."""
+    if not (directory / _TEXT_SIDE).is_dir():
+        return None
+    return _read_json(directory / _TEXT_SIDE / _CONFIG), _read_weights(directory / _TEXT_SIDE, "")
 
 
 def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

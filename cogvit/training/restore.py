@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from cogvit.config import RunConfig, load_config
+from cogvit.config import RunConfig, TextEncoderConfig, from_json, load_config
 from cogvit.errors import CheckpointError
+from cogvit.model.config import TextConfig
 from cogvit.model.init import init_tensor
-from cogvit.model.interop import load_checked, read_model
+from cogvit.model.interop import load_checked, read_model, read_text_side
 from cogvit.model.position import resized_table
 from cogvit.model.pretrained import PretrainedTextTower, new_text_encoder
 from cogvit.model.text import TextTower
@@ -26,31 +27,55 @@ Tower = TypeVar("Tower", bound=nn.Module)
 
 
 @dataclass(frozen=True)
+class TextSide:
+    """How captions become the tokens of a text tower, and which tower that is."""
+
+    tokenizer: str
+    text: TextConfig
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+
+
+@dataclass(frozen=True)
 class Towers:
     """What a run trained, as plain modules in eval mode; what its stage has not is None or empty."""
 
     vision: CogViT
-    text: TextTower | PretrainedTextTower | None
-    vision_proj: nn.Linear | None
-    text_proj: nn.Linear | None
-    heads: dict[str, nn.Linear]  # of the teachers
+    text: TextTower | PretrainedTextTower | None = None
+    text_side: TextSide | None = None
+    vision_proj: nn.Linear | None = None
+    text_proj: nn.Linear | None = None
+    heads: dict[str, nn.Linear] = field(default_factory=dict)  # of the teachers
 
 
 def load_towers(path: Path) -> Towers:
-    """Load the newest good checkpoint of a run, or an export or GLM-OCR checkpoint (vision tower only).
+    """Load the newest good checkpoint of a run, or an export or GLM-OCR checkpoint.
 
     Errors: CheckpointError when there is neither, or the weights do not fit the configuration.
     """
     if not is_run(path):
         cfg, exported = read_model(path)
-        return Towers(_filled(CogViT(cfg), exported), None, None, None, {})
+        vision, found = _filled(CogViT(cfg), exported), read_text_side(path)
+        return Towers(vision) if found is None else _two_towers(vision, from_json(TextSide, found[0]), found[1])
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
     if config.objective == "distill":
-        return Towers(vision, None, None, None, _heads(weights(checkpoint, "heads.")))
-    text = _filled(_text_tower(config), weights(checkpoint, "text."))
-    projections = [_linear(weights(checkpoint, f"{name}.")) for name in ("vision_proj", "text_proj")]
-    return Towers(vision, text, projections[0], projections[1], {})
+        return Towers(vision, heads=_heads(weights(checkpoint, "heads.")))
+    side = TextSide(config.data.tokenizer, config.text, config.text_encoder)
+    return _two_towers(vision, side, text_side_weights(checkpoint))
+
+
+def text_side_weights(checkpoint: Folder) -> dict[str, Tensor]:
+    """Return all plain tensors of a stage 2 but the vision tower's."""
+    prefixes = ("text.", "text_proj.", "vision_proj.", "log_t", "bias")
+    return {prefix + name: tensor for prefix in prefixes for name, tensor in weights(checkpoint, prefix).items()}
+
+
+def _two_towers(vision: CogViT, side: TextSide, tensors: dict[str, Tensor]) -> Towers:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    text = _filled(_text_tower(side), part("text."))
+    return Towers(vision, text, side, _linear(part("vision_proj.")), _linear(part("text_proj.")))
 
 
 def untrained_towers(path: Path) -> Towers:
@@ -60,7 +85,7 @@ def untrained_towers(path: Path) -> Towers:
     vision = CogViT(cfg)
     scale = 1.0 if cfg.layer_scale_init is None else cfg.layer_scale_init
     fresh = {name: init_tensor(f"vision.{name}", p.shape, seed, scale) for name, p in vision.named_parameters()}
-    return Towers(_filled(vision, fresh), None, None, None, {})
+    return Towers(_filled(vision, fresh))
 
 
 def initial_towers(config: RunConfig) -> dict[str, Tensor]:
@@ -74,7 +99,9 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
         cfg, vision = read_model(path)
         given = {f"vision.{name}": tensor for name, tensor in vision.items()}
     else:
-        cfg = load_config(path / "config.json").vision
+        there = load_config(path / "config.json")
+        cfg = there.vision
+        _check_text_tower(there, config)
         given = {key: tensor for key, tensor in weights(latest_of_run(path), "").items() if _is_tower(key, config)}
     shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
     differences = [
@@ -87,6 +114,25 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     if _POSITIONS in given:
         given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
     return given
+
+
+def _check_text_tower(there: RunConfig, config: RunConfig) -> None:
+    """Errors: CheckpointError when both runs have a text tower and the one's is not the other's."""
+    if "distill" in (there.objective, config.objective):
+        return
+    names = ("vocab_size", "max_tokens", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "use_qk_norm")
+    kinds = [bool(run.text_encoder.path) for run in (there, config)]
+    differences = ["one is of transformers, one of our own"] if kinds[0] != kinds[1] else []
+    differences += [
+        f"{name}: {getattr(there.text, name)!r} there, {getattr(config.text, name)!r} here"
+        for name in names
+        if getattr(there.text, name) != getattr(config.text, name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"--init {config.init} has another text tower ({'; '.join(differences)}); export it (tools.export) to start"
+            " from its vision tower alone"
+        )
 
 
 def is_run(path: Path) -> bool:
@@ -109,12 +155,11 @@ def _is_tower(key: str, config: RunConfig) -> bool:
     return not key.startswith("heads.")
 
 
-def _text_tower(config: RunConfig) -> TextTower | PretrainedTextTower:
-    """Return the run's text tower; one of transformers is built from the configuration beside its own checkpoint."""
-    if not config.text_encoder.path:
-        return TextTower(config.text)
-    pad_id = load_tokenizer(config.data.tokenizer, config.text.vocab_size).pad_id
-    return new_text_encoder(config.text_encoder, pad_id)
+def _text_tower(side: TextSide) -> TextTower | PretrainedTextTower:
+    """Return a text tower; one of transformers is built from the configuration beside its own checkpoint."""
+    if not side.text_encoder.path:
+        return TextTower(side.text)
+    return new_text_encoder(side.text_encoder, load_tokenizer(side.tokenizer, side.text.vocab_size).pad_id)
 
 
 def _filled(module: Tower, tensors: dict[str, Tensor]) -> Tower:

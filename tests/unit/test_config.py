@@ -139,6 +139,7 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         ),
         (CONTRAST, ["--data.text-tokens-per-pack=63"], 1, r"text\.max_tokens=64 does not fit .*=63"),
         (CONTRAST, ["--contrast.chunk-pairs=0"], 1, r"contrast\.chunk_pairs=0 must be at least 1"),
+        (CONTRAST, ["--init-log-t", "7"], 1, r"--init-log-t 7\.0 is above 6\.908, .*max_temperature=1000\.0; lower"),
         (CONTRAST, ["--contrast.max-temperature=inf"], 1, r"contrast\.max_temperature=inf must be positive and finite"),
         (
             CONTRAST,

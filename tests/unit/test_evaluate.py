@@ -110,6 +110,38 @@ def test_every_task_of_stage_2(command: Callable[..., str], stage2: Path, tmp_pa
     assert all(task in printed for task in figures) and "earlier" not in printed
 
 
+def test_classes_without_captions_and_images_with_several(
+    command: Callable[..., str], stage2: Path, tmp_path: Path
+) -> None:
+    entries = []
+    for number in range(6):
+        image = picture(16, 16, seed=number)
+        if number % 2:
+            entries += [(f"{number}.png", image), (f"{number}.cls", str(number % 3).encode())]
+        else:
+            entries += members(str(number), image, label=number % 3)
+    write_tar(tmp_path / "classes" / "s.tar", entries)
+    entries = []
+    for number in range(4):
+        captions = {"en": [f"image {number}", f"image {number}", f"another {number}", "what all are called"]}
+        entries += members(str(number), picture(16, 16, seed=number), captions=captions)
+    write_tar(tmp_path / "captions" / "s.tar", entries)
+    for name in ("classes", "captions"):
+        assert all(not report.problems for report in build_index(str(tmp_path / name)))
+    prompts = tmp_path / "p.json"
+    prompts.write_text(json.dumps({"en": {"classes": ["a", "b", "c"]}}))
+    argv = [str(stage2), "--out", str(tmp_path / "eval.json"), "--prompts", str(prompts)]
+    command(*argv, "--tasks", "zeroshot", "--data", str(tmp_path / "classes"))
+    command(*argv, "--tasks", "retrieval", "--data", str(tmp_path / "captions"))
+    unnamed = [str(stage2), "--data", str(tmp_path / "classes")]
+    assert "--prompts FILE" in command(*unnamed, "--tasks", "zeroshot", status=2)
+    figures = read_evaluation(tmp_path / "eval.json")
+    assert figures["zeroshot_default_en"]["accuracy"]["chance"] == pytest.approx(1 / 3)
+    # Nine distinct captions, three right for each image; for the last of them all four images.
+    assert figures["retrieval_default_en"]["image_to_text_r1"]["chance"] == pytest.approx(3 / 9)
+    assert figures["retrieval_default_en"]["text_to_image_r1"]["chance"] == pytest.approx((8 / 4 + 1) / 9)
+
+
 def test_baseline_is_the_encoder_before_training(command: Callable[..., str], data: DataConfig, tmp_path: Path) -> None:
     run = contrast_run(tmp_path / "run", data, blind=True)
     command(str(run), "--tasks", "knn", "--out", str(tmp_path / "eval.json"))

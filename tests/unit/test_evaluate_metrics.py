@@ -84,32 +84,44 @@ def test_zeroshot_takes_the_mean_of_a_class_prompts() -> None:
     assert zeroshot_accuracy(image, torch.tensor([4, 4, 9]), prompt, torch.tensor([9, 7, 4, 4])) == pytest.approx(2 / 3)
 
 
+def equal(query_id: Tensor, gallery_id: Tensor) -> Tensor:
+    """The pairs of a query and an item of its own id."""
+    return (query_id.unsqueeze(1) == gallery_id).nonzero()
+
+
 def test_recall_of_identical_embeddings_is_one() -> None:
-    embedding, ids = torch.eye(40), torch.arange(40)
-    assert recall(embedding, ids, embedding, ids, 1) == 1.0
-    shifted = embedding.roll(1, dims=0)
-    assert recall(shifted, ids, embedding, ids, 1) == 0.0
+    embedding, own = torch.eye(2000), equal(torch.arange(2000), torch.arange(2000))  # more than one block of queries
+    assert recall(embedding, embedding, own, 1) == 1.0
+    assert recall(embedding.roll(1, dims=0), embedding, own, 1) == 0.0
 
 
 def test_recall_looks_at_k_answers() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
-    query, own = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
-    assert [recall(query, own, gallery, torch.arange(4), k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
+    query = torch.tensor([[1.0, 0.0]])
+    assert [recall(query, gallery, torch.tensor([[0, 2]]), k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
 
 
 def test_equal_captions_are_equally_right() -> None:
     query, gallery = torch.eye(4)[:1], torch.eye(4)
-    assert recall(query, torch.tensor([8]), gallery, torch.tensor([8, 1, 2, 8]), 1) == 1.0
-    assert recall(query, torch.tensor([8]), gallery, torch.tensor([1, 2, 3, 8]), 1) == 0.0
+    assert recall(query, gallery, torch.tensor([[0, 3], [0, 0]]), 1) == 1.0
+    assert recall(query, gallery, torch.tensor([[0, 3], [0, 2]]), 1) == 0.0
+
+
+def test_an_image_with_several_captions_finds_any_of_them() -> None:
+    image, text = torch.eye(3), torch.eye(3)[[0, 1, 1, 2]]
+    right = torch.tensor([[1, 0], [1, 1], [0, 2], [2, 3]])  # the second image has two captions, the first one's is off
+    assert recall(image, text, right, 1) == pytest.approx(2 / 3)
+    assert recall(text, image, right.flip(1), 1) == pytest.approx(2 / 4)
+    assert recall_chance(right, 3, 4, 1) == pytest.approx((1 + 2 + 1) / 4 / 3)
+    assert recall_chance(right.flip(1), 4, 3, 1) == pytest.approx(1 / 3)
 
 
 def test_chance_of_recall() -> None:
-    ids = torch.arange(1377)
-    assert recall_chance(ids, ids, 5) == pytest.approx(5 / 1377)
-    assert recall_chance(ids, ids, 2000) == 1.0
-    assert recall_chance(torch.tensor([1]), torch.tensor([1, 1, 2, 3]), 2) == pytest.approx(1 - (2 / 4) * (1 / 3))
-    same = torch.zeros(7)
-    assert recall_chance(same, same, 1) == 1.0
+    own = equal(torch.arange(1377), torch.arange(1377))
+    assert recall_chance(own, 1377, 1377, 5) == pytest.approx(5 / 1377)
+    assert recall_chance(own, 1377, 1377, 2000) == 1.0
+    assert recall_chance(torch.tensor([[0, 0], [0, 1]]), 1, 4, 2) == pytest.approx(1 - (2 / 4) * (1 / 3))
+    assert recall_chance(equal(torch.zeros(7), torch.zeros(7)), 7, 7, 1) == 1.0
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=12), st.integers(1, 6))
@@ -118,7 +130,7 @@ def test_chance_is_what_random_orders_give(labels: list[int], k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     orders = torch.rand(3000, len(ids), generator=generator).argsort(dim=1)[:, :k]
     hits = (ids[orders].unsqueeze(2) == ids).any(dim=1).float().mean()
-    assert recall_chance(ids, ids, k) == pytest.approx(float(hits), abs=0.05)
+    assert recall_chance(equal(ids, ids), len(ids), len(ids), k) == pytest.approx(float(hits), abs=0.05)
 
 
 def test_explained_share() -> None:

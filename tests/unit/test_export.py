@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvit import CogViT
+from cogvit import CogViT, evaluate
 from cogvit.arguments import run_command
-from cogvit.config import DataConfig, RunConfig
+from cogvit.config import DataConfig, RunConfig, TextEncoderConfig
 from cogvit.errors import CheckpointError
-from cogvit.evaluation.features import image_features
+from cogvit.evaluation.features import embed_images, embed_texts, image_features
+from cogvit.evaluation.results import read_evaluation
 from cogvit.evaluation.subject import load_subject
 from cogvit.training.restore import initial_towers
-from tests.runs_on_disk import VISION, contrast_run, write_run, write_shards
+from tests.runs_on_disk import TEXT, VISION, contrast_run, write_run, write_shards
 from tools import checkpoint, export
 
 
@@ -57,6 +58,26 @@ def test_export_has_the_features_of_the_run(tmp_path: Path, capsys: pytest.Captu
         assert torch.equal(vision(image)["patch_tokens"], trained.towers.vision(image)["patch_tokens"])
 
 
+def test_export_of_both_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_shards(tmp_path / "data"), tmp_path / "export"
+    run = contrast_run(tmp_path / "run", data)
+    assert run_export(str(run), "--out", str(out), "--layout", "two_towers") == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "text_side"}
+    trained, exported = load_subject(run), load_subject(out, data.eval_shards)
+    assert torch.equal(CogViT.from_pretrained(out).norm.weight, trained.towers.vision.norm.weight)
+    captions, features = ["a red picture", "\u56fe1", "x" * 99], torch.randn(3, VISION.embed_dim)
+    assert torch.equal(embed_texts(exported, captions), embed_texts(trained, captions))
+    assert torch.equal(embed_images(exported, features), embed_images(trained, features))
+    argv = ["--data", data.eval_shards, "--tasks", "zeroshot,retrieval", "--resolution", "native", "--out"]
+    for subject, file in ((run, "run.json"), (out, "export.json")):
+        assert run_command([str(subject), *argv, str(tmp_path / file)], "", evaluate.Arguments, evaluate.evaluate) == 0
+    assert read_evaluation(tmp_path / "run.json") == read_evaluation(tmp_path / "export.json")
+    stage1 = write_run(tmp_path / "stage1", RunConfig(vision=VISION), {"vision": CogViT(VISION)})
+    capsys.readouterr()
+    assert run_export(str(stage1), "--out", str(tmp_path / "x"), "--layout", "two_towers") == 2
+    assert "no text tower" in error_of(capsys)
+
+
 def test_export_for_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = replace(VISION, norm="rmsnorm", mlp="swiglu", position="rotary", use_cls_token=False)
     trained = CogViT(cfg)
@@ -86,6 +107,16 @@ def test_a_learned_table_starts_a_run_of_another_image_size(tmp_path: Path) -> N
     assert not torch.equal(larger.pos_embed.embed[..., :4, :4], trained.pos_embed.embed)
 
 
+def test_a_run_starts_from_another_text_tower_of_the_same_shape_alone(run: Path) -> None:
+    config = RunConfig(objective="contrast", vision=VISION, text=TEXT, proj_dim=8, init=str(run))
+    assert "text.blocks.0.attn.qkv.weight" in initial_towers(config)
+    with pytest.raises(CheckpointError, match=r"another text tower \(num_heads: 2 there, 4 here\); export it"):
+        initial_towers(replace(config, text=replace(TEXT, num_heads=4)))
+    with pytest.raises(CheckpointError, match="one is of transformers, one of our own"):
+        initial_towers(replace(config, text_encoder=TextEncoderConfig("some/encoder")))
+    assert not any(name.startswith("text.") for name in initial_towers(RunConfig(vision=VISION, init=str(run))))
+
+
 def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -102,7 +133,7 @@ def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.Cap
         (["RUN"], "--out DIR is needed"),
         (["RUN/checkpoints", "--out", "x"], "not a run"),
         (["--out", "x"], "RUN is missing"),
-        (["RUN", "--out", "x", "--layout", "timm"], "'timm' is unknown; expected one of cogvit, glm_ocr"),
+        (["RUN", "--out", "x", "--layout", "timm"], "'timm' is unknown; expected one of cogvit, two_towers, glm_ocr"),
         (["RUN", "--out", "x", "--layout", "glm_ocr"], "norm='layernorm', expected 'rmsnorm'"),
     ],
 )

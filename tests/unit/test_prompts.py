@@ -23,6 +23,8 @@ from cogvit.evaluation.samples import read_images
 from cogvit.evaluation.subject import load_subject
 from data_pipeline.caption import LANGUAGES
 from tests.runs_on_disk import VISION, contrast_run, write_shards
+from tools.export import Arguments as Export
+from tools.export import export
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,15 @@ def test_clip_benchmark_gets_the_embeddings_of_our_own_evaluation(stage2: Path) 
     assert transform(images[0].resize((40, 9))).shape[1:] == square
 
 
-def test_what_clip_benchmark_cannot_use(stage2: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="export has no text tower"):
-        load_for_clip_benchmark(tmp_path, "cpu")
+def test_clip_benchmark_takes_an_export(stage2: Path, tmp_path: Path) -> None:
+    assert export(Export(str(stage2), str(tmp_path / "both"), "two_towers")) == 0
+    assert export(Export(str(stage2), str(tmp_path / "vision"))) == 0
+    texts, image = ["a red picture", "\u56fe1"], torch.rand(2, 3, VISION.image_size, VISION.image_size)
+    embeddings = []
+    for path in (stage2, tmp_path / "both"):
+        model, _, tokenizer = load_for_clip_benchmark(str(path), "cpu")
+        with torch.inference_mode():
+            embeddings.append(torch.cat([model.encode_text(tokenizer(texts)), model.encode_image(image)]))
+    assert torch.equal(*embeddings)
+    with pytest.raises(ConfigError, match=r"no text tower.*--layout two_towers"):
+        load_for_clip_benchmark(tmp_path / "vision", "cpu")
