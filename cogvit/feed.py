@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.errors import CogViTError, ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,11 @@ class Corpus:
 
 
 def open_corpus(config: RunConfig) -> Corpus:
-    """Load the indexes, before any process group or heavy library. Errors: DataError, ConfigError."""
+    """Load the indexes, before any process group or model. Errors: DataError, ConfigError.
+
+    A stage 2 loads its tokenizer too, for the errors that it may have.
+    """
+    from data_pipeline.caption import load_tokenizer
     from data_pipeline.index import open_index
 
     data = config.data
@@ -42,7 +46,14 @@ def open_corpus(config: RunConfig) -> Corpus:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
     if config.eval.every_steps and not data.eval_shards:
         raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
-    held_out = open_index(data, data.eval_shards) if config.eval.every_steps else None
+    if config.objective == "contrast":
+        load_tokenizer(data.tokenizer, config.text.vocab_size)
+    held_out = None
+    if config.eval.every_steps:
+        try:
+            held_out = open_index(data, data.eval_shards)
+        except DataError as error:
+            raise DataError(f"--data.eval-shards, which --eval.every-steps 0 does without: {error}") from None
     return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out)
 
 

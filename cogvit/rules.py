@@ -112,6 +112,12 @@ def check_data(config: RunConfig) -> None:
             0.0 < contrast.max_temperature < math.inf,
             f"contrast.max_temperature={contrast.max_temperature} must be positive and finite",
         )
+        hottest = math.log(contrast.max_temperature)
+        _require(
+            config.init_log_t <= hottest,
+            f"--init-log-t {config.init_log_t} is above {hottest:.4g}, the logarithm of"
+            f" contrast.max_temperature={contrast.max_temperature}; lower the one or raise the other",
+        )
         _require(
             config.text.max_tokens <= data.text_tokens_per_pack,
             f"a caption of text.max_tokens={config.text.max_tokens} does not fit"

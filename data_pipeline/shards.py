@@ -109,7 +109,7 @@ def _expand_one(part: str) -> list[str]:
         found = [path] if retry(lambda: fs.exists(path), part) else []
         problem = f"shard {part} does not exist"
     if not found:
-        raise DataError(f"{problem}; check --data.shards")
+        raise DataError(f"{problem}; check the pattern")
     return [str(name) if "://" in str(name) else prefix + str(name) for name in sorted(found)]  # http keeps it
 
 

@@ -101,6 +101,28 @@ def test_shards_without_index(capsys: pytest.CaptureFixture[str], shards: Path, 
     refuse(capsys, argv, "python -m tools.index_shards")
 
 
+def test_held_out_shards_that_are_not_there(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(tmp_path / "run")]
+    gone = str(tmp_path / "gone" / "*.tar")
+    refuse(capsys, [*argv, "--data.eval-shards", gone], "--data.eval-shards", "--eval.every-steps 0", gone)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--data.tokenizer", "NOWHERE"], ["--data.tokenizer", "byt5"]),
+        (["--text.vocab-size", "100"], ["byt5 has 259 ids", "text.vocab_size is 100"]),
+    ],
+)
+def test_tokenizers_are_tried_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, flags: list[str], expected: list[str]
+) -> None:
+    flags = [str(tmp_path / "nowhere") if word == "NOWHERE" else word for word in flags]
+    argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(tmp_path / "run")]
+    refuse(capsys, [*argv, *flags], *expected)
+    assert not (tmp_path / "run").exists()
+
+
 def test_directory_of_another_run(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(out)]

@@ -110,15 +110,6 @@ def refusal(rank: int, world: int, argv: list[str]) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
-def test_unknown_tokenizer(pool: Pool, tmp_path: Path) -> None:
-    shards = write_img2dataset(tmp_path / "shards", ["one", "two"])
-    argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(tmp_path / "run"), "--eval.every-steps", "0"]
-    status, printed = pool.run(refusal, 1, ([*argv, "--data.tokenizer", str(tmp_path / "nowhere")],))[0]
-    assert status == 2
-    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "--data.tokenizer" in errors[0] and "byt5" in errors[0]
-
-
 def test_locked_image_tuning_at_several_resolutions(pool: Pool, tmp_path: Path) -> None:
     shards = write_img2dataset(tmp_path / "shards", ["red", "green", "blue"])
     flags = ["--data.global-batch-images", "6", "--data.lookahead-steps", "1", "--data.enlarge"]
