@@ -59,7 +59,7 @@ class PackedText:
         ids: [L] int64.
         position: [L] int32, place of each token in its own caption.
         cu_seqlens: [N + 2] int32, as in `PackedImages`.
-        caption_id: [N] int64, hash of the caption: equal captions are not negatives of each other.
+        caption_id: [N] int64, hash of the caption's tokens: equal captions are not negatives of each other.
         concept_id: [N] int64, hash of all captions of the sample, in every language: nor are translations.
         weight: [N] float32, 1, or 0 where absent.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cogvit.draws import mix, uniform
+from cogvit.draws import mix, name_to_int64, uniform
 from cogvit.errors import DataError
 
 LANGUAGES = ("en", "zh")
@@ -40,6 +40,11 @@ class CaptionTokens:
 
     ids: NDArray[np.int64]
     cut: bool
+
+
+def caption_id(tokens: CaptionTokens) -> int:
+    """Return a hash of what the text tower sees of a caption: where it sees no difference there is no negative."""
+    return name_to_int64(tokens.ids.tobytes().hex())
 
 
 class Tokenizer(Protocol):

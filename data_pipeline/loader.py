@@ -31,6 +31,7 @@ from data_pipeline.caption import (
     CaptionChoice,
     CaptionTokens,
     Tokenizer,
+    caption_id,
     captions_of,
     choose_captions,
     load_tokenizer,
@@ -378,7 +379,7 @@ def assemble_text(
         ids=torch.from_numpy(ids),
         position=torch.from_numpy(np.pad(_places(lengths), (0, padding)).astype(np.int32)),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        caption_id=torch.tensor([name_to_int64(caption.text) for caption in captions] + [0] * absent),
+        caption_id=torch.tensor([caption_id(one) for one in tokens] + [0] * absent),
         concept_id=torch.tensor([caption.concept_id for caption in captions] + [0] * absent),
         weight=weight_N.clone(),
     )

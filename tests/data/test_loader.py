@@ -12,13 +12,13 @@ import torch
 from transformers import ByT5Tokenizer
 
 from cogvit.batch import DataPosition, pad_step
-from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.augment import augmentation_of, views_of
-from data_pipeline.caption import captions_of, parse_metadata
+from data_pipeline.balance import PackLimits
+from data_pipeline.caption import ByteTokenizer, captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
-from data_pipeline.loader import image_of, start_position, step_batches
+from data_pipeline.loader import Spoken, assemble_text, image_of, start_position, step_batches
 from data_pipeline.plan import Planner, plan_spec
 from data_pipeline.shards import ShardReader, read_members
 from data_pipeline.topology import Slice, topology_of
@@ -128,22 +128,35 @@ def test_packed_content_equals_a_direct_decode(corpus):
         int(row["sample_id"]): (corpus.shards[row["shard"]], key.as_py())
         for row, key in zip(corpus.rows, corpus.keys, strict=True)
     }
-    spoken = set()
+    spoken, tokens_of = set(), {}
     for step_batch in take(corpus, config, 10):
-        for sample, grid, patches, row_col, ids, caption_id, weight in contents(step_batch).values():
+        for sample, grid, patches, row_col, ids, number, weight in contents(step_batch).values():
             data = ShardReader().read(sample.shard, sample.offset_bytes, sample.size_bytes)
             assert patches == decode_patches(data, grid, PATCH_PX).numpy().tobytes()
             expected = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).to(torch.int32)
             assert row_col == expected.numpy().tobytes()
             by_language = captions[key_of[sample.sample_id]]
-            texts = {
-                name_to_int64(text): (text, language) for language in by_language for text in by_language[language]
+            languages = {
+                tuple(byt5(text, truncation=True, max_length=config.text.max_tokens)["input_ids"]): language
+                for language in by_language
+                for text in by_language[language]
             }
-            text, language = texts[caption_id]
-            spoken.add(language)
-            assert list(ids) == byt5(text, truncation=True, max_length=config.text.max_tokens)["input_ids"]
+            spoken.add(languages[ids])
+            assert tokens_of.setdefault(number, ids) == ids
             assert weight == 1.0
-    assert spoken == {"en", "zh"}
+    assert spoken == {"en", "zh"} and len(set(tokens_of.values())) == len(tokens_of) > 4
+
+
+def test_captions_that_the_text_tower_cannot_tell_apart_are_one():
+    texts = ["the same beginning, then this", "the same beginning, then that", "another one"]
+    spoken, tokenizer = [Spoken(text, 0) for text in texts], ByteTokenizer()
+    cut, whole = (
+        assemble_text(
+            spoken, [tokenizer.encode(text, most) for text in texts], torch.ones(3), PackLimits(64, 3, 3 * most, 1)
+        ).caption_id
+        for most in (16, 40)
+    )
+    assert cut[0] == cut[1] != cut[2] and len(whole.unique()) == 3
 
 
 def test_cut_captions_are_counted(corpus):
