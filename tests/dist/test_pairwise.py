@@ -119,7 +119,9 @@ def reference_of(everyone: list[Slots], leave_out: str) -> SigmoidGradients:
 
 
 CONFIGS = [ContrastConfig(loss=loss, chunk_pairs=chunk) for loss, chunk in product(("ring", "gather"), CHUNKS)]
-CONFIGS += [ContrastConfig(loss=loss, chunk_pairs=7, leave_out=k) for loss, k in (("ring", "captions"), ("gather", "none"))]
+CONFIGS += [
+    ContrastConfig(loss=loss, chunk_pairs=7, leave_out=k) for loss, k in (("ring", "captions"), ("gather", "none"))
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
