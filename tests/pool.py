@@ -85,8 +85,7 @@ class Pool:
             try:
                 return _collect(ranks, time.monotonic() + timeout_s)
             finally:
-                for rank in ranks:
-                    _end(rank)
+                _end(ranks)
 
     def _start(self, call: Call) -> Rank:
         here, there = self._context.Pipe()
@@ -97,13 +96,15 @@ class Pool:
         return Rank(call, process, here)
 
 
-def _end(rank: Rank) -> None:
-    """Kill what is left of a rank and of the processes it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(rank.process.pid, signal.SIGKILL)
-    rank.process.kill()
-    rank.process.join()
-    rank.pipe.close()
+def _end(ranks: list[Rank]) -> None:
+    """Kill what is left of the ranks and of the processes they started: all, before waiting for any to be gone."""
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.kill()
+    for rank in ranks:
+        rank.process.join()
+        rank.pipe.close()
 
 
 def _collect(ranks: list[Rank], deadline_s: float) -> list[Any]:
