@@ -274,7 +274,8 @@ class CheckpointConfig:
     """When state is saved and what is kept."""
 
     dir: str = option("", "directory or fsspec URL (s3://bucket/one) of the checkpoints; empty: OUT/checkpoints")
-    every_steps: int = option(1000, "0 saves at the end only")
+    every_steps: int = option(1000, "0 saves at the end only, and by the clock")
+    every_minutes: float = option(0.0, "saves too when the last one is so long ago, whatever the step; 0 never does")
     keep_last: int = option(2, "newest checkpoints that are kept (the best by evaluation is kept beside them)")
     keep_every_steps: int = option(0, "checkpoints of multiples of this are kept for good; 0 keeps none of them")
 

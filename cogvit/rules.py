@@ -206,6 +206,7 @@ def check_training(config: RunConfig) -> None:
     for what, value in (
         ("guard.spike_factor", config.guard.spike_factor),
         ("parallel.step_timeout_s", config.parallel.step_timeout_s),
+        ("checkpoint.every_minutes", config.checkpoint.every_minutes),
     ):
         _require(_is_rate(value), f"{what}={value} must be finite and not negative; 0 turns it off")
     for what, count in (

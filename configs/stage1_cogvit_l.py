@@ -41,6 +41,6 @@ def config() -> RunConfig:
         ),
         optim=OptimConfig(lr=1e-3, adamw_lr=1e-3),
         schedule=ScheduleConfig(steps=250_000, warmup_steps=5_000),
-        checkpoint=CheckpointConfig(every_steps=1_000, keep_last=3),
+        checkpoint=CheckpointConfig(every_steps=1_000, every_minutes=4.0, keep_last=3),
         precision="bf16",
     )

@@ -28,6 +28,6 @@ def config() -> RunConfig:
         ),
         optim=OptimConfig(lr=5e-4, adamw_lr=5e-4),
         schedule=ScheduleConfig(steps=120_000, warmup_steps=4_000),
-        checkpoint=CheckpointConfig(every_steps=500, keep_last=3),
+        checkpoint=CheckpointConfig(every_steps=500, every_minutes=4.0, keep_last=3),
         precision="bf16",
     )

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._newest_step: int | None = None  # saved or resumed from
+        self._saved_s = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +75,12 @@ class Checkpoints:
         self._thread.shutdown()
 
     def due(self, step: int) -> bool:
-        """Whether a step ends with a save."""
-        return self._config.every_steps > 0 and step % self._config.every_steps == 0
+        """Whether a step ends with a save; collective where saves go by the clock, which ranks read apart."""
+        by_steps = self._config.every_steps > 0 and step % self._config.every_steps == 0
+        if by_steps or self._config.every_minutes == 0:
+            return by_steps
+        minutes = (time.monotonic() - self._saved_s) / 60
+        return self._mesh.agree_max(int(minutes >= self._config.every_minutes)) > 0
 
     def save(self, state: TrainState, engine: Engine) -> None:
         """Copy the run's state and begin to write it, unless that was done; collective over all ranks.
@@ -90,7 +96,7 @@ class Checkpoints:
         except CheckpointError as error:
             if self._mesh.is_writer:
                 _log.warning("%s; the checkpoints before it are kept and training goes on", error)
-        self._newest_step = state.step
+        self._newest_step, self._saved_s = state.step, time.monotonic()
         self._under_way = self._thread.submit(self._write, engine, engine.snapshot(), state)
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""--checkpoint.dir: a run's checkpoints in a place of their own, which no other run may take for its own."""
+"""Where checkpoints go and when: --checkpoint.dir, which no other run may take for its own, and saves by the clock."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def test_the_checkpoints_of_another_run_are_refused(
     assert (
         f"error: {tmp_path}/there holds another run (optim.lr: 0.01 -> 0.5); choose another --checkpoint.dir" in printed
     )
+
+
+def test_saves_go_by_the_clock_too(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_img2dataset(tmp_path / "shards", ["red", "green", "blue"])
+    flags = ["--data.global-batch-images", "6", "--data.lookahead-steps", "1", "--checkpoint.every-steps", "0"]
+    for name, minutes in (("often", "0.0001"), ("seldom", "60")):
+        train(pool, 2, shards, tmp_path / name, *flags, "--checkpoint.every-minutes", minutes)
+        assert inspect(Arguments("list", str(tmp_path / name))) == 0
+        saved = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert saved == (["step_00000001"] if name == "often" else []) + ["step_00000002"]
