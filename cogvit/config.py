@@ -74,6 +74,7 @@ class DataConfig:
     loading: Literal["in_process", "server"] = option(
         "in_process", "who makes the batches: each rank for itself, or an actor on each node for its ranks, through Ray"
     )
+    max_wait_s: float = option(300.0, "loading server: a rank that waits longer for a batch takes its actor for hung")
     max_bad_fraction: float = option(0.01, "stop when more of the images than this fail to decode")
 
 

@@ -132,6 +132,12 @@ def check_data(config: RunConfig) -> None:
     _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
     _require(0.0 < data.crop <= 1.0, f"--data.crop {data.crop} must be in (0, 1]: the smallest share of the area kept")
     _require(0.0 <= data.color < 1.0, f"--data.color {data.color} must be in [0, 1); 0 turns it off")
+    _require(0.0 < data.max_wait_s < math.inf, f"data.max_wait_s={data.max_wait_s} must be positive")
+    _require(
+        data.loading == "in_process" or not 0.0 < config.parallel.step_timeout_s <= data.max_wait_s,
+        f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above data.max_wait_s={data.max_wait_s}: a"
+        " step may wait that long for a batch of the server",
+    )
     _require(0.0 <= data.max_bad_fraction < 1.0, f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1)")
 
 

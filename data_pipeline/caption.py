@@ -68,7 +68,11 @@ class Tokenizer(Protocol):
 def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
     """Read a sample's `json` member; a `txt` member counts as {"caption": ...}, a `cls` member as {"label": ...}.
 
+<<<<<<< HEAD
     Errors: DataError when the bytes are not UTF-8, not a JSON object or not a whole number.
+=======
+    Errors: DataError when the bytes are not UTF-8 or not a JSON object; its message is a reason to count by.
+>>>>>>> e66b1d2 (What indexing leaves out is all counted, damaged shards do not stop it, foreign bytes start no other program; shares cost the same under drawn budgets; a hung batch server is replaced)
     """
     if extension == "cls":
         try:
@@ -82,8 +86,8 @@ def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
             raise DataError(f"a caption is not UTF-8: {error.reason}") from None
     try:
         metadata = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"a sample's json does not parse: {error}") from None
+    except (ValueError, RecursionError):
+        raise DataError("a sample's json does not parse") from None
     if not isinstance(metadata, dict):
         raise DataError(f"a sample's json holds a {type(metadata).__name__}, not an object")
     return metadata

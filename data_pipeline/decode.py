@@ -25,6 +25,8 @@ from data_pipeline.augment import PLAIN, View
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
+# Pillow reads forty more, and hands EPS to Ghostscript, whatever the file is called.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, as a decompression bomb has; shrink the image"
 _EXIF_MARK = b"Exif\0\0"
 _JPEG_MARK = b"\xff\xd8\xff"
@@ -42,15 +44,15 @@ class Header:
 def read_header(data: bytes) -> Header:
     """Read the size, EXIF orientation applied, and the format, without decoding.
 
-    Errors: DataError when it is no image or has more than MAX_PIXELS.
+    Errors: DataError when it is no image or has more than MAX_PIXELS; its message is a reason to count by.
     """
     try:
         image = _open(data)
-        orientation = _orientation(image)
     except DataError:
         raise
     except Exception as error:  # Pillow's parsers raise about anything on foreign bytes
-        raise DataError(f"the header does not parse: {error}") from error
+        raise DataError("the header does not parse") from error
+    orientation = _orientation(image)
     height_px, width_px = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
     return Header(height_px, width_px, str(image.format).lower())
 
@@ -94,7 +96,7 @@ def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, vi
 def _open(data: bytes) -> Image.Image:
     """Parse a header with Pillow. Errors: DataError for an unknown format or too many pixels."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         raise DataError("no known image format, or a damaged header") from None
     except Image.DecompressionBombError:
@@ -145,18 +147,22 @@ def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Cut deep gray samples: 16-bit integers by their high byte, floats as [0, 1]."""
     samples = np.asarray(image)
-    scaled = samples * 255.0 if samples.dtype.kind == "f" else samples / 257.0
+    scaled = 255.0 * np.nan_to_num(samples).clip(0.0, 1.0) if samples.dtype.kind == "f" else samples / 257.0
     return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1..8). Only what lies before the pixels counts, so that no header read decodes."""
-    raw = image.info.get("exif")
-    if not raw:
-        return 1
+    """Return the EXIF orientation (1..8); 1 where the EXIF is damaged, as browsers have it.
+
+    Only what lies before the pixels counts, so that no header read decodes.
+    """
     exif = Image.Exif()
-    exif.load(raw)
-    return int(exif.get(ExifTags.Base.Orientation, 1))
+    try:
+        exif.load(image.info.get("exif") or b"")
+        orientation = int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as above
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_pixels(height_px: int, width_px: int) -> None:

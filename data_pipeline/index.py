@@ -29,6 +29,7 @@ from data_pipeline.table import ROW, STORED, VERSION, index_path, read_table, ta
 DEFAULT_SOURCE = "default"
 RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh")
 _LOAD_THREADS = 8
+_SOURCES_TOLD = 20  # a json may call anything a source, as the page that an image is from
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class ShardReport:
     num_images: int
     problems: dict[str, int]  # reason -> how many members or samples it cost
     reused: bool  # its index was there and fits
+    failure: str = ""  # why there is no index
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Index:
     def describe(self) -> str:
         """Return one line: images, shards, sources and captions."""
         counts = np.bincount(self.rows["source"], minlength=len(self.sources))
-        sources = ", ".join(f"{name} {count:,}" for name, count in zip(self.sources, counts, strict=True))
+        told = np.sort(np.argsort(-counts, kind="stable")[:_SOURCES_TOLD]).tolist()
+        sources = ", ".join(f"{self.sources[number]} {counts[number]:,}" for number in told)
+        sources += f" and {len(counts) - len(told):,} more" if len(told) < len(counts) else ""
         captions = ", ".join(
             f"{language} {count:,}" for language, count in zip(LANGUAGES, self.rows["num_captions"].sum(0), strict=True)
         )
@@ -183,7 +187,8 @@ def load_index(
         table, left_out["a second copy of an image"] = _first_of_each(table)
     index = _join(shards, versions, table, {reason: count for reason, count in left_out.items() if count})
     if not len(index):
-        raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; the indexing printed why")
+        why = f"--data.where {where!r} leaves none" if left_out.get("data.where") else "the indexing printed why"
+        raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; {why}")
     _check_ids(index)
     return index
 
@@ -196,15 +201,16 @@ def _apply(rule: pc.Expression, where: str, table: pa.Table) -> tuple[pa.Table, 
     described = described.append_column("row", pa.array(np.arange(table.num_rows)))
     try:
         kept = described.filter(rule)["row"]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except pa.ArrowException as error:
         raise ConfigError(f"--data.where {where!r} does not fit the columns: {str(error).splitlines()[0]}") from None
     return table.take(kept), table.num_rows - len(kept)
 
 
 def _first_of_each(table: pa.Table) -> tuple[pa.Table, int]:
-    """Return the rows without those whose image came before, byte for byte, and how many those are."""
-    _, first = np.unique(table["content_hash"].to_numpy(), return_index=True)
-    return (table, 0) if len(first) == table.num_rows else (table.take(np.sort(first)), table.num_rows - len(first))
+    """Return one row for equal images, the first that has a caption or else the first, and how many go."""
+    order = np.argsort(table["caption_member"].to_numpy() < 0, kind="stable")
+    _, first = np.unique(table["content_hash"].to_numpy()[order], return_index=True)
+    return (table, 0) if len(first) == len(order) else (table.take(np.sort(order[first])), len(order) - len(first))
 
 
 def _check_ids(index: Index) -> None:

@@ -34,7 +34,7 @@ from data_pipeline.sizing import Sizing, sizing_of
 
 Ints = NDArray[np.int64]
 
-VERSION = 2  # of the sequence: the same spec gives other batches in another version
+VERSION = 3  # of the sequence: the same spec gives other batches in another version
 FEWEST_SAMPLES = 64  # of a source in each share; a smaller source belongs to all shares
 FEWEST_DRAWS = 4  # of a source in each share and window; likewise (at 2 or less, rounding could ask for less than none)
 _WINDOW_SALT = 0x77696E64  # "wind"
@@ -144,7 +144,6 @@ class _Stream:
 
     number: int
     rows: Ints  # [S], into the index
-    cost: Ints  # [S], at data.max_patches
     bounds: Ints | None  # [C + 1]: share c owns rows[bounds[c] : bounds[c + 1]]; None where every share draws from all
     before: Fraction  # share of the mixture before this source, and up to and with it
     upto: Fraction
@@ -293,9 +292,9 @@ class Planner:
         skipped = int((edges <= start).sum()) - 1
         bounds = edges[skipped : skipped + 1 + int((edges[skipped + 1 :] < stop).sum()) + 1]
         bounds = np.clip(bounds, start, stop) - start
-        rows = stream.rows[low:high]
-        key = self._keys(rows, np.full(len(rows), epoch), _WINDOW_SALT)
-        part = spread(stream.cost[low:high], np.diff(bounds), key)
+        rows, epochs = stream.rows[low:high], np.full(high - low, epoch)
+        cost = self._cost(rows, epochs, self._spec.sizing_at((first + skipped) * self._spec.lookahead_steps))
+        part = spread(cost, np.diff(bounds), self._keys(rows, epochs, _WINDOW_SALT))
         return first + skipped, bounds, np.argsort(part, kind="stable")
 
     def _common_draws_anew(self, number: int, window: int) -> tuple[_Draws, Ints]:
@@ -307,8 +306,9 @@ class Planner:
             mine = epoch == one
             at[mine] = permute(at[mine], len(stream.rows), "epoch", self._seed, number, one)
         sizes = np.diff(np.arange(shares + 1) * len(at) // shares)
-        key = self._keys(stream.rows[at], epoch, _WINDOW_SALT)
-        return _Draws(stream, at, epoch), spread(stream.cost[at], sizes, key)
+        cost = self._cost(stream.rows[at], epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
+        owner = spread(cost, sizes, self._keys(stream.rows[at], epoch, _WINDOW_SALT))
+        return _Draws(stream, at, epoch), owner
 
 
 def _streams(index: Index, spec: PlanSpec) -> Iterator[_Stream]:
@@ -337,13 +337,21 @@ def _streams(index: Index, spec: PlanSpec) -> Iterator[_Stream]:
 
 
 def _stream(index: Index, spec: PlanSpec, rows: Ints, number: int, before: Fraction, upto: Fraction) -> _Stream:
-    found = index.rows[["height_px", "width_px"]][rows]
-    num_tokens = spec.sizing.grids(found["height_px"], found["width_px"]).prod(axis=1)
-    cost, shares = attention_cost(num_tokens, spec.attention_tokens), spec.canonical_shares
-    total = np.cumsum(cost)
+    shares, total = spec.canonical_shares, np.cumsum(_cost_at_all_budgets(index, spec, rows))
     cuts = np.searchsorted(total, total[-1] / shares * np.arange(1, shares))
     bounds = np.array([0, *cuts, len(rows)], np.int64)
     smallest = int(np.diff(bounds).min())
     draws = spec.smallest_window_images * (upto - before) * smallest / len(rows)  # of the smallest share in a window
     owned = shares == 1 or (smallest >= FEWEST_SAMPLES and draws >= FEWEST_DRAWS)
-    return _Stream(number, rows, cost, bounds if owned else None, before, upto)
+    return _Stream(number, rows, bounds if owned else None, before, upto)
+
+
+def _cost_at_all_budgets(index: Index, spec: PlanSpec, rows: Ints) -> Ints:
+    """Return the sum of what samples cost at each budget of the run: in proportion to what a draw costs on average."""
+    sizes, sizing = index.rows[["height_px", "width_px"]][rows], spec.sizing
+    in_turn = dict([(0, sizing.budgets), *spec.budget_schedule]).values()
+    total = np.zeros(len(rows), np.int64)
+    for budget in (one for budgets in in_turn for one in budgets or (sizing.max_patches,)):
+        grid_hw = replace(sizing, max_patches=budget).grids(sizes["height_px"], sizes["width_px"])
+        total += attention_cost(grid_hw.prod(axis=1), spec.attention_tokens)
+    return total

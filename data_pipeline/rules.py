@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogvit.errors import ConfigError, DataError
@@ -65,7 +66,7 @@ def read_rule(text: str, columns: tuple[str, ...]) -> pc.Expression:
         rule = _translate(ast.parse(text.strip(), mode="eval").body, columns)
     except SyntaxError as error:
         raise ConfigError(f"--data.where {text!r} is no expression: {error.msg}") from None
-    except TypeError:
+    except (TypeError, ArithmeticError, UnicodeError, pa.ArrowException):  # 1 < 'a', 1 / 0, 10^20, half a surrogate
         rule = None
     if not isinstance(rule, pc.Expression):
         raise ConfigError(f"--data.where {text!r} does not compare columns; they are {', '.join(columns)}")
@@ -89,6 +90,9 @@ def _translate(node: ast.expr, columns: tuple[str, ...]) -> Any:
             return _OPERATORS[type(how)](_translate(part, columns))
         case ast.BinOp(left=one, op=how, right=other) if type(how) in _OPERATORS:
             return _OPERATORS[type(how)](_translate(one, columns), _translate(other, columns))
+        case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[ast.Constant() as single]):
+            told = ast.unparse(single)  # Python would look for its letters
+            raise ConfigError(f"--data.where looks in {told}, which is no list; write ({told},)")
         case ast.Compare(left=one, ops=[how], comparators=[other]) if type(how) in _OPERATORS:
             return _OPERATORS[type(how)](_translate(one, columns), _translate(other, columns))
     raise ConfigError(f"--data.where does not understand {ast.unparse(node)!r}; columns are {', '.join(columns)}")

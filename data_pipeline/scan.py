@@ -43,6 +43,10 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
                 images[member.key] = _image_columns(member, rules)
             except DataError as error:
                 problems[str(error)] += 1
+        elif member.extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            problems["an image with a second dot in its name (keys end at the first one)"] += 1
+        else:
+            problems["neither an image nor a caption by its name"] += 1
     problems["captions without an image"] += len(texts.keys() - images.keys())
     for key, row in images.items():
         row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)

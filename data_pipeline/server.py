@@ -116,16 +116,17 @@ class Pending:
 class BatchServer:
     """The batch actor of this node; every rank of the node has such a view of it, and the first to come starts it.
 
-    Batches that are made lie in the node's object store and outlive the actor; a dead actor has a successor, which
-    makes the missing ones again, the same to the bit, for they are a function of the request.
+    Batches that are made lie in the node's object store and outlive the actor; one that died, or is silent for
+    max_wait_s, has a successor, which makes the missing ones again, the same to the bit, for they are a function of the
+    request.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, max_wait_s: float) -> None:
         import ray
 
         self._actor_class = ray.remote(BatchActor)
         self._node = node_id()
-        self._num_threads = num_threads
+        self._num_threads, self._max_wait_s = num_threads, max_wait_s
         self._generation = -1
         self._start_next()
 
@@ -136,14 +137,16 @@ class BatchServer:
     def result(self, pending: Pending) -> StepBatch:
         """Wait for a batch; its tensors are the object store's and must not be written.
 
-        Errors: DataError as StepLoader.step, or when the actor does not start or dies of one request again and again.
+        Errors: DataError as StepLoader.step, or when the actor does not start or one request loses it again and again.
         """
         from ray import get
-        from ray.exceptions import ActorDiedError, RayError, RayTaskError
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
         for _ in range(_MOST_LOSSES):
             try:
-                answer = get(pending.reply)
+                answer = get(pending.reply, timeout=self._max_wait_s)
+            except GetTimeoutError:
+                self._replace(pending.generation)
             except RayTaskError:  # a fault of ours in the actor
                 raise
             except ActorDiedError as error:
@@ -159,14 +162,18 @@ class BatchServer:
                 return answer
             pending = self.submit(pending.request)
         raise DataError(
-            f"the batch server died {_MOST_LOSSES} times of step {pending.request.step}; look at the node's memory and"
-            " Ray's logs, or load with --data.loading in_process"
+            f"the batch server died or was silent for data.max_wait_s={self._max_wait_s:g}, {_MOST_LOSSES} times, at"
+            f" step {pending.request.step}; look at the node's memory and Ray's logs, or load with --data.loading"
+            " in_process"
         )
 
-    def _replace(self, dead_generation: int) -> None:
-        """Start the successor of a dead actor, unless an earlier request of its has done so."""
-        if dead_generation == self._generation:
-            _LOG.warning("the batch server of this node died; another one makes the missing batches")
+    def _replace(self, lost_generation: int) -> None:
+        """End a dead or hung actor and start its successor, unless an earlier request of its has done so."""
+        from ray import kill
+
+        if lost_generation == self._generation:
+            _LOG.warning("the batch server of this node died or hangs; another one makes the missing batches")
+            kill(self._actor)
             self._start_next()
 
     def _start_next(self) -> None:

@@ -4,7 +4,8 @@ What holds here: from one seed, layout and first step come the same batches; eve
 make the same number of steps; a pass over all shards has every sample once; the steps of a buffer of
 data.lookahead_steps cost about the same on a rank. What the planned order has beyond that does not hold: the global
 batch depends on the number of ranks, loads differ between them, passes end at different steps on different ranks, equal
-images count as often as they are there, and whoever resumes begins the shards anew, in another order.
+images count as often as they are there, links in a tar are passed over without a word, and whoever resumes begins the
+shards anew, in another order.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class _Arrived:
     """A sample that came out of the stream and is fit to be trained on."""
 
     sample: StreamedSample
+    name: str  # shard and key, for messages
     height_px: int  # upright
     width_px: int
     captions: Captions
@@ -185,6 +187,8 @@ class _Stream:
         if not images or not name.isprintable():
             self._left_out["no image" if name.isprintable() else "a name is not printable UTF-8"] += 1
             return None
+        if len(images) > 1:
+            self._left_out["a second image of the same key"] += len(images) - 1
         data = entries[images[0]]
         try:
             header = read_header(data)
@@ -202,7 +206,7 @@ class _Stream:
             return None
         sample_id = name_to_int64(f"{source or DEFAULT_SOURCE}/{shard_name(shard)}/{name}")
         sample = StreamedSample(sample_id, shard, 0, len(data), data=data)
-        return _Arrived(sample, header.height_px, header.width_px, captions, round_)
+        return _Arrived(sample, f"{shard}:{name}", header.height_px, header.width_px, captions, round_)
 
 
 class _Maker:
@@ -262,14 +266,14 @@ class _Maker:
         return StepBatch(tuple(micro), position, cut_captions, planned.downsized, decoded, tuple(failures))
 
     def _decode(self, planned: _Planned, order: Ints) -> Decoded:
-        samples = [planned.arrived[number].sample for number in order]
+        arrived = [planned.arrived[number] for number in order]
         return decode_pack(
             self._stream.config,
             planned.grid_hw[order],
             planned.key[order],
             self._stream.seat.decodes,
-            lambda number: samples[number].data,
-            lambda number: f"{samples[number].sample_id} of {samples[number].shard}",
+            lambda number: arrived[number].sample.data,
+            lambda number: arrived[number].name,
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cogvit.errors import DataError
+from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.shards import is_pipe, retry, shard_name
 
@@ -93,7 +93,7 @@ def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
-    """Write all or nothing: a reader never sees half an index. Errors: DataError when its place does not take it."""
+    """Write all or nothing: a reader never sees half an index. Errors: ConfigError when its place does not take it."""
     buffer = io.BytesIO()
     # Dictionaries and compression would cost more to undo than they save of columns that hardly repeat.
     rows = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
@@ -105,4 +105,4 @@ def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
         fs.pipe_file(temporary, buffer.getvalue())
         fs.mv(temporary, bare)
     except Exception as error:  # the drivers of remote stores have errors of their own
-        raise DataError(f"cannot write {path} ({error or type(error).__name__}); pass --index-dir DIR") from None
+        raise ConfigError(f"cannot write {path} ({error or type(error).__name__}); pass --index-dir DIR") from None

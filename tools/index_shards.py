@@ -18,7 +18,8 @@ or, as img2dataset writes it, {"caption": ...}) or in KEY.txt.
 --ray-address H:P    the Ray cluster of the workers; one of its own on this machine if not given
 
 A shard whose index fits is left alone, so the same command goes on after an interruption and after new shards.
-What is left out is counted and printed, with the reason. Exit status: 0, or 2 for shards that cannot be indexed.
+What is left out is counted and printed, with the reason. A shard that is damaged or cannot be read is named, and the
+others are indexed. Exit status: 0, or 2 for shards that cannot be indexed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from functools import partial
 from tqdm import tqdm
 
 from cogvit.arguments import run_command
-from cogvit.errors import ConfigError
-from cogvit.teacher.actors import connect, plan_cluster
+from cogvit.errors import ConfigError, DataError
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.index import DEFAULT_SOURCE, ShardReport, index_shard, load_index, shards_to_index
 from data_pipeline.rules import Rules
 from data_pipeline.server import run_tasks
@@ -55,11 +56,11 @@ class Arguments:
 
 
 def read_rules(arguments: Arguments) -> Rules:
-    """Return the rules of a command line. Errors: ConfigError for what is no number, or no choice."""
+    """Return the rules of a command line. Errors: ConfigError for what is no number, no choice, or out of bounds."""
     if arguments.captions not in ("any", "required"):
         raise ConfigError(f"--captions {arguments.captions} must be any or required")
     try:
-        return Rules(
+        rules = Rules(
             int(arguments.min_side_px),
             float(arguments.max_aspect),
             int(arguments.max_pixels),
@@ -67,6 +68,19 @@ def read_rules(arguments: Arguments) -> Rules:
         )
     except ValueError as error:
         raise ConfigError(f"--min-side-px, --max-aspect and --max-pixels take numbers: {error}") from None
+    if not (rules.min_side_px >= 1 and rules.max_aspect >= 1.0):
+        raise ConfigError(f"--min-side-px {rules.min_side_px} and --max-aspect {rules.max_aspect} must be at least 1")
+    if not 1 <= rules.max_pixels <= MAX_PIXELS:
+        raise ConfigError(f"--max-pixels {rules.max_pixels} must be 1 to {MAX_PIXELS}: larger images are never decoded")
+    return rules
+
+
+def index_or_tell(shard: str, index_dir: str, source: str, rules: Rules) -> ShardReport:
+    """Index one shard; one that cannot be is reported, so that the others are indexed."""
+    try:
+        return index_shard(shard, index_dir, source, rules)
+    except DataError as error:
+        return ShardReport(shard, 0, {}, reused=False, failure=str(error))
 
 
 def index_all(arguments: Arguments, shards: tuple[str, ...]) -> Iterator[ShardReport]:
@@ -74,10 +88,12 @@ def index_all(arguments: Arguments, shards: tuple[str, ...]) -> Iterator[ShardRe
     if not arguments.workers.isdecimal() or int(arguments.workers) < 1:
         raise ConfigError(f"--workers {arguments.workers} must be a number of 1 or more")
     workers, rules = int(arguments.workers), read_rules(arguments)
-    index_one = partial(index_shard, index_dir=arguments.index_dir, source=arguments.source, rules=rules)
+    index_one = partial(index_or_tell, index_dir=arguments.index_dir, source=arguments.source, rules=rules)
     if workers == 1:
         yield from map(index_one, shards)
         return
+    from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
+
     with connect(plan_cluster(arguments.ray_address), workers):
         yield from run_tasks(index_one, shards, in_flight=2 * workers)
 
@@ -86,16 +102,22 @@ def index_shards(arguments: Arguments) -> int:
     """Index the shards with a line of progress for each, or a bar on a terminal, then print what they hold."""
     shards = shards_to_index(arguments.pattern, arguments.index_dir)
     problems: Counter[str] = Counter()
+    failures: list[str] = []
     on_terminal = sys.stderr.isatty()
     reports = index_all(arguments, shards)
     for done, report in enumerate(tqdm(reports, total=len(shards), unit="shard", disable=not on_terminal), start=1):
         problems.update(report.problems)
-        if not on_terminal:
+        if report.failure:
+            failures.append(report.failure)
+            tqdm.write(f"[{done}/{len(shards)}] {report.failure}")
+        elif not on_terminal:
             state = "fits" if report.reused else "indexed"
             name = report.shard.rpartition("/")[2]
             print(f"[{done}/{len(shards)}] {name}: {report.num_images:,} images, {state}", flush=True)
     for reason, count in problems.most_common():
         print(f"left out: {count:,} x {reason}")
+    if failures:
+        raise DataError(f"{len(failures)} of {len(shards)} shards cannot be indexed: {failures[0]}")
     print(load_index(arguments.pattern, arguments.index_dir, duplicates="drop").describe())
     return 0
 

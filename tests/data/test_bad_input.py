@@ -92,7 +92,7 @@ def test_everything_is_indexed_or_counted(zoo):
     assert not found & {"empty", "jpeg_header", "bomb", "sliver", "banner", "link0", "link1", "link2", "link3"}
     counted = {
         "no known image format, or a damaged header": 1,
-        "the header does not parse: Truncated File Read": 1,
+        "the header does not parse": 1,
         "more than 89,478,485 pixels, as a decompression bomb has; shrink the image": 1,
         "a side is shorter than 8 px": 1,
         "the aspect ratio is beyond 6": 1,

@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from cogvit.batch import ShardVersion
-from cogvit.errors import DataError
+from cogvit.errors import ConfigError, DataError
 from data_pipeline.cache import ShardCache
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of
@@ -107,7 +107,7 @@ def test_a_command_that_fails_is_named_with_what_it_said():
 
 def test_the_index_of_a_web_servers_shards_needs_a_place(tmp_path):
     write_corpus(tmp_path, num_shards=1)
-    with serving(tmp_path) as server, pytest.raises(DataError, match=r"cannot write http.*; pass --index-dir DIR"):
+    with serving(tmp_path) as server, pytest.raises(ConfigError, match=r"cannot write http.*; pass --index-dir DIR"):
         index_of(server.url("train-00000.tar"), "")
 
 

@@ -49,6 +49,26 @@ def test_orientation_is_applied_to_size_and_pixels(image_format, orientation):
     assert read_image(data, (2, 2)).shape[0] * upright.shape[1] == read_image(data, (2, 2)).shape[1] * upright.shape[0]
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\xff", "9", "0"])
+def test_damaged_exif_turns_nothing(exif):
+    if not isinstance(exif, bytes):
+        tag, orientation = Image.Exif(), int(exif)
+        tag[0x112] = orientation
+        exif = tag.tobytes()
+    data = picture(32, 48, 2, "JPEG", exif=exif)
+    assert read_header(data) == Header(32, 48, "jpeg")
+    assert np.array_equal(read_image(data), read_image(picture(32, 48, 2, "JPEG")))
+
+
+def test_formats_that_other_programs_decode_are_none():
+    """Pillow hands EPS to Ghostscript, whatever its file is called."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    for read in (read_header, read_image):
+        with pytest.raises(DataError, match="no known image format"):
+            read(eps)
+
+
 def test_transparency_lies_on_white():
     image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     image.putpixel((1, 1), (10, 20, 30, 255))
@@ -73,6 +93,12 @@ def test_16_bit_gray_keeps_its_range():
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     pixels = read_image(encoded(Image.fromarray(ramp), "PNG"))
     assert np.array_equal(pixels[..., 0], (ramp // 257).astype(np.uint8))
+
+
+@pytest.mark.filterwarnings("error")
+def test_floats_are_cut_to_their_range():
+    samples = np.array([[0.5, 2.0, np.inf], [-1.0, np.nan, -np.inf]], np.float32)
+    assert read_image(encoded(Image.fromarray(samples), "TIFF"))[..., 0].tolist() == [[128, 255, 255], [0, 0, 0]]
 
 
 def test_animation_gives_its_first_frame():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -9,12 +10,18 @@ import pytest
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import ConfigError, DataError
+from cogvit.feed import open_corpus
 from data_pipeline.caption import CaptionChoice
 from data_pipeline.index import build_index, load_index
 from data_pipeline.rules import Rules
 from data_pipeline.shards import ShardReader
+<<<<<<< HEAD
 from data_pipeline.table import VERSION, index_path, read_table, write_table
 from tests.data.corpus import ANY_SIZE, indexed, members, picture, write_corpus, write_tar
+=======
+from data_pipeline.table import index_path
+from tests.data.corpus import ANY_SIZE, indexed, members, picture, run_config, write_corpus, write_tar
+>>>>>>> e66b1d2 (What indexing leaves out is all counted, damaged shards do not stop it, foreign bytes start no other program; shares cost the same under drawn budgets; a hung batch server is replaced)
 from tools.index_shards import main
 
 
@@ -117,16 +124,24 @@ def test_what_is_left_out_is_counted(tmp_path):
         ("broken.json", b"{"),
         ("evil\udcff.png", image),
         ("mask.seg.png", image),
+        ("photo.v1.jpg", picture(8, 8, 2, "JPEG")),
+        ("photo.v1.txt", b"of a key that ends at its first dot"),
+        ("good.cls", b"3"),
+        ("deep.png", image),
+        ("deep.json", b"[" * 200_000),
     ]
     write_tar(tmp_path / "s.tar", entries)
     (report,) = build(tmp_path)
-    assert report.num_images == 3
-    assert sum(report.problems.values()) == 8
+    assert report.num_images == 4
+    assert sum(report.problems.values()) == 14
+    assert report.problems["an image with a second dot in its name (keys end at the first one)"] == 2
+    assert report.problems["neither an image nor a caption by its name"] == 2
+    assert report.problems["a sample's json does not parse"] == 2
     assert report.problems["a second image of the same key"] == 1
     assert report.problems["captions without an image"] == 1
     assert report.problems["a name is not printable UTF-8"] == 1
     assert report.problems["a caption is not UTF-8: invalid continuation byte"] == 1
-    assert report.problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] == 2
+    assert report.problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] == 3
 
 
 def test_rules_leave_out_what_they_say(tmp_path):
@@ -167,6 +182,24 @@ def test_equal_images_are_used_once_when_asked(tmp_path):
     assert "left out: 3 x a second copy of an image" in index.describe()
 
 
+def test_of_equal_images_the_first_with_a_caption_is_used(tmp_path):
+    image = picture(8, 8, 0)
+    entries = [("mute.png", image), ("own.png", picture(8, 8, 1))]
+    entries += [*members("said", image, caption="x"), *members("twin", image, caption="y")]
+    write_tar(tmp_path / "s.tar", entries)
+    build(tmp_path)
+    assert load_index(str(tmp_path), duplicates="drop").keys.to_pylist() == ["own", "said"]
+
+
+def test_many_sources_are_told_in_one_short_line(tmp_path):
+    entries = [part for n in range(40) for part in members(f"{n:02d}", picture(8, 8, n), source=f"http://{n:02d}")]
+    entries += members("40", picture(8, 8, 40), source="http://39")
+    write_tar(tmp_path / "s.tar", entries)
+    build(tmp_path)
+    told = load_index(str(tmp_path)).describe()
+    assert "http://00 1, " in told and "http://39 2 and 20 more; captions" in told
+
+
 @pytest.mark.parametrize(
     ("rule", "kept"),
     [
@@ -199,12 +232,32 @@ def test_rules_over_the_index(tmp_path, rule, kept):
         ("__import__('os').system('x')", "does not understand"),
         ("1 < 2", "does not compare columns"),
         ("source > 3", "does not fit the columns"),
+        ("key in (1, 2)", "does not fit the columns"),
+        ("width_px + 1", "does not fit the columns"),
+        ("source in (1, 'x')", "does not compare columns"),
+        ("1 / 0 < width_px", "does not compare columns"),
+        ("width_px < 99999999999999999999", "does not compare columns"),
+        ("source == '\\ud800'", "does not compare columns"),
+        ("source in 'red'", r"looks in 'red', which is no list; write \('red',\)"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(tmp_path, rule, message):
     indexed(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_index(str(tmp_path), where=rule)
+
+
+def test_a_run_names_the_held_out_shards_that_it_lacks(tmp_path):
+    indexed(tmp_path / "train")
+    config = run_config(shards=str(tmp_path / "train"), eval_shards=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"--data\.eval-shards: shard .*gone does not exist.*--eval\.every-steps 0 "):
+        open_corpus(replace(config, eval=replace(config.eval, every_steps=5)))
+
+
+def test_a_rule_that_leaves_nothing_is_named(tmp_path):
+    indexed(tmp_path)
+    with pytest.raises(DataError, match=r"hold no usable image; --data\.where 'width_px > 999' leaves none"):
+        load_index(str(tmp_path), where="width_px > 999")
 
 
 def test_second_run_reuses_and_a_changed_shard_is_refused_until_it_is_indexed_again(tmp_path):
@@ -298,6 +351,18 @@ def test_command_indexes_and_reports(tmp_path, capsys):
     assert "41 images in 3 shards; sources: blue 8, mine 1, red 32; captions: en 81, zh 20" in out
 
 
+def test_damaged_shards_are_named_and_the_others_indexed(tmp_path, capsys):
+    pattern = write_corpus(tmp_path, num_shards=4)
+    for number in (0, 2):
+        (tmp_path / f"train-0000{number}.tar").write_bytes(b"no tar" * 400)
+    assert main([pattern, "--min-side-px", "1"]) == 2
+    printed = capsys.readouterr()
+    assert "[1/4]" in printed.out and "[3/4]" in printed.out and printed.out.count("is not a plain tar") == 2
+    assert printed.err.startswith("error: 2 of 4 shards cannot be indexed: ") and printed.err.count("\n") == 1
+    assert "train-00000.tar is not a plain tar" in printed.err
+    assert len(load_index(f"{pattern}/train-0000{{1,3}}.tar")) == 40
+
+
 @pytest.mark.timeout(180)
 def test_workers_write_what_one_process_writes_and_report_a_bad_shard(tmp_path, capsys):
     pattern = write_corpus(tmp_path, num_shards=5)
@@ -326,6 +391,9 @@ def test_workers_write_what_one_process_writes_and_report_a_bad_shard(tmp_path, 
         ["x", "--workers", "no"],
         ["x", "--max-aspect", "wide"],
         ["x", "--captions", "some"],
+        ["x", "--max-aspect", "nan"],
+        ["x", "--min-side-px", "0"],
+        ["x", "--max-pixels", "200000000"],
         ["/nowhere/*.tar"],
     ],
 )

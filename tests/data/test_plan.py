@@ -248,6 +248,22 @@ def test_shares_cost_the_same(samples, owned):
     assert neighbors == owned  # each share reads a stretch of its own
 
 
+@pytest.mark.parametrize(("samples", "owned"), [(400, False), (160_000, True)])
+def test_shares_cost_the_same_whatever_budgets_are_drawn(samples, owned):
+    """In shards of large images as in those of small ones, which the same budgets bring closer together."""
+    index = bare_index([samples])
+    index.rows[:] = np.sort(index.rows, order="height_px")
+    data = {"global_batch_images": 1024, "canonical_shares": 8, "max_patches": 100, "lookahead_steps": 4}
+    planner = Planner(index, spec_of(**data, budgets_patches=(8, 30, 100)), 0)
+    sizes = set()
+    for step in range(0, 60, 7):
+        batch = planner.batch(step)
+        loads = np.bincount(batch.share, weights=batch.cost, minlength=8)
+        assert loads.max() <= 1.01 * loads.mean()
+        sizes.add(np.ptp(np.bincount(batch.share, minlength=8)) > 100)
+    assert sizes == {owned}  # shares of small images have more of them
+
+
 def test_each_share_is_planned_alone():
     index, spec = bare_index([3000, 40]), spec_of(global_batch_images=128, mixture=(("source0", 3.0), ("source1", 1.0)))
     for step in (0, 1, 7, 50):

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -21,7 +22,7 @@ from cogvit.errors import DataError
 from cogvit.teacher.actors import Cluster, connect, plan_cluster
 from data_pipeline.index import Index, build_index, load_index
 from data_pipeline.loader import step_batches, steps_ahead
-from data_pipeline.server import BatchRequest, BatchServer, batch_bytes, served_batches
+from data_pipeline.server import BatchActor, BatchRequest, BatchServer, batch_bytes, served_batches
 from data_pipeline.topology import Seat, topology_of
 from tests.data.corpus import ANY_SIZE, members, picture, run_config, write_corpus, write_tar
 from tests.pool import Pool
@@ -39,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def server(cluster: Cluster) -> BatchServer:
     """A rank's view of the actor, which lives on from test to test while a view of it does."""
-    return BatchServer(num_threads=2)
+    return BatchServer(num_threads=2, max_wait_s=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_killed_actor_loses_nothing(server: BatchServer, index: Index, config:
 
 def take_elsewhere(rank: int, world: int, cluster: Cluster, config: RunConfig) -> tuple[list[StepBatch], int]:
     with connect(cluster, num_actors=0):
-        server = BatchServer(num_threads=2)
+        server = BatchServer(num_threads=2, max_wait_s=120.0)
         index = load_index(config.data.shards)
         steps = served(server, index, config, seat_of(config, 1, 2))
         own = [replace(step, micro=tuple(map(in_own_memory, step.micro))) for step in steps]
@@ -172,15 +173,47 @@ class Mortal:
         os._exit(1)
 
 
-def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig) -> None:
+def view_of(kind: type, generation: int, max_wait_s: float = 120.0) -> BatchServer:
+    """A view of an actor of some kind, at generations of its own."""
     import ray
 
-    doomed = BatchServer(num_threads=1)
-    doomed._actor_class = ray.remote(Mortal)
-    doomed._generation = 100  # of its own
-    doomed._start_next()
-    with pytest.raises(DataError, match=r"died 4 times of step 3;.*--data\.loading in_process"):
+    server = BatchServer(num_threads=1, max_wait_s=max_wait_s)
+    server._actor_class = ray.remote(kind)
+    server._generation = generation - 1
+    server._start_next()
+    return server
+
+
+def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig) -> None:
+    doomed = view_of(Mortal, generation=100)
+    with pytest.raises(DataError, match=r"died or was silent.* 4 times, at step 3;.*--data\.loading in_process"):
         doomed.result(doomed.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
+
+
+class Deaf:
+    """Takes a request and never answers."""
+
+    def __init__(self, directory: str) -> None:
+        pass
+
+    def batch(self, request: BatchRequest) -> None:
+        time.sleep(1e6)
+
+
+def test_an_actor_that_hangs_before_its_first_batch_is_replaced(cluster: Cluster, config: RunConfig) -> None:
+    import ray
+    from ray.exceptions import ActorDiedError
+
+    request = BatchRequest(config, True, seat_of(config, 0, 1), 3)
+    successor = view_of(BatchActor, generation=201)
+    expected = successor.result(successor.submit(request))  # it has started and read its index
+    hanging = view_of(Deaf, generation=200, max_wait_s=5.0)
+    hung = hanging._actor
+    found = hanging.result(hanging.submit(request))
+    assert found.position == expected.position and found.micro[0].samples == expected.micro[0].samples
+    assert torch.equal(found.micro[0].images.patches, expected.micro[0].images.patches)
+    with pytest.raises(ActorDiedError):
+        ray.get(hung.batch.remote(request), timeout=60.0)
 
 
 def test_room_for_batches(index: Index, config: RunConfig) -> None:

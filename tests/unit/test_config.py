@@ -113,6 +113,13 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         (DISTILL, ["--data.mixture", '[["web", -1.0]]'], 1, "data.mixture gives 'web' the weight -1.0; weights are"),
         (DISTILL, ["--data.prefetch-steps=-1"], 1, "data.prefetch_steps=-1 must not be negative"),
         (DISTILL, ["--teachers.max-wait-s=-1"], 1, "teachers.max_wait_s=-1.0 must be positive"),
+        (CONTRAST, ["--data.max-wait-s=0"], 1, "data.max_wait_s=0.0 must be positive"),
+        (
+            CONTRAST,
+            ["--data.loading=server", "--parallel.step-timeout-s=200"],
+            1,
+            r"step_timeout_s=200\.0 must be above data\.max_wait_s=300",
+        ),
         (DISTILL, ["--zero.stage", "0"], 1, r"--zero\.stage 0 is refused.*use 1 or 2"),
         (DISTILL, ["--zero.stage", "3"], 1, r"--zero\.stage 3 is refused.*use 1 or 2"),
         (DISTILL, ["--parallel.sequence"], 1, r"--parallel\.sequence needs --parallel\.tp of 2 or more"),

@@ -156,7 +156,7 @@ def serving(directory: Path) -> Iterator[str]:
     yield "| 500 x 375 JPEG, made by | ms of the rank's CPU an image, median |"
     yield "|---|---|"
     with connect(plan_cluster(""), num_actors=0):
-        makers = {"threads of the rank": None, "the node's batch server": BatchServer(num_threads=1)}
+        makers = {"threads of the rank": None, "the node's batch server": BatchServer(num_threads=1, max_wait_s=300.0)}
         found: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(ROUNDS):
             for name, server in makers.items():
