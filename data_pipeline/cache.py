@@ -104,12 +104,16 @@ class ShardCache:
         """Make room for a shard and hold it with a file of its size; None where others are in the way for now."""
         unfinished = self._entry(version).with_suffix(_UNFINISHED)
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o644)
-        if _is_ours(descriptor) and self._make_room(unfinished, version.size_bytes):
-            os.truncate(descriptor, 0)
-            os.posix_fallocate(descriptor, 0, max(1, version.size_bytes))
-            return descriptor
-        os.close(descriptor)
-        return None
+        reserved = False
+        try:
+            if _is_ours(descriptor) and self._make_room(unfinished, version.size_bytes):
+                os.truncate(descriptor, 0)
+                os.posix_fallocate(descriptor, 0, max(1, version.size_bytes))
+                reserved = True
+        finally:  # a full disk must not keep the lock
+            if not reserved:
+                os.close(descriptor)
+        return descriptor if reserved else None
 
     def _make_room(self, unfinished: Path, needed_bytes: int) -> bool:
         """Remove what died while it was fetched, and the entries that were read longest ago, as far as it takes."""

@@ -23,6 +23,7 @@ from data_pipeline.table import index_path
 from tests.data.corpus import ANY_SIZE, members, picture, run_config, write_corpus, write_tar
 from tests.data.remote import serving
 from tests.data.test_loader import contents, take
+from tests.disk import files_of_at_most
 
 LARGE = 1 << 30
 
@@ -226,6 +227,12 @@ def test_what_was_read_longest_ago_leaves_first(shelf):
 def test_a_shard_larger_than_the_cache_is_refused(shelf):
     with pytest.raises(DataError, match=r"10000 bytes, more than --data\.cache-bytes 9999; raise it"):
         shelf(0, 9_999)
+
+
+def test_a_disk_that_fills_up_keeps_nobody_out(shelf):
+    with files_of_at_most(2048), pytest.raises(DataError, match=r"--data\.cache-dir .* cannot be used: File too large"):
+        shelf(0, 30_000)
+    assert shelf(0, 30_000) == [0]  # the reservation is not held any more
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_fetches_counts(shelf):

@@ -37,14 +37,12 @@ def test_index_records_every_sample(tmp_path):
     for row in range(24):
         ref = index.ref(row)
         height_px, width_px = (int(index.rows[name][row]) for name in ("height_px", "width_px"))
-        extension, image_format = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[row % 3]
-        expected = picture(6 + 5 * (row % 4), 5 + 7 * (row % 3), row, image_format)
+        expected = picture(6 + 5 * (row % 4), 5 + 7 * (row % 3), row, ("PNG", "JPEG", "WEBP")[row % 3])
         assert (height_px, width_px) == (6 + 5 * (row % 4), 5 + 7 * (row % 3))
         assert ShardReader().read(ref.shard, ref.offset_bytes, ref.size_bytes) == expected
         source = "red" if row % 5 else "blue"
         assert ref.sample_id == name_to_int64(f"{source}/train-{row // 12:05d}.tar/{row % 12:04d}")
         assert index.rows["num_captions"][row].tolist() == [2, row % 2]
-        assert extension in ("png", "jpg", "webp")
 
 
 def test_index_knows_the_length_of_every_caption(tmp_path):

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, i
 from cogvit.teacher.stream import FeatureRequest, Features, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
+from tests.disk import files_of_at_most
 from tools.verify_features import Arguments, verify
 
 SHARDS = ("data/first.tar", "data/second.tar")
@@ -189,17 +187,6 @@ def test_a_full_disk_leaves_nothing_half_written(directory: Path, local: LocalFe
         write_shard(path, header, [1], [torch.zeros(100, 32)])
     assert path.read_bytes() == before
     assert not list(directory.rglob("*.part"))
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The system refuses what goes beyond, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 HOLDER = """
