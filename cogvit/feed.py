@@ -46,7 +46,6 @@ def open_corpus(config: RunConfig) -> Corpus:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
     if config.eval.every_steps and not data.eval_shards:
         raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
-<<<<<<< HEAD
     if config.objective == "contrast":
         load_tokenizer(data.tokenizer, config.text.vocab_size)
     held_out = None
@@ -56,15 +55,6 @@ def open_corpus(config: RunConfig) -> Corpus:
         except DataError as error:
             raise DataError(f"--data.eval-shards, which --eval.every-steps 0 does without: {error}") from None
     return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out)
-=======
-    train = open_index(data, data.shards) if data.order == "planned" else None
-    if not config.eval.every_steps:
-        return Corpus(train, None)
-    try:
-        return Corpus(train, open_index(data, data.eval_shards))
-    except DataError as error:
-        raise DataError(f"--data.eval-shards: {error}; --eval.every-steps 0 trains without held-out shards") from None
->>>>>>> e66b1d2 (What indexing leaves out is all counted, damaged shards do not stop it, foreign bytes start no other program; shares cost the same under drawn budgets; a hung batch server is replaced)
 
 
 def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:

@@ -68,11 +68,7 @@ class Tokenizer(Protocol):
 def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
     """Read a sample's `json` member; a `txt` member counts as {"caption": ...}, a `cls` member as {"label": ...}.
 
-<<<<<<< HEAD
-    Errors: DataError when the bytes are not UTF-8, not a JSON object or not a whole number.
-=======
-    Errors: DataError when the bytes are not UTF-8 or not a JSON object; its message is a reason to count by.
->>>>>>> e66b1d2 (What indexing leaves out is all counted, damaged shards do not stop it, foreign bytes start no other program; shares cost the same under drawn budgets; a hung batch server is replaced)
+    Errors: DataError when the bytes are not UTF-8, not a JSON object or not a whole number; a reason to count by.
     """
     if extension == "cls":
         try:

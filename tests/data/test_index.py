@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -10,18 +9,12 @@ import pytest
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import ConfigError, DataError
-from cogvit.feed import open_corpus
 from data_pipeline.caption import CaptionChoice
 from data_pipeline.index import build_index, load_index
 from data_pipeline.rules import Rules
 from data_pipeline.shards import ShardReader
-<<<<<<< HEAD
 from data_pipeline.table import VERSION, index_path, read_table, write_table
 from tests.data.corpus import ANY_SIZE, indexed, members, picture, write_corpus, write_tar
-=======
-from data_pipeline.table import index_path
-from tests.data.corpus import ANY_SIZE, indexed, members, picture, run_config, write_corpus, write_tar
->>>>>>> e66b1d2 (What indexing leaves out is all counted, damaged shards do not stop it, foreign bytes start no other program; shares cost the same under drawn budgets; a hung batch server is replaced)
 from tools.index_shards import main
 
 
@@ -243,13 +236,6 @@ def test_rules_that_mean_nothing_are_refused(tmp_path, rule, message):
     indexed(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_index(str(tmp_path), where=rule)
-
-
-def test_a_run_names_the_held_out_shards_that_it_lacks(tmp_path):
-    indexed(tmp_path / "train")
-    config = run_config(shards=str(tmp_path / "train"), eval_shards=str(tmp_path / "gone"))
-    with pytest.raises(DataError, match=r"--data\.eval-shards: shard .*gone does not exist.*--eval\.every-steps 0 "):
-        open_corpus(replace(config, eval=replace(config.eval, every_steps=5)))
 
 
 def test_a_rule_that_leaves_nothing_is_named(tmp_path):
