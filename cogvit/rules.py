@@ -132,7 +132,6 @@ def check_data(config: RunConfig) -> None:
     _require(0.0 <= data.zh_fraction <= 1.0, f"data.zh_fraction={data.zh_fraction} must be in [0, 1]")
     _require(0.0 < data.crop <= 1.0, f"--data.crop {data.crop} must be in (0, 1]: the smallest share of the area kept")
     _require(0.0 <= data.color < 1.0, f"--data.color {data.color} must be in [0, 1); 0 turns it off")
-    _require(0.0 < data.max_wait_s < math.inf, f"data.max_wait_s={data.max_wait_s} must be positive")
     _require(
         data.loading == "in_process" or not 0.0 < config.parallel.step_timeout_s <= data.max_wait_s,
         f"parallel.step_timeout_s={config.parallel.step_timeout_s} must be above data.max_wait_s={data.max_wait_s}: a"
@@ -168,6 +167,7 @@ def _check_schedules(data: DataConfig) -> None:
 
 
 def _check_shards(data: DataConfig) -> None:
+    _require(0.0 < data.max_wait_s < math.inf, f"data.max_wait_s={data.max_wait_s} must be positive")
     _require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
     planned = data.order == "planned"
     for name, default in (
