@@ -117,7 +117,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         ("mask.seg.png", image),
         ("photo.v1.jpg", picture(8, 8, 2, "JPEG")),
         ("photo.v1.txt", b"of a key that ends at its first dot"),
-        ("good.cls", b"3"),
+        ("good.mp3", b"neither"),
         ("deep.png", image),
         ("deep.json", b"[" * 200_000),
     ]
