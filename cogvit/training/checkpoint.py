@@ -296,19 +296,23 @@ def _to_resume(folder: Folder) -> Folder | None:
 def another_version(path: Folder) -> str | None:
     """Return what is wrong with a checkpoint's format, or None where it is ours or cannot be told."""
     try:
-        found = json.loads(path.read(_MANIFEST)).get("format")
+        return _other_format(json.loads(path.read(_MANIFEST)))
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _other_format(manifest: dict[str, Any]) -> str | None:
+    found = manifest.get("format")
     return None if found in (FORMAT, None) else f"its format is {found}, this version reads {FORMAT}"
 
 
 def verify(path: Folder) -> str | None:
     """Return what is wrong with a checkpoint, or None. Errors: CheckpointError when an object store does not answer."""
-    if foreign := another_version(path):
-        return foreign
     try:
-        files = json.loads(path.read(_MANIFEST))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        manifest = json.loads(path.read(_MANIFEST))
+        if foreign := _other_format(manifest):
+            return foreign
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     sizes = path.sizes()

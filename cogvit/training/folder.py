@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -90,11 +90,8 @@ class Folder:
         """Remove a file, or the folder with all that is in it; what is not there is no error."""
         fs, path = self._place()
         fs.invalidate_cache()
-        try:
-            with self._answers():
-                fs.rm(f"{path}/{name}" if name else path, recursive=not name)
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError), self._answers():
+            fs.rm(f"{path}/{name}" if name else path, recursive=not name)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         fs, path = self._place()
