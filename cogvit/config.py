@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -119,7 +120,11 @@ class TeachersConfig:
     )
     store: str = option("", "directory of tools/precompute_features")
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
-    actors_per_teacher: int = option(1, "Ray actors that serve each teacher")
+    actors_per_teacher: int = option(1, "Ray actors that serve each teacher, spread over the nodes of the cluster")
+    actor_cpus: float = option(1.0, "CPUs of the Ray cluster that an actor takes, and threads of its forward")
+    actor_gpus: float = option(
+        0.0, "GPUs of the Ray cluster that an actor takes; a fraction shares one, 0 leaves teachers on the CPU"
+    )
     in_flight_steps: int = option(2, "steps whose features are requested ahead")
     max_in_flight_bytes: int = option(
         128 * 2**20, "a rank sends actors no further request while it waits for this many bytes of features"
@@ -141,6 +146,11 @@ class TeachersConfig:
     def num_actors(self) -> int:
         """How many actors serve a run."""
         return len(self.members) * self.actors_per_teacher
+
+    @property
+    def num_cpus(self) -> int:
+        """CPUs that they take."""
+        return math.ceil(self.num_actors * self.actor_cpus)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
     """
     teachers, served = config.teachers, config.data.loading == "server"
     asks = config.objective == "distill" and teachers.source != "store"
-    num_actors = teachers.num_actors if asks else 0
+    num_cpus = teachers.num_cpus if asks else 0
     with ExitStack() as stack:
         if asks or served:
             from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
@@ -118,11 +118,11 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             planned = plan_cluster(teachers.ray_address)
-            cluster = mesh.from_writer(lambda: stack.enter_context(connect(planned, num_actors, store_bytes)))
+            cluster = mesh.from_writer(lambda: stack.enter_context(connect(planned, num_cpus, store_bytes)))
             failure = None
             if not mesh.is_writer and (served or leads_replica(mesh)):
                 try:
-                    stack.enter_context(connect(cluster, num_actors))
+                    stack.enter_context(connect(cluster, num_cpus))
                 except CogViTError as error:
                     failure = error
             mesh.raise_together(failure)

@@ -13,7 +13,8 @@ _EXECUTION = (
     "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_wait_s", "data.max_bad_fraction",
-    "teachers.actors_per_teacher", "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
+    "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus",
+    "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
     "teachers.ray_address", "teachers.source", "teachers.store", "contrast.loss", "contrast.chunk_pairs",
 )  # fmt: skip
 

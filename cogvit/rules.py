@@ -238,6 +238,12 @@ def _check_teachers(config: RunConfig) -> None:
         _check_teacher(member)
     for name in ("actors_per_teacher", "in_flight_steps"):
         _require(getattr(teachers, name) >= 1, f"teachers.{name}={getattr(teachers, name)} must be at least 1")
+    for name, holds in (("actor_cpus", teachers.actor_cpus > 0.0), ("actor_gpus", teachers.actor_gpus >= 0.0)):
+        share = getattr(teachers, name)
+        _require(
+            holds and (share <= 1.0 or share.is_integer()),
+            f"teachers.{name}={share} must be a share of one{'' if holds else ' above 0'}, or a whole number of them",
+        )
     _require(
         teachers.max_in_flight_bytes >= 1,
         f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",

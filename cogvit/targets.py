@@ -47,24 +47,29 @@ def shared_source(config: RunConfig, train: Index | None, held_out: Index | None
     source, failure = None, None
     try:
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:
-            source = open_source(config, makers, [index for index in (train, held_out) if index is not None])
+            indexes = [index for index in (train, held_out) if index is not None]
+            source = open_source(config, makers, indexes, first_lane=mesh.dp_rank)
     except CogViTError as error:
         failure = error
     mesh.raise_together(failure)
     return _standardized(config, train, mesh, source, makers)
 
 
-def open_source(config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index]) -> FeatureSource:
+def open_source(
+    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], first_lane: int = 0
+) -> FeatureSource:
     """Open the store for the shards of some indexes, the actors on the cluster that this process is in, or both.
 
+    first_lane: as TeacherPool's.
     Errors: ConfigError names what differs.
     """
     teachers = config.teachers
     store = stored_features(config, makers, indexes) if teachers.source != "online" else None
     if store is not None and teachers.source == "store":
+        store.require_all()
         return store
     augmentation, cache = augmentation_of(config.data), cache_of(config.data)
-    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache))
+    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), first_lane)
     return pool if store is None else FirstThen(store, pool)
 
 

@@ -52,7 +52,7 @@ def fit(config: RunConfig, num_images: int) -> None:
     makers, index = makers_of(teachers), open_index(config.data, config.data.shards)
     with ExitStack() as stack:
         if teachers.source != "store":
-            stack.enter_context(connect(plan_cluster(teachers.ray_address), teachers.num_actors))
+            stack.enter_context(connect(plan_cluster(teachers.ray_address), teachers.num_cpus))
         source = open_source(config, makers, [index])
         packs = stack.enter_context(closing(sample_requests(config, index)))
         requests = counted(packs, min(num_images, len(index)))

@@ -21,27 +21,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cogvit.arguments import asks_for_help, take_flag
-from cogvit.config import RunConfig
+from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
 from cogvit.targets import makers_of
-from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
+from cogvit.teacher.actors import TeacherPool, answer_bytes, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
-from cogvit.teacher.shard import write_shard
+from cogvit.teacher.shard import shard_writer
 from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, writing
-from cogvit.teacher.stream import FeatureRequest, FeatureSource, is_summary, submit_ahead
+from cogvit.teacher.stream import FeatureRequest, Features, FeatureSource, is_summary, submit_ahead
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
@@ -113,42 +113,75 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
     return Job(out, makers, dtype, found, tuple(lacking.values()))
 
 
-def run_job(job: Job, source: FeatureSource) -> None:
-    """Compute and write what is missing, with a line of progress for each shard.
+def run_job(job: Job, source: FeatureSource, in_flight: int = 2) -> None:
+    """Compute and write what is missing, with a line of progress for each shard and in_flight requests ahead.
 
     Errors: ConfigError when the store is another job's or other teachers'; DataError for a shard that cannot be read or
     a disk that is full; those of the source.
     """
     total, done, start_s = sum(len(shard.rows) for shard in job.shards), 0, time.monotonic()
+    asked = (
+        (number, request)
+        for number, shard in enumerate(job.shards)
+        for request in shard_requests(shard.index, shard.rows, shard.grid_hw)
+    )
+    under_way = submit_ahead(asked, lambda pair: source.submit(pair[1]), in_flight)  # across the ends of shards
     with writing(job.out, job.makers, job.dtype):
-        for number, shard in enumerate(job.shards, start=1):
-            num_bytes = _store_shard(job, source, shard)
+        for number, answers in groupby(under_way, key=lambda answer: answer[0][0]):
+            shard = job.shards[number]
+            num_bytes = _store_shard(job, shard, (source.result(handle) for _, handle in answers))
             done += len(shard.rows)
             images_per_s = done / (time.monotonic() - start_s)
             print(
-                f"[{number}/{len(job.shards)}] {shard.path}: {len(shard.rows):,} images, {num_bytes / 2**20:,.1f} MiB,"
-                f" {images_per_s:,.0f} images/s, {(total - done) / images_per_s:,.0f} s left",
+                f"[{number + 1}/{len(job.shards)}] {shard.path}: {len(shard.rows):,} images,"
+                f" {num_bytes / 2**20:,.1f} MiB, {images_per_s:,.0f} images/s,"
+                f" {(total - done) / images_per_s:,.0f} s left",
                 flush=True,
             )
 
 
-def _store_shard(job: Job, source: FeatureSource, shard: Shard) -> int:
-    """Write the features of one shard for every teacher; returns their bytes."""
-    found: dict[str, list[Tensor]] = {teacher: [] for teacher in source.dims}
-    requests = shard_requests(shard.index, shard.rows, shard.grid_hw)
-    for _, handle in submit_ahead(requests, source.submit, in_flight=2):
-        for teacher, features in source.result(handle).items():
-            found[teacher].append(features)
+def _store_shard(job: Job, shard: Shard, answers: Iterable[Features]) -> int:
+    """Write the features of one shard for every teacher as they come; returns their bytes."""
     num_tokens = shard.grid_hw.prod(axis=1).tolist()
     sample_ids = shard.index.rows["sample_id"][shard.rows].tolist()
-    num_bytes = 0
-    for teacher, pieces in found.items():
-        path = path_of(job.out, teacher, shard.path, shard.contents)
-        header = header_of(job.makers[teacher], job.dtype, shard.contents)
-        num_rows = [1] * len(num_tokens) if is_summary(teacher) else num_tokens
-        write_shard(path, header, sample_ids, torch.cat(pieces).split(num_rows))
-        num_bytes += path.stat().st_size
-    return num_bytes
+    paths = {teacher: path_of(job.out, teacher, shard.path, shard.contents) for teacher in job.makers}
+    num_rows = {teacher: [1] * len(num_tokens) if is_summary(teacher) else num_tokens for teacher in job.makers}
+    with ExitStack() as stack:
+        appends = {
+            teacher: stack.enter_context(
+                shard_writer(
+                    paths[teacher],
+                    header_of(maker, job.dtype, shard.contents),
+                    sample_ids,
+                    num_rows[teacher],
+                    maker.dim,
+                )
+            )
+            for teacher, maker in job.makers.items()
+        }
+        written = 0  # samples
+        for features in answers:
+            here = slice(written, written + IMAGES_PER_REQUEST)
+            for teacher, append in appends.items():
+                for feature in features[teacher].split(num_rows[teacher][here]):
+                    append(feature)
+            written = here.stop
+    return sum(path.stat().st_size for path in paths.values())
+
+
+def idle_actors(teachers: TeachersConfig, job: Job) -> str:
+    """Return what is to be said where teachers.max_in_flight_bytes is too small for every actor to work, or nothing."""
+    shard = job.shards[0]
+    request = next(shard_requests(shard.index, shard.rows, shard.grid_hw))
+    request_bytes = answer_bytes(request, {name: maker.dim for name, maker in job.makers.items()}, teachers.precision)
+    busy = max(1, teachers.max_in_flight_bytes // request_bytes)
+    if busy >= teachers.actors_per_teacher:
+        return ""
+    return (
+        f"only {busy} of {teachers.actors_per_teacher} actors of a teacher have work at a time:"
+        f" --teachers.max-in-flight-bytes {teachers.max_in_flight_bytes} holds {busy} requests of {request_bytes:,}"
+        f" bytes; {2 * teachers.actors_per_teacher * request_bytes} keeps all of them busy"
+    )
 
 
 def take_dtype(argv: list[str]) -> tuple[StoreDtype | None, list[str]]:
@@ -183,8 +216,11 @@ def main(argv: list[str]) -> int:
         job, teachers = plan_job(config, dtype), config.teachers
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
-            with connect(plan_cluster(teachers.ray_address), teachers.num_actors):
-                run_job(job, TeacherPool(teachers, partial(image_of, cache=cache_of(config.data))))
+            if note := idle_actors(teachers, job):
+                print(note)
+            with connect(plan_cluster(teachers.ray_address), teachers.num_cpus):
+                pool = TeacherPool(teachers, partial(image_of, cache=cache_of(config.data)))
+                run_job(job, pool, in_flight=2 * teachers.actors_per_teacher)
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -7,7 +7,6 @@ Exit status: 0, or 2 when something is wrong.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from cogvit.arguments import run_command
 from cogvit.errors import ConfigError, DataError
 from cogvit.teacher.shard import open_shard
+from cogvit.teacher.store import read_manifest
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ def verify_file(path: Path, manifest: dict[str, str]) -> int:
 def verify(arguments: Arguments) -> int:
     """Print a line for each damaged file and one for the store; returns the exit status.
 
-    Errors: ConfigError when the directory is no store.
+    Errors: ConfigError when the directory is no store or a manifest is none.
     """
     manifests = sorted(Path(arguments.directory).glob("*/manifest.json"))
     if not manifests:
         raise ConfigError(f"{arguments.directory} is no feature store: no TEACHER/manifest.json in it")
     num_damaged = 0
     for manifest in manifests:
-        said = json.loads(manifest.read_text())
+        said = read_manifest(manifest, "remove the directory and make it again")
         num_images, paths = 0, sorted(manifest.parent.glob("*.safetensors"))
         for path in paths:
             try:

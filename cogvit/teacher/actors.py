@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -55,11 +55,12 @@ def plan_cluster(ray_address: str) -> Cluster:
 
 
 @contextmanager
-def connect(cluster: Cluster, num_actors: int, batch_bytes: int = 0) -> Iterator[Cluster]:
+def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[Cluster]:
     """Join the cluster for the length of the block, from the main thread; yields it with its address.
 
-    A cluster of our own is started by the first to connect, has a CPU for each actor and room for batch_bytes beside
-    features, and ends with the block; its processes are bound to this one, so they end when it is killed too.
+    A cluster of our own is started by the first to connect, has num_cpus for actors, the machine's GPUs and room for
+    batch_bytes beside features, and ends with the block; its processes are bound to this one, so they end when it is
+    killed too.
 
     Errors: ConfigError when the cluster cannot be reached, TeacherUnavailable when Ray does not start.
     """
@@ -77,7 +78,7 @@ def connect(cluster: Cluster, num_actors: int, batch_bytes: int = 0) -> Iterator
         directory = "" if cluster.address else stack.enter_context(_scratch())
         stack.callback(ray.shutdown)
         with _kept_sigterm():
-            address = _join(cluster) if cluster.address else _start(cluster, num_actors, batch_bytes, directory)
+            address = _join(cluster) if cluster.address else _start(cluster, num_cpus, batch_bytes, directory)
         yield replace(cluster, address=address)
 
 
@@ -87,7 +88,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
 
 
-def _start(cluster: Cluster, num_actors: int, batch_bytes: int, directory: str) -> str:
+def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, directory: str) -> str:
     """Start a cluster on this machine, with its sockets and logs in a directory; returns its address.
 
     Errors: TeacherUnavailable when Ray gives up.
@@ -98,7 +99,7 @@ def _start(cluster: Cluster, num_actors: int, batch_bytes: int, directory: str) 
         context = ray.init(
             address="local",
             namespace=cluster.namespace,
-            num_cpus=num_actors,
+            num_cpus=num_cpus,
             object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
             include_dashboard=False,
             log_to_driver=False,
@@ -140,16 +141,33 @@ class TeacherActor:
     """One teacher in a process of its own."""
 
     def __init__(self, member: TeacherConfig, config: TeachersConfig, decode: DecodeImage) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(config.actor_cpus)))
         self._name, self._decode = member.name, decode
         self._teacher = load_teacher(
-            member.path, config.precision, layer=member.layer, parts=tuple(member.parts), compiled=config.compile
+            member.path,
+            config.precision,
+            layer=member.layer,
+            parts=tuple(member.parts),
+            compiled=config.compile,
+            device=_device(config),
         )
 
     def features(self, request: FeatureRequest) -> dict[str, NDArray[Any]]:
         """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for."""
         found = answer(self._name, self._teacher, request, self._decode)
         return {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
+
+
+def _device(config: TeachersConfig) -> torch.device:
+    """Return where an actor's teacher runs. Errors: ConfigError when Ray has given it a GPU that torch cannot use."""
+    if not config.actor_gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"torch {torch.__version__} on {socket.gethostname()} sees no GPU; pass --teachers.actor-gpus 0, or install"
+            " its CUDA build there"
+        )
+    return torch.device("cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +197,45 @@ class Pending:
     calls: dict[str, Call]
 
 
+def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: str) -> int:
+    """Return the size of an answer before it is made; dims has the channels of what is asked, by name."""
+    value_bytes = 2 if precision == "bf16" else 4
+    return sum(num_rows(name, request) * dim * value_bytes for name, dim in dims.items())
+
+
+def check_room(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the actors with the CPUs and GPUs of a cluster's nodes. Errors: ConfigError, before anybody waits."""
+    needs = {"CPU": config.actor_cpus, "GPU": config.actor_gpus}
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    room = sum(min(int(one.get(kind, 0.0) / need + 1e-6) for kind, need in needs.items() if need) for one in have)
+    if room < config.num_actors:
+        found = "; ".join(" and ".join(f"{one.get(kind, 0.0):g} {kind}s" for kind in needs) for one in have)
+        raise ConfigError(
+            f"{config.num_actors} teacher actors of {config.actor_cpus:g} CPUs and {config.actor_gpus:g} GPUs do not"
+            f" fit the Ray cluster, which has room for {room} (nodes: {found}); lower --teachers.actors-per-teacher,"
+            " --teachers.actor-cpus or --teachers.actor-gpus, or give Ray more (RAY_CPUS and RAY_GPUS of launch/env.sh)"
+        )
+
+
 class TeacherPool:
     """The actors of a run as a FeatureSource; every rank that asks has a pool, and all pools share the actors.
 
-    Which actor answers does not matter to the answer, so a dead one is replaced and its requests are sent again.
+    Which actor answers does not matter to the answer, so a dead one is replaced and its requests are sent again. Ray
+    puts the actors on the nodes in turn, where there are the CPUs and GPUs that they take.
+
+    first_lane: whom the first request goes to; ranks that ask at the same time begin at different ones.
+    Errors: ConfigError when the cluster has no room for the actors.
     """
 
-    def __init__(self, config: TeachersConfig, decode: DecodeImage) -> None:
+    def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0) -> None:
         import ray
 
+        check_room(config, ray.nodes())
         self._config = config
         self._decode = decode
         self._members = {member.name: member for member in config.members}
         self._actor_class = ray.remote(TeacherActor)
-        self._lanes = itertools.cycle(range(config.actors_per_teacher))
+        self._lanes = (lane % config.actors_per_teacher for lane in itertools.count(first_lane))
         self._heard: set[Actor] = set()
         dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
         self._dims = {member.name + part: dims[member.name] for member in config.members for part in member.parts}
@@ -211,9 +254,7 @@ class TeacherPool:
 
     def submit(self, request: FeatureRequest) -> Pending:
         """Send a request to one actor of every teacher, once fewer bytes than max_in_flight_bytes are under way."""
-        value_bytes = 2 if self._config.precision == "bf16" else 4
-        size_bytes = sum(num_rows(name, request) * dim * value_bytes for name, dim in self._dims.items())
-        pending = Pending(request, size_bytes, {})
+        pending = Pending(request, answer_bytes(request, self._dims, self._config.precision), {})
         self._waiting.append(pending)
         self._send_waiting()
         return pending
@@ -300,7 +341,12 @@ class TeacherPool:
         if os.path.isdir(member.path):  # the actor's working directory is another
             member = replace(member, path=os.path.abspath(member.path))
         named = self._actor_class.options(
-            name=f"{name}-{lane}-{generation}", get_if_exists=True, num_cpus=1, max_restarts=0
+            name=f"{name}-{lane}-{generation}",
+            get_if_exists=True,
+            num_cpus=self._config.actor_cpus,
+            num_gpus=self._config.actor_gpus,
+            scheduling_strategy="SPREAD",
+            max_restarts=0,
         )
         return Actor(name, lane, generation, named.remote(member, self._config, self._decode))
 

@@ -1,6 +1,6 @@
 """One file of a feature store, in the safetensors format, written and read image by image.
 
-It holds `rows`, the features of the shard's images end to end, `low` and `step` [S, C] where those are bytes, and an
+It holds `rows`, the features of the shard's images end to end, `low` and `span` [S, C] where those are bytes, and an
 index of int64: `sample_id` and `checksum` [S], `start` [S + 1]. An image is encoded, summed and written while it is in
 the processor's cache, and reading asks for its bytes alone: a memory map would fault page by page.
 """
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,7 +61,7 @@ class ShardFeatures:
 
     path: Path
     file: BinaryIO
-    parts: dict[str, Part]  # rows and, where those are bytes, low and step
+    parts: dict[str, Part]  # rows and, where those are bytes, low and span
     start: list[int]  # S + 1, first row of each sample
     checksum: list[int]  # S
     place: dict[int, int]  # sample id -> s
@@ -88,14 +89,18 @@ class ShardFeatures:
         return decode(found)
 
 
-def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
-    """Write the [n, C] features of each sample of a shard to one file, whole or not at all.
+@contextmanager
+def shard_writer(
+    path: Path, header: Mapping[str, str], sample_ids: Sequence[int], num_rows: Sequence[int], dim: int
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yield what takes the [n, C] features of one sample after the other, in the order of sample_ids.
 
-    Errors: DataError when the disk does not take it.
+    The file is in its place, whole, once the block has ended without an error, and otherwise not at all.
+    Errors: DataError, from the block or its end, when the disk does not take it.
     """
     dtype: StoreDtype = header["dtype"]  # type: ignore[assignment]
-    count, dim, start = len(features), features[0].shape[1], np.cumsum([0, *map(len, features)]).tolist()
-    scales = ("low", "step") if dtype == "uint8" else ()
+    count, start = len(sample_ids), np.cumsum([0, *num_rows]).tolist()
+    scales = ("low", "span") if dtype == "uint8" else ()
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "sample_id": (torch.int64, (count,)),
         "start": (torch.int64, (count + 1,)),
@@ -104,31 +109,60 @@ def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int]
         "rows": (ROW_DTYPES[dtype], (start[-1], dim)),
     }
     small: dict[str, list[Tensor]] = {name: [] for name in scales}
-    checksums, unfinished = [], path.with_name(path.name + UNFINISHED)
+    checksums: list[int] = []
+    unfinished = path.with_name(path.name + UNFINISHED)
+    head, offsets = _head({**header, "index": "0" * _DIGEST_CHARACTERS}, layout)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            head, offsets = _head({**header, "index": "0" * _DIGEST_CHARACTERS}, layout)
+        with _written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = unfinished.open("wb", buffering=0)
             file.seek(len(head) + offsets["rows"])
-            for feature in features:
+        with file:
+
+            def append(feature: Tensor) -> None:
+                assert len(feature) == num_rows[len(checksums)], "a sample has as many rows as was said"
                 parts = encode(feature, dtype)
                 checksums.append(_checksum(parts))
-                file.write(_bytes(parts["rows"]))
+                with _written(path):
+                    _write(file, parts["rows"])
                 for name in scales:
                     small[name].append(parts[name])
+
+            yield append
+            assert len(checksums) == count, "every sample has its features"
             columns = {"sample_id": sample_ids, "start": start, "checksum": checksums}
             index = {name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
-            file.seek(0)
-            file.write(_head({**header, "index": _digest(index)}, layout)[0])
-            for tensor in [*index.values(), *(torch.cat(small[name]) for name in scales)]:
-                file.write(_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
+            with _written(path):
+                file.seek(0)
+                file.write(_head({**header, "index": _digest(index)}, layout)[0])
+                for tensor in [*index.values(), *(torch.cat(small[name]) for name in scales)]:
+                    _write(file, tensor)
+                os.fsync(file.fileno())
+                unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, header: Mapping[str, str], sample_ids: Sequence[int], features: Sequence[Tensor]) -> None:
+    """Write the features of a shard's samples, which are all there. Errors: as `shard_writer`."""
+    with shard_writer(path, header, sample_ids, [len(x) for x in features], features[0].shape[1]) as append:
+        for feature in features:
+            append(feature)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Say what could not be written. Errors: DataError in place of the system's."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    view = _bytes(tensor)
+    while len(view):  # a disk that fills up takes a part of it first
+        view = view[file.write(view) :]
 
 
 def _head(
@@ -159,11 +193,11 @@ def open_shard(path: Path) -> tuple[ShardFeatures, dict[str, str]]:
         said = json.loads(os.pread(file.fileno(), head_bytes, 8))
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and {COMMAND}") from error
-    if _digest(index) != header.pop("index", ""):
+    if _digest(index) != header.pop("index", "") or "rows" not in said:
         raise DataError(f"{path} is damaged (its index); remove it and {COMMAND}")
     parts = {
         name: Part(8 + head_bytes + said[name]["data_offsets"][0], _DTYPES[said[name]["dtype"]], said[name]["shape"][1])
-        for name in ("rows", "low", "step")
+        for name in ("rows", "low", "span")
         if name in said
     }
     place = {sample_id: place for place, sample_id in enumerate(index["sample_id"].tolist())}

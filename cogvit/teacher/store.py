@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
 from cogvit.teacher.stream import FeatureRequest, Features, rows_asked
 
-_VERSION = "2"
+_VERSION = "3"
 _OPEN_FILES = 128
 
 
@@ -85,15 +85,22 @@ def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> 
 
     Errors: ConfigError when another job writes to it, when it is another teacher's or cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lock").open("w") as lock:
+    with ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((directory / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name, maker in makers.items():
                 _claim(directory / name, _manifest(maker, dtype))
-            yield
-    except BlockingIOError:
-        raise ConfigError(f"another job writes to the store {directory}; wait for it or choose another --out") from None
+        except BlockingIOError:
+            raise ConfigError(
+                f"another job writes to the store {directory}; wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the store {directory}: {error}; make room or choose another --out"
+            ) from error
+        yield
 
 
 def _claim(directory: Path, manifest: dict[str, str]) -> None:
@@ -113,14 +120,22 @@ def _manifest(maker: Maker, dtype: str) -> dict[str, str]:
     return {"version": _VERSION, "dtype": dtype} | {name: str(value) for name, value in asdict(maker).items()}
 
 
-def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None:
-    """Compare a manifest with what is expected of it. Errors: ConfigError names the first field that differs."""
+def read_manifest(path: Path, way_out: str) -> dict[str, str]:
+    """Return what a manifest says. Errors: ConfigError when it is gone or none."""
     try:
         said = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"the store has no {path}; {COMMAND}") from None
-    except ValueError:
-        raise ConfigError(f"{path} is no manifest of a feature store; {way_out}") from None
+    except (OSError, ValueError):
+        said = None
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path} is no manifest of a feature store; {way_out}")
+    return said
+
+
+def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None:
+    """Compare a manifest with what is expected of it. Errors: ConfigError names the first field that differs."""
+    said = read_manifest(path, way_out)
     for name, value in expected.items():
         if said.get(name) != value:
             raise ConfigError(
@@ -152,6 +167,18 @@ class StoreFeatures:
     def has(self, sample: SampleRef) -> bool:
         """Whether there are features of an image by every teacher."""
         return self._has(sample.shard)
+
+    def require_all(self) -> None:
+        """Look for the features of every shard, so that a run does not find out in its middle what is lacking.
+
+        Errors: ConfigError when a shard has none.
+        """
+        lacking = [shard for shard in self._contents if not self._has(shard)]
+        if lacking:
+            raise ConfigError(
+                f"the store {self._directory} lacks {len(lacking)} of {len(self._contents)} shards, or has them for"
+                f" other images or grids ({lacking[0]} first); {COMMAND}, or pass --teachers.source store_then_online"
+            )
 
     def submit(self, request: FeatureRequest) -> Future[Features]:
         """Have the features read."""
@@ -187,7 +214,7 @@ class StoreFeatures:
         if not path.exists():
             raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {COMMAND}")
         features, said = open_shard(path)
-        expected = _manifest(self._makers[name], said["dtype"]) | {"contents": self._contents[shard]}
+        expected = _manifest(self._makers[name], said.get("dtype", "")) | {"contents": self._contents[shard]}
         wrong = [field for field in expected.keys() | said.keys() if said.get(field) != expected.get(field)]
         if wrong:
             raise ConfigError(f"{path} was made with other {', '.join(sorted(wrong))} than this run's; {COMMAND}")

@@ -41,6 +41,7 @@ _FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
     "siglip_vision_model": "siglip",
     "dinov3_vit": "dinov3",
 }
+CPU = torch.device("cpu")
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -71,6 +72,7 @@ class Teacher:
     forward: Forward
     dtype: torch.dtype  # of the features
     parts: tuple[str, ...] = ("",)  # "" for patches, SUMMARY
+    device: torch.device = CPU  # of the model; images and features are on the CPU
 
     @property
     def dim(self) -> int:
@@ -93,12 +95,13 @@ class Teacher:
             return []
         pixels = [self._normalize(image) for image in images]
         features = self.forward(self.model, pixels, grids, SUMMARY in self.parts)
-        return [feature.to(self.dtype) for feature in features]
+        return [feature.to(CPU, self.dtype) for feature in features]
 
     def _normalize(self, image: Pixels) -> Tensor:
         """Return float32 [3, H, W]."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.spec.image_mean, self.spec.image_std))
-        return (torch.tensor(image).permute(2, 0, 1) / 255 - mean) / std
+        means = (self.spec.image_mean, self.spec.image_std)
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in means)
+        return (torch.tensor(image, device=self.device).permute(2, 0, 1) / 255 - mean) / std
 
 
 def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:
@@ -154,6 +157,7 @@ def load_teacher(
     layer: int = -1,
     parts: tuple[str, ...] = ("",),
     compiled: bool = False,
+    device: torch.device = CPU,
 ) -> Teacher:
     """Load a teacher, frozen and in eval mode; a checkpoint from safetensors and without remote code.
 
@@ -161,9 +165,10 @@ def load_teacher(
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     spec, model, forward = _own(path, dtype) if is_own(path) else _pretrained(path, layer, dtype, SUMMARY in parts)
+    model = model.to(device)
     if compiled:
         model.compile(dynamic=True)
-    return Teacher(spec, model, forward, dtype, parts)
+    return Teacher(spec, model, forward, dtype, parts, device)
 
 
 def _pretrained(path: str, layer: int, dtype: torch.dtype, summary: bool) -> tuple[TeacherSpec, nn.Module, Forward]:
@@ -195,7 +200,7 @@ def _siglip2_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Gr
     lengths = [len(patch) for patch in patches]
     output = model(
         pixel_values=pad_sequence(patches, batch_first=True),
-        pixel_attention_mask=pad_sequence([torch.ones(length, dtype=torch.int64) for length in lengths], True),
+        pixel_attention_mask=pad_sequence([patch.new_ones(len(patch), dtype=torch.int64) for patch in patches], True),
         spatial_shapes=torch.tensor(grids),
     )
     features = [feature[:length] for feature, length in zip(output.last_hidden_state, lengths, strict=True)]
@@ -250,7 +255,7 @@ def _own(path: str, dtype: torch.dtype) -> tuple[TeacherSpec, nn.Module, Forward
 
     def features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
         try:
-            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            with torch.autocast(pixels[0].device.type, dtype, enabled=dtype == torch.bfloat16):
                 found = _by_grid(model, pixels, grids)
         except ValueError as error:
             raise ConfigError(f"teacher {path}: {error}") from error

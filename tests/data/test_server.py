@@ -33,7 +33,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with connect(plan_cluster(""), num_actors=0) as cluster:
+    with connect(plan_cluster(""), num_cpus=0) as cluster:
         yield cluster
 
 
@@ -136,7 +136,7 @@ def test_a_killed_actor_loses_nothing(server: BatchServer, index: Index, config:
 
 
 def take_elsewhere(rank: int, world: int, cluster: Cluster, config: RunConfig) -> tuple[list[StepBatch], int]:
-    with connect(cluster, num_actors=0):
+    with connect(cluster, num_cpus=0):
         server = BatchServer(num_threads=2, max_wait_s=120.0)
         index = load_index(config.data.shards)
         steps = served(server, index, config, seat_of(config, 1, 2))

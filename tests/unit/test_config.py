@@ -235,6 +235,8 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         (DISTILL, ["--teachers.max-in-flight-bytes=0"], 1, r"teachers\.max_in_flight_bytes=0 must be at least 1"),
         (DISTILL, ["--teachers.mask-ratio=0"], 1, r"teachers\.mask_ratio=0\.0 must be in \(0, 1\)"),
         (DISTILL, ["--teachers.actors-per-teacher=0"], 1, r"teachers\.actors_per_teacher=0 must be at least 1"),
+        (DISTILL, ["--teachers.actor-cpus=0"], 1, r"teachers\.actor_cpus=0\.0 must be a share of one above 0"),
+        (DISTILL, ["--teachers.actor-gpus=1.5"], 1, r"teachers\.actor_gpus=1\.5 must be a share of one, or a whole"),
         (DISTILL, ["--teachers.in-flight-steps=0"], 1, r"teachers\.in_flight_steps=0 must be at least 1"),
         (DISTILL, ["--checkpoint.every-steps=-1"], 1, r"checkpoint\.every_steps=-1 must not be negative"),
         (DISTILL, ["--eval.every-steps=-1"], 1, r"eval\.every_steps=-1 must not be negative"),

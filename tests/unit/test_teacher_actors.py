@@ -20,7 +20,7 @@ import torch
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError, DataError, TeacherUnavailable
-from cogvit.teacher.actors import Cluster, TeacherPool, connect, plan_cluster
+from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, check_room, connect, plan_cluster
 from cogvit.teacher.stream import Features, FeatureSource, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -47,7 +47,7 @@ def cluster() -> Iterator[Cluster]:
         raise AssertionError("the test process was asked to stop")
 
     previous = signal.signal(signal.SIGTERM, on_sigterm)
-    with connect(plan_cluster(""), num_actors=6) as cluster:
+    with connect(plan_cluster(""), num_cpus=6) as cluster:
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
         yield cluster
     signal.signal(signal.SIGTERM, previous)
@@ -97,9 +97,51 @@ def test_actors_answer_as_teachers_in_this_process_to_the_bit(actors: TeacherPoo
 
 def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: dict[str, str]) -> None:
     members = (TeacherConfig(name="rounded", path=paths["siglip2"]),)
-    source = TeacherPool(TeachersConfig(members=members, actors_per_teacher=2, precision="bf16"), teachers.draw)
+    source = TeacherPool(TeachersConfig(members=members, actors_per_teacher=2, precision="bf16"), teachers.draw, 3)
+    lanes = [source.submit(request).calls["rounded"].actor.lane for request in REQUESTS]
+    assert lanes == [1, 0, 1, 0]  # ranks that ask at once begin at different actors
     teacher = load_teacher(paths["siglip2"], "bf16")
     assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
+
+
+def test_actors_take_their_share_of_the_cluster(cluster: Cluster) -> None:
+    import ray
+
+    def free() -> float:
+        return ray.available_resources().get("CPU", 0.0)
+
+    members, before = (TeacherConfig(name="half", path="tests.teachers:own"),), free()
+    source = TeacherPool(TeachersConfig(members=members, actors_per_teacher=2, actor_cpus=0.5), teachers.draw)
+    ask_all(source)
+    assert wait_until(lambda: free() == before - 1.0, 20), (before, free())
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "count", "room"),
+    [(1.0, 0.0, 6, 6), (1.0, 0.0, 7, 6), (0.5, 0.25, 9, 8), (2.0, 1.0, 3, 2), (1.0, 0.3, 6, 5), (4.0, 0.0, 2, 1)],
+)
+def test_more_actors_than_a_cluster_holds_are_refused_at_once(cpus: float, gpus: float, count: int, room: int) -> None:
+    """One node of 4 CPUs and 2 GPUs, one of 2 CPUs, one that is gone."""
+    resources = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0}, {"CPU": 64.0, "GPU": 8.0}]
+    nodes = [{"Alive": number < 2, "Resources": one} for number, one in enumerate(resources)]
+    members = (TeacherConfig(name="one", path="tests.teachers:own"),)
+    wanted = TeachersConfig(members=members, actors_per_teacher=count, actor_cpus=cpus, actor_gpus=gpus)
+    check_room(replace(wanted, actors_per_teacher=room), nodes)
+    if count > room:
+        with pytest.raises(ConfigError, match=rf"^{count} teacher actors of .* room for {room} \(nodes: 4 CPUs"):
+            check_room(wanted, nodes)
+
+
+def test_a_cluster_without_gpus_and_a_torch_without_them_are_users_mistakes(cluster: Cluster) -> None:
+    members = (TeacherConfig(name="fast", path="tests.teachers:own"),)
+    wanted = TeachersConfig(members=members, actor_gpus=0.5)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"sees no GPU; pass --teachers\.actor-gpus 0"):
+            TeacherActor(members[0], wanted, teachers.draw)
+        with pytest.raises(ConfigError, match=r"1 teacher actors of 1 CPUs and 0\.5 GPUs do not fit"):
+            TeacherPool(wanted, teachers.draw)
+    else:
+        TeacherPool(wanted, teachers.draw)
 
 
 def test_a_module_of_ones_own_is_imported_by_the_actor(cluster: Cluster) -> None:
@@ -144,7 +186,7 @@ def test_requests_in_flight_at_a_killed_actor_are_sent_again(actors: TeacherPool
 
 
 def ask_from_another_process(rank: int, world: int, cluster: Cluster, config: TeachersConfig) -> list[Any]:
-    with connect(cluster, num_actors=0):
+    with connect(cluster, num_cpus=0):
         import ray  # only now: it reads its authentication when it is imported
 
         before = len(ray.util.list_named_actors())

@@ -75,7 +75,7 @@ def in_process(config: RunConfig) -> LocalFeatures:
 
 @pytest.fixture(scope="module")
 def online(base: RunConfig) -> Iterator[TeacherPool]:
-    with connect(plan_cluster(""), num_actors=2):
+    with connect(plan_cluster(""), num_cpus=2):
         yield TeacherPool(base.teachers, partial(image_of, augmentation=augmentation_of(base.data)))
 
 

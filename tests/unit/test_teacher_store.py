@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cogvit.batch import SampleRef
-from cogvit.errors import ConfigError, DataError
+from cogvit.errors import CogViTError, ConfigError, DataError
 from cogvit.teacher.encoding import StoreDtype, decode, encode
-from cogvit.teacher.shard import open_shard, write_shard
+from cogvit.teacher.shard import open_shard, shard_writer, write_shard
 from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, path_of, writing
 from cogvit.teacher.stream import FeatureRequest, Features, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
@@ -125,9 +125,12 @@ def test_a_store_of_another_teacher_is_refused_by_reader_and_writer(
 
 def test_a_manifest_that_is_gone_or_nonsense_is_named(directory: Path) -> None:
     path = directory / "siglip2" / "manifest.json"
-    path.write_text("{")
-    with pytest.raises(ConfigError, match=r"manifest\.json is no manifest of a feature store"):
-        open_store(directory)
+    for nonsense in ("{", "[]"):
+        path.write_text(nonsense)
+        with pytest.raises(ConfigError, match=r"manifest\.json is no manifest of a feature store"):
+            open_store(directory)
+        with pytest.raises(ConfigError, match=r"manifest\.json is no manifest of a feature store"):
+            verify(Arguments(str(directory)))
     path.unlink()
     with pytest.raises(ConfigError, match=r"the store has no .*manifest\.json; run python -m tools\.precompute"):
         open_store(directory)
@@ -179,6 +182,23 @@ def test_a_flipped_byte_is_found_wherever_it_is(directory: Path, part: str, caps
     assert "is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "flipped", "reason"),
+    [
+        (b'"rows"', b'"sows"', "is damaged"),
+        (b'"start"', b'"suart"', "is damaged"),
+        (b'"dtype": "fp32"', b'"dtypd": "fp32"', "was made with other dtyp"),
+    ],
+)
+def test_a_flipped_byte_in_a_name_is_found(directory: Path, name: bytes, flipped: bytes, reason: str) -> None:
+    path = first_file(directory)
+    data = path.read_bytes()
+    assert data.count(name) == 1
+    path.write_bytes(data.replace(name, flipped))
+    with pytest.raises(CogViTError, match=rf"first\.tar.* {reason}"):
+        ask(open_store(directory), request((0, 1, 2), 0.35))
+
+
 def test_a_full_disk_leaves_nothing_half_written(directory: Path, local: LocalFeatures) -> None:
     path = first_file(directory)
     header = header_of(MAKERS["siglip2"], "fp32", contents()[SHARDS[0]])
@@ -187,6 +207,39 @@ def test_a_full_disk_leaves_nothing_half_written(directory: Path, local: LocalFe
         write_shard(path, header, [1], [torch.zeros(100, 32)])
     assert path.read_bytes() == before
     assert not list(directory.rglob("*.part"))
+
+
+def test_a_shard_is_written_whole_or_not_at_all(directory: Path) -> None:
+    """Whatever ends the block: here a teacher that fails after the first image."""
+    path = first_file(directory)
+    header, before = header_of(MAKERS["siglip2"], "fp32", contents()[SHARDS[0]]), path.read_bytes()
+    with pytest.raises(RuntimeError), shard_writer(path, header, [1, 2], [3, 3], 32) as append:
+        append(torch.zeros(3, 32))
+        assert path.with_name(f"{path.name}.part").stat().st_size >= 3 * 32 * 4
+        raise RuntimeError
+    assert path.read_bytes() == before
+    assert not list(directory.rglob("*.part"))
+
+
+def test_a_store_that_takes_no_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = r"cannot write to the store .*: .*; make room or choose another --out"
+    with pytest.raises(ConfigError, match=refused), writing(tmp_path / "file", MAKERS, "fp32"):
+        pass
+    with files_of_at_most(16), pytest.raises(ConfigError, match=refused), writing(tmp_path / "full", MAKERS, "fp32"):
+        pass
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses what goes beyond, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 HOLDER = """
@@ -238,7 +291,7 @@ def test_a_file_is_safetensors_and_gives_what_a_mask_chooses(tmp_path: Path, dty
     tensors, (shard, said) = load_file(path), open_shard(path)
     assert said == header
     assert tensors["sample_id"].tolist() == [7, 4] and tensors["start"].tolist() == [0, 2, 7]
-    own = {name: tensors[name][1:] for name in ("low", "step") if name in tensors}
+    own = {name: tensors[name][1:] for name in ("low", "span") if name in tensors}
     whole = decode({"rows": tensors["rows"][2:]} | own)
     shard.expect(4)
     assert torch.equal(shard.read(4), whole)
@@ -252,9 +305,18 @@ def test_bytes_hold_channels_of_any_range_and_constant_ones_exactly() -> None:
     range_C = torch.tensor([1e-3, 1.0, 300.0, 0.0])
     feature_TC = torch.randn(50, 4, generator=generator) * range_C + torch.tensor([0.0, 50.0, -7.0, 3.0])
     decoded_TC = decode(encode(feature_TC, "uint8"))
-    step_C = (feature_TC.amax(dim=0) - feature_TC.amin(dim=0)) / 255
-    assert ((decoded_TC - feature_TC).abs() <= 0.502 * step_C + 1e-6).all()
+    low_C, span_C = feature_TC.amin(dim=0), feature_TC.amax(dim=0) - feature_TC.amin(dim=0)
+    place_TC = ((feature_TC - low_C) / span_C.clamp(min=1e-9)).sqrt()
+    assert ((decoded_TC - feature_TC).abs() <= (place_TC + 0.002) * span_C / 255 + 1e-6).all()
     assert torch.equal(decoded_TC[:, 3], feature_TC[:, 3])
+
+
+def test_bytes_hold_tokens_that_are_a_hundredth_of_their_images_largest() -> None:
+    """What a convolution with ReLU says of a plain background: few channels, little of each, beside strong ones."""
+    generator = torch.Generator().manual_seed(0)
+    feature_TC = torch.randn(64, 512, generator=generator).sub_(1).relu_() * torch.logspace(-2, 0, 64)[:, None]
+    decoded_TC = decode(encode(feature_TC, "uint8"))
+    assert (1 - torch.cosine_similarity(decoded_TC.double(), feature_TC.double())).max() < 5e-4
 
 
 def test_shards_of_one_name_lie_side_by_side() -> None:
@@ -263,6 +325,13 @@ def test_shards_of_one_name_lie_side_by_side() -> None:
     found = contents_of(("a/x.tar", "b/x.tar"), rows, np.ones((2, 2), np.int64))
     paths = {path_of(Path("store"), "one", shard, found[shard]) for shard in ("a/x.tar", "b/x.tar")}
     assert len(paths) == 2 and all(path.name.startswith("x.tar.") for path in paths)
+
+
+def test_a_store_that_lacks_a_shard_is_refused_before_the_first_step(local: LocalFeatures, tmp_path: Path) -> None:
+    open_store(fill(tmp_path / "whole", local)).require_all()
+    partial = open_store(fill(tmp_path / "partial", local, shards=SHARDS[:1]))
+    with pytest.raises(ConfigError, match=r"lacks 1 of 2 shards.* \(data/second\.tar first\).*store_then_online"):
+        partial.require_all()
 
 
 @pytest.mark.parametrize("present", [(), SHARDS[:1], SHARDS])

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cogvit.parallel.mesh import start_mesh
 from cogvit.targets import makers_of, sample_requests, shared_source
 from cogvit.teacher.standardize import ChannelStats, Method, Standardized, load_stats, save_stats
 from cogvit.teacher.store import StoreFeatures
-from cogvit.teacher.stream import Features, LocalFeatures
+from cogvit.teacher.stream import FeatureRequest, Features, LocalFeatures
 from cogvit.teacher.zoo import Grid, Pixels, load_teacher
 from data_pipeline.index import open_index
 from data_pipeline.loader import image_of
@@ -26,8 +27,8 @@ from tools.demo_corpus import pictograms
 from tools.fit_teacher_stats import counted, fit
 from tools.fit_teacher_stats import main as fit_teacher_stats
 from tools.make_demo_teachers import main as make_demo_teachers
+from tools.precompute_features import idle_actors, of_summaries, plan_job, run_job, shard_requests, take_dtype
 from tools.precompute_features import main as precompute
-from tools.precompute_features import of_summaries, plan_job, run_job, shard_requests, take_dtype
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,52 @@ def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.
     with pytest.raises(ConfigError, match="was made with dtype fp32, this run's is uint8"):
         run_job(plan_job(config, "uint8"), source)
     assert precompute(["--help"]) == 0
+
+
+@dataclass
+class Watched:
+    """Another source; what was asked for and what lay on the disk, unfinished, whenever an answer was taken."""
+
+    source: LocalFeatures
+    out: Path
+    num_asked: int = 0
+    seen: list[tuple[int, int]] = field(default_factory=list)  # requests, bytes
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        return self.source.dims
+
+    def submit(self, request: FeatureRequest) -> FeatureRequest:
+        self.num_asked += 1
+        return self.source.submit(request)
+
+    def result(self, handle: FeatureRequest) -> Features:
+        self.seen.append((self.num_asked, sum(path.stat().st_size for path in self.out.rglob("*.part"))))
+        return self.source.result(handle)
+
+
+def test_answers_are_written_as_they_come_with_requests_under_way_across_shards(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """a.tar is two requests and b.tar one, which is under way before the first answer is taken."""
+    members = {member.name: load_teacher(member.path, "fp32") for member in config.teachers.members}
+    job = plan_job(replace(config, out=str(tmp_path)))
+    source = Watched(LocalFeatures(members, image_of), tmp_path)
+    run_job(job, source, in_flight=2)
+    first = int(job.shards[0].grid_hw[:64].prod(axis=1).sum()) * 64 * 4  # bytes of an answer by both teachers, fp32
+    asked, unfinished = zip(*source.seen, strict=True)
+    assert asked == (3, 3, 3)
+    assert unfinished[0] < first <= unfinished[1] and unfinished[2] < first
+    assert plan_job(replace(config, out=str(tmp_path))).shards == ()
+
+
+def test_a_limit_that_leaves_actors_without_work_is_said(config: RunConfig) -> None:
+    job = plan_job(replace(config, out=config.out + "_idle"))
+    request_bytes = int(job.shards[0].grid_hw[:64].prod(axis=1).sum()) * 64 * 4
+    crowd = replace(config.teachers, actors_per_teacher=4, max_in_flight_bytes=2 * request_bytes)
+    assert "only 2 of 4 actors of a teacher have work" in idle_actors(crowd, job)
+    assert f"; {8 * request_bytes} keeps all of them busy" in idle_actors(crowd, job)
+    assert idle_actors(replace(crowd, actors_per_teacher=2), job) == ""
 
 
 def test_a_store_of_summaries_has_one_feature_an_image_of_every_teacher(config: RunConfig) -> None:

@@ -155,7 +155,7 @@ def serving(directory: Path) -> Iterator[str]:
     index, config = load_index(str(shard)), our_config(shard)
     yield "| 500 x 375 JPEG, made by | ms of the rank's CPU an image, median |"
     yield "|---|---|"
-    with connect(plan_cluster(""), num_actors=0):
+    with connect(plan_cluster(""), num_cpus=0):
         makers = {"threads of the rank": None, "the node's batch server": BatchServer(num_threads=1, max_wait_s=300.0)}
         found: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(ROUNDS):
