@@ -6,7 +6,7 @@ Usage: python -m tools.experiments.real_teacher --weights FILE [flags]
   --clipart DIR   the pictures of Debian's openclipart-png [/usr/share/openclipart/png]
   --work DIR      corpus, feature store and runs; what is there is used again [runs/real_teacher]
   --seeds 0,1,2   of weights, plan and masks
-  --steps 80      optimizer steps of each run, of 64 images
+  --steps 400     optimizer steps of each run, of 64 images
   --out FILE      also write the record there
 
 Stated before the first run. Training sees clipart outside of the 13 classes of `clipart.CLASSES` and pictograms,
@@ -14,8 +14,17 @@ without labels. The labeled pictures are in two folds, drawings of one series in
 the other: kNN (20 neighbors, cosine) on the mean of the patch features. Clipart and not digits, where pixels alone
 reach 95 %: pictures of a class share what they mean rather than how they look. The student is compared with itself
 before training (the same seed) and with 32 x 32 pixels. The experiment succeeds if in every seed the student is better
-than both and, in the mean of the seeds, at least 5 points better than the better of them. Steps and rates were set by
-the loss and the time they take; no label was looked at. The teacher's own kNN is shown as what could be learned.
+than both and, in the mean of the seeds, at least 5 points better than the better of them. The teacher's own kNN is
+shown as what could be learned.
+
+The first run (80 steps, Smooth-L1 on patches standardized by the channel, rates of 2e-3) failed, and its labels were
+looked at: 19.3 against 23.0 untrained and 25.5 of pixels. Its settings were then changed by what needs no label, on 256
+pictures of the training that were left out: the share of the teacher's variance that is explained, and how alike
+student and teacher place these pictures to each other (centered kernel alignment of the means over patches). By Smooth-L1
+the student explained nothing (0.3 % at masked patches, less than nothing at visible ones, alignment 0.22 untrained and
+0.24 after 150 steps): most of a ReLU's values are 0, so its median says little. Squared errors and PHI-S, which keeps
+the teacher's distances, are what explained variance measures; the summary trains the visible patches, whose mean is
+evaluated and which the loss of masked patches leaves alone. The threshold is what it was.
 """
 
 from __future__ import annotations
@@ -61,7 +70,7 @@ from tools.experiments.clipart import CLASSES, FOLDS, SOURCE, make_corpus
 from tools.precompute_features import plan_job, run_job
 
 REQUIRED_POINTS = 5.0
-TEACHER = TeacherConfig("squeezenet", "tools.experiments.squeezenet:teacher")
+TEACHER = TeacherConfig("squeezenet", "tools.experiments.squeezenet:teacher", summary_weight=4.0, error="mse")
 BASELINES = ("untrained", "pixels")
 
 
@@ -73,7 +82,7 @@ class Arguments:
     clipart: str = "/usr/share/openclipart/png"
     work: str = "runs/real_teacher"
     seeds: str = "0,1,2"
-    steps: str = "80"
+    steps: str = "400"
     out: str = ""
 
 
@@ -83,6 +92,7 @@ class Figures:
 
     knn: dict[str, float]  # student, untrained, pixels
     linear: dict[str, float]
+    explained: tuple[float, float]  # of the teacher's variance, at masked patches and at all patches without a mask
     losses: tuple[float, float]  # of the first and the last step
 
     @property
@@ -103,9 +113,11 @@ def run_config(work: Path, seed: int, steps: int) -> RunConfig:
             max_patches=64,
             canonical_shares=1,
         ),
-        teachers=TeachersConfig(members=(TEACHER,), source="store", store=str(work / "store")),
-        optim=OptimConfig(lr=2e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=steps, warmup_steps=10),
+        teachers=TeachersConfig(
+            members=(TEACHER,), source="store", store=str(work / "store"), standardize="phi_s"
+        ),
+        optim=OptimConfig(lr=4e-3, adamw_lr=4e-3),
+        schedule=ScheduleConfig(steps=steps, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=0),
         log=LogConfig(every_steps=5, wandb="off"),
         out=str(work / f"seed_{seed}"),
@@ -128,7 +140,7 @@ def prepare(arguments: Arguments, work: Path) -> None:
     config = replace(run_config(work, 0, 1), out=str(work / "store"))
     job = plan_job(config, "fp16")
     if job.shards:  # in this process: one teacher on one machine needs no Ray
-        run_job(job, LocalFeatures({TEACHER.name: load_teacher(TEACHER.path, "fp32")}, image_of))
+        run_job(job, LocalFeatures({TEACHER.name: load_teacher(TEACHER.path, "fp32", parts=tuple(TEACHER.parts))}, image_of))
 
 
 def succeed(status: int) -> None:
@@ -150,7 +162,8 @@ def figures_of(work: Path, seed: int, steps: int) -> Figures:
         held_out, known = (str(work / "corpus" / "labeled" / f"fold-{n}.tar") for n in (fold, 1 - fold))
         out = run / f"fold_{fold}.json"
         if not out.exists():
-            succeed(evaluate.evaluate(evaluate.Arguments(str(run), "knn,linear", held_out, known, out=str(out))))
+            tasks = "knn,linear" if fold else "knn,linear,distill"  # the teacher takes its time
+            succeed(evaluate.evaluate(evaluate.Arguments(str(run), tasks, held_out, known, out=str(out))))
         found.append(read_evaluation(out))
 
     def mean(task: str, metric: str) -> float:
@@ -161,8 +174,10 @@ def figures_of(work: Path, seed: int, steps: int) -> Figures:
         {name: mean(f"{task}_{SOURCE}", f"accuracy{suffix}") for name, suffix in suffixes.items()}
         for task in ("knn", "linear")
     )
+    distilled = found[0][f"distill_{TEACHER.name}"]
+    masked, visible = (100 * distilled[f"explained_{which}"]["value"] for which in ("masked", "all"))
     steps_done = read_metrics(run / "metrics.jsonl")
-    return Figures(knn, linear, (steps_done[0]["loss"], steps_done[-1]["loss"]))
+    return Figures(knn, linear, (masked, visible), (steps_done[0]["loss"], steps_done[-1]["loss"]))
 
 
 def teacher_knn(work: Path) -> float:
@@ -208,14 +223,15 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield ""
     yield f"{date.today()}, `python -m tools.experiments.real_teacher {flags_of(arguments)}`; torch"
     yield f"{version('torch')}, CPU. kNN and linear probe on {len(CLASSES)} classes of clipart outside of the training,"
-    yield f"percent; chance is {100 / len(CLASSES):.1f}."
+    yield f"percent; chance is {100 / len(CLASSES):.1f}. Explained: the teacher's variance on these pictures, masked and all patches."
     yield ""
-    yield "| seed | kNN: student | untrained | pixels | linear: student | untrained | pixels | loss |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| seed | kNN: student | untrained | pixels | linear: student | untrained | pixels | explained | loss |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for seed, one in zip(seeds, found, strict=True):
         cells = [f"{value:.1f}" for value in (*one.knn.values(), *one.linear.values())]
         first, last = one.losses
-        yield f"| {seed} | {' | '.join(cells)} | {first:.3f} to {last:.3f} |"
+        explained = ", ".join(f"{value:.1f}" for value in one.explained)
+        yield f"| {seed} | {' | '.join(cells)} | {explained} | {first:.3f} to {last:.3f} |"
     yield ""
     yield f"The teacher's own kNN: {teacher_knn(work):.1f}."
     yield verdict(found)
