@@ -124,7 +124,7 @@ def shard_writer(
                 parts = encode(feature, dtype)
                 checksums.append(_checksum(parts))
                 with _written(path):
-                    _write(file, parts["rows"])
+                    _write(file, _bytes(parts["rows"]))
                 for name in scales:
                     small[name].append(parts[name])
 
@@ -134,9 +134,9 @@ def shard_writer(
             index = {name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
             with _written(path):
                 file.seek(0)
-                file.write(_head({**header, "index": _digest(index)}, layout)[0])
+                _write(file, memoryview(_head({**header, "index": _digest(index)}, layout)[0]))
                 for tensor in [*index.values(), *(torch.cat(small[name]) for name in scales)]:
-                    _write(file, tensor)
+                    _write(file, _bytes(tensor))
                 os.fsync(file.fileno())
                 unfinished.replace(path)
     finally:
@@ -159,8 +159,7 @@ def _written(path: Path) -> Iterator[None]:
         raise DataError(f"cannot write {path}: {error}; make room and give the same command again") from error
 
 
-def _write(file: BinaryIO, tensor: Tensor) -> None:
-    view = _bytes(tensor)
+def _write(file: BinaryIO, view: memoryview) -> None:
     while len(view):  # a disk that fills up takes a part of it first
         view = view[file.write(view) :]
 
