@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -144,11 +143,6 @@ class TeachersConfig:
     def num_actors(self) -> int:
         """How many actors serve a run."""
         return len(self.members) * self.actors_per_teacher
-
-    @property
-    def num_cpus(self) -> int:
-        """CPUs that they take."""
-        return math.ceil(self.num_actors * self.actor_cpus)
 
 
 @dataclass(frozen=True)

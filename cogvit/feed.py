@@ -109,12 +109,12 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
     """
     teachers, served = config.teachers, config.data.loading == "server"
     asks = config.objective == "distill" and teachers.source != "store"
-    num_cpus = teachers.num_cpus if asks else 0
     with ExitStack() as stack:
         if asks or served:
-            from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
+            from cogvit.teacher.actors import connect, cpus_of, plan_cluster  # with transformers, which takes seconds
             from data_pipeline.server import batch_bytes
 
+            num_cpus = cpus_of(teachers) if asks else 0
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             planned = plan_cluster(teachers.ray_address)

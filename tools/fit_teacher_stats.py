@@ -26,7 +26,7 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
 from cogvit.rules import check_data, check_training
 from cogvit.targets import makers_of, open_source, sample_requests
-from cogvit.teacher.actors import connect, plan_cluster
+from cogvit.teacher.actors import connect, cpus_of, plan_cluster
 from cogvit.teacher.standardize import fit_stats, save_stats
 from cogvit.teacher.stream import FeatureRequest
 from data_pipeline.index import open_index
@@ -52,7 +52,7 @@ def fit(config: RunConfig, num_images: int) -> None:
     makers, index = makers_of(teachers), open_index(config.data, config.data.shards)
     with ExitStack() as stack:
         if teachers.source != "store":
-            stack.enter_context(connect(plan_cluster(teachers.ray_address), teachers.num_cpus))
+            stack.enter_context(connect(plan_cluster(teachers.ray_address), cpus_of(teachers)))
         source = open_source(config, makers, [index])
         packs = stack.enter_context(closing(sample_requests(config, index)))
         requests = counted(packs, min(num_images, len(index)))

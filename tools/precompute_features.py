@@ -37,7 +37,7 @@ from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
 from cogvit.targets import makers_of
-from cogvit.teacher.actors import TeacherPool, answer_bytes, connect, plan_cluster
+from cogvit.teacher.actors import TeacherPool, answer_bytes, connect, cpus_of, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import shard_writer
 from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, writing
@@ -218,7 +218,7 @@ def main(argv: list[str]) -> int:
         if job.shards:
             if note := idle_actors(teachers, job):
                 print(note)
-            with connect(plan_cluster(teachers.ray_address), teachers.num_cpus):
+            with connect(plan_cluster(teachers.ray_address), cpus_of(teachers)):
                 pool = TeacherPool(teachers, partial(image_of, cache=cache_of(config.data)))
                 run_job(job, pool, in_flight=2 * teachers.actors_per_teacher)
     except CogViTError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import secrets
 import signal
@@ -201,6 +202,11 @@ def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: st
     """Return the size of an answer before it is made; dims has the channels of what is asked, by name."""
     value_bytes = 2 if precision == "bf16" else 4
     return sum(num_rows(name, request) * dim * value_bytes for name, dim in dims.items())
+
+
+def cpus_of(config: TeachersConfig) -> int:
+    """Return the CPUs that the actors of a run take."""
+    return math.ceil(config.num_actors * config.actor_cpus)
 
 
 def check_room(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
