@@ -209,11 +209,18 @@ def cpus_of(config: TeachersConfig) -> int:
     return math.ceil(config.num_actors * config.actor_cpus)
 
 
+def _fits(kind: str, have: float, need: float) -> int:
+    """Return how many actors a node has this for; a share of a GPU lies on one GPU."""
+    if kind == "GPU" and need < 1.0:
+        return int(have) * int(1.0 / need + 1e-6)
+    return int(have / need + 1e-6)
+
+
 def check_room(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
     """Compare the actors with the CPUs and GPUs of a cluster's nodes. Errors: ConfigError, before anybody waits."""
     needs = {"CPU": config.actor_cpus, "GPU": config.actor_gpus}
     have = [node["Resources"] for node in nodes if node["Alive"]]
-    room = sum(min(int(one.get(kind, 0.0) / need + 1e-6) for kind, need in needs.items() if need) for one in have)
+    room = sum(min(_fits(kind, one.get(kind, 0.0), need) for kind, need in needs.items() if need) for one in have)
     if room < config.num_actors:
         found = "; ".join(" and ".join(f"{one.get(kind, 0.0):g} {kind}s" for kind in needs) for one in have)
         raise ConfigError(

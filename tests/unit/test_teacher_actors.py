@@ -118,7 +118,15 @@ def test_actors_take_their_share_of_the_cluster(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "count", "room"),
-    [(1.0, 0.0, 6, 6), (1.0, 0.0, 7, 6), (0.5, 0.25, 9, 8), (2.0, 1.0, 3, 2), (1.0, 0.3, 6, 5), (4.0, 0.0, 2, 1)],
+    [
+        (1.0, 0.0, 6, 6),
+        (1.0, 0.0, 7, 6),
+        (0.5, 0.25, 9, 8),
+        (2.0, 1.0, 3, 2),
+        (1.0, 0.3, 5, 4),
+        (0.5, 0.4, 5, 4),
+        (4.0, 0.0, 2, 1),
+    ],
 )
 def test_more_actors_than_a_cluster_holds_are_refused_at_once(cpus: float, gpus: float, count: int, room: int) -> None:
     """One node of 4 CPUs and 2 GPUs, one of 2 CPUs, one that is gone."""
