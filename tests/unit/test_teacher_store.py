@@ -231,17 +231,6 @@ def test_a_store_that_takes_no_manifest_is_refused_in_one_line(tmp_path: Path) -
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The system refuses what goes beyond, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 HOLDER = """
 import sys, time
 from pathlib import Path
