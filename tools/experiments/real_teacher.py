@@ -29,8 +29,8 @@ alignment, CKA, of the means over patches; 0.22 before training).
 
 Most of a ReLU's values are 0, so its median says little; squared errors and PHI-S, which keeps the teacher's distances,
 are what explained variance measures. The summary trains the visible patches, whose mean is evaluated and which the
-loss of masked patches leaves alone: what they say through the heads explains less than nothing, -3 %, in all three.
-The run takes the second's rate and the third's weight. The threshold is what it was.
+loss of masked patches leaves alone: what they say through the heads explains less than nothing (-2 to -4 %) in all
+three. The run takes the second's rate and the third's weight. The threshold is what it was.
 """
 
 from __future__ import annotations
