@@ -35,6 +35,7 @@ from cogvit.feed import (
 from cogvit.flags import help_text, load_preset, parse
 from cogvit.recipe import recipe_differences
 from cogvit.slurm import join_slurm, place_line
+from cogvit.training.folder import Folder
 from cogvit.training.lock import run_lock
 
 REQUEUE_STATUS = 75
@@ -94,8 +95,7 @@ def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
                 (out / "logs").mkdir(parents=True, exist_ok=True)
                 stack.enter_context(run_lock(out))
                 # In one move, for other ranks may be reading it.
-                (out / "config.json.tmp").write_text(json.dumps(to_json(config), indent=1) + "\n")
-                (out / "config.json.tmp").replace(out / "config.json")
+                Folder(str(out)).write("config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
             except OSError as error:
                 raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
         yield

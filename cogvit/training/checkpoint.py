@@ -193,7 +193,7 @@ class Checkpoints:
             return lambda: _discard(folder)
 
         for work in (
-            lambda: self._newest.write_text(target.name + "\n"),
+            lambda: Folder(str(self._newest.parent)).write(self._newest.name, f"{target.name}\n".encode()),
             tell_the_best,
             *(discard(folder) for folder in self._to_discard(state)),
         ):
@@ -297,13 +297,14 @@ def another_version(path: Folder) -> str | None:
     """Return what is wrong with a checkpoint's format, or None where it is ours or cannot be told."""
     try:
         return _other_format(json.loads(path.read(_MANIFEST)))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _other_format(manifest: dict[str, Any]) -> str | None:
-    found = manifest.get("format")
-    return None if found in (FORMAT, None) else f"its format is {found}, this version reads {FORMAT}"
+    """Errors: KeyError where the manifest has no format: that of every version had one, so it is damaged."""
+    found = manifest["format"]
+    return None if found == FORMAT else f"its format is {found}, this version reads {FORMAT}"
 
 
 def verify(path: Folder) -> str | None:
@@ -313,8 +314,12 @@ def verify(path: Folder) -> str | None:
         if foreign := _other_format(manifest):
             return foreign
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        return f"its manifest cannot be read (it has no {error})"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
+    if _STATE not in expected:
+        return f"its manifest does not name {_STATE}"
     sizes = path.sizes()
     for name, (num_bytes, digest) in expected.items():
         if sizes.get(name) != num_bytes:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cogvit.training.folder import Folder
 from cogvit.training.meter import read_metrics
 
 _FILE = "chrono.json"  # in RUN/logs: the losses known to the last start, in case it ends before its first save
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,33 @@ def after_restart(chrono: Chrono, out: Path, step: int, since_launch_s: float) -
 
     Call it on the writer, before metrics.jsonl is rewound to `step`, the checkpoint's. The time between two starts is
     measured on the clock of the file system's last write and ours; where they disagree it counts as no less than
-    since_launch_s.
+    since_launch_s. The times are for the report alone: a file of them that is damaged, or that a full disk does not
+    take, costs what it held.
     """
-    metrics, file = out / "metrics.jsonl", out / "logs" / _FILE
-    known = json.loads(file.read_text()) if file.exists() else {"lost_s": 0.0, "restart_s": 0.0}
+    metrics, logs = out / "metrics.jsonl", Folder(str(out / "logs"))
+    known = _known(logs)
     lost_s, pause_s = 0.0, since_launch_s
     if metrics.exists():
         lost_s = sum(row["seconds"] for row in read_metrics(metrics) if row["step"] > step)
         pause_s = max(pause_s, time.time() - metrics.stat().st_mtime)
     chrono = replace(
         chrono,
-        lost_s=max(chrono.lost_s, known["lost_s"]) + lost_s,
-        restart_s=max(chrono.restart_s, known["restart_s"]) + pause_s,
+        lost_s=max(chrono.lost_s, known.lost_s) + lost_s,
+        restart_s=max(chrono.restart_s, known.restart_s) + pause_s,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"lost_s": chrono.lost_s, "restart_s": chrono.restart_s}))
+    try:
+        logs.write(_FILE, json.dumps({"lost_s": chrono.lost_s, "restart_s": chrono.restart_s}).encode())
+    except OSError as error:
+        _log.warning("%s/%s could not be written (%s); goodput may come out too high", logs, _FILE, error.strerror)
     return chrono
+
+
+def _known(logs: Folder) -> Chrono:
+    try:
+        known = json.loads(logs.read(_FILE))
+        return Chrono(lost_s=float(known["lost_s"]), restart_s=float(known["restart_s"]))
+    except FileNotFoundError:
+        return Chrono()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s/%s cannot be read (%s); goodput may come out too high", logs, _FILE, error)
+        return Chrono()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cogvit.config import RunConfig, to_json
 from cogvit.errors import DataError
+from cogvit.training.folder import Folder
 
 
 class Sink(Protocol):
@@ -94,10 +95,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= start_step] if path.exists() else []
-        rewound = path.with_name(path.name + ".tmp")
-        rewound.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        rewound.replace(path)
+        if path.exists():
+            # Cut in place: a full disk has no room for a copy, and a kill leaves the one length or the other.
+            num_kept = sum(row["step"] <= start_step for row in read_metrics(path))
+            os.truncate(path, sum(map(len, path.read_bytes().splitlines(keepends=True)[:num_kept])))
         self._file = path.open("ab", buffering=0)
         self._waiting, self._told = b"", False
 
@@ -226,7 +227,8 @@ class WeightsAndBiases:
 
 def _run_id(path: Path, start_step: int) -> str:
     """Return the W&B id of this run directory; a run from step 0 gets a new one."""
-    if start_step == 0 or not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+    known = path.read_text() if start_step > 0 and path.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        Folder(str(path.parent)).write(path.name, known.encode())
+    return known

@@ -27,6 +27,10 @@ class SpikeLog:
             return None
         row = {"step": step, "loss": loss, "median": usual}
         row |= {name: value for name, value in values.items() if name.startswith(("grad_norm", "loss_", "lr"))}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return f"step {step}: loss {loss:.4g} is {loss / usual:.1f} times the recent median; see {self._path}"
+        told = f"step {step}: loss {loss:.4g} is {loss / usual:.1f} times the recent median"
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk does not end a run
+            return f"{told}; {self._path} cannot be written ({error.strerror}): {json.dumps(row)}"
+        return f"{told}; see {self._path}"

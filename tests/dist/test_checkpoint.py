@@ -263,9 +263,19 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(pool: Pool, tmp_path
         latest(folder(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2, "files": {"a": 1}}'])
-def test_a_damaged_manifest_is_no_checkpoint_and_no_crash(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "cannot be read (it has no 'format')"),
+        ('{"files": {}}', "cannot be read (it has no 'format')"),
+        ('{"format": 2, "files": {"a": 1}}', "cannot be read"),
+        ('{"format": 2, "files": {}}', "does not name state.json"),
+    ],
+)
+def test_a_damaged_manifest_is_no_checkpoint_and_no_crash(tmp_path: Path, content: str, fault: str) -> None:
     (tmp_path / "step_00000001").mkdir()
     (tmp_path / "step_00000001" / "manifest.json").write_text(content)
-    assert "its manifest cannot be read" in str(verify(folder(tmp_path / "step_00000001")))
+    assert f"its manifest {fault}" in str(verify(folder(tmp_path / "step_00000001")))
     assert latest(folder(tmp_path)) is None

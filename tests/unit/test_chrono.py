@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogvit.training.chrono import Chrono, after_restart
+from tests.disk import files_of_at_most
 
 
 def write_steps(out: Path, steps: range, seconds: float, ended_s_ago: float) -> None:
@@ -46,3 +47,24 @@ def test_two_faults_before_a_save_both_count(tmp_path: Path) -> None:
 def test_a_clock_that_went_back_takes_no_time_away(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 3), 2.0, ended_s_ago=-1000.0)
     assert after_restart(Chrono(), tmp_path, 2, 20.0).restart_s == 20.0
+
+
+@pytest.mark.parametrize("content", ["", '{"lost_s": 3.', "[]", "{}", '{"lost_s": null, "restart_s": 1.0}'])
+def test_a_file_that_a_kill_or_a_full_disk_left_half_costs_its_times_and_no_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "chrono.json").write_text(content)
+    assert after_restart(Chrono(), tmp_path, 0, 7.0) == Chrono(restart_s=7.0)
+    assert "chrono.json cannot be read" in caplog.text
+    assert json.loads((tmp_path / "logs" / "chrono.json").read_text()) == {"lost_s": 0.0, "restart_s": 7.0}
+
+
+def test_a_full_disk_leaves_the_times_before_and_stops_no_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    after_restart(Chrono(), tmp_path, 0, 7.0)
+    with files_of_at_most(4):
+        assert after_restart(Chrono(), tmp_path, 0, 5.0) == Chrono(restart_s=12.0)
+    assert "chrono.json could not be written (File too large)" in caplog.text
+    assert after_restart(Chrono(), tmp_path, 0, 1.0) == Chrono(restart_s=8.0)

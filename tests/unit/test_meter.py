@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig
 from cogvit.errors import DataError
 from cogvit.training.meter import Meter, duration, read_metrics
-from tests.disk import small_file_system
+from tests.disk import files_of_at_most, small_file_system
 
 CONFIG = RunConfig(schedule=ScheduleConfig(steps=10), log=LogConfig(wandb="off"))
 VALUES = {"loss": 0.1 + 0.2, "loss_dinov3": 1 / 3, "lr": 1e-3, "images_per_s": 10.0, "tokens_per_s": 1234.5}
@@ -59,6 +59,12 @@ def test_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     record(tmp_path, 2, 3, value=2.0)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_full_disk_has_room_to_resume(tmp_path: Path) -> None:
+    record(tmp_path, 0, 7, value=1.0)
+    with files_of_at_most(8), Meter(tmp_path, CONFIG, writer=True, start_step=4):
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +160,7 @@ for start_step in {start_steps}:
     clean |= {"HOME": str(out.parent), "NETRC": str(out.parent / "netrc")} | environment
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert len(read_metrics(out / "metrics.jsonl")) == len(start_steps)
+    assert len(read_metrics(out / "metrics.jsonl")) == start_steps[-1] + 1
     return done.stderr
 
 
@@ -162,6 +168,9 @@ def test_wandb_writes_offline_files_when_nobody_is_logged_in(tmp_path: Path) -> 
     assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[0, 1])
     recorded = [path.name for path in tmp_path.glob("run/logs/wandb/offline-run-*/run-*.wandb")]
     assert len(recorded) == 2 and recorded[0] == recorded[1]  # a resumed run is the same run
+    (tmp_path / "run" / "logs" / "wandb_id").write_text("")  # by a version that did not write it in one move
+    assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[2])
+    assert (tmp_path / "run" / "logs" / "wandb_id").read_text()
 
 
 def test_wandb_failure_does_not_stop_the_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogvit.training.spikes import SpikeLog
+from tests.disk import files_of_at_most
 
 
 def test_a_loss_that_stands_out_is_logged_once(tmp_path: Path) -> None:
@@ -26,3 +27,11 @@ def test_the_first_steps_and_a_factor_of_zero_are_silent(tmp_path: Path) -> None
     assert all(log.record(step, {"loss": 100.0 / (1 + step)}) is None for step in range(8))
     assert [off.record(step, {"loss": 10.0**step}) for step in range(20)] == [None] * 20
     assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_puts_the_line_where_it_can_be_read(tmp_path: Path) -> None:
+    log = SpikeLog(tmp_path / "spikes.jsonl", factor=2.0)
+    assert all(log.record(step, {"loss": 1.0}) is None for step in range(20))
+    with files_of_at_most(4):
+        line = log.record(20, {"loss": 3.0, "grad_norm": 9.0})
+    assert line is not None and 'cannot be written (File too large): {"step": 20' in line and '"grad_norm": 9.0' in line
