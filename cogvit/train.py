@@ -36,14 +36,15 @@ from cogvit.flags import help_text, load_preset, parse
 from cogvit.recipe import recipe_differences
 from cogvit.slurm import join_slurm, place_line
 from cogvit.training.folder import Folder
-from cogvit.training.lock import run_lock
+from cogvit.training.lock import check_free, run_lock
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
 
 Trains a stage. PRESET names a file of configs/ (demo_stage1, stage1_cogvit_l, ...) or is a path to a config.json.
 Run it bare, under torchrun, or under srun; the same command in the same --out resumes.
---dry-run prints the resolved configuration and stops. --help after a PRESET shows its defaults.
+--dry-run prints the resolved configuration and stops; it refuses what a start would refuse of it and of --out.
+--help after a PRESET shows its defaults.
 """
 
 
@@ -63,6 +64,9 @@ def main(argv: list[str]) -> int:
 
             config = with_encoder_shape(config)
         if "--dry-run" in argv:
+            if config.out:
+                check_recipe(config)
+                check_free(Path(config.out))
             print(json.dumps(to_json(config), indent=1))
             return 0
         if "SLURM_STEP_NUM_TASKS" in os.environ:
@@ -76,6 +80,15 @@ def main(argv: list[str]) -> int:
         return error.exit_status
 
 
+def check_recipe(config: RunConfig) -> None:
+    """Compare the run with the one in its directory. Errors: ConfigError when that is another."""
+    path = Path(config.out) / "config.json"
+    if path.exists():
+        differences = recipe_differences(load_config(path), config)
+        if differences:
+            raise ConfigError(f"{config.out} holds another run ({'; '.join(differences[:3])}); choose another --out")
+
+
 @contextmanager
 def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
     """Make the run directory, or accept it as the same run's; the writer locks it for the length of the block.
@@ -85,10 +98,7 @@ def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
     if not config.out:
         raise ConfigError("--out DIR is needed: the run directory")
     out = Path(config.out)
-    if (out / "config.json").exists():
-        differences = recipe_differences(load_config(out / "config.json"), config)
-        if differences:
-            raise ConfigError(f"{config.out} holds another run ({'; '.join(differences[:3])}); choose another --out")
+    check_recipe(config)
     with ExitStack() as stack:
         if writer:
             try:

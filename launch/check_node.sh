@@ -16,8 +16,10 @@ specs = {name: find_spec(name) for name in ("torch", "megatron.core", "deepspeed
 print(*(name for name, spec in specs.items() if spec is None or spec.origin is None))  # an empty folder has no origin
 ' 2>&1) || absent="an import fails: ${absent##*$'\n'}"
 [[ -z $absent ]] || refuse "$1 lacks $absent"
-probe=$2/logs/.writable-$node
+probe=$2/logs/.writable-$node-${SLURM_JOB_ID:-}
 { mkdir -p "$2/logs" && : >"$probe" && rm "$probe"; } 2>/dev/null || refuse "--out $2 cannot be written"
 address=$(getent ahostsv4 "$node" | awk '{ print $1; exit }')
 [[ -n $address ]] || refuse "its own name has no IPv4 address; see /etc/hosts or DNS"
+[[ $address != 127.* || ${SLURM_JOB_NUM_NODES:-1} == 1 ]] ||
+    refuse "its own name means $address, where other nodes do not find it; see /etc/hosts"
 echo "${SLURM_TOPOLOGY_ADDR:-$node} ${SLURMD_NODENAME:-$node} $address $(date +%s)"

@@ -25,5 +25,6 @@ export RAY_USAGE_STATS_ENABLED=0
 # ---- restarts
 MAX_RESTARTS=${MAX_RESTARTS:-3}             # after failures without a new checkpoint in between
 REQUEUE_TRIES=${REQUEUE_TRIES:-6}           # ten seconds apart, where the controller does not answer
-NODE_FAILURES=${NODE_FAILURES:-2}           # a node on which so many attempts failed first is excluded
+NODE_FAILURES=${NODE_FAILURES:-2}           # a node on which so many attempts failed first is excluded ...
+NODE_FAILURES_HOURS=${NODE_FAILURES_HOURS:-24} # ... if that was in so many hours
 MAX_CLOCK_SKEW_S=${MAX_CLOCK_SKEW_S:-30}    # more is said, and changes nothing

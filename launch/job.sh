@@ -26,14 +26,18 @@ trap 'rm -f "$ERRORS"' EXIT
 
 say() { echo "$(date +%T) $*"; }
 
+# Runs a client command of Slurm's, which may wait for its controller for long.
+ask() { timeout 180 "$@"; }
+
 die() {
     echo "error: $*" >&2
-    refused
+    refused 2
 }
 
-# Ends a job that cannot begin. A later start of a job that has worked is tried again: a node may be to blame.
+# Ends a job that cannot begin, with the status of what was tried. A mistake of the user's ends it for good, but for a later
+# start of a job that has worked: a node may be to blame. Any other failure is tried again.
 refused() {
-    if ((${SLURM_RESTART_COUNT:-0} > 0)); then finish 2; fi
+    if (($1 != 2 || ${SLURM_RESTART_COUNT:-0} > 0)); then finish "$1"; fi
     exit 2
 }
 
@@ -84,8 +88,9 @@ check_nodes() {
     # A failed check must not leave the job waiting for the other nodes'.
     found=$("${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
         bash launch/check_node.sh "$PYTHON" "$OUT" 2>"$ERRORS") || {
+        local status=$?
         cat "$ERRORS" >&2
-        refused
+        refused "$status"
     }
     after=$(date +%s)
     found=$(sort --version-sort <<<"$found")
@@ -94,7 +99,10 @@ check_nodes() {
     HOSTS=$LOGS/hosts.$SLURM_JOB_ID
     for name in "${ORDER[@]}"; do
         for ((task = 0; task < TASKS_PER_NODE; task++)); do echo "$name"; done
-    done >"$HOSTS"
+    done >"$HOSTS" || {
+        say "$HOSTS cannot be written"
+        finish 1
+    }
     while read -r _ name _ seconds; do
         if ((seconds < before - MAX_CLOCK_SKEW_S || seconds > after + MAX_CLOCK_SKEW_S)); then
             say "warning: the clock of $name is $((seconds - after)) s off; times in logs will not agree"
@@ -107,13 +115,13 @@ check_nodes() {
 check_flags() {
     local resolved
     resolved=$(RANK=0 WORLD_SIZE=$WORLD "${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" \
-        "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || refused
+        "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || refused $?
     read -r TP PP TEACHERS LOADING < <("${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -c '
 import json, sys
 run = json.loads(sys.argv[1])
 teachers = run["teachers"]["source"] if run["objective"] == "distill" else "none"
 print(run["parallel"]["tp"], run["parallel"]["pp"], teachers, run["data"]["loading"])
-' "$resolved")
+' "$resolved") || finish 1
     ((TASKS_PER_NODE % TP == 0)) ||
         die "--parallel.tp $TP does not divide $TASKS_PER_NODE tasks per node: tensor ranks would sit on two nodes"
     say "$PRESET at tp=$TP pp=$PP dp=$((WORLD / TP / PP)), teachers: $TEACHERS, loading: $LOADING"
@@ -126,7 +134,10 @@ needs_ray() { [[ $TEACHERS == *online* || $LOADING == server ]]; }
 start_ray() {
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH
     RAY_AUTH_TOKEN_PATH=$(realpath "$LOGS")/.ray-token.$SLURM_JOB_ID
-    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || {
+        say "$RAY_AUTH_TOKEN_PATH cannot be written"
+        finish 1
+    }
     RAY_ADDRESS=$HEAD_ADDRESS:$RAY_PORT
     export RAY_FILES=$RAY_TMPDIR/cogvit-ray-$SLURM_JOB_ID RAY_PORT RAY_ADDRESS RAY_CPUS RAY_GPUS RAY_STORE_BYTES
     rm -f "$LOGS"/ray-*.log
@@ -159,7 +170,9 @@ start_ray() {
 # Runs the trainer on every rank, tensor ranks inside a node and pipeline neighbors under a switch; sets STATUS.
 train() {
     export MASTER_ADDR=$HEAD_ADDRESS MASTER_PORT
+    # Since Slurm 22.05 srun does not take the job's --cpus-per-task over: a bound rank would have one CPU.
     SLURM_HOSTFILE=$HOSTS run_step --ntasks="$WORLD" --distribution=arbitrary --kill-on-bad-exit=1 \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
         --output="$LOGS/rank_%5t.log" --open-mode=append "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}"
 }
 
@@ -199,22 +212,28 @@ stop_ray() {
 
 # Ends the job with what its status asks for: done, refused, or another start.
 finish() {
-    local status=$1 now before='' tried=0 rank=0 node='' first
+    local status=$1 now before='' tried=0 rank=0 node='' first owner stopped='' record=$LOGS/restarts.$SLURM_JOB_ID
     rm -f "${RAY_AUTH_TOKEN_PATH:-}"
     if ((status == 0)); then
         say "done"
         exit 0
     fi
-    # srun names the tasks that failed, the first one first; its status is the highest, so that of tasks it took down.
-    first=$(grep -m 1 '^srun: error: [^ ]*: tasks\? [0-9,-]*: ' "$ERRORS" || true)
+    # srun names what failed, the first one first; its status is the highest, so that of tasks which others took down.
+    first=$(grep -m 1 '^srun: error: \(Node failure on \|[^ ]*: tasks\? [0-9,-]*: \)' "$ERRORS" || true)
     if [[ $first =~ ^srun:\ error:\ ([^ ]*):\ tasks?\ ([0-9]+) ]]; then node=${BASH_REMATCH[1]} rank=${BASH_REMATCH[2]}; fi
+    if [[ $first =~ Node\ failure\ on\ ([^ ]*) ]]; then node=${BASH_REMATCH[1]}; fi
     if [[ $first == *"exit code "* ]]; then status=${first##*exit code }; fi
+    # A run that is another job's: what it saves is not this job's progress.
+    owner=$(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$OUT/lock.json" 2>/dev/null) || true
+    if ((status == 2)) && [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
+        say "$OUT is in use by job $owner"
+        exit 2
+    fi
     if [[ -n $step_pid ]]; then # else no rank has said anything in this start
         tail -n 3 "$LOGS/rank_$(printf %05d "$rank").log" 2>/dev/null | sed "s/^/rank $rank: /" >&2 || true
     fi
     now=$(progress)
-    if ((status == 2 && ${SLURM_RESTART_COUNT:-0} == 0)) && [[ $now == "$AT_START" ]]; then exit 2; fi
-    local stopped='' record=$LOGS/restarts.$SLURM_JOB_ID
+    if ((status == 2 && ${SLURM_RESTART_COUNT:-0} == 0)) && [[ -z $asked && $now == "$AT_START" ]]; then exit 2; fi
     if [[ -n $asked ]] || ((status == 75)); then stopped="stopped on request${asked:+ ($asked)} at ${now:-no checkpoint}"; fi
     if [[ -f $record ]]; then read -r tried before <"$record" || true; fi
     if [[ $now != "$before" ]]; then tried=0; fi # it got on since the last failure
@@ -223,25 +242,28 @@ finish() {
         say "ended with status $status, $tried times since ${now:-the start}; not started again"
         exit "$status"
     fi
-    echo "$tried $now" >"$record" || { say "restarts cannot be counted; not started again" && exit "$status"; }
+    { mkdir -p "$LOGS" && echo "$tried $now" >"$record"; } || { say "restarts cannot be counted; not started again" && exit "$status"; }
     if [[ -n $stopped ]]; then requeue "$stopped"; fi
-    # Not to blame: several nodes at once, and tasks that somebody ended.
-    if [[ $node == *"["* || $first == *Terminated* ]]; then node=; fi
-    if [[ -n $node ]]; then echo "$node" >>"$LOGS/failed_nodes.$SLURM_JOB_ID"; fi
+    # Not to blame: several nodes at once, tasks that somebody ended, and what the trainer itself refuses.
+    if [[ $node == *"["* || $first == *Terminated* ]] || [[ $status == 2 && -n $step_pid ]]; then node=; fi
+    if [[ -n $node ]]; then echo "$(date +%s) $node" >>"$LOGS/failed_nodes.$SLURM_JOB_ID"; fi
     requeue "failed with status $status${node:+ on $node}, restart $tried of $MAX_RESTARTS without a new checkpoint"
 }
 
 # Prints the nodes that keep failing, joined by commas: nothing while the job could not do without them.
 nodes_to_exclude() {
-    local record=$LOGS/failed_nodes.$SLURM_JOB_ID failing told left
+    local record=$LOGS/failed_nodes.$SLURM_JOB_ID failing told left since=$(($(date +%s) - NODE_FAILURES_HOURS * 3600))
     [[ -f $record ]] || return 0
-    failing=$(sort "$record" | uniq -c | awk -v n="$NODE_FAILURES" '$1 >= n { print $2 }')
+    failing=$(awk -v since="$since" '$1 >= since { print $2 }' "$record" | sort | uniq -c |
+        awk -v n="$NODE_FAILURES" '$1 >= n { print $2 }')
     [[ -n $failing ]] || return 0
     # Those that sbatch was told to exclude would be forgotten.
-    told=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    told=$(ask scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') || true
+    [[ -n $told ]] || return 0 # the controller does not answer
     if [[ $told != "(null)" ]]; then failing=$(sort -u <<<"$failing"$'\n'"$(scontrol show hostnames "$told")"); fi
-    # A job with too few nodes left would wait for good.
-    left=$(sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format %N | sort -u | grep -cvxF "$failing" || true)
+    # A job with too few nodes left, of those that are up, would wait for good.
+    left=$(ask sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format "%N %t" |
+        awk '$2 !~ /^(down|drain|drng|fail|maint|unk)|\*$/ { print $1 }' | sort -u | grep -cvxF "$failing" || true)
     failing=$(paste -sd, <<<"$failing")
     if ((left >= NODES)); then
         echo "$failing"
@@ -257,9 +279,12 @@ requeue() {
     say "requeued: $1${excluded:+; without $excluded}"
     trap '' TERM INT USR1
     for ((tries = 1; ; tries++)); do
-        state=$(squeue --noheader --jobs "$JOB" --format %T) || state=unknown
-        # After scontrol requeue by somebody else, and after preemption, the job is in the queue already.
-        if [[ $state != RUNNING && $state != unknown ]] || scontrol requeue "$JOB"; then break; fi
+        state=$(ask squeue --noheader --jobs "$JOB" --format "%T %r") || state=unknown
+        case $state in
+            # At its time limit a job is not in the queue again; after preemption, and scontrol requeue by others, it is.
+            RUNNING* | unknown | "COMPLETING TimeLimit") if ask scontrol requeue "$JOB"; then break; fi ;;
+            *) break ;;
+        esac
         if ((tries == REQUEUE_TRIES)); then
             say "the cluster does not requeue this job: submit it again"
             exit 75
@@ -267,7 +292,7 @@ requeue() {
         sleep 10 # a controller that is restarted is back in a minute
     done
     if [[ -n $excluded ]]; then
-        scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
+        ask scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
     fi
     exit 75
 }

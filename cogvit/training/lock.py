@@ -42,6 +42,19 @@ def run_lock(directory: Path, wait_s: float = _WAIT_S) -> Iterator[None]:
             _write(file, "")
 
 
+def check_free(directory: Path, wait_s: float = _WAIT_S) -> None:
+    """Look whether a run directory, which need not exist, could be locked now.
+
+    Errors: ConfigError names the owner when the run is running already.
+    """
+    try:
+        file = (directory / LOCK).open("r+")
+    except OSError:
+        return  # there is none; whether one can be made is seen when it is taken
+    with file:
+        _take(file, directory, wait_s)
+
+
 def _take(file: IO[str], directory: Path, wait_s: float) -> None:
     end_s = time.monotonic() + wait_s
     while True:

@@ -131,6 +131,7 @@ def test_directory_of_another_run(capsys: pytest.CaptureFixture[str], shards: Pa
     (out / "config.json").write_text(capsys.readouterr().out)
     before = (out / "config.json").read_bytes()
     refuse(capsys, [*argv, "--seed", "2"], "another run", "seed: 1 -> 2")
+    refuse(capsys, [*argv, "--dry-run", "--seed", "2"], "another run", "seed: 1 -> 2")
     assert (out / "config.json").read_bytes() == before
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogvit.errors import ConfigError
-from cogvit.training.lock import LOCK, run_lock
+from cogvit.training.lock import LOCK, check_free, run_lock
 
 OWNER = """
 import sys
@@ -42,6 +42,17 @@ def test_a_run_that_is_running_is_refused_with_its_owner(tmp_path: Path) -> None
         run_lock(tmp_path, wait_s=0.3),
     ):
         pytest.fail("two runs in one directory")
+
+
+def test_whether_a_run_is_running_is_asked_without_a_trace(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with owner(tmp_path) as process:
+        named = (tmp_path / LOCK).read_text()
+        with pytest.raises(ConfigError, match=f"in use by process {process.pid} on "):
+            check_free(tmp_path, wait_s=0.3)
+    check_free(tmp_path)
+    assert (tmp_path / LOCK).read_text() == named  # it was killed, which the next start is to say
 
 
 def test_a_killed_owner_holds_nothing_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,6 +71,7 @@ def test_a_run_that_is_running(site: Site) -> None:
     with run_lock(out):
         output = refused(site, ("--nodes=1",), (*STAGE2, "--parallel.tp", "2", "--out", "runs/running"))
     assert "error: --out runs/running is in use by process " in output
+    assert not list((out / "logs").glob("rank_*"))  # said before the ranks start
 
 
 def test_a_run_of_another_model(site: Site) -> None:

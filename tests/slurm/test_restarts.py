@@ -47,23 +47,29 @@ def test_each_task_of_an_array_restarts_alone(site: Site, ending: dict[str, str]
     """To the controller the last task's number is that of all: both wait for each other, then fail once."""
     here = site.directory / "runs" / "array-restarts"
     here.mkdir(parents=True)
-    end = f"if ((START > 1)); then exit 0; fi; echo >{here}/up$SLURM_ARRAY_TASK_ID"
+    end = f'if ((START > 1)); then echo "$*"; exit 0; fi; echo >{here}/up$SLURM_ARRAY_TASK_ID'
     end += f"; until [[ -e {here}/up0 && -e {here}/up1 ]]; do sleep 0.1; done; sleep 2; exit 7"
-    out = ("--out", "runs/array-restarts/{task}")
-    job = site.submit(("--array=0-1", *ONE_RANK), (*STAGE2, *out), ending | {"END": end})
+    flags = ("--seed", "{task}", "--out", "runs/array-restarts/{task}")
+    job = site.submit(("--array=0-1", *ONE_RANK), (*STAGE2, *flags), ending | {"END": end})
     for task in ("0", "1"):
         ended = site.lab.wait(f"{job}_{task}", 300)
         assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended
+        assert f"--seed {task} --out runs/array-restarts/{task}" in site.rank_logs(f"runs/array-restarts/{task}")[0]
 
 
 def test_a_node_that_keeps_failing_stays_where_no_other_is_left(site: Site, ending: dict[str, str]) -> None:
+    """One of the four is drained, so that it does not count."""
     end = "if [[ $SLURMD_NODENAME == node3 ]] && ((START < 3)); then exit 7; fi; sleep 2; exit 0"
     flags = (*STAGE2, "--out", "runs/all-nodes")
-    four = ("--nodes=4", "--ntasks-per-node=1")
-    job = site.submit(four, flags, ending | {"MAX_RESTARTS": "2", "END": end})
-    ended = site.lab.wait(job, 300)
+    three = ("--nodes=3", "--ntasks-per-node=1")
+    site.lab.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
+    try:
+        job = site.submit(three, flags, ending | {"MAX_RESTARTS": "2", "END": end})
+        ended = site.lab.wait(job, 300)
+    finally:
+        site.lab.run("scontrol", "update", "NodeName=node2", "State=RESUME")
     assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 2, "(null)"), site.output(job)
-    assert "node3 cannot be excluded: the job needs 4 nodes, and 3 would be left" in site.output(job)
+    assert "node3 cannot be excluded: the job needs 3 nodes, and 2 would be left" in site.output(job)
 
 
 def test_excluding_a_node_keeps_those_that_the_user_excluded(site: Site, ending: dict[str, str]) -> None:
@@ -90,6 +96,26 @@ def test_a_node_that_breaks_between_two_starts_is_left_out(site: Site, ending: d
     ended = site.lab.wait(job, 300)
     assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 3, "node3"), site.output(job)
     assert site.output(job).count("error: node3: PYTHON=") == 2
+
+
+def test_what_another_job_saves_is_not_progress_of_one_that_it_refuses(site: Site, ending: dict[str, str]) -> None:
+    out = site.directory / "runs" / "taken"
+    end = f'echo \'{{"job": "99999"}}\' >{out}/lock.json; echo a >{out}/logs/newest_checkpoint; exit 2'
+    job = site.submit(ONE_RANK, (*STAGE2, "--out", "runs/taken"), ending | {"END": end})
+    ended = site.lab.wait(job, 120)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 2, 0), site.output(job)
+    assert "runs/taken is in use by job 99999" in site.output(job)
+
+
+def test_ranks_that_save_until_the_time_limit_itself_begin_again(site: Site, ending: dict[str, str]) -> None:
+    """Slurm then counts the job as ended, and not as one that waits for its next start."""
+    end = "if ((START > 1)); then exit 0; fi; trap '' USR1; trap 'sleep 3; exit 75' TERM; while :; do sleep 0.5; done"
+    job = site.submit(
+        (*ONE_RANK, "--time=1", "--signal=B:USR1@30"), (*STAGE2, "--out", "runs/late"), ending | {"END": end}
+    )
+    ended = site.lab.wait(job, 400)
+    assert "stopping: the time limit is near" in site.output(job), site.output(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), site.output(job)
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(site: Site, ending: dict[str, str]) -> None:
