@@ -277,12 +277,12 @@ requeue() {
     local excluded state tries
     excluded=$(nodes_to_exclude)
     say "requeued: $1${excluded:+; without $excluded}"
-    trap '' TERM INT USR1
+    trap '' TERM INT USR1 # for the commands below too; Slurm ends what is left of a job that it requeues
     for ((tries = 1; ; tries++)); do
-        state=$(ask squeue --noheader --jobs "$JOB" --format "%T %r") || state=unknown
+        state=$(squeue --noheader --jobs "$JOB" --format "%T %r") || state=unknown
         case $state in
             # At its time limit a job is not in the queue again; after preemption, and scontrol requeue by others, it is.
-            RUNNING* | unknown | "COMPLETING TimeLimit") if ask scontrol requeue "$JOB"; then break; fi ;;
+            RUNNING* | unknown | "COMPLETING TimeLimit") if scontrol requeue "$JOB"; then break; fi ;;
             *) break ;;
         esac
         if ((tries == REQUEUE_TRIES)); then
@@ -292,7 +292,7 @@ requeue() {
         sleep 10 # a controller that is restarted is back in a minute
     done
     if [[ -n $excluded ]]; then
-        ask scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
+        scontrol update "JobId=$JOB" "ExcNodeList=$excluded" || say "$excluded could not be excluded"
     fi
     exit 75
 }
