@@ -31,6 +31,10 @@ TEACHERS = (
 STAGE1 = ("launch/stage1.sh", "demo_stage1", *SMALL, *TEACHERS)
 STAGE2 = ("launch/stage2.sh", "demo_stage2", *SMALL)
 TP2_PP2 = ("--parallel.tp", "2", "--parallel.pp", "2")
+SETTINGS = {
+    "PYTHON": sys.executable, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_STORE_BYTES": "80000000",
+    "RAY_START_S": "400", "GLOO_SOCKET_IFNAME": "eth0",
+}  # fmt: skip
 SBATCH = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=60")
 
 
@@ -43,15 +47,11 @@ class Site:
 
     def submit(self, options: tuple[str, ...], command: tuple[str, ...], env: dict[str, str] | None = None) -> int:
         """sbatch, with the settings of this machine in the environment."""
-        settings = {
-            "PYTHON": sys.executable, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_STORE_BYTES": "80000000",
-            "RAY_START_S": "400", "GLOO_SOCKET_IFNAME": "eth0",
-        }  # fmt: skip
-        return self.lab.submit(*SBATCH, *options, *command, cwd=self.directory, env=settings | (env or {}))
+        return self.lab.submit(*SBATCH, *options, *command, cwd=self.directory, env=SETTINGS | (env or {}))
 
-    def command(self, *words: str) -> str:
-        """Run a command of the repository where the controller is; returns what it prints."""
-        return self.lab.run(*words, cwd=self.directory)
+    def command(self, *words: str, env: dict[str, str] | None = None) -> str:
+        """Run a command of the repository where the controller is, as `submit` does; returns what it prints."""
+        return self.lab.run(*words, cwd=self.directory, env=SETTINGS | (env or {}))
 
     def output(self, job: int) -> str:
         """What a job printed, over all its starts."""

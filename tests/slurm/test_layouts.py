@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cogvit.training.checkpoint import folder_of, latest, read_state
 from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import SMALL, STAGE1, STAGE2, STEPS, TEACHERS, TP2_PP2, Site
+from tests.slurm.jobs import SBATCH, SMALL, STAGE2, STEPS, TEACHERS, TP2_PP2, Site
 from tests.slurm.lab import wait_for
 
 pytestmark = [pytest.mark.timeout(3600), pytest.mark.long]
@@ -48,18 +50,22 @@ def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site) -> None
     assert len({(state.step, state.position, state.images, state.tokens) for state in states}) == 1 < len(states)
 
 
-def test_stage_1_reads_what_precompute_wrote(site: Site, straight: Path) -> None:
-    site.finish(site.submit((), ("launch/precompute.sh", "demo_stage1", *SMALL, *TEACHERS, "--out", "runs/features")))
-    workers = (site.directory / "runs" / "features" / "logs" / "ray-workers.log").read_text()
+def test_the_chain_runs_and_its_stage_1_is_that_of_teachers_online(site: Site, straight: Path) -> None:
+    presets = {"PRESET1": "demo_stage1", "PRESET2": "demo_stage2"}
+    flags = {"FLAGS1": shlex.join((*SMALL, *TEACHERS, *TP2_PP2)), "FLAGS2": shlex.join((*SMALL, *TP2_PP2))}
+    said = site.command("launch/chain.sh", "runs/chain", *SBATCH, env=presets | flags)
+    features, stage1, stage2 = (int(number) for number in re.findall(r"\d+(?=,|\n)", said))
+    site.finish(features)
+    site.finish(stage1)
+    site.finish(stage2)
+    chain = site.directory / "runs" / "chain"
+    workers = (chain / "features" / "logs" / "ray-workers.log").read_text()
     assert workers.count("Ray runtime started") == 3
-    store = ("--teachers.source", "store", "--teachers.store", "runs/features")
-    job = site.submit((), (*STAGE1, *TP2_PP2, *store, "--out", "runs/from-store"))
-    site.finish(job)
-    run = site.directory / "runs" / "from-store"
-    assert "teachers: store" in site.output(job) and not list((run / "logs").glob("ray-*"))
-    mine, theirs = losses_of(run), losses_of(straight)
+    assert "teachers: store" in site.output(stage1) and not list((chain / "stage1" / "logs").glob("ray-*"))
+    mine, theirs = losses_of(chain / "stage1"), losses_of(straight)
     # Batch mates change a feature's last bits, and here the statistics of them all.
     assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-3)
+    assert [step for step, _ in losses_of(chain / "stage2")] == list(range(1, STEPS + 1))
     # The same command has nothing left to do.
-    again = site.submit((), ("launch/precompute.sh", "demo_stage1", *SMALL, *TEACHERS, "--out", "runs/features"))
+    again = site.submit((), ("launch/precompute.sh", "demo_stage1", *SMALL, *TEACHERS, "--out", "runs/chain/features"))
     site.finish(again)
