@@ -111,7 +111,8 @@ def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
     asks = config.objective == "distill" and teachers.source != "store"
     with ExitStack() as stack:
         if asks or served:
-            from cogvit.teacher.actors import connect, cpus_of, plan_cluster  # with transformers, which takes seconds
+            from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
+            from cogvit.teacher.room import cpus_of
             from data_pipeline.server import batch_bytes
 
             num_cpus = cpus_of(teachers) if asks else 0

@@ -19,6 +19,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 TEXT = SHAPE | {"vocab_size": 64, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 UNREADABLE = 13  # the sample id of an image that does not decode
 LOST = 14  # of one whose shard is gone
+FAULTY = 15  # of one that no code of ours expects
 
 
 def siglip2() -> transformers.PreTrainedModel:
@@ -97,6 +98,8 @@ def draw(sample: SampleRef, key: int | None, size_hw_px: tuple[int, int]) -> Pix
         return None
     if sample.sample_id == LOST:
         raise DataError("cannot read shard.tar: no such file")
+    if sample.sample_id == FAULTY:
+        raise RuntimeError("out of luck\nand of lines")
     rng = np.random.default_rng([sample.sample_id, 0 if key is None else key])
     return rng.integers(0, 256, (*size_hw_px, 3), dtype=np.uint8)
 
@@ -114,6 +117,12 @@ def draw_or_hang(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, al
     if not os.path.exists(alive):
         Path(alive).touch()
         time.sleep(3600)
+    return draw(sample, key, size_hw_px)
+
+
+def draw_slowly(sample: SampleRef, key: int, size_hw_px: tuple[int, int]) -> Pixels | None:
+    """Take a second for an image."""
+    time.sleep(1.0)
     return draw(sample, key, size_hw_px)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import secrets
 import signal
@@ -16,10 +15,10 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -27,11 +26,16 @@ from torch import Tensor
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
-from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, num_rows
+from cogvit.teacher.room import check_room, idle_gpus
+from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, answer_bytes
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayTaskError
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
+_HEALTH = "health"  # the thread of an actor that says how it does
 _LOG = logging.getLogger(__name__)
 
 
@@ -143,7 +147,7 @@ class TeacherActor:
 
     def __init__(self, member: TeacherConfig, config: TeachersConfig, decode: DecodeImage) -> None:
         torch.set_num_threads(max(1, int(config.actor_cpus)))
-        self._name, self._decode = member.name, decode
+        self._name, self._decode, self._num_answered = member.name, decode, 0
         self._teacher = load_teacher(
             member.path,
             config.precision,
@@ -153,10 +157,18 @@ class TeacherActor:
             device=_device(config),
         )
 
-    def features(self, request: FeatureRequest) -> dict[str, NDArray[Any]]:
-        """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for."""
-        found = answer(self._name, self._teacher, request, self._decode)
-        return {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
+    def features(self, request: FeatureRequest) -> tuple[dict[str, NDArray[Any]], int]:
+        """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for; and num_answered."""
+        try:
+            found = answer(self._name, self._teacher, request, self._decode)
+        finally:
+            self._num_answered += 1
+        wire = {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
+        return wire, self._num_answered
+
+    def num_answered(self) -> int:
+        """Return how many requests it has answered, while it works on another: has it moved since one last looked?"""
+        return self._num_answered
 
 
 def _device(config: TeachersConfig) -> torch.device:
@@ -198,38 +210,6 @@ class Pending:
     calls: dict[str, Call]
 
 
-def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: str) -> int:
-    """Return the size of an answer before it is made; dims has the channels of what is asked, by name."""
-    value_bytes = 2 if precision == "bf16" else 4
-    return sum(num_rows(name, request) * dim * value_bytes for name, dim in dims.items())
-
-
-def cpus_of(config: TeachersConfig) -> int:
-    """Return the CPUs that the actors of a run take."""
-    return math.ceil(config.num_actors * config.actor_cpus)
-
-
-def _fits(kind: str, have: float, need: float) -> int:
-    """Return how many actors a node has this for; a share of a GPU lies on one GPU."""
-    if kind == "GPU" and need < 1.0:
-        return int(have) * int(1.0 / need + 1e-6)
-    return int(have / need + 1e-6)
-
-
-def check_room(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Compare the actors with the CPUs and GPUs of a cluster's nodes. Errors: ConfigError, before anybody waits."""
-    needs = {"CPU": config.actor_cpus, "GPU": config.actor_gpus}
-    have = [node["Resources"] for node in nodes if node["Alive"]]
-    room = sum(min(_fits(kind, one.get(kind, 0.0), need) for kind, need in needs.items() if need) for one in have)
-    if room < config.num_actors:
-        found = "; ".join(" and ".join(f"{one.get(kind, 0.0):g} {kind}s" for kind in needs) for one in have)
-        raise ConfigError(
-            f"{config.num_actors} teacher actors of {config.actor_cpus:g} CPUs and {config.actor_gpus:g} GPUs do not"
-            f" fit the Ray cluster, which has room for {room} (nodes: {found}); lower --teachers.actors-per-teacher,"
-            " --teachers.actor-cpus or --teachers.actor-gpus, or give Ray more (RAY_CPUS and RAY_GPUS of launch/env.sh)"
-        )
-
-
 class TeacherPool:
     """The actors of a run as a FeatureSource; every rank that asks has a pool, and all pools share the actors.
 
@@ -243,13 +223,16 @@ class TeacherPool:
     def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0) -> None:
         import ray
 
-        check_room(config, ray.nodes())
+        nodes = ray.nodes()
+        check_room(config, nodes)
+        if first_lane == 0 and (note := idle_gpus(config, nodes)):
+            _LOG.warning("%s", note)
         self._config = config
         self._decode = decode
         self._members = {member.name: member for member in config.members}
-        self._actor_class = ray.remote(TeacherActor)
+        self._actor_class = ray.remote(concurrency_groups={_HEALTH: 1})(TeacherActor)
         self._lanes = (lane % config.actors_per_teacher for lane in itertools.count(first_lane))
-        self._heard: set[Actor] = set()
+        self._heard: dict[Actor, int] = {}  # who has answered us -> its num_answered when we last looked
         dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
         self._dims = {member.name + part: dims[member.name] for member in config.members for part in member.parts}
         self._waiting: deque[Pending] = deque()  # not sent yet
@@ -286,9 +269,10 @@ class TeacherPool:
         self._in_flight_bytes += pending.size_bytes
 
     def result(self, handle: Pending) -> Features:
-        """Wait for the replies; requests of dead actors, and of one silent for a quarter of max_wait_s, are sent again.
+        """Wait for the replies; requests of actors that died or hang are sent again.
 
-        Errors: TeacherUnavailable after max_wait_s; ConfigError when a teacher does not load.
+        An actor hangs that has answered nobody for a quarter of max_wait_s; all ranks queue at the same ones.
+        Errors: TeacherUnavailable after max_wait_s or when a teacher fails; ConfigError when one does not load.
         """
         if not handle.calls:
             self._waiting.remove(handle)
@@ -302,8 +286,8 @@ class TeacherPool:
         return features
 
     def _collect(self, name: str, pending: Pending, deadline_s: float) -> Features:
-        from ray import get, kill
-        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
+        from ray import get
+        from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
         asked_s, lost = time.monotonic(), False
         while True:
@@ -311,8 +295,8 @@ class TeacherPool:
             # Only who has answered before can hang: loading weights may take all the time there is.
             patience_s = self._config.max_wait_s / (4 if actor in self._heard else 1)
             try:
-                reply = get(pending.calls[name].reply, timeout=max(0.0, min(patience_s, deadline_s - time.monotonic())))
-                self._heard.add(actor)
+                wait_s = max(0.0, min(patience_s, deadline_s - time.monotonic()))
+                reply, self._heard[actor] = get(pending.calls[name].reply, timeout=wait_s)
                 if lost:
                     late_s = time.monotonic() - asked_s
                     _LOG.warning("teacher %s answers again, %.1f s late; nothing is skipped", name, late_s)
@@ -320,28 +304,43 @@ class TeacherPool:
             except GetTimeoutError:
                 if time.monotonic() >= deadline_s or actor not in self._heard:
                     raise self._unavailable(name, "is silent") from None
-                kill(actor.handle)
+                if self._has_moved(actor, min(patience_s, deadline_s - time.monotonic())):
+                    continue
                 self._replace(actor)
             except RayTaskError as error:  # the actor lives; what it ran raised
-                if isinstance(error.cause, CogViTError):
-                    raise error.cause from None
-                raise
-            except ActorDiedError as error:
-                if error.actor_init_failed:
-                    raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
-                self._replace(actor)
-            except RayError as error:
+                raise _reason(name, error) from error
+            except (ActorUnavailableError, ObjectLostError) as error:
                 _LOG.warning("a reply of teacher %s was lost (%s); the request is sent again", name, error)
                 time.sleep(_RETRY_PAUSE_S)
+            except RayError as error:  # it died; when it was for want of memory, the error says no more than that
+                if getattr(error, "actor_init_failed", False):
+                    raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
+                self._replace(actor)
             if time.monotonic() >= deadline_s:
                 raise self._unavailable(name, "keeps failing")
             lost = True
             pending.calls[name] = self._send(name, actor.lane, pending.request)
 
+    def _has_moved(self, actor: Actor, timeout_s: float) -> bool:
+        """Whether an actor has answered anybody since we last looked; one that does not even say so has not."""
+        from ray import get
+        from ray.exceptions import RayError
+
+        before = self._heard[actor]
+        try:
+            asked = actor.handle.num_answered.options(concurrency_group=_HEALTH).remote()
+            self._heard[actor] = get(asked, timeout=max(0.0, timeout_s))
+        except RayError:
+            return False
+        return self._heard[actor] > before
+
     def _replace(self, dead: Actor) -> None:
-        """Start the successor of a dead or hung actor, unless an earlier request of its has done so."""
+        """End a dead or hung actor and start its successor, unless an earlier request of its has done so."""
+        from ray import kill
+
         if self._actors[dead.teacher, dead.lane] is dead:
             _LOG.warning("an actor of teacher %s died or hangs; another one takes over its requests", dead.teacher)
+            kill(dead.handle)
             self._actors[dead.teacher, dead.lane] = self._get_or_start(dead.teacher, dead.lane, dead.generation + 1)
 
     def _send(self, name: str, lane: int, request: FeatureRequest) -> Call:
@@ -368,6 +367,15 @@ class TeacherPool:
             f"teacher {name!r} {state}: no features in {self._config.max_wait_s:g} s; look at its memory and CPUs, or"
             " raise --teachers.max-wait-s"
         )
+
+
+def _reason(name: str, error: RayTaskError) -> CogViTError:
+    """Return what a teacher raised as an error of ours, which its asker shares with its peers."""
+    if isinstance(error.cause, CogViTError):
+        return error.cause
+    _LOG.error("teacher %s failed:\n%s", name, error)
+    said = f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0]
+    return TeacherUnavailable(f"teacher {name!r} failed: {said}; the log says where")
 
 
 def _from_wire(array: NDArray[Any]) -> Tensor:

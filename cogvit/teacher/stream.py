@@ -103,10 +103,16 @@ def rows_asked(name: str, request: FeatureRequest, slot: int) -> Tensor:
     return mask_image(request.keys[slot], rows * columns, request.mask_ratio)
 
 
-def num_rows(name: str, request: FeatureRequest) -> int:
-    """Return M, the rows of an answer of this name."""
+def rows_of_images(name: str, request: FeatureRequest) -> list[int]:
+    """Return how many rows each image has in an answer of this name."""
     present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
-    return sum(int(rows_asked(name, request, slot).sum()) for slot in present)
+    return [int(rows_asked(name, request, slot).sum()) for slot in present]
+
+
+def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: str) -> int:
+    """Return the size of an answer before it is made; dims has the channels of what is asked, by name."""
+    value_bytes = 2 if precision == "bf16" else 4
+    return sum(sum(rows_of_images(name, request)) * dim * value_bytes for name, dim in dims.items())
 
 
 def answer(name: str, teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage) -> Features:

@@ -190,6 +190,23 @@ def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig)
         doomed.result(doomed.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
 
 
+def starve(rank: int, world: int, config: RunConfig) -> tuple[str, int]:
+    """Ask on a cluster whose memory is always short; returns the end and how many actors there have been."""
+    os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    with connect(plan_cluster(""), num_cpus=0):
+        server = BatchServer(num_threads=1, max_wait_s=60.0)
+        try:
+            server.result(server.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
+        except DataError as error:
+            return str(error), server._generation + 1
+    raise AssertionError("an actor lived")
+
+
+def test_an_actor_that_the_memory_monitor_kills_is_replaced(config: RunConfig, pool: Pool) -> None:
+    ((end, num_actors),) = pool.run(starve, 1, (config,), timeout_s=150.0)
+    assert "died or was silent" in end and num_actors == 5
+
+
 class Deaf:
     """Takes a request and never answers."""
 

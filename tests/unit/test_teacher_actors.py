@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -20,7 +22,8 @@ import torch
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError, DataError, TeacherUnavailable
-from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, check_room, connect, plan_cluster
+from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, connect, plan_cluster
+from cogvit.teacher.room import check_room, idle_gpus
 from cogvit.teacher.stream import Features, FeatureSource, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -184,6 +187,45 @@ def test_an_actor_that_hangs_is_replaced(
     assert alive.exists()
 
 
+def test_an_actor_with_a_queue_longer_than_the_patience_is_left_alone(cluster: Cluster, caplog: Any) -> None:
+    """Another rank's requests lie before ours: ten seconds of them, where six of silence are a hang."""
+    members = (TeacherConfig(name="slow", path="tests.teachers:own"),)
+    crowd, hasty = (
+        TeacherPool(TeachersConfig(members=members, max_wait_s=max_wait_s), teachers.draw_slowly)
+        for max_wait_s in (120.0, 24.0)
+    )
+    one = teachers.request((1,), ((2, 2),))
+    crowd.result(crowd.submit(one))
+    wanted = hasty.result(hasty.submit(one))
+    queue = [crowd.submit(one) for _ in range(10)]
+    asked_s, handle = time.monotonic(), hasty.submit(one)
+    assert torch.equal(hasty.result(handle)["slow"], wanted["slow"])
+    assert time.monotonic() - asked_s > 24.0 / 4 and not caplog.records
+    assert all(torch.equal(crowd.result(earlier)["slow"], wanted["slow"]) for earlier in queue)
+
+
+def starve(rank: int, world: int) -> tuple[str, int, str]:
+    """Ask on a cluster whose memory is always short; returns what ends it, the last generation and what was said."""
+    os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("cogvit.teacher.actors").addHandler(handler)
+    members = (TeacherConfig(name="starved", path="tests.teachers:own"),)
+    with connect(plan_cluster(""), num_cpus=1):
+        source = TeacherPool(TeachersConfig(members=members, max_wait_s=25.0), teachers.draw)
+        try:
+            source.result(source.submit(REQUESTS[0]))
+        except TeacherUnavailable as error:
+            return str(error), source.submit(REQUESTS[0]).calls["starved"].actor.generation, said.getvalue()
+    raise AssertionError("an actor lived")
+
+
+def test_an_actor_that_the_memory_monitor_kills_is_replaced(pool: Pool) -> None:
+    ((end, generation, said),) = pool.run(starve, 1, (), timeout_s=120.0)
+    assert "'starved' keeps failing" in end or "'starved' is silent" in end
+    assert generation > 0, said
+
+
 def test_requests_in_flight_at_a_killed_actor_are_sent_again(actors: TeacherPool, expected: list[Features]) -> None:
     import ray
 
@@ -247,6 +289,25 @@ def test_a_shard_that_cannot_be_read_is_not_an_image_that_does_not_decode(actors
     handle = actors.submit(teachers.request((teachers.LOST,), ((2, 2),)))
     with pytest.raises(DataError, match=r"^cannot read shard.tar: no such file$"):
         actors.result(handle)
+
+
+def test_a_fault_of_a_teacher_is_an_error_of_one_line_that_peers_are_told(actors: TeacherPool) -> None:
+    handle = actors.submit(teachers.request((teachers.FAULTY,), ((2, 2),)))
+    with pytest.raises(
+        TeacherUnavailable, match=r"^teacher 'siglip2' failed: RuntimeError: out of luck; the log"
+    ) as caught:
+        actors.result(handle)
+    assert "\n" not in str(caught.value)
+
+
+def test_teachers_on_cpus_beside_gpus_are_said() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    wanted = TeachersConfig(members=(TeacherConfig(name="one", path="tests.teachers:own"),), actors_per_teacher=2)
+    said = "on CPUs, 1 for each of 2 actors, and Ray may give them 2 GPUs; --teachers.actor-gpus"
+    assert said in idle_gpus(wanted, nodes)
+    assert idle_gpus(replace(wanted, actor_gpus=0.5), nodes) == ""
+    if not torch.cuda.is_available():
+        assert idle_gpus(wanted, nodes[1:]) == ""
 
 
 def test_weights_that_do_not_load_are_a_users_mistake(cluster: Cluster, paths: dict[str, str], tmp_path: Path) -> None:
