@@ -15,8 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 
 # ---- Ray, for the teachers of stage 1, precompute and --data.loading server; one cluster a job, seen by nobody else
 RAY_PORT=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-RAY_CPUS=${RAY_CPUS:-2}                     # CPUs of a node that Ray may give to actors (--teachers.actor-cpus)
-RAY_GPUS=${RAY_GPUS:-0}                     # GPUs of a node that Ray may give to actors (--teachers.actor-gpus)
+RAY_CPUS=${RAY_CPUS:-2}                     # CPUs of a node that Ray may give to actors (--teachers.actor-cpus); precompute: all
+RAY_GPUS=${RAY_GPUS:-0}                     # GPUs of a node that Ray may give to actors (--teachers.actor-gpus); precompute: all
 RAY_STORE_BYTES=${RAY_STORE_BYTES:-268435456}  # more for --data.loading server: the batches that a node's ranks have asked for
 RAY_TMPDIR=${RAY_TMPDIR:-/tmp}              # on the node itself; short, for sockets are made in it
 RAY_START_S=${RAY_START_S:-120}             # how long its start on all nodes may take

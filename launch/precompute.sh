@@ -2,6 +2,8 @@
 # Teachers' features of every training image, on a Slurm cluster: sbatch [options] launch/precompute.sh [PRESET] --out DIR [flags]
 #
 # Runs tools.precompute_features on a Ray cluster of all nodes. The same command goes on after an interruption.
+# Ray has the GPUs and CPUs that the job has of each node, and the teachers' actors take what they are told to: two teachers on
+# 4 nodes of 8 GPUs with --teachers.actors-per-teacher 16 --teachers.actor-gpus 1 --teachers.actor-cpus 8.
 #SBATCH --job-name=cogvit-precompute
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -14,6 +16,7 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 [[ -f launch/job.sh ]] || { echo "error: submit from the repository's root, not from $PWD" >&2 && exit 2; }
+export RAY_GPUS=${RAY_GPUS:-${SLURM_GPUS_ON_NODE:-0}} RAY_CPUS=${RAY_CPUS:-${SLURM_CPUS_ON_NODE:-2}}
 # shellcheck source=launch/job.sh
 source launch/job.sh
 
