@@ -26,8 +26,9 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
 from cogvit.rules import check_data, check_training
 from cogvit.targets import makers_of, open_source, sample_requests
-from cogvit.teacher.actors import connect, cpus_of, plan_cluster
-from cogvit.teacher.standardize import fit_stats, save_stats
+from cogvit.teacher.actors import connect, plan_cluster
+from cogvit.teacher.room import cpus_of
+from cogvit.teacher.standardize import fit_stats, save_stats, try_place
 from cogvit.teacher.stream import FeatureRequest
 from data_pipeline.index import open_index
 
@@ -49,6 +50,7 @@ def fit(config: RunConfig, num_images: int) -> None:
     check_training(config)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; name a file in it")
+    try_place(out)
     makers, index = makers_of(teachers), open_index(config.data, config.data.shards)
     with ExitStack() as stack:
         if teachers.source != "store":

@@ -12,7 +12,8 @@ where features arrive, the same for every source.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvit.errors import ConfigError
-from cogvit.teacher.stream import FeatureRequest, Features, FeatureSource, submit_ahead
+from cogvit.teacher.stream import FeatureRequest, Features, FeatureSource, rows_of_images, submit_ahead
 
 _SMALLEST_STD = 1e-6  # a channel that varies less is constant: it becomes 0 instead of amplified rounding noise
 
@@ -105,16 +106,18 @@ def fit_stats(
 ) -> dict[str, Stats]:
     """Fit the statistics of every teacher over all tokens that the requests ask for, in float64.
 
+    An image that does not decode, whose features are all 0, does not count.
     Errors: ConfigError when the requests hold no image, or PHI-S has no rotation for a teacher's width.
     """
     moments = {}
     for name, dim in source.dims.items():
         shape = (dim,) if method == "channel" else (dim, dim)
         moments[name] = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
-    for _, handle in submit_ahead(requests, source.submit, in_flight=2):
+    for request, handle in submit_ahead(requests, source.submit, in_flight=2):
         for name, x_MC in source.result(handle).items():
-            moments[name].add(x_MC)
-    if not any(sums.count for sums in moments.values()):
+            decoded = [image for image in x_MC.split(rows_of_images(name, request)) if image.any()]
+            moments[name].add(torch.cat([x_MC[:0], *decoded]))
+    if not all(sums.count for sums in moments.values()):
         raise ConfigError("the teachers' statistics need at least one image that decodes; check --data.shards")
     fit = _fit_channels if method == "channel" else _fit_rotation
     return {name: fit(moments[name], fingerprint) for name, fingerprint in fingerprints.items()}
@@ -174,14 +177,33 @@ def _paley(q: int) -> Tensor:
 
 
 def save_stats(path: Path, stats: Mapping[str, Stats]) -> None:
-    """Write the statistics of all teachers to one file, whole or not at all."""
+    """Write the statistics of all teachers to one file, whole or not at all. Errors: ConfigError when it cannot be."""
     tensors = {f"{name}.mean": s.mean for name, s in stats.items()}
     for name, s in stats.items():
         tensors |= {f"{name}.std": s.std} if isinstance(s, ChannelStats) else {f"{name}.rotation": s.rotation}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(path) as unfinished:
+        save_file(tensors, unfinished, metadata={name: s.fingerprint for name, s in stats.items()})
+        unfinished.replace(path)
+
+
+def try_place(path: Path) -> None:
+    """Write nothing where statistics are to go, before they are fitted. Errors: ConfigError when it cannot be."""
+    with _unfinished(path) as unfinished:
+        unfinished.touch()
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Yield a name beside a path for what is not whole yet; nothing is left of it. Errors: ConfigError."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, unfinished, metadata={name: s.fingerprint for name, s in stats.items()})
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {path}: {error}; make room or choose another --out") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def load_stats(path: Path, fingerprints: Mapping[str, str], method: Method, way_out: str) -> dict[str, Stats]:
