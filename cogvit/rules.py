@@ -267,9 +267,9 @@ def _check_teachers(config: RunConfig) -> None:
             f" student others; pass --data.{name} {str(off).lower()} or --teachers.source online",
         )
     _require(
-        teachers.source != "store" or not (config.data.budgets_patches or config.data.budget_schedule),
-        "--teachers.source store holds features of one size of each image; leave data.budgets_patches and"
-        " data.budget_schedule empty",
+        teachers.source == "online" or not (config.data.budgets_patches or config.data.budget_schedule),
+        f"--teachers.source {teachers.source} holds features of one size of each image; leave data.budgets_patches and"
+        " data.budget_schedule empty, or pass --teachers.source online",
     )
     _require(
         teachers.source == "online" or bool(teachers.store),

@@ -14,7 +14,7 @@ from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
 from cogvit.teacher.actors import TeacherPool
 from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
-from cogvit.teacher.store import Maker, StoreFeatures, contents_of
+from cogvit.teacher.store import Maker, StoreFeatures, contents_of, joined
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, Shared, request_of
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
 from data_pipeline.augment import augmentation_of
@@ -82,7 +82,7 @@ def stored_features(config: RunConfig, makers: dict[str, Maker], indexes: Sequen
     contents: dict[str, str] = {}
     for index in indexes:
         grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
-        contents |= contents_of(index.shards, index.rows, grids)
+        contents = joined(contents, contents_of(index.shards, index.rows, grids))
     return StoreFeatures(Path(config.teachers.store), makers, contents)
 
 

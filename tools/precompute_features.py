@@ -36,12 +36,32 @@ from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.flags import load_preset, parse
+from cogvit.rules import check_data, check_training
 from cogvit.targets import makers_of
-from cogvit.teacher.actors import TeacherPool, answer_bytes, connect, cpus_of, plan_cluster
+from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
+from cogvit.teacher.room import cpus_of
 from cogvit.teacher.shard import shard_writer
-from cogvit.teacher.store import Maker, contents_of, header_of, is_complete, path_of, writing
-from cogvit.teacher.stream import FeatureRequest, Features, FeatureSource, is_summary, submit_ahead
+from cogvit.teacher.store import (
+    Maker,
+    contents_of,
+    dtype_of,
+    header_of,
+    is_complete,
+    joined,
+    path_of,
+    places_of,
+    writing,
+)
+from cogvit.teacher.stream import (
+    FeatureRequest,
+    Features,
+    FeatureSource,
+    answer_bytes,
+    is_summary,
+    rows_of_images,
+    submit_ahead,
+)
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
@@ -52,24 +72,33 @@ Ints = NDArray[np.int64]
 IMAGES_PER_REQUEST = 64
 
 
-def shard_requests(index: Index, rows: Ints, grid_hw: Ints) -> Iterator[FeatureRequest]:
-    """Ask for every token of some rows, in their order; grid_hw is [len(rows), 2]."""
-    for start in range(0, len(rows), IMAGES_PER_REQUEST):
-        here = slice(start, start + IMAGES_PER_REQUEST)
+def shard_requests(index: Index, rows: Ints, grid_hw: Ints, max_tokens: int) -> Iterator[FeatureRequest]:
+    """Ask for every token of some rows, in their order; grid_hw is [len(rows), 2].
+
+    A request has up to IMAGES_PER_REQUEST images and max_tokens patches; one image alone may have more.
+    """
+    end_S = np.cumsum(grid_hw.prod(axis=1))  # patches up to the end of each image
+    start = 0
+    while start < len(rows):
+        before = int(end_S[start - 1]) if start else 0
+        fitting = int(np.searchsorted(end_S, before + max_tokens, side="right"))
+        here = slice(start, min(max(fitting, start + 1), start + IMAGES_PER_REQUEST))
         samples = tuple(index.ref(int(row)) for row in rows[here])
         grids = tuple((height, width) for height, width in grid_hw[here].tolist())
         yield FeatureRequest(samples, grids, (0,) * len(samples), mask_ratio=1.0)
+        start = here.stop
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A data shard that the store lacks."""
+    """A data shard of which the store lacks features."""
 
     path: str
     contents: str
     index: Index
     rows: Ints  # of the index
     grid_hw: Ints  # [len(rows), 2]
+    lacking: tuple[str, ...]  # the teachers whose features of it are to be made
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,38 @@ class Job:
     makers: dict[str, Maker]
     dtype: StoreDtype
     contents: dict[str, str]  # of every shard of the run
-    shards: tuple[Shard, ...]  # without a file that fits
+    shards: tuple[Shard, ...]  # of which some teacher's file lacks
+    max_tokens: int  # of a request
+
+    @property
+    def lacking(self) -> list[str]:
+        """The teachers of whose features some shard has no file."""
+        return [name for name in self.makers if any(name in shard.lacking for shard in self.shards)]
+
+    def lacking_of(self, path: str, contents: str) -> tuple[str, ...]:
+        """Return the teachers of whose features for a shard the store has no whole file by now."""
+        return tuple(
+            name
+            for name, maker in self.makers.items()
+            if not is_complete(
+                path_of(self.out, name, path, contents), header_of(maker, dtype_of(name, self.dtype), contents)
+            )
+        )
+
+
+def check_job(config: RunConfig) -> None:
+    """Check a configuration by the rules of the run that will read the store, whose views of an image may differ.
+
+    Errors: ConfigError.
+    """
+    if not config.out:
+        raise ConfigError("--out DIR is needed: the store")
+    if not config.teachers.members:
+        raise ConfigError("the preset has no teachers; take one of stage 1")
+    plain = replace(config.data, flip=False, crop=1.0, color=0.0)
+    run = replace(config, data=plain, teachers=replace(config.teachers, source="store", store=config.out))
+    check_data(run)
+    check_training(run)
 
 
 def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
@@ -88,29 +148,21 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
 
     Errors: ConfigError for teachers or shards that do not serve.
     """
-    if not config.out:
-        raise ConfigError("--out DIR is needed: the store")
-    if not config.teachers.members:
-        raise ConfigError("the preset has no teachers; take one of stage 1")
+    check_job(config)
     out, makers = Path(config.out), makers_of(config.teachers)
-    dtype = dtype or config.teachers.precision
+    job = Job(out, makers, dtype or config.teachers.precision, {}, (), config.data.tokens_per_pack)
     found: dict[str, str] = {}
-    lacking: dict[tuple[str, str], Shard] = {}
+    shards: dict[tuple[str, str], Shard] = {}
     patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
     for index in [open_index(config.data, pattern) for pattern in patterns]:
         grid_hw = sizing_of(config).grids(index.rows["height_px"], index.rows["width_px"])
         contents = contents_of(index.shards, index.rows, grid_hw)
-        found |= contents
-        for number, path in enumerate(index.shards):
-            own = contents.get(path)
-            if own is None or all(
-                is_complete(path_of(out, name, path, own), header_of(maker, dtype, own))
-                for name, maker in makers.items()
-            ):
-                continue
-            rows = np.flatnonzero(index.rows["shard"] == number)
-            lacking[path.rpartition("/")[2], own] = Shard(path, own, index, rows, grid_hw[rows])
-    return Job(out, makers, dtype, found, tuple(lacking.values()))
+        found = joined(found, contents)
+        for path, rows in zip(index.shards, places_of(index.rows["shard"], len(index.shards)), strict=True):
+            if len(rows) and (lacking := job.lacking_of(path, contents[path])):
+                shard = Shard(path, contents[path], index, rows, grid_hw[rows], lacking)
+                shards[path.rpartition("/")[2], contents[path]] = shard
+    return replace(job, contents=found, shards=tuple(shards.values()))
 
 
 def run_job(job: Job, source: FeatureSource, in_flight: int = 2) -> None:
@@ -119,61 +171,66 @@ def run_job(job: Job, source: FeatureSource, in_flight: int = 2) -> None:
     Errors: ConfigError when the store is another job's or other teachers'; DataError for a shard that cannot be read or
     a disk that is full; those of the source.
     """
-    total, done, start_s = sum(len(shard.rows) for shard in job.shards), 0, time.monotonic()
-    asked = (
-        (number, request)
-        for number, shard in enumerate(job.shards)
-        for request in shard_requests(shard.index, shard.rows, shard.grid_hw)
-    )
-    under_way = submit_ahead(asked, lambda pair: source.submit(pair[1]), in_flight)  # across the ends of shards
     with writing(job.out, job.makers, job.dtype):
+        # Another job may have made some since this one was planned.
+        by_now = [replace(shard, lacking=job.lacking_of(shard.path, shard.contents)) for shard in job.shards]
+        shards = [shard for shard in by_now if shard.lacking]
+        total, done, start_s = sum(len(shard.rows) for shard in shards), 0, time.monotonic()
+        asked = (
+            (number, request)
+            for number, shard in enumerate(shards)
+            for request in shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens)
+        )
+        under_way = submit_ahead(asked, lambda pair: source.submit(pair[1]), in_flight)  # across the ends of shards
         for number, answers in groupby(under_way, key=lambda answer: answer[0][0]):
-            shard = job.shards[number]
-            num_bytes = _store_shard(job, shard, (source.result(handle) for _, handle in answers))
+            shard = shards[number]
+            num_bytes = _store_shard(job, shard, ((request, source.result(handle)) for (_, request), handle in answers))
             done += len(shard.rows)
             images_per_s = done / (time.monotonic() - start_s)
             print(
-                f"[{number + 1}/{len(job.shards)}] {shard.path}: {len(shard.rows):,} images,"
+                f"[{number + 1}/{len(shards)}] {shard.path}: {len(shard.rows):,} images,"
                 f" {num_bytes / 2**20:,.1f} MiB, {images_per_s:,.0f} images/s,"
                 f" {(total - done) / images_per_s:,.0f} s left",
                 flush=True,
             )
 
 
-def _store_shard(job: Job, shard: Shard, answers: Iterable[Features]) -> int:
-    """Write the features of one shard for every teacher as they come; returns their bytes."""
+def _store_shard(job: Job, shard: Shard, answers: Iterable[tuple[FeatureRequest, Features]]) -> int:
+    """Write the features of one shard, for every teacher whose it lacks, as they come; returns their bytes."""
     num_tokens = shard.grid_hw.prod(axis=1).tolist()
     sample_ids = shard.index.rows["sample_id"][shard.rows].tolist()
-    paths = {teacher: path_of(job.out, teacher, shard.path, shard.contents) for teacher in job.makers}
-    num_rows = {teacher: [1] * len(num_tokens) if is_summary(teacher) else num_tokens for teacher in job.makers}
+    paths = {name: path_of(job.out, name, shard.path, shard.contents) for name in shard.lacking}
     with ExitStack() as stack:
         appends = {
-            teacher: stack.enter_context(
+            name: stack.enter_context(
                 shard_writer(
-                    paths[teacher],
-                    header_of(maker, job.dtype, shard.contents),
+                    path,
+                    header_of(job.makers[name], dtype_of(name, job.dtype), shard.contents),
                     sample_ids,
-                    num_rows[teacher],
-                    maker.dim,
+                    [1] * len(num_tokens) if is_summary(name) else num_tokens,
+                    job.makers[name].dim,
                 )
             )
-            for teacher, maker in job.makers.items()
+            for name, path in paths.items()
         }
-        written = 0  # samples
-        for features in answers:
-            here = slice(written, written + IMAGES_PER_REQUEST)
-            for teacher, append in appends.items():
-                for feature in features[teacher].split(num_rows[teacher][here]):
+        for request, features in answers:
+            for name, append in appends.items():
+                for feature in features[name].split(rows_of_images(name, request)):
                     append(feature)
-            written = here.stop
     return sum(path.stat().st_size for path in paths.values())
+
+
+def asked_of(teachers: TeachersConfig, job: Job) -> TeachersConfig:
+    """Return the teachers without those of whom nothing lacks."""
+    members = (one for one in teachers.members if any(one.name + part in job.lacking for part in one.parts))
+    return replace(teachers, members=tuple(members))
 
 
 def idle_actors(teachers: TeachersConfig, job: Job) -> str:
     """Return what is to be said where teachers.max_in_flight_bytes is too small for every actor to work, or nothing."""
     shard = job.shards[0]
-    request = next(shard_requests(shard.index, shard.rows, shard.grid_hw))
-    request_bytes = answer_bytes(request, {name: maker.dim for name, maker in job.makers.items()}, teachers.precision)
+    request = next(shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens))
+    request_bytes = answer_bytes(request, {name: job.makers[name].dim for name in job.lacking}, teachers.precision)
     busy = max(1, teachers.max_in_flight_bytes // request_bytes)
     if busy >= teachers.actors_per_teacher:
         return ""
@@ -213,7 +270,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--tokens {tokens} is none of all, summary")
         config = parse(load_preset(argv[0]), words)
         config = of_summaries(config) if tokens == "summary" else config
-        job, teachers = plan_job(config, dtype), config.teachers
+        job = plan_job(config, dtype)
+        teachers = asked_of(config.teachers, job)
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
             if note := idle_actors(teachers, job):

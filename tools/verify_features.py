@@ -8,6 +8,7 @@ Exit status: 0, or 2 when something is wrong.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cogvit.arguments import run_command
 from cogvit.errors import ConfigError, DataError
 from cogvit.teacher.shard import open_shard
 from cogvit.teacher.store import read_manifest
+
+_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,27 @@ def verify_file(path: Path, manifest: dict[str, str]) -> int:
 def verify(arguments: Arguments) -> int:
     """Print a line for each damaged file and one for the store; returns the exit status.
 
-    Errors: ConfigError when the directory is no store or a manifest is none.
+    Errors: ConfigError when the directory is no store, or a manifest is gone or none.
     """
-    manifests = sorted(Path(arguments.directory).glob("*/manifest.json"))
+    files = Path(arguments.directory).glob("*/*.safetensors")
+    manifests = set(Path(arguments.directory).glob("*/manifest.json")) | {
+        path.with_name("manifest.json") for path in files
+    }
     if not manifests:
         raise ConfigError(f"{arguments.directory} is no feature store: no TEACHER/manifest.json in it")
     num_damaged = 0
-    for manifest in manifests:
+    for manifest in sorted(manifests):
         said = read_manifest(manifest, "remove the directory and make it again")
         num_images, paths = 0, sorted(manifest.parent.glob("*.safetensors"))
-        for path in paths:
+        next_line_s = time.monotonic() + _LINE_EVERY_S
+        for number, path in enumerate(paths):
+            if time.monotonic() >= next_line_s:
+                print(f"{manifest.parent}: {number} of {len(paths)} files, {num_images:,} images", flush=True)
+                next_line_s = time.monotonic() + _LINE_EVERY_S
             try:
                 num_images += verify_file(path, said)
             except DataError as error:
-                print(error)
+                print(error, flush=True)
                 num_damaged += 1
         num_bytes = sum(path.stat().st_size for path in paths)
         print(f"{manifest.parent}: {len(paths)} files, {num_images:,} images, {num_bytes / 2**20:,.1f} MiB")

@@ -30,7 +30,7 @@ from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
-from cogvit.teacher.stream import FeatureRequest, Features, rows_asked
+from cogvit.teacher.stream import FeatureRequest, Features, is_summary, rows_asked
 
 _VERSION = "3"
 _OPEN_FILES = 128
@@ -51,12 +51,32 @@ def contents_of(shards: Sequence[str], rows: NDArray[Any], grid_hw: NDArray[np.i
     rows has the fields shard (a place in shards), sample_id and content_hash; grid_hw is [S, 2].
     """
     contents: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        here = np.flatnonzero(rows["shard"] == number)
+    for shard, here in zip(shards, places_of(rows["shard"], len(shards)), strict=True):
         if len(here):
             columns = np.column_stack([rows["sample_id"][here], rows["content_hash"][here], grid_hw[here]])
             contents[shard] = hashlib.sha256(columns.astype("<i8").tobytes()).hexdigest()
     return contents
+
+
+def places_of(shard_S: NDArray[np.int32], num_shards: int) -> list[NDArray[np.int64]]:
+    """Return where each shard's rows lie among all, in their order."""
+    ends = np.cumsum(np.bincount(shard_S, minlength=num_shards))[:-1]
+    return np.split(np.argsort(shard_S, kind="stable"), ends)
+
+
+def joined(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """Return the contents of the shards of two sets, training and held-out.
+
+    Errors: ConfigError for a shard of both with other images in each, as dropped duplicates leave: one name would stand
+    for two files.
+    """
+    for shard in first.keys() & second.keys():
+        if first[shard] != second[shard]:
+            raise ConfigError(
+                f"{shard} is in --data.shards and --data.eval-shards with other images in each; pass"
+                " --data.duplicates keep, or hold out other shards"
+            )
+    return {**first, **second}
 
 
 def path_of(directory: Path, teacher: str, shard: str, contents: str) -> Path:
@@ -67,6 +87,11 @@ def path_of(directory: Path, teacher: str, shard: str, contents: str) -> Path:
 def header_of(maker: Maker, dtype: StoreDtype, contents: str) -> dict[str, str]:
     """Return what the file of a shard must say of itself."""
     return _manifest(maker, dtype) | {"contents": contents}
+
+
+def dtype_of(name: str, dtype: StoreDtype) -> StoreDtype:
+    """Return how the features of a name lie in a store of a dtype: bytes of one row would have a scale for each."""
+    return "fp32" if dtype == "uint8" and is_summary(name) else dtype
 
 
 def is_complete(path: Path, header: Mapping[str, str]) -> bool:
@@ -91,7 +116,7 @@ def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> 
             lock = stack.enter_context((directory / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name, maker in makers.items():
-                _claim(directory / name, _manifest(maker, dtype))
+                _claim(directory / name, _manifest(maker, dtype_of(name, dtype)))
         except BlockingIOError:
             raise ConfigError(
                 f"another job writes to the store {directory}; wait for it or choose another --out"

@@ -172,11 +172,15 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
         ),
         (CONTRAST, ["--data.budgets-patches=[64,512]"], 1, r"budgets_patches has 512; .* to data\.max_patches=256"),
         (CONTRAST, ["--data.budgets-patches=[64]", "--data.sizing=square"], 1, "squares have one size"),
-        (
-            DISTILL,
-            ["--data.budgets-patches=[64]", "--teachers.source=store", "--teachers.store=x"],
-            1,
-            "features of one size of each image",
+        *(
+            (
+                DISTILL,
+                [f"--data.budget{flag}", f"--teachers.source={source}", "--teachers.store=x"],
+                1,
+                rf"source {source} holds features of one size of each image",
+            )
+            for source in ("store", "store_then_online")
+            for flag in ("s-patches=[64]", "-schedule=[[0,[64]]]")
         ),
         *(
             (DISTILL, [f"--data.{flag}", f"--teachers.source={source}", "--teachers.store=x"], 1, message)

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ from data_pipeline.loader import image_of, step_batches
 from data_pipeline.topology import topology_of
 from tests import teachers
 from tests.e2e.corpus import write_shards
-from tools.precompute_features import plan_job, run_job
+from tools.precompute_features import plan_job, run_job, shard_requests
 
 Sizing = Literal["square", "naflex"]
 SIZINGS: tuple[Sizing, ...] = ("square", "naflex")
@@ -117,7 +118,7 @@ def test_a_store_says_it_within_two_steps_of_bf16_whatever_the_batch_was(
 
 
 def test_a_store_of_squares_has_the_teachers_bits_where_the_batch_is_the_same(base: RunConfig) -> None:
-    """All images of a shard, in the order of the index: what precomputing asks for at once."""
+    """What precomputing asks for at once: images of a shard, in the order of the index."""
     config = sized(base, "square")
     local = replace(in_process(config), decode=image_of)
     job = plan_job(config)
@@ -126,7 +127,8 @@ def test_a_store_of_squares_has_the_teachers_bits_where_the_batch_is_the_same(ba
     index = open_index(run.data, run.data.shards)
     store = open_source(run, job.makers, [index])
     for number in range(len(index.shards)):
-        refs = tuple(index.ref(row) for row in range(len(index)) if index.rows["shard"][row] == number)
-        request = FeatureRequest(refs, ((16, 16),) * len(refs), (0,) * len(refs), mask_ratio=1.0)
-        stored, computed = store.result(store.submit(request)), local.result(request)
-        assert all(torch.equal(stored[name], computed[name]) for name in computed)
+        rows = np.flatnonzero(index.rows["shard"] == number)
+        for request in shard_requests(index, rows, np.full((len(rows), 2), 16), config.data.tokens_per_pack):
+            assert len(request.samples) == 4
+            stored, computed = store.result(store.submit(request)), local.result(request)
+            assert all(torch.equal(stored[name], computed[name]) for name in computed)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,7 @@ from cogvit.batch import SampleRef
 from cogvit.errors import CogViTError, ConfigError, DataError
 from cogvit.teacher.encoding import StoreDtype, decode, encode
 from cogvit.teacher.shard import open_shard, shard_writer, write_shard
-from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, path_of, writing
+from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, joined, path_of, writing
 from cogvit.teacher.stream import FeatureRequest, Features, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -187,6 +189,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(directory: Path, part: str, caps
     [
         (b'"rows"', b'"sows"', "is damaged"),
         (b'"start"', b'"suart"', "is damaged"),
+        (b'"F32"', b'"I32"', "is damaged"),
         (b'"dtype": "fp32"', b'"dtypd": "fp32"', "was made with other dtyp"),
     ],
 )
@@ -197,6 +200,37 @@ def test_a_flipped_byte_in_a_name_is_found(directory: Path, name: bytes, flipped
     path.write_bytes(data.replace(name, flipped))
     with pytest.raises(CogViTError, match=rf"first\.tar.* {reason}"):
         ask(open_store(directory), request((0, 1, 2), 0.35))
+
+
+def test_an_image_or_a_grid_that_is_not_in_the_file_is_named(directory: Path) -> None:
+    store, asked = open_store(directory), request((0, 1), 0.35)
+    larger = replace(asked, grids=((3, 4), (2, 5)))
+    with pytest.raises(DataError, match=r"first\.tar.* has 9 features of sample 1, and the run's grid wants 12; run "):
+        ask(store, larger)
+    stranger = replace(asked, samples=(replace(SAMPLES[0], sample_id=77), SAMPLES[1]))
+    with pytest.raises(DataError, match=r"first\.tar.* has no features of sample 77; remove it and run "):
+        ask(store, stranger)
+
+
+def test_a_disk_that_does_not_read_is_an_error_of_one_line(directory: Path) -> None:
+    shard, _ = open_shard(first_file(directory))
+    elsewhere = os.open(directory, os.O_RDONLY)
+    os.dup2(elsewhere, shard.file.fileno())  # a directory, which no system reads as a file
+    os.close(elsewhere)
+    with pytest.raises(DataError, match=r"^cannot read .*first\.tar.*: .*Is a directory; remove it and run [^\n]*$"):
+        shard.read(1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("fp32", np.nan), ("bf16", -np.inf), ("fp16", 1e6), ("uint8", np.nan), ("uint8", np.inf)]
+)
+def test_features_that_are_not_finite_are_not_stored(tmp_path: Path, dtype: StoreDtype, value: float) -> None:
+    features = [torch.zeros(3, 32), torch.zeros(4, 32)]
+    features[1][2, 5] = value
+    header = header_of(MAKERS["siglip2"], dtype, "c")
+    with pytest.raises(DataError, match=rf"of sample 4 for .*a\.safetensors are not finite in {dtype}; look at"):
+        write_shard(tmp_path / "a.safetensors", header, [7, 4], features)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing_half_written(directory: Path, local: LocalFeatures) -> None:
@@ -306,6 +340,27 @@ def test_bytes_hold_tokens_that_are_a_hundredth_of_their_images_largest() -> Non
     feature_TC = torch.randn(64, 512, generator=generator).sub_(1).relu_() * torch.logspace(-2, 0, 64)[:, None]
     decoded_TC = decode(encode(feature_TC, "uint8"))
     assert (1 - torch.cosine_similarity(decoded_TC.double(), feature_TC.double())).max() < 5e-4
+
+
+def test_a_teacher_without_its_manifest_is_an_error(directory: Path) -> None:
+    (directory / "dinov3" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"no .*dinov3/manifest\.json"):
+        verify(Arguments(str(directory)))
+
+
+def test_contents_are_hashes_of_each_shards_rows_in_their_order() -> None:
+    rows = np.zeros(5, [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
+    rows["shard"], rows["sample_id"] = [2, 0, 2, 0, 2], [9, 8, 7, 6, 5]
+    grids = np.arange(10).reshape(5, 2)
+    found = contents_of(("a", "empty", "c"), rows, grids)
+    of_a = np.array([[8, 0, 2, 3], [6, 0, 6, 7]], "<i8")
+    assert found.keys() == {"a", "c"} and found["a"] == hashlib.sha256(of_a.tobytes()).hexdigest()
+
+
+def test_a_shard_of_both_sets_has_the_same_images_in_each() -> None:
+    assert joined({"a": "1", "b": "2"}, {"b": "2", "c": "3"}) == {"a": "1", "b": "2", "c": "3"}
+    with pytest.raises(ConfigError, match=r"^b is in --data\.shards and --data\.eval-shards with other images"):
+        joined({"a": "1", "b": "2"}, {"b": "4"})
 
 
 def test_shards_of_one_name_lie_side_by_side() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,21 @@ from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.parallel.mesh import start_mesh
 from cogvit.targets import makers_of, sample_requests, shared_source
-from cogvit.teacher.standardize import ChannelStats, Method, Standardized, load_stats, save_stats
-from cogvit.teacher.store import StoreFeatures
+from cogvit.teacher.standardize import ChannelStats, Method, Standardized, fit_stats, load_stats, save_stats, try_place
+from cogvit.teacher.store import StoreFeatures, path_of
 from cogvit.teacher.stream import FeatureRequest, Features, LocalFeatures
 from cogvit.teacher.zoo import Grid, Pixels, load_teacher
 from data_pipeline.index import open_index
 from data_pipeline.loader import image_of
 from tests import teachers
+from tests.disk import files_of_at_most
 from tests.e2e.corpus import write_shards
 from tests.pool import Pool
 from tools.demo_corpus import pictograms
 from tools.fit_teacher_stats import counted, fit
 from tools.fit_teacher_stats import main as fit_teacher_stats
 from tools.make_demo_teachers import main as make_demo_teachers
-from tools.precompute_features import idle_actors, of_summaries, plan_job, run_job, shard_requests, take_dtype
+from tools.precompute_features import asked_of, idle_actors, of_summaries, plan_job, run_job, shard_requests, take_dtype
 from tools.precompute_features import main as precompute
 
 
@@ -117,14 +120,59 @@ def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.
     assert plan_job(config).shards == ()
     store = StoreFeatures(job.out, job.makers, job.contents)
     for shard in job.shards:
-        for request in shard_requests(shard.index, shard.rows, shard.grid_hw):
+        for request in shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens):
             stored, computed = store.result(store.submit(request)), source.result(request)
             assert all(torch.equal(stored[name], computed[name]) for name in members)
     next((job.out / "dinov3").glob("a.tar.*")).unlink()
-    assert [Path(shard.path).name for shard in plan_job(config).shards] == ["a.tar"]
+    again = plan_job(config)
+    assert [(Path(shard.path).name, shard.lacking) for shard in again.shards] == [("a.tar", ("dinov3",))]
+    assert [member.name for member in asked_of(config.teachers, again).members] == ["dinov3"]
+    kept = next((job.out / "siglip2").glob("a.tar.*"))
+    before = kept.stat()
+    run_job(again, LocalFeatures({"dinov3": members["dinov3"]}, image_of))
+    assert kept.stat() == before and plan_job(config).shards == ()
+    capsys.readouterr()
+    run_job(again, LocalFeatures({}, image_of))  # another job has made it in the meantime
+    assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="was made with dtype fp32, this run's is uint8"):
         run_job(plan_job(config, "uint8"), source)
     assert precompute(["--help"]) == 0
+
+
+def test_a_request_holds_as_many_patches_as_a_pack(config: RunConfig) -> None:
+    shard = plan_job(replace(config, out=config.out + "_requests")).shards[0]
+    tokens = shard.grid_hw.prod(axis=1)
+    for max_tokens in (1, int(tokens.max()), 50, 10**6):
+        asked = list(shard_requests(shard.index, shard.rows, shard.grid_hw, max_tokens))
+        assert [one for request in asked for one in request.samples] == [shard.index.ref(int(r)) for r in shard.rows]
+        sizes = [[rows * columns for rows, columns in request.grids] for request in asked]
+        assert all(len(size) == 1 or (sum(size) <= max_tokens and len(size) <= 64) for size in sizes)
+        assert all(len(one) == 64 or sum(one) + after[0] > max_tokens for one, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--teachers.actor-cpus", "0"], "teachers.actor_cpus=0.0 must be a share of one above 0"),
+        (["--teachers.actors-per-teacher", "0"], "teachers.actors_per_teacher=0 must be at least 1"),
+        (["--data.global-batch-images", "0"], "data.global_batch_images=0 must be at least 1"),
+        (["--data.sizing", "naflex", "--data.budgets-patches", "[36]"], "holds features of one size of each image"),
+    ],
+)
+def test_a_store_that_no_run_could_read_is_refused_in_one_line(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert precompute(["demo_stage1", "--out", str(tmp_path / "store"), *words]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+
+
+def test_a_store_is_made_with_the_flags_of_its_run(config: RunConfig) -> None:
+    """Those of a run that will read it, and those of one that does not because it mirrors its images."""
+    mirrored = replace(config.data, flip=True, crop=0.5, color=0.1)
+    stored = replace(config.teachers, source="store_then_online", store="store")
+    run = replace(config, out=config.out + "_flags")
+    assert plan_job(run).contents == plan_job(replace(run, data=mirrored, teachers=stored)).contents
 
 
 @dataclass
@@ -182,10 +230,25 @@ def test_a_store_of_summaries_has_one_feature_an_image_of_every_teacher(config: 
     assert sorted(path.name for path in job.out.iterdir()) == ["dinov3_summary", "lock", "siglip2_summary"]
     store = StoreFeatures(job.out, job.makers, job.contents)
     for shard in job.shards:
-        for request in shard_requests(shard.index, shard.rows, shard.grid_hw):
+        for request in shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens):
             stored, computed = store.result(store.submit(request)), source.result(request)
             assert all(torch.equal(stored[name], computed[name]) for name in job.makers)
             assert len(stored["dinov3_summary"]) == len(request.samples)
+
+
+def test_summaries_of_a_store_of_bytes_are_floats(config: RunConfig) -> None:
+    members = {member.name: load_teacher(member.path, "fp32", parts=(SUMMARY,)) for member in config.teachers.members}
+    run = of_summaries(replace(config, out=config.out + "_bytes"))
+    source, job = LocalFeatures(members, image_of), plan_job(run, "uint8")
+    run_job(job, source)
+    assert plan_job(run, "uint8").shards == ()
+    store = StoreFeatures(job.out, job.makers, job.contents)
+    shard = job.shards[0]
+    request = next(shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens))
+    stored, computed = store.result(store.submit(request)), source.result(request)
+    assert all(torch.equal(stored[name], computed[name]) for name in job.makers)
+    size = path_of(job.out, "dinov3_summary", shard.path, shard.contents).stat().st_size
+    assert len(shard.rows) * 32 * 4 < size < len(shard.rows) * (32 * 4 + 24) + 2048
 
 
 def test_tokens_is_all_or_summary(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +309,35 @@ def test_a_run_takes_the_statistics_that_it_is_given_and_keeps_them(
     assert all(torch.equal(kept[name], answer[name]) for name in answer)
     with pytest.raises(ConfigError, match=r"stats was fitted on another teacher .*; fit them anew"):
         pool.run(first_answer, 1, (replace(run, out=str(tmp_path / "new")),))
+
+
+@pytest.mark.parametrize("method", ["channel", "phi_s"])
+def test_images_that_do_not_decode_do_not_move_the_statistics(method: Method) -> None:
+    source = LocalFeatures({"own": load_teacher("tests.teachers:own", "fp32", parts=("", SUMMARY))}, teachers.draw)
+    fingerprints = {name: "f" for name in source.dims}
+    grids = ((3, 3), (2, 5), (4, 4))
+    sound = teachers.request((1, 2, None, 3), (*grids[:2], (0, 0), grids[2]))
+    holed = teachers.request((1, 2, teachers.UNREADABLE, 3), (*grids[:2], (5, 5), grids[2]))
+    stats, same = (fit_stats(source, [request], fingerprints, method) for request in (sound, holed))
+    for name in stats:
+        tensors = zip(vars(stats[name]).values(), vars(same[name]).values(), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in tensors)
+    nothing = teachers.request((teachers.UNREADABLE, None), ((3, 3), (0, 0)))
+    with pytest.raises(ConfigError, match="need at least one image that decodes"):
+        fit_stats(source, [nothing], fingerprints, method)
+
+
+def test_statistics_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    stats = {"one": ChannelStats(torch.zeros(2000), torch.ones(2000), "f")}
+    refused = r"^cannot write [^\n]*; make room or choose another --out$"
+    for write in (try_place, partial(save_stats, stats=stats)):
+        with pytest.raises(ConfigError, match=refused):
+            write(tmp_path / "file" / "stats")
+    with files_of_at_most(2048), pytest.raises(ConfigError, match=refused):
+        save_stats(tmp_path / "stats", stats)
+    try_place(tmp_path / "deep" / "stats")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "file"]
 
 
 @pytest.mark.parametrize(
