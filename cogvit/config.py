@@ -120,12 +120,8 @@ class TeachersConfig:
     store: str = option("", "directory of tools/precompute_features")
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher, spread over the nodes of the cluster")
-    actor_cpus: float = option(
-        1.0, "CPUs that an actor takes, and threads of its forward; another number may change the last bits of features"
-    )
-    actor_gpus: float = option(
-        0.0, "GPUs that it takes: a fraction shares one, 0 leaves teachers on the CPU; the last bits are the device's"
-    )
+    actor_cpus: float = option(1.0, "CPUs that an actor takes, and its threads, which may change features' last bits")
+    actor_gpus: float = option(0.0, "GPUs that it takes: a fraction shares one, 0 is the CPU, with other last bits")
     in_flight_steps: int = option(2, "steps whose features are requested ahead")
     max_in_flight_bytes: int = option(
         128 * 2**20, "a rank sends actors no further request while it waits for this many bytes of features"
