@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 
 from cogvit.errors import ConfigError
+from cogvit.teacher.shard import write_shard
+from cogvit.teacher.store import Maker, header_of
+from tools.bench import _overlap
 from tools.bench._serving import NODES, STUDENT, TEACHERS, Run, cost_of
 from tools.bench._store_io import Setting, features_of, store_lines
+from tools.bench.teachers import stored_activations
 from tools.experiments import clipart, squeezenet
 
 LARGE, GIANT = TEACHERS[0], TEACHERS[2]
@@ -41,6 +47,27 @@ def test_a_store_is_measured_in_every_way(tmp_path: Path) -> None:
     assert len(rows) == 5 and all(row.startswith("| uint8 | ") and row.endswith("% |") for row in rows)
     assert not (tmp_path / "raw").exists()
     assert len({float(feature.abs().max()) for feature in features_of(Setting(tmp_path, 3, (2, 3), 8, "bf16", 1))}) == 3
+
+
+def test_a_turn_counts_the_steps_that_stall() -> None:
+    """Every third step waits; the ones before a turn's measured steps do not count."""
+    taken: list[object] = []
+
+    def step(batch: object) -> None:
+        time.sleep(0.3 if len(taken) < _overlap._WARM_STEPS else 0.06 if len(taken) % 3 == 0 else 0.01)
+        taken.append(batch)
+
+    found_s = _overlap.turn(step, cycle([None]), 6)  # type: ignore[arg-type]
+    assert (2 * 0.06 + 4 * 0.01) / 6 <= found_s < 0.3 * _overlap._WARM_STEPS / 6
+
+
+def test_activations_of_a_store_of_bytes_are_refused(tmp_path: Path) -> None:
+    for dtype in ("bf16", "uint8"):
+        path = tmp_path / dtype / "one" / "a.safetensors"
+        write_shard(path, header_of(Maker("f", dtype, 8), dtype, "c"), [3], [torch.randn(4, 8)])
+    assert stored_activations(tmp_path / "bf16")["one"][0].shape == (4, 8)
+    with pytest.raises(ConfigError, match=r"holds uint8, .*; give fp32, bf16 or fp16"):
+        stored_activations(tmp_path / "uint8")
 
 
 def test_squeezenet_has_a_feature_for_each_16_px_and_they_move_with_the_image() -> None:

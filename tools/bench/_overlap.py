@@ -116,18 +116,21 @@ def run_config(work: Work) -> RunConfig:
     )
 
 
-def turn(step: Callable[[StepBatch], None], batches: Iterator[StepBatch], count: int) -> list[float]:
-    """Take steps; returns the seconds of each, the wait for its batch included, the first ones left out."""
-    found = []
-    for _ in range(_WARM_STEPS + count):
-        start_s = time.perf_counter()
+def turn(step: Callable[[StepBatch], None], batches: Iterator[StepBatch], count: int) -> float:
+    """Take steps; returns the seconds a step, waits for batches included, of all but the first ones.
+
+    Of the whole turn: where features are late, every few steps wait for them and the others do not.
+    """
+    start_s = 0.0
+    for number in range(_WARM_STEPS + count):
+        if number == _WARM_STEPS:
+            start_s = time.perf_counter()
         step(next(batches))
-        found.append(time.perf_counter() - start_s)
-    return found[_WARM_STEPS:]
+    return (time.perf_counter() - start_s) / count
 
 
 def run_rank(rank: int, rendezvous: str, work: Work, directory: Path) -> dict[str, list[float]]:
-    """Run the contenders in turn; returns the seconds of each step, and the teacher's latency as "latency"."""
+    """Run the contenders in turn; returns the seconds a step of each turn, and the teacher's latency as "latency"."""
     mesh = join(rank, 1, rendezvous)
     config = run_config(work)
     model, objective = build(config, mesh, {TEACHER.name: DIM})
@@ -141,7 +144,7 @@ def run_rank(rank: int, rendezvous: str, work: Work, directory: Path) -> dict[st
         engine.step(objective, step.micro, len(steps))
 
     batches: dict[str, Iterator[StepBatch]] = {SYNTHETIC: cycle([with_targets(step) for step in steps])}
-    latency_s = LATENCY * statistics.median(turn(take, batches[SYNTHETIC], work.steps))
+    latency_s = LATENCY * turn(take, batches[SYNTHETIC], work.steps)
     os.environ[_SLEEP_S] = str(latency_s)
     with ExitStack() as stack:
         stack.enter_context(connect(plan_cluster(""), 1))
@@ -150,7 +153,7 @@ def run_rank(rank: int, rendezvous: str, work: Work, directory: Path) -> dict[st
         found: dict[str, list[float]] = {name: [] for name in batches}
         for _ in range(work.rounds):
             for name, stream in batches.items():
-                found[name] += turn(take, stream, work.steps)
+                found[name].append(turn(take, stream, work.steps))
     return found | {"latency": [latency_s]}
 
 

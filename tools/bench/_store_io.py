@@ -76,11 +76,13 @@ def write_raw(path: Path, images: Sequence[bytes]) -> None:
     unfinished.replace(path)
 
 
-def read_raw(path: Path, image_bytes: int, order: Sequence[int]) -> None:
-    """Read images in an order, each into the same memory."""
+def read_raw(path: Path, image_bytes: int, order: Sequence[int], *, told: int) -> None:
+    """Read images in an order, each into the same memory; the system is told before of so many at a time, 0 of none."""
     memory = bytearray(image_bytes)
     with path.open("rb", buffering=0) as file:
-        for place in order:
+        for number, place in enumerate(order):
+            for soon in order[number : number + told] if told and number % told == 0 else ():
+                os.posix_fadvise(file.fileno(), soon * image_bytes, image_bytes, os.POSIX_FADV_WILLNEED)
             os.preadv(file.fileno(), [memory], place * image_bytes)
 
 
@@ -126,8 +128,11 @@ def store_lines(setting: Setting) -> Iterator[str]:
     read = partial(read_raw, raw, len(images[0]))
     pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "write": (partial(write_raw, raw, images), partial(write_shard, setting.path, header, in_order, features)),
-        "read in order": (partial(read, in_order), partial(read_whole, setting, in_order)),
-        "read at random for training": (partial(read, at_random), partial(read_masked, setting, at_random)),
+        "read in order": (partial(read, in_order, told=0), partial(read_whole, setting, in_order)),
+        "read at random for training": (
+            partial(read, at_random, told=IMAGES_PER_REQUEST),
+            partial(read_masked, setting, at_random),
+        ),
     }
     with writing(setting.directory, {TEACHER: setting.maker}, setting.dtype):
         for run in pairs["write"]:

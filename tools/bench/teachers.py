@@ -10,15 +10,17 @@ Usage: python -m tools.bench.teachers [flags]
   --size small     tiny, small or base: the student, of the reference family
   --batch 4        images of a step, 14 x 14 patches each
   --steps 8        that count in each turn
-  --rounds 5       turns of every contender; the tables have medians, by the clock
+  --rounds 5       turns of every contender; the tables have medians over them, by the clock
   --dir DIR        where files go; by default in the temporary directory
   --out FILE       also write the record there
 
 Store: both write to the disk (fsync) and rename; before each reading the system is told to forget the file, but for the
 rows "from memory". The plain file is written and read image by image, into the same memory; ours encodes float32
 features, adds and checks checksums and gives float32: all tokens in order, at random the masked 35 % of whole images
-that were read, by the requests of training. Overlap: one process; the actor runs a teacher of 768 channels
-whose forward sleeps, so that the processor is the student's. Cost: a model that nothing here has measured.
+that were read, by the requests of training, and the system is told of a request's images before, for both. Overlap: one
+process; a turn's time over its steps, stalls included; the store's file lies in the page cache, so its row is what
+reading costs the processor, not the disk; the actor runs a teacher of 768 channels whose forward sleeps, so that the
+processor is the student's. Cost: a model that nothing here has measured.
 """
 
 from __future__ import annotations
@@ -74,10 +76,14 @@ class Arguments:
 
 
 def stored_activations(directory: Path) -> dict[str, list[Tensor]]:
-    """Return features of some images by each teacher of a store. Errors: ConfigError when there is none."""
+    """Return features of some images by each teacher of a store. Errors: ConfigError when there is none to be had."""
     found: dict[str, list[Tensor]] = {}
     for path in sorted(directory.glob("*/*.safetensors")):
         features, _ = open_shard(path)
+        if "low" in features.parts:
+            raise ConfigError(
+                f"--activations {directory} holds uint8, whose error it has already; give fp32, bf16 or fp16"
+            )
         of_teacher = found.setdefault(path.parent.name, [])
         of_teacher += [features.read(sample) for sample in islice(features.place, _MOST_IMAGES - len(of_teacher))]
     if not found:
