@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
@@ -44,6 +45,9 @@ if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspee
 FORMAT = 2
 _MANIFEST, _STATE, _BEST, _PROBE = "manifest.json", "state.json", "best.json", ".writable"
 _READ_BYTES = 1 << 24
+_SLOWEST_DISK = timedelta(
+    hours=6
+)  # how long ranks wait for one that writes or deletes; one that died is noticed at once
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -59,7 +63,7 @@ class Checkpoints:
         self._folder, self._mesh, self._config, self._newest = folder, mesh, config, newest
         mesh.from_writer(lambda: _try_to_write(folder))
         # Groups of its own, so that what the thread sends never meets what training sends.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_DISK)
         self._tp_group, self._dp_group = (mesh.new_axis_group(axis) for axis in ("tp", "dp"))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -152,8 +156,8 @@ class Checkpoints:
                 with suppress(OSError, CheckpointError):
                     _discard(target)  # on a full disk it would stand in the way of the next one
             raise CheckpointError(f"checkpoint {target} could not be written, {reason}") from None
-        if self._mesh.is_writer:
-            self._tell_and_prune(target, state)
+        # All ranks wait for that: one that went on would soon wait inside a step, where the deadline is of minutes.
+        self._on_writer(lambda: self._tell_and_prune(target, state))
 
     def _owned(self, engine: Engine, fragments: list[Fragment]) -> dict[str, Tensor]:
         """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""

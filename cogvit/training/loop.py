@@ -78,19 +78,21 @@ def train(
         while state.step < steps:
             state, values, report = advance(engine, objective, source, state)
             watchdog.feed()
-            if evaluation.due(state.step):
-                start_s = time.perf_counter()
-                losses = evaluate(engine, objective, evaluation, watchdog)
-                spent = Chrono(evaluation_s=time.perf_counter() - start_s)
-                state = state.with_evaluation(losses["eval_loss"]).spending(spent)
-                values |= losses
-            meter.record(state.step, values)
+            try:
+                if evaluation.due(state.step):
+                    start_s = time.perf_counter()
+                    losses = evaluate(engine, objective, evaluation, watchdog)
+                    spent = Chrono(evaluation_s=time.perf_counter() - start_s)
+                    state = state.with_evaluation(losses["eval_loss"]).spending(spent)
+                    values |= losses
+            finally:  # the step is done, and saved below when teachers fail, whatever becomes of its evaluation
+                meter.record(state.step, values)
             if mesh.is_writer:
                 tell_trouble(report, spikes, state.step, values)
             leaving = stop.agreed(mesh.agree_max)
             if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
                 start_s = time.perf_counter()
-                watchdog.rest()  # a full or slow disk has no deadline
+                watchdog.rest()  # a slow disk has a deadline of its own, hours away
                 checkpoints.save(state, engine)
                 state = state.spending(Chrono(checkpoint_s=time.perf_counter() - start_s))
             if leaving:

@@ -6,6 +6,7 @@ import importlib.util
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -147,6 +148,33 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(pool: Pool, tmp_path: 
         assert said[0] == ""
         assert said[1].startswith("checkpoint objects://bucket/run/step_00000002 could not be written")
         assert said[2].endswith("does not answer: TimeoutError: no answer") and "objects://bucket/run" in said[2]
+
+
+class Slow(ObjectStore):
+    """A store that takes a while to delete."""
+
+    def rm_file(self, path: str) -> None:
+        time.sleep(0.2)
+        super().rm_file(path)
+
+
+def say_what_is_left(rank: int, world: int, directory: Path) -> list[str]:
+    """Save twice, keeping one; returns what this rank sees when it may go on."""
+    use_objects(str(directory))
+    fsspec.register_implementation("objects", Slow, clobber=True)
+    mesh = start_mesh(run_config(Case(world=world)).parallel)
+    engine, _ = start_engine(Case(world=world), mesh)
+    folder = Folder("objects://bucket/run")
+    with Checkpoints(folder, mesh, replace(EACH_STEP, keep_last=1), directory / "newest") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(replace(START, step=step), engine)
+            checkpoints.finish()
+        return folder.folders()
+
+
+def test_all_ranks_wait_while_old_checkpoints_are_removed(pool: Pool, tmp_path: Path) -> None:
+    """One that went on would wait inside the next step, where its watchdog ends it."""
+    assert pool.run(say_what_is_left, world=2, args=(tmp_path,)) == [["step_00000002"]] * 2
 
 
 def test_a_store_without_its_driver_is_refused() -> None:

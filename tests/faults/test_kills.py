@@ -41,7 +41,9 @@ def train(rank: int, world: int, argv: list[str], victim: int, delay_s: float) -
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
-def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> None:
+def test_a_killed_run_always_resumes(
+    pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int
+) -> None:
     write_shards(tmp_path / "shards", "numbers-00000", 48)
     argv = [*FLAGS, "--data.shards", str(tmp_path / "shards"), "--out"]
     straight, disturbed = tmp_path / "straight", tmp_path / "disturbed-0"
@@ -66,7 +68,8 @@ def test_a_killed_run_always_resumes(pool: Pool, tmp_path: Path, kills: int) -> 
     assert_same(disturbed, straight)
     path = latest(folder_of(disturbed))
     assert path is not None
-    print(f"{killed} kills, {ends} runs to the end; of the last, {goodput(read_state(path).chrono, of_this_run)}")
+    with capsys.disabled():  # these are figures to read, also where all is well
+        print(f"\n{killed} kills, {ends} runs to the end; of the last, {goodput(read_state(path).chrono, of_this_run)}")
 
 
 def goodput(chrono: Chrono, kills: int) -> str:
