@@ -45,9 +45,7 @@ if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspee
 FORMAT = 2
 _MANIFEST, _STATE, _BEST, _PROBE = "manifest.json", "state.json", "best.json", ".writable"
 _READ_BYTES = 1 << 24
-_SLOWEST_DISK = timedelta(
-    hours=6
-)  # how long ranks wait for one that writes or deletes; one that died is noticed at once
+_SLOWEST_DISK = timedelta(hours=6)  # that ranks wait for one that writes or deletes; one that died is seen at once
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def test_handlers_are_restored() -> None:
     with StopRequest() as stop:
         assert not stop.requested
     assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def stop_after_signal_to_one(rank: int, world: int) -> list[bool]:
@@ -92,3 +94,19 @@ def stop_after_signal_to_one(rank: int, world: int) -> list[bool]:
 
 def test_all_ranks_agree(pool: Pool) -> None:
     assert pool.run(stop_after_signal_to_one, 3) == [[False, True]] * 3
+
+
+def wait_for_a_peer(rank: int, world: int) -> None:
+    """Rank 0 is signaled twice inside a collective that rank 1 does not enter for a long while."""
+    with StopRequest():
+        for delay_s in (0.5, 3.0) if rank == 0 else ():
+            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(40.0 * rank)
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_the_second_signal_is_heard_inside_a_collective(pool: Pool) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(ChildProcessError, match="rank 0 died with status 75"):
+        pool.run(wait_for_a_peer, 2)
+    assert time.monotonic() - start_s < 30
