@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,27 +111,45 @@ def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
         yield
 
 
-def claim_checkpoints(config: RunConfig) -> None:
+@contextmanager
+def claimed_checkpoints(config: RunConfig) -> Iterator[None]:
     """Leave the configuration in --checkpoint.dir, if there is one, or accept what lies there as the same run's.
 
-    Errors: ConfigError when it is another run's: its checkpoints would be resumed from and removed.
+    On a disk it is locked for the length of the block; an object store has no locks. Errors: ConfigError when it is
+    another run's, by its recipe or its --out, or in use: its checkpoints would be resumed from and removed.
     """
     from cogvit.training.checkpoint import folder_in
 
     if not config.checkpoint.dir:
+        yield
         return
     folder = folder_in(Path(config.out), config.checkpoint)
+    # One file must not be locked twice: the kernel would free it at the end of either.
+    lockable = folder.is_local and os.path.realpath(folder.path) != os.path.realpath(config.out)
+    with run_lock(Path(folder.path), flag="--checkpoint.dir") if lockable else nullcontext():
+        check_owner(folder, config)
+        yield
+
+
+def check_owner(folder: Folder, config: RunConfig) -> None:
+    """Compare the run with the configuration in its --checkpoint.dir, or leave it there if there is none."""
+    mine = replace(config, out=os.path.abspath(config.out))
     try:
-        differences = recipe_differences(from_json(RunConfig, json.loads(folder.read("config.json"))), config)
+        owner = from_json(RunConfig, json.loads(folder.read("config.json")))
     except FileNotFoundError:
-        folder.write("config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+        folder.write("config.json", (json.dumps(to_json(mine), indent=1) + "\n").encode())
         return
     except ValueError as error:
         raise ConfigError(
             f"{folder}/config.json is not JSON: {error}; remove it if the checkpoints are yours"
         ) from None
-    if differences:
+    if differences := recipe_differences(owner, mine):
         raise ConfigError(f"{folder} holds another run ({'; '.join(differences[:3])}); choose another --checkpoint.dir")
+    if os.path.realpath(owner.out) != os.path.realpath(mine.out):
+        raise ConfigError(
+            f"{folder} holds the checkpoints of --out {owner.out}, and this is --out {mine.out}; choose another "
+            f"--checkpoint.dir, or remove {folder}/config.json if it is the same run, moved or renamed"
+        )
 
 
 def run(config: RunConfig, corpus: Corpus) -> int:
@@ -167,7 +185,7 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         checkpoints = resources.enter_context(
             Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
         )
-        mesh.from_writer(lambda: claim_checkpoints(config))
+        mesh.from_writer(lambda: resources.enter_context(claimed_checkpoints(config)))
         state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
         if mesh.is_writer:
             elapsed_s = time.monotonic() - launched_s

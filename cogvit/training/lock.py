@@ -1,4 +1,4 @@
-"""One run directory, one run: a lock that names its owner and cannot outlive it."""
+"""One directory, one run: a lock that names its owner and cannot outlive it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_lock(directory: Path, wait_s: float = _WAIT_S) -> Iterator[None]:
-    """Hold the lock of a run directory for the length of the block.
+def run_lock(directory: Path, wait_s: float = _WAIT_S, *, flag: str = "--out") -> Iterator[None]:
+    """Hold the lock of the directory that a flag names for the length of the block.
 
     The kernel (or the file server) frees it when its owner is killed or its machine goes down, so no clock or
     heartbeat decides who is alive. An owner's name that is left in a free lock is of one that did not end by itself.
@@ -30,7 +30,7 @@ def run_lock(directory: Path, wait_s: float = _WAIT_S) -> Iterator[None]:
     Errors: ConfigError names the owner when the run is running already.
     """
     with (directory / LOCK).open("a+") as file:
-        _take(file, directory, wait_s)
+        _take(file, directory, wait_s, flag)
         file.seek(0)
         left = file.read()
         if left:
@@ -55,7 +55,7 @@ def check_free(directory: Path, wait_s: float = _WAIT_S) -> None:
         _take(file, directory, wait_s)
 
 
-def _take(file: IO[str], directory: Path, wait_s: float) -> None:
+def _take(file: IO[str], directory: Path, wait_s: float, flag: str = "--out") -> None:
     end_s = time.monotonic() + wait_s
     while True:
         try:
@@ -66,7 +66,7 @@ def _take(file: IO[str], directory: Path, wait_s: float) -> None:
             if time.monotonic() > end_s:
                 file.seek(0)
                 owner = _name(file.read())
-                raise ConfigError(f"--out {directory} is in use by {owner}; end it or choose another --out") from None
+                raise ConfigError(f"{flag} {directory} is in use by {owner}; end it or choose another {flag}") from None
             time.sleep(0.2)
         except OSError as error:
             _log.warning("%s has no locks (%s): nothing keeps two runs apart there", directory, error.strerror)

@@ -71,11 +71,16 @@ def train_on_rank(rank: int, world: int, argv: list[str]) -> int:
     return main(argv)
 
 
-def train(pool: Pool, world: int, shards: Path, out: Path, *flags: str) -> list[dict[str, float]]:
-    """Train two steps of the demo's stage 2; returns the lines of metrics.jsonl."""
+def flags_of(shards: Path, out: Path) -> list[str]:
+    """Two steps of the demo's stage 2 with small packs."""
     argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(out), "--schedule.steps", "2"]
-    argv += ["--eval.every-steps", "0", "--log.wandb", "off", "--data.tokens-per-pack", "256", *flags]
-    argv += ["--data.images-per-pack", "8", "--data.text-tokens-per-pack", "256"]
+    argv += ["--eval.every-steps", "0", "--log.wandb", "off", "--data.tokens-per-pack", "256"]
+    return [*argv, "--data.images-per-pack", "8", "--data.text-tokens-per-pack", "256"]
+
+
+def train(pool: Pool, world: int, shards: Path, out: Path, *flags: str) -> list[dict[str, float]]:
+    """Train two steps; returns the lines of metrics.jsonl."""
+    argv = [*flags_of(shards, out), *flags]
     assert pool.run(train_on_rank, world, (argv,), timeout_s=100.0) == [0] * world
     return read_metrics(out / "metrics.jsonl")
 
