@@ -48,6 +48,6 @@ while ((${#pids[@]} > 0)); do
     done
     pids=("${alive[@]}")
     if ((status != 0 && status != 75)); then kill -TERM "${pids[@]}" 2>/dev/null || true; fi
-    sleep 0.2
+    sleep 0.2 || true # Ctrl-C ends it too
 done
 exit "$status"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,34 +20,26 @@ from tests.faults.test_kills import FLAGS, STEPS, assert_same, train
 from tests.pool import Pool
 
 ROOT = Path(__file__).parents[2]
-Ranks = list[subprocess.Popen[bytes]]
+Job = subprocess.Popen[bytes]
 
 
 @contextmanager
-def two_ranks(argv: list[str]) -> Iterator[Ranks]:
-    """Start the trainer on two ranks that are one process group, as a terminal's foreground job is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    ranks: Ranks = []
-    try:
-        for rank in ("0", "1"):
-            environment = os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, "-m", "cogvit.train", *argv]
-            group = ranks[0].pid if ranks else 0
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, process_group=group))
-        yield ranks
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+def two_ranks(argv: list[str]) -> Iterator[Job]:
+    """Start the trainer on two ranks as a terminal's foreground job: the script and its ranks are one process group."""
+    command = ["launch/local.sh", "2", *argv]
+    environment = os.environ | {"PYTHON": sys.executable}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0) as job:
+        try:
+            yield job
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
 
 
-def wait_for_step(ranks: Ranks, run: Path, step: int) -> None:
+def wait_for_step(job: Job, run: Path, step: int) -> None:
     """Return when a step is in metrics.jsonl."""
     while not (run / "metrics.jsonl").exists() or last_recorded(run) < step:
-        assert [process.poll() for process in ranks] == [None, None]
+        assert job.poll() is None
         time.sleep(0.02)
 
 
@@ -69,24 +60,24 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(pool: Pool, tmp_path: Path) ->
     straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
     pool.run(train, 2, ([*argv, str(straight)], -1, 0.0), timeout_s=120)
 
-    with two_ranks([*argv, str(disturbed)]) as ranks:
-        wait_for_step(ranks, disturbed, 2)
-        os.killpg(ranks[0].pid, signal.SIGINT)
-        assert [process.wait(timeout=60) for process in ranks] == [75, 75]
+    with two_ranks([*argv, str(disturbed)]) as job:
+        wait_for_step(job, disturbed, 2)
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(timeout=60) == 75
     stopped = last_saved(disturbed)
     assert stopped == last_recorded(disturbed) < 6
 
     # A disk that does not answer: the note of step 6's checkpoint waits for a reader, and step 9's save for the note.
     note = disturbed / "logs" / ".newest_checkpoint.partial"
     os.mkfifo(note)
-    with two_ranks([*argv, str(disturbed)]) as ranks:
-        wait_for_step(ranks, disturbed, 9)
-        os.killpg(ranks[0].pid, signal.SIGINT)
+    with two_ranks([*argv, str(disturbed)]) as job:
+        wait_for_step(job, disturbed, 9)
+        os.killpg(job.pid, signal.SIGINT)
         time.sleep(2.5)
-        assert [process.poll() for process in ranks] == [None, None]
+        assert job.poll() is None
         start_s = time.monotonic()
-        os.killpg(ranks[0].pid, signal.SIGINT)
-        assert [process.wait(timeout=60) for process in ranks] == [75, 75]
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(timeout=60) == 75
         assert time.monotonic() - start_s < 10
     note.unlink()
     assert last_saved(disturbed) == 6
