@@ -6,7 +6,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from cogvit.errors import ConfigError, DataError
 from data_pipeline.decode import read_image
 from data_pipeline.index import build_index
 from tools.demo_corpus import pictograms
-from tools.demo_corpus.sample import write_shard
 
 # The classes and the directories whose pictures, with all below them, are theirs.
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -38,7 +37,10 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 SOURCE = "clipart"
 FOLDS = 2
-LONGEST_PX = 192
+LONGEST_PX = 128
+VIEWS = 6  # of a picture to train on: the whole, and parts of it
+_SMALLEST_VIEW = 0.35  # of the area
+_WIDEST_VIEW = 1.3  # of the picture's aspect
 _MOST_OF_A_DIRECTORY = 300  # to train on: one has 1,378 stars
 _IMAGES_PER_SHARD = 1000
 _TRAIN_SHARDS = 3
@@ -96,38 +98,59 @@ def unlabeled(pictures: list[Picture]) -> list[Picture]:
 
 
 def make_corpus(clipart: Path, out: Path) -> None:
-    """Write indexed shards: out/labeled/fold-N.tar, out/train/clipart-*.tar and pictograms-*.tar."""
+    """Write indexed shards: out/labeled/fold-N.tar, out/train/clipart-*.tar and pictograms-*.tar.
+
+    Training sees VIEWS of each picture; they lie in the shards, so that a teacher needs to see them once only.
+    """
     pictures = pictures_of(clipart)
     for fold, members in enumerate(labeled_folds(pictures)):
-        _write(out / "labeled" / f"fold-{fold}.tar", members)
-    train = unlabeled(pictures)
-    order = np.random.default_rng(0).permutation(len(train))
+        named = (({"source": SOURCE, "label": picture.label}, image) for picture, image in _decoded(members))
+        _write(out / "labeled" / f"fold-{fold}.tar", named)
+    train, rng = unlabeled(pictures), np.random.default_rng(0)
+    order = rng.permutation(len(train))
     for number in range(_TRAIN_SHARDS):
         chosen = [train[place] for place in order[number * _IMAGES_PER_SHARD : (number + 1) * _IMAGES_PER_SHARD]]
-        _write(out / "train" / f"clipart-{number:05d}.tar", chosen)
-    write_shard(out / "train" / "pictograms-00000.tar", pictograms.drawings(0, 0))
+        seen = (({"source": SOURCE}, view) for _, image in _decoded(chosen) for view in views_of(image, rng))
+        _write(out / "train" / f"clipart-{number:05d}.tar", seen)
+    drawn = pictograms.drawings(0, 0)
+    seen = (({"source": sample.source}, view) for sample in drawn for view in views_of(sample.image, rng))
+    _write(out / "train" / "pictograms-00000.tar", seen)
     for directory in ("labeled", "train"):
         for _ in build_index(str(out / directory)):
             continue
 
 
-def _write(path: Path, pictures: list[Picture]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TarWriter(str(path), encoder=False, mtime=0) as shard:
-        for number, (picture, image) in enumerate(_shrunk(pictures)):
-            about: dict[str, object] = {"source": SOURCE, "caption": picture.path.stem.replace("_", " ")}
-            about |= {} if picture.label is None else {"label": picture.label}
-            shard.write({"__key__": f"{number:05d}", "png": image, "json": json.dumps(about).encode()})
+def views_of(image: Image.Image, rng: np.random.Generator) -> Iterator[Image.Image]:
+    """Yield VIEWS: the whole picture, then parts of it, at least _SMALLEST_VIEW of its area, half of them mirrored."""
+    yield image
+    width_px, height_px = image.size
+    for _ in range(VIEWS - 1):
+        side = rng.uniform(_SMALLEST_VIEW, 1.0) ** 0.5
+        aspect = _WIDEST_VIEW ** rng.uniform(-0.5, 0.5)
+        w_px, h_px = (
+            min(whole_px, max(1, round(whole_px * side * stretch)))
+            for whole_px, stretch in ((width_px, aspect), (height_px, 1 / aspect))
+        )
+        left_px, top_px = int(rng.integers(width_px - w_px + 1)), int(rng.integers(height_px - h_px + 1))
+        part = image.crop((left_px, top_px, left_px + w_px, top_px + h_px))
+        yield part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
 
 
-def _shrunk(pictures: list[Picture]) -> Iterator[tuple[Picture, bytes]]:
-    """Yield those that decode, on white, with a longer side of at most LONGEST_PX, as PNG."""
+def _decoded(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, Image.Image]]:
+    """Yield those that decode, on white."""
     for picture in pictures:
         try:
-            image = Image.fromarray(read_image(picture.path.read_bytes()))
+            yield picture, Image.fromarray(read_image(picture.path.read_bytes()))
         except DataError:
             continue
-        image.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.BICUBIC)
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        yield picture, data.getvalue()
+
+
+def _write(path: Path, images: Iterable[tuple[Mapping[str, object], Image.Image]]) -> None:
+    """Write a shard of PNGs whose longer side is at most LONGEST_PX."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TarWriter(str(path), encoder=False, mtime=0) as shard:
+        for number, (about, image) in enumerate(images):
+            small, data = image.convert("RGB"), io.BytesIO()
+            small.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.BICUBIC)
+            small.save(data, "PNG")
+            shard.write({"__key__": f"{number:05d}", "png": data.getvalue(), "json": json.dumps(about).encode()})

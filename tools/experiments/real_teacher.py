@@ -6,31 +6,36 @@ Usage: python -m tools.experiments.real_teacher --weights FILE [flags]
   --clipart DIR   the pictures of Debian's openclipart-png [/usr/share/openclipart/png]
   --work DIR      corpus, feature store and runs; what is there is used again [runs/real_teacher]
   --seeds 0,1,2   of weights, plan and masks
-  --steps 400     optimizer steps of each run, of 64 images
+  --steps 3000    optimizer steps of each run, of 64 images
   --out FILE      also write the record there
 
 Stated before the first run. Training sees clipart outside of the 13 classes of `clipart.CLASSES` and pictograms,
-without labels. The labeled pictures are in two folds, drawings of one series in the same; each fold is classified by
-the other: kNN (20 neighbors, cosine) on the mean of the patch features. Clipart and not digits, where pixels alone
-reach 95 %: pictures of a class share what they mean rather than how they look. The student is compared with itself
-before training (the same seed) and with 32 x 32 pixels. The experiment succeeds if in every seed the student is better
-than both and, in the mean of the seeds, at least 5 points better than the better of them. The teacher's own kNN is
-shown as what could be learned.
+without labels; since the third run six views of each. The labeled pictures are in two folds, drawings of one series in
+the same; each fold is classified by the other: kNN (20 neighbors, cosine) on the mean of the patch features. Clipart
+and not digits, where pixels alone reach 95 %: pictures of a class share what they mean rather than how they look. The
+student is compared with itself before training (the same seed) and with 32 x 32 pixels. The experiment succeeds if in
+every seed the student is better than both and, in the mean of the seeds, at least 5 points better than the better of
+them. The teacher's own kNN is shown as what could be learned.
 
-The first run (80 steps, Smooth-L1 on patches standardized by the channel, rates of 2e-3) failed, and its labels were
-looked at: 19.3 against 23.0 untrained and 25.5 of pixels. Its settings were then changed by what needs no label, in 150
-steps of plain PyTorch, on 256 pictures of the training that were left out: the share of the teacher's variance that is
-explained at masked patches, and how alike student and teacher place these pictures to each other (centered kernel
-alignment, CKA, of the means over patches; 0.22 before training).
+Two runs failed, and their labels were looked at: 80 steps, Smooth-L1 on patches standardized by the channel, gave 19.3
+against 23.0 untrained and 25.5 of pixels; 400 steps, squares and PHI-S on up to 64 patches, 24.9, 23.6 and 25.5 in its
+first seed. The settings are changed by what needs no label, in plain PyTorch on pictures of the training that were left
+out: the share of the teacher's variance that is explained at masked patches and in the summary, and how alike student
+and teacher place these pictures to each other (centered kernel alignment, CKA, of the means over patches; 0.21 to 0.22
+before training).
 
-    Smooth-L1, by channel, 2e-3: explained 0.3 % (raw features 2.7 %), CKA 0.24
-    squares, PHI-S, 4e-3, summary of weight 1: explained 9.1 %, CKA 0.35
-    squares, PHI-S, 1e-2, summary of weight 4, 100 steps: explained 7.2 %, CKA 0.35
+    up to 64 patches, 150 steps           masked patches   summary    CKA
+    Smooth-L1, by channel, 2e-3                    0.3 %         -   0.24
+    squares, PHI-S, 4e-3, summary of weight 1      9.1 %         -   0.35
+    squares, PHI-S, 1e-2, of weight 4 (100 steps)  7.2 %         -   0.35
+    up to 16 patches, squares, PHI-S, 4e-3, summary of weight 4
+    the pictures alone, 900 / 2,100 steps    17.9 / 19.5 %   12.9 / 8.4 %   0.46 / 0.47
+    six views of each, 900 / 2,100 steps     16.0 / 21.1 %   18.1 / 18.3 %   0.47 / 0.51
 
 Most of a ReLU's values are 0, so its median says little; squared errors and PHI-S, which keeps the teacher's distances,
 are what explained variance measures. The summary trains the visible patches, whose mean is evaluated and which the
-loss of masked patches leaves alone: what they say through the heads explains less than nothing (-2 to -4 %) in all
-three. The run takes the second's rate and the third's weight. The threshold is what it was.
+loss of masked patches leaves alone: what they say through the heads explains nothing. A student of 16 patches takes a
+quarter of the time for an image; without views it learns 4,345 images by heart. The threshold is what it was.
 """
 
 from __future__ import annotations
@@ -88,7 +93,7 @@ class Arguments:
     clipart: str = "/usr/share/openclipart/png"
     work: str = "runs/real_teacher"
     seeds: str = "0,1,2"
-    steps: str = "400"
+    steps: str = "3000"
     out: str = ""
 
 
@@ -108,22 +113,22 @@ class Figures:
 
 
 def run_config(work: Path, seed: int, steps: int) -> RunConfig:
-    """Return stage 1: a million parameters on up to 64 patches of 12 px, the teacher's features from a store."""
+    """Return stage 1: a million parameters on up to 16 patches of 12 px, the teacher's features from a store."""
     return RunConfig(
         vision=replace(demo_vision(), image_size=96, patch_size=12),
         data=DataConfig(
             shards=str(work / "corpus" / "train"),
             global_batch_images=64,
-            tokens_per_pack=2048,
-            images_per_pack=128,
-            max_patches=64,
+            tokens_per_pack=1024,
+            images_per_pack=64,
+            max_patches=16,
             canonical_shares=1,
         ),
         teachers=TeachersConfig(members=(TEACHER,), source="store", store=str(work / "store"), standardize="phi_s"),
         optim=OptimConfig(lr=4e-3, adamw_lr=4e-3),
-        schedule=ScheduleConfig(steps=steps, warmup_steps=20),
+        schedule=ScheduleConfig(steps=steps, warmup_steps=50),
         checkpoint=CheckpointConfig(every_steps=0),
-        log=LogConfig(every_steps=5, wandb="off"),
+        log=LogConfig(every_steps=50, wandb="off"),
         out=str(work / f"seed_{seed}"),
         seed=seed,
     )
