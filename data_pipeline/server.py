@@ -140,7 +140,7 @@ class BatchServer:
         Errors: DataError as StepLoader.step, or when the actor does not start or one request loses it again and again.
         """
         from ray import get
-        from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError, RayTaskError
+        from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
         for _ in range(_MOST_LOSSES):
             try:
@@ -149,13 +149,13 @@ class BatchServer:
                 self._replace(pending.generation)
             except RayTaskError:  # a fault of ours in the actor
                 raise
-            except (ActorUnavailableError, ObjectLostError) as error:
-                _LOG.warning("a batch was lost (%s); it is made again", error)
-                time.sleep(_RETRY_PAUSE_S)
-            except RayError as error:  # it died; when it was for want of memory, the error says no more than that
-                if getattr(error, "actor_init_failed", False):
+            except (ActorDiedError, OutOfMemoryError) as error:  # the latter at every call, once it was killed
+                if isinstance(error, ActorDiedError) and error.actor_init_failed:
                     raise DataError(f"the batch server did not start: {str(error).splitlines()[-1]}") from error
                 self._replace(pending.generation)
+            except RayError as error:
+                _LOG.warning("a batch was lost (%s); it is made again", error)
+                time.sleep(_RETRY_PAUSE_S)
             else:
                 if isinstance(answer, CogViTError):
                     raise answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -112,11 +113,13 @@ def draw_or_die(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, ali
     return draw(sample, key, size_hw_px)
 
 
-def draw_or_hang(sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, alive: str) -> Pixels | None:
-    """Wait for an hour at the first image without the file `alive`; later processes find it and live."""
+def draw_or_hang(
+    sample: SampleRef, key: int, size_hw_px: tuple[int, int], *, alive: str, gil: bool = False
+) -> Pixels | None:
+    """Wait an hour, with the GIL or not, at the first image without the file `alive`; later ones find it and live."""
     if not os.path.exists(alive):
         Path(alive).touch()
-        time.sleep(3600)
+        ctypes.PyDLL(None).sleep(3600) if gil else time.sleep(3600)
     return draw(sample, key, size_hw_px)
 
 

@@ -286,8 +286,8 @@ class TeacherPool:
         return features
 
     def _collect(self, name: str, pending: Pending, deadline_s: float) -> Features:
-        from ray import get
-        from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError, RayTaskError
+        from ray import get, kill
+        from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
         asked_s, lost = time.monotonic(), False
         while True:
@@ -306,16 +306,17 @@ class TeacherPool:
                     raise self._unavailable(name, "is silent") from None
                 if self._has_moved(actor, min(patience_s, deadline_s - time.monotonic())):
                     continue
+                kill(actor.handle)
                 self._replace(actor)
             except RayTaskError as error:  # the actor lives; what it ran raised
                 raise _reason(name, error) from error
-            except (ActorUnavailableError, ObjectLostError) as error:
-                _LOG.warning("a reply of teacher %s was lost (%s); the request is sent again", name, error)
-                time.sleep(_RETRY_PAUSE_S)
-            except RayError as error:  # it died; when it was for want of memory, the error says no more than that
-                if getattr(error, "actor_init_failed", False):
+            except (ActorDiedError, OutOfMemoryError) as error:  # the latter at every call, once it was killed
+                if isinstance(error, ActorDiedError) and error.actor_init_failed:
                     raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
                 self._replace(actor)
+            except RayError as error:
+                _LOG.warning("a reply of teacher %s was lost (%s); the request is sent again", name, error)
+                time.sleep(_RETRY_PAUSE_S)
             if time.monotonic() >= deadline_s:
                 raise self._unavailable(name, "keeps failing")
             lost = True
@@ -335,12 +336,9 @@ class TeacherPool:
         return self._heard[actor] > before
 
     def _replace(self, dead: Actor) -> None:
-        """End a dead or hung actor and start its successor, unless an earlier request of its has done so."""
-        from ray import kill
-
+        """Start the successor of a dead or hung actor, unless an earlier request of its has done so."""
         if self._actors[dead.teacher, dead.lane] is dead:
             _LOG.warning("an actor of teacher %s died or hangs; another one takes over its requests", dead.teacher)
-            kill(dead.handle)
             self._actors[dead.teacher, dead.lane] = self._get_or_start(dead.teacher, dead.lane, dead.generation + 1)
 
     def _send(self, name: str, lane: int, request: FeatureRequest) -> Call:

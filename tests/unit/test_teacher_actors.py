@@ -172,15 +172,17 @@ def test_an_actor_that_dies_in_the_middle_of_a_request_is_replaced(
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize("gil", [False, True])
 def test_an_actor_that_hangs_is_replaced(
-    cluster: Cluster, paths: dict[str, str], expected: list[Features], tmp_path: Path
+    cluster: Cluster, paths: dict[str, str], expected: list[Features], tmp_path: Path, gil: bool
 ) -> None:
+    """Whether it can still say how it does or, in native code that keeps the GIL, not even that."""
     alive = tmp_path / "alive"
     alive.touch()
-    members = (TeacherConfig(name="hanging", path=paths["siglip2"]),)
-    decode = partial(teachers.draw_or_hang, alive=str(alive))
+    members = (TeacherConfig(name=f"hanging{gil}", path=paths["siglip2"]),)
+    decode = partial(teachers.draw_or_hang, alive=str(alive), gil=gil)
     source = TeacherPool(TeachersConfig(members=members, max_wait_s=80.0), decode)
-    wanted = [{"hanging": answer["siglip2"]} for answer in expected]
+    wanted = [{f"hanging{gil}": answer["siglip2"]} for answer in expected]
     assert_equal_bits(ask_all(source), wanted)
     alive.unlink()
     assert_equal_bits(ask_all(source), wanted)
