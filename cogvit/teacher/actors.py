@@ -304,7 +304,7 @@ class TeacherPool:
             except GetTimeoutError:
                 if time.monotonic() >= deadline_s or actor not in self._heard:
                     raise self._unavailable(name, "is silent") from None
-                if self._has_moved(actor, min(patience_s, deadline_s - time.monotonic())):
+                if self._has_moved(actor, min(patience_s / 2, deadline_s - time.monotonic())):
                     continue
                 kill(actor.handle)
                 self._replace(actor)
