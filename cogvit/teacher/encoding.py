@@ -35,9 +35,16 @@ def encode(feature_TC: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
     return {"rows": place_TC.sqrt_().mul_(_LARGEST).round_().to(torch.uint8), "low": low_1C, "span": span_1C}
 
 
-def decode(parts: Mapping[str, Tensor]) -> Tensor:
-    """Return [T, C] float32 features from the parts of an image."""
-    rows_TC = parts["rows"].float()
-    if "low" not in parts:
-        return rows_TC
-    return rows_TC.square_().mul_(parts["span"] / _LARGEST**2).add_(parts["low"])
+def decode(parts: Mapping[str, Tensor], out_TC: Tensor | None = None) -> Tensor:
+    """Return an image's features [T, C] float32 from their parts, in out_TC if that is given."""
+    feature_TC = torch.empty(parts["rows"].shape) if out_TC is None else out_TC
+    feature_TC.copy_(parts["rows"])
+    if "low" in parts:
+        feature_TC.square_().mul_(parts["span"] / _LARGEST**2).add_(parts["low"])
+    return feature_TC
+
+
+def fits(feature_TC: Tensor, dtype: StoreDtype) -> bool:
+    """Whether every value is finite, and stays so when it is stored."""
+    largest = torch.finfo(ROW_DTYPES[dtype] if ROW_DTYPES[dtype].is_floating_point else torch.float32).max
+    return all(bool(end.abs() <= largest) for end in feature_TC.aminmax())  # NaN is neither

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +18,32 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cogvit.errors import DataError
-from cogvit.teacher.encoding import ROW_DTYPES, StoreDtype, decode, encode
+from cogvit.teacher.encoding import ROW_DTYPES, StoreDtype, decode, encode, fits
 
 UNFINISHED = ".part"
 COMMAND = "run python -m tools.precompute_features"
 _CODES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _DIGEST_CHARACTERS = 64
+
+
+class Memory:
+    """Bytes that are used again and again: memory that is new for every image costs as much as reading it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return some, which what was taken before may lie in."""
+        if len(self._bytes) < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[:num_bytes]
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,9 @@ class Part:
         """Of one row."""
         return self.dim * self.dtype.itemsize
 
-    def read(self, file: BinaryIO, first: int, end: int) -> Tensor:
+    def read(self, file: BinaryIO, first: int, end: int, memory: Memory) -> Tensor:
         """Return some rows; what a file that was cut lacks is undefined, and the checksum tells."""
-        found = torch.empty(end - first, self.dim, dtype=self.dtype)
+        found = memory.take((end - first) * self.row_bytes).view(self.dtype).view(end - first, self.dim)
         view, offset = _bytes(found), self.offset_bytes + first * self.row_bytes
         while len(view) and (count := os.preadv(file.fileno(), [view], offset)):
             view, offset = view[count:], offset + count
@@ -65,6 +78,7 @@ class ShardFeatures:
     start: list[int]  # S + 1, first row of each sample
     checksum: list[int]  # S
     place: dict[int, int]  # sample id -> s
+    memory: dict[str, Memory]  # what was read last, by part: one thread reads a file
 
     def expect(self, sample_id: int) -> None:
         """Have the system fetch an image's features, without waiting for them. Errors: DataError for no such image."""
@@ -77,8 +91,8 @@ class ShardFeatures:
             raise DataError(f"{self.path} has no features of sample {sample_id}; remove it and {COMMAND}")
         return self.place[sample_id]
 
-    def read(self, sample_id: int, chosen_n: Tensor | None = None) -> Tensor:
-        """Return all features of one image, or those that a mask chooses: [m, C] float32.
+    def read(self, sample_id: int, chosen_n: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Return all features of one image, or those that a mask chooses: [m, C] float32, in `out` if that is given.
 
         Errors: DataError when they are not what was written, cannot be read, or are of another grid than the mask.
         """
@@ -91,7 +105,7 @@ class ShardFeatures:
             )
         try:
             found = {
-                name: part.read(self.file, *((first, end) if name == "rows" else (place, place + 1)))
+                name: part.read(self.file, *((first, end) if name == "rows" else (place, place + 1)), self.memory[name])
                 for name, part in self.parts.items()
             }
         except OSError as error:
@@ -100,7 +114,7 @@ class ShardFeatures:
             raise DataError(f"{self.path} is damaged (features of sample {sample_id}); remove it and {COMMAND}")
         if chosen_n is not None:
             found["rows"] = found["rows"].index_select(0, chosen_n.nonzero()[:, 0])
-        return decode(found)
+        return decode(found, out)
 
 
 @contextmanager
@@ -135,12 +149,12 @@ def shard_writer(
 
             def append(feature: Tensor) -> None:
                 assert len(feature) == num_rows[len(checksums)], "a sample has as many rows as was said"
-                parts = encode(feature, dtype)
-                if not _is_finite(parts):
+                if not fits(feature, dtype):
                     raise DataError(
                         f"the features of sample {sample_ids[len(checksums)]} for {path} are not finite in {dtype};"
                         " look at the teacher's weights, --teachers.precision and --dtype"
                     )
+                parts = encode(feature, dtype)
                 checksums.append(_checksum(parts))
                 with _written(path):
                     _write(file, _bytes(parts["rows"]))
@@ -219,8 +233,9 @@ def open_shard(path: Path) -> tuple[ShardFeatures, dict[str, str]]:
         for name in ("rows", "low", "span")
         if name in said
     }
+    memory = {name: Memory() for name in parts}
     place = {sample_id: place for place, sample_id in enumerate(index["sample_id"].tolist())}
-    return ShardFeatures(path, file, parts, index["start"].tolist(), index["checksum"].tolist(), place), header
+    return ShardFeatures(path, file, parts, index["start"].tolist(), index["checksum"].tolist(), place, memory), header
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -228,18 +243,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return array.reshape(-1).data
 
 
-def _is_finite(parts: Mapping[str, Tensor]) -> bool:
-    """Whether no value is NaN or infinite; the ends of the range say it 40 times as fast as a look at each."""
-    ends = [end for part in parts.values() if part.is_floating_point() for end in part.aminmax()]
-    return all(bool(end.isfinite()) for end in ends)
-
-
 def _checksum(parts: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of an image's parts."""
-    value = 0
+    """Return the XXH3 of an image's parts as an int64."""
+    value = xxhash.xxh3_64()
     for name in sorted(parts):
-        value = zlib.crc32(_bytes(parts[name]), value)
-    return value
+        value.update(_bytes(parts[name]))
+    return int.from_bytes(value.digest(), "big", signed=True)
 
 
 def _digest(index: Mapping[str, Tensor]) -> str:

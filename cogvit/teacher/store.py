@@ -32,7 +32,7 @@ from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
 from cogvit.teacher.stream import FeatureRequest, Features, is_summary, rows_asked
 
-_VERSION = "3"
+_VERSION = "4"
 _OPEN_FILES = 128
 
 
@@ -183,6 +183,8 @@ class StoreFeatures:
         self._has = lru_cache(maxsize=None)(self._has_shard)
         # One thread, in the order of the requests; it waits for the disk and adds checksums while the step computes.
         self._reader = ThreadPoolExecutor(1, "store")
+        # Another one has the system fetch what the requests after it ask for: the disk is never idle.
+        self._announcer = ThreadPoolExecutor(1, "store-ahead")
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -207,6 +209,7 @@ class StoreFeatures:
 
     def submit(self, request: FeatureRequest) -> Future[Features]:
         """Have the features read."""
+        self._announcer.submit(self._announce, request)
         return self._reader.submit(self._answer, request)
 
     def result(self, handle: Future[Features]) -> Features:
@@ -217,19 +220,24 @@ class StoreFeatures:
         """
         return handle.result()
 
+    def _announce(self, request: FeatureRequest) -> None:
+        """Tell the system of a request; what is wrong with it, its answer says."""
+        for name in self._makers:
+            for sample in request.samples:
+                if sample is not None:
+                    self._open(name, sample.shard).expect(sample.sample_id)
+
     def _answer(self, request: FeatureRequest) -> Features:
         return {name: self._read(name, request) for name in self._makers}
 
     def _read(self, name: str, request: FeatureRequest) -> Tensor:
-        found = [
-            (self._open(name, sample.shard), sample.sample_id, rows_asked(name, request, slot))
-            for slot, sample in enumerate(request.samples)
-            if sample is not None
-        ]
-        for shard, sample_id, _ in found:
-            shard.expect(sample_id)
-        nothing = torch.zeros(0, self._makers[name].dim)
-        return torch.cat([nothing, *(shard.read(sample_id, chosen_n) for shard, sample_id, chosen_n in found)])
+        present = ((slot, sample) for slot, sample in enumerate(request.samples) if sample is not None)
+        asked = [(sample, rows_asked(name, request, slot)) for slot, sample in present]
+        sizes = [int(chosen_n.sum()) for _, chosen_n in asked]
+        features = torch.empty(sum(sizes), self._makers[name].dim)
+        for (sample, chosen_n), out in zip(asked, features.split(sizes), strict=True):
+            self._open(name, sample.shard).read(sample.sample_id, chosen_n, out)
+        return features
 
     def _has_shard(self, shard: str) -> bool:
         return all(path_of(self._directory, name, shard, self._contents[shard]).exists() for name in self._makers)
