@@ -1,4 +1,4 @@
-"""A run changes its nodes and its layout on the way, and reads its teachers' features from a store; marked long."""
+"""A run changes its nodes and its layout on the way, and reads its teachers' features from a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogvit.training.meter import read_metrics
 from tests.slurm.jobs import SBATCH, SMALL, STAGE2, STEPS, TEACHERS, TP2_PP2, Site
 from tests.slurm.lab import wait_for
 
-pytestmark = [pytest.mark.timeout(3600), pytest.mark.long]
+pytestmark = pytest.mark.timeout(3600)
 
 
 def losses_of(run: Path) -> list[tuple[float, float]]:
@@ -50,6 +50,7 @@ def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site) -> None
     assert len({(state.step, state.position, state.images, state.tokens) for state in states}) == 1 < len(states)
 
 
+@pytest.mark.long
 def test_the_chain_runs_and_its_stage_1_is_that_of_teachers_online(site: Site, straight: Path) -> None:
     presets = {"PRESET1": "demo_stage1", "PRESET2": "demo_stage2"}
     flags = {"FLAGS1": shlex.join((*SMALL, *TEACHERS, *TP2_PP2)), "FLAGS2": shlex.join((*SMALL, *TP2_PP2))}
