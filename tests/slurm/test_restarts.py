@@ -108,13 +108,12 @@ def test_what_another_job_saves_is_not_progress_of_one_that_it_refuses(site: Sit
 
 
 def test_ranks_that_save_until_the_time_limit_itself_begin_again(site: Site, ending: dict[str, str]) -> None:
-    """Slurm then counts the job as ended, and not as one that waits for its next start."""
+    """Slurm then counts the job as ended, and not as one that waits for its next start. No signal comes before it."""
     end = "if ((START > 1)); then exit 0; fi; trap '' USR1; trap 'sleep 3; exit 75' TERM; while :; do sleep 0.5; done"
-    job = site.submit(
-        (*ONE_RANK, "--time=1", "--signal=B:USR1@30"), (*STAGE2, "--out", "runs/late"), ending | {"END": end}
-    )
+    options = (*ONE_RANK, "--time=1", "--signal=B:CONT@1")
+    job = site.submit(options, (*STAGE2, "--out", "runs/late"), ending | {"END": end})
     ended = site.lab.wait(job, 400)
-    assert "stopping: the time limit is near" in site.output(job), site.output(job)
+    assert "CANCELLED AT" in site.output(job) and "DUE TO TIME LIMIT" in site.output(job), site.output(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), site.output(job)
 
 
