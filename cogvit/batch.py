@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+Reads = Literal["images", "captions"]  # what a stage reads of a sample: its image, or a caption of it too
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cogvit.arguments import run_command, speaks
+from cogvit.config.arguments import run_command
+from cogvit.config.environment import speaks
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
@@ -49,7 +50,6 @@ from cogvit.evaluation.ranks import joined
 from cogvit.evaluation.results import Evaluation, read_evaluation, score, table, write_evaluation
 from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
 from cogvit.evaluation.subject import Subject, load_subject
-from cogvit.slurm import join_slurm
 from cogvit.training.restore import untrained_towers
 from data_pipeline.index import Index, load_index
 
@@ -79,7 +79,6 @@ def evaluate(arguments: Arguments) -> int:
 
     Ranks that a launcher has started share the encoding; the first one prints and writes.
     """
-    join_slurm()
     with joined() as ranks:
         asked, earlier = check_arguments(arguments)
         path = Path(arguments.run_or_export)

@@ -16,15 +16,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cogvit.arguments import asks_for_help, speaks
 from cogvit.config import RunConfig, from_json, load_config, to_json
+from cogvit.config.arguments import asks_for_help
+from cogvit.config.environment import speaks, this_process
+from cogvit.config.flags import help_text, load_preset
 from cogvit.errors import CogViTError, ConfigError
-from cogvit.feed import (
+from cogvit.stages import check_run, read_run, recipe_differences, stage_of
+from cogvit.training.feed import (
     Corpus,
     Intake,
     batch_server,
     describe,
-    feature_source,
     first_position,
     held_out,
     open_corpus,
@@ -32,11 +34,9 @@ from cogvit.feed import (
     ray_cluster,
     take_seat,
 )
-from cogvit.flags import help_text, load_preset, parse
-from cogvit.recipe import recipe_differences
-from cogvit.slurm import join_slurm, place_line
 from cogvit.training.folder import Folder
 from cogvit.training.lock import check_free, run_lock
+from cogvit.training.slurm import place_line
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
@@ -52,17 +52,14 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
     try:
         if not argv or asks_for_help(argv):
-            if os.environ.get("RANK", "0") == "0":
+            if speaks():
                 print(USAGE + "\n" + help_text(load_preset(argv[0]) if argv and argv[0][0] != "-" else None))
             return 0 if argv else 2
-        join_slurm()
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        config = parse(load_preset(argv[0]), [word for word in argv[1:] if word != "--dry-run"])
-        config.check(world_size)
-        if config.text_encoder.path:
-            from cogvit.model.pretrained import with_encoder_shape
-
-            config = with_encoder_shape(config)
+        process = this_process()
+        config = read_run(argv[0], [word for word in argv[1:] if word != "--dry-run"])
+        stage = stage_of(config)
+        check_run(config, process.world_size)
+        config = stage.completed(config)
         if "--dry-run" in argv:
             if config.out:
                 check_recipe(config)
@@ -70,9 +67,9 @@ def main(argv: list[str]) -> int:
             print(json.dumps(to_json(config), indent=1))
             return 0
         if "SLURM_STEP_NUM_TASKS" in os.environ:
-            print(place_line(config, rank), flush=True)
-        corpus = open_corpus(config)
-        with claimed_directory(config, writer=rank == 0):
+            print(place_line(config, process.rank), flush=True)
+        corpus = open_corpus(config, stage.reads)
+        with claimed_directory(config, writer=process.rank == 0):
             return run(config, corpus)
     except CogViTError as error:
         if speaks():
@@ -156,7 +153,6 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s = time.monotonic()
     from cogvit.parallel.mesh import start_mesh, stop_mesh
-    from cogvit.training.build import build
     from cogvit.training.checkpoint import Checkpoints, folder_in
     from cogvit.training.chrono import after_restart
     from cogvit.training.engine import Engine
@@ -168,18 +164,18 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     from cogvit.training.watchdog import Watchdog
 
     mesh = start_mesh(config.parallel)
-    contrast = config.objective == "contrast"
+    stage = stage_of(config)
     with ExitStack() as resources:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         start = first_position(config, corpus)
         if mesh.is_writer:
             print(describe(config, corpus), flush=True)
-        resources.enter_context(ray_cluster(config, mesh))
-        intake = Intake(seat, batch_server(config, mesh), mesh.device)
-        source = None if contrast else feature_source(config, corpus, mesh)
+        resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
+        intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
+        source = stage.feature_source(config, corpus, mesh)
         stop = resources.enter_context(StopRequest())
-        model, objective = build(config, mesh, {} if source is None else dict(source.dims))
+        model, objective = stage.build(config, mesh, {} if source is None else dict(source.dims))
         engine = Engine(model, config, mesh)
         out = Path(config.out)
         checkpoints = resources.enter_context(

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, SampleRef, StepBatch, StreamedSample
+from cogvit.batch import Batch, DataPosition, PackedImages, PackedText, Reads, SampleRef, StepBatch, StreamedSample
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
@@ -62,7 +62,7 @@ class Spoken:
 
 
 def step_batches(
-    index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, with_text: bool
+    index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, reads: Reads
 ) -> Generator[StepBatch]:
     """Yield what a data-parallel rank trains on, step by step without end, from a position or the start.
 
@@ -72,17 +72,17 @@ def step_batches(
     the iterator to stop the threads that load ahead.
     Errors: as `first_position`, and while iterating as `in_order`.
     """
-    first = first_position(index, config, position, with_text=with_text)
-    maker = Threads(step_loader(index, config, with_text=with_text), seat, config.data.decode_threads)
+    first = first_position(index, config, position, reads=reads)
+    maker = Threads(step_loader(index, config, reads=reads), seat, config.data.decode_threads)
     return in_order(maker, config.data, first.step)
 
 
-def first_position(index: Index, config: RunConfig, position: DataPosition | None, *, with_text: bool) -> DataPosition:
+def first_position(index: Index, config: RunConfig, position: DataPosition | None, *, reads: Reads) -> DataPosition:
     """Return where to begin: at a position, or at the start where it is None.
 
-    Errors: DataError when the position belongs to another plan, or no sample has a caption although text is wanted.
+    Errors: DataError when the position belongs to another plan, or no sample has a caption although they are read.
     """
-    start = start_position(index, config, with_text=with_text)
+    start = start_position(index, config, reads=reads)
     if position is not None and position.plan_hash != start.plan_hash:
         raise DataError(
             f"the checkpoint's data plan {position.plan_hash} is not this run's {start.plan_hash}: shards, mixture,"
@@ -91,9 +91,9 @@ def first_position(index: Index, config: RunConfig, position: DataPosition | Non
     return position or start
 
 
-def start_position(index: Index, config: RunConfig, *, with_text: bool) -> DataPosition:
+def start_position(index: Index, config: RunConfig, *, reads: Reads) -> DataPosition:
     """Return where a new run begins."""
-    return DataPosition(plan_hash(usable_index(index, with_text), plan_spec(config), config.seed), 0)
+    return DataPosition(plan_hash(usable_index(index, reads), plan_spec(config), config.seed), 0)
 
 
 def image_of(
@@ -121,9 +121,9 @@ def image_of(
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def usable_index(index: Index, with_text: bool) -> Index:
+def usable_index(index: Index, reads: Reads) -> Index:
     """Return the samples that a stage can train on. Errors: DataError when there is none."""
-    usable = index.captioned() if with_text else index
+    usable = index.captioned() if reads == "captions" else index
     if not len(usable):
         raise DataError(f"none of the {len(index)} samples has a caption; stage 2 needs .txt or .json captions")
     return usable
@@ -210,11 +210,11 @@ class Layout:
     cost: Ints  # [B], of image and caption
 
 
-def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int, *, with_text: bool) -> Layout:
+def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int, *, reads: Reads) -> Layout:
     """Choose the captions of some shares of a global batch and place its images on the packs of their ranks."""
     num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
     choice, text_tokens = None, np.zeros_like(num_tokens)
-    if with_text:
+    if reads == "captions":
         choice = choose_captions(index.rows["num_captions"][batch.rows], batch.key, config.data.zh_fraction)
         spelt_bytes = index.chosen_bytes(batch.rows, choice)
         text_tokens = token_bound(spelt_bytes, config.text.max_tokens, config.data.tokenizer)
@@ -223,16 +223,17 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
     return Layout(placement, choice, text_tokens, cost)
 
 
-def step_loader(index: Index, config: RunConfig, *, with_text: bool) -> StepLoader:
-    """Return what makes the steps of a run. Errors: DataError when no sample has a caption although text is wanted."""
-    usable = usable_index(index, with_text)
+def step_loader(index: Index, config: RunConfig, *, reads: Reads) -> StepLoader:
+    """Return what makes the steps of a run. Errors: DataError when no sample has a caption although they are read."""
+    usable = usable_index(index, reads)
     spec = plan_spec(config)
     return StepLoader(
         index=usable,
         config=config,
         planner=Planner(usable, spec, config.seed),
         plan_hash=plan_hash(usable, spec, config.seed),
-        tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if with_text else None,
+        reads=reads,
+        tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if reads == "captions" else None,
         reader=ShardReader(cache_of(config.data)),
     )
 
@@ -245,6 +246,7 @@ class StepLoader:
     config: RunConfig
     planner: Planner
     plan_hash: str
+    reads: Reads
     tokenizer: Tokenizer | None
     reader: ShardReader
 
@@ -252,7 +254,7 @@ class StepLoader:
         """Plan, place, read, decode and pack a step. Threads may share the loader."""
         limits = pack_limits(self.config)
         batch = self.planner.batch(step, seat.shares)
-        layout = lay_out(batch, self.index, self.config, seat.num_ranks, with_text=self.tokenizer is not None)
+        layout = lay_out(batch, self.index, self.config, seat.num_ranks, reads=self.reads)
         num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
         micro, failures = [], list[str]()
         decoded = cut_captions = downsized = 0

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.batch import DataPosition, StepBatch
+from cogvit.batch import DataPosition, Reads, StepBatch
 from cogvit.config import RunConfig
 from cogvit.errors import CogViTError, DataError
 from data_pipeline.index import Index, open_index
@@ -41,7 +41,7 @@ class BatchRequest:
     """All that a step of a rank is a function of; config.data.shards is what is read."""
 
     config: RunConfig
-    with_text: bool
+    reads: Reads
     seat: Seat
     step: int
 
@@ -56,7 +56,7 @@ class BatchActor:
         torch.set_num_threads(1)
         # Ray lays arrays into the object store as they are, and maps them where they are taken.
         ray.util.register_serializer(Tensor, serializer=Tensor.numpy, deserializer=_mapped)
-        self._loaders: list[tuple[RunConfig, bool, StepLoader]] = []  # of the training shards and the held-out ones
+        self._loaders: list[tuple[RunConfig, Reads, StepLoader]] = []  # of the training shards and the held-out ones
         self._lock = threading.Lock()
 
     def batch(self, request: BatchRequest) -> StepBatch | CogViTError:
@@ -64,15 +64,15 @@ class BatchActor:
         return _attempt(self._make, request)
 
     def _make(self, request: BatchRequest) -> StepBatch:
-        return self._loader(request.config, request.with_text).step(request.seat, request.step)
+        return self._loader(request.config, request.reads).step(request.seat, request.step)
 
-    def _loader(self, config: RunConfig, with_text: bool) -> StepLoader:
+    def _loader(self, config: RunConfig, reads: Reads) -> StepLoader:
         with self._lock:  # the first request reads the index and the others wait for it
-            for known_config, known_text, loader in self._loaders:
-                if (known_config, known_text) == (config, with_text):
+            for known_config, known_reads, loader in self._loaders:
+                if (known_config, known_reads) == (config, reads):
                     return loader
-            loader = step_loader(open_index(config.data, config.data.shards), config, with_text=with_text)
-            self._loaders.append((config, with_text, loader))
+            loader = step_loader(open_index(config.data, config.data.shards), config, reads=reads)
+            self._loaders.append((config, reads, loader))
             return loader
 
 
@@ -198,13 +198,13 @@ class _Served:
 
     server: BatchServer
     config: RunConfig
-    with_text: bool
+    reads: Reads
     seat: Seat
     plan_hash: str
 
     def submit(self, step: int) -> Pending:
         """Ask for a step."""
-        return self.server.submit(BatchRequest(self.config, self.with_text, self.seat, step))
+        return self.server.submit(BatchRequest(self.config, self.reads, self.seat, step))
 
     def result(self, handle: Pending) -> StepBatch:
         """Wait for a step. Errors: DataError also when the actor found other shards than this rank did."""
@@ -218,14 +218,14 @@ class _Served:
 
 
 def served_batches(
-    server: BatchServer, index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, with_text: bool
+    server: BatchServer, index: Index, config: RunConfig, seat: Seat, position: DataPosition | None, *, reads: Reads
 ) -> Generator[StepBatch]:
     """Yield what `loader.step_batches` yields, made by the node's actor; index is that of config.data.shards.
 
     Errors: as `loader.step_batches`, and as `BatchServer.result`.
     """
-    first = first_position(index, config, position, with_text=with_text)
-    return in_order(_Served(server, config, with_text, seat, first.plan_hash), config.data, first.step)
+    first = first_position(index, config, position, reads=reads)
+    return in_order(_Served(server, config, reads, seat, first.plan_hash), config.data, first.step)
 
 
 def run_tasks(task: Callable[[Item], Result], items: Iterable[Item], *, in_flight: int) -> Iterator[Result]:

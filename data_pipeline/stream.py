@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from cogvit.batch import Batch, DataPosition, StepBatch, StreamedSample
+from cogvit.batch import Batch, DataPosition, Reads, StepBatch, StreamedSample
 from cogvit.config import RunConfig
 from cogvit.draws import mix, name_to_int64
 from cogvit.errors import DataError
@@ -71,7 +71,7 @@ def stream_position(config: RunConfig) -> DataPosition:
 
 
 def stream_batches(
-    config: RunConfig, seat: Seat, position: DataPosition | None, *, with_text: bool
+    config: RunConfig, seat: Seat, position: DataPosition | None, *, reads: Reads
 ) -> Generator[StepBatch]:
     """Yield what a data-parallel rank trains on, step by step without end; seat is among all ranks.
 
@@ -91,7 +91,7 @@ def stream_batches(
             f"--data.order sequential gives each of {seat.num_ranks} ranks shards of its own, and"
             f" {config.data.shards!r} has {len(shards)}; split them or start fewer ranks"
         )
-    return in_order(_Maker(_Stream(config, shards, seat, start, with_text)), config.data, start.step)
+    return in_order(_Maker(_Stream(config, shards, seat, start, reads)), config.data, start.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,9 @@ class _Stream:
     """The samples of a rank, in the order in which they arrive and grouped into steps."""
 
     def __init__(
-        self, config: RunConfig, shards: tuple[str, ...], seat: Seat, start: DataPosition, with_text: bool
+        self, config: RunConfig, shards: tuple[str, ...], seat: Seat, start: DataPosition, reads: Reads
     ) -> None:
-        self.config, self.start, self.with_text = config, start, with_text
+        self.config, self.start, self.reads = config, start, reads
         self._shards, self.seat = shards, seat
         self._left_out: Counter[str] = Counter()
         self._unreadable: list[str] = []
@@ -201,7 +201,7 @@ class _Stream:
             self._left_out[str(error)] += 1
             return None
         source, captions = _texts(entries)
-        if self.with_text and not any(captions.values()):
+        if self.reads == "captions" and not any(captions.values()):
             self._left_out["no caption"] += 1
             return None
         sample_id = name_to_int64(f"{source or DEFAULT_SOURCE}/{shard_name(shard)}/{name}")
@@ -215,7 +215,8 @@ class _Maker:
     def __init__(self, stream: _Stream) -> None:
         config = stream.config
         self._stream, self._steps = stream, stream.steps()
-        self._tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size) if stream.with_text else None
+        reads_text = stream.reads == "captions"
+        self._tokenizer = load_tokenizer(config.data.tokenizer, config.text.vocab_size) if reads_text else None
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._decoding = ThreadPoolExecutor(config.data.decode_threads, thread_name_prefix="decode")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, stored_shapes, verify
 from cogvit.training.folder import Folder

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvit.arguments import run_command
 from cogvit.config import load_config
+from cogvit.config.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.recipe import recipe_differences
+from cogvit.stages import recipe_differences
 from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, read_tensors, stored_shapes, verify
 from cogvit.training.folder import Folder
 from cogvit.training.meter import read_metrics

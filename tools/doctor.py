@@ -34,9 +34,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cogvit.arguments import run_command, speaks
+from cogvit.config.arguments import run_command
+from cogvit.config.environment import speaks, this_process
 from cogvit.errors import ConfigError
-from cogvit.slurm import join_slurm
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "pyarrow", "safetensors")
 _SHM = Path("/dev/shm")
@@ -240,12 +240,12 @@ def _join(timeout_s: float) -> bool:
     """Join the world unless this process is in one; alone where no launcher has given it a rank."""
     if dist.is_initialized():
         return False
-    join_slurm()
+    process = this_process()
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(process.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    if "RANK" not in os.environ:
+    if process.alone:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return True
@@ -255,7 +255,7 @@ def _join(timeout_s: float) -> bool:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).splitlines()[0][:120]
         message = (
-            f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')} met nobody at {place} in {timeout_s:g} s"
+            f"rank {process.rank} of {process.world_size} met nobody at {place} in {timeout_s:g} s"
             f" ({reason}); see MASTER_ADDR, MASTER_PORT and firewalls"
         )
         if not speaks():  # the first rank, which speaks for all, may be the one that is not there

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.model.adapter import save_glm_ocr
 from cogvit.model.interop import write_text_side

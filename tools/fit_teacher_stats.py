@@ -20,12 +20,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import RunConfig
+from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.errors import CogViTError, ConfigError
-from cogvit.flags import load_preset, parse
-from cogvit.rules import check_data, check_training
-from cogvit.targets import makers_of, open_source, sample_requests
+from cogvit.stages import check_recipe, read_run
+from cogvit.stages.distill_targets import makers_of, open_source, sample_requests
 from cogvit.teacher.actors import connect, plan_cluster
 from cogvit.teacher.room import cpus_of
 from cogvit.teacher.standardize import fit_stats, save_stats, try_place
@@ -44,10 +43,9 @@ def fit(config: RunConfig, num_images: int) -> None:
     if not config.out:
         raise ConfigError("--out FILE is needed: where the statistics go")
     out, teachers = Path(config.out), config.teachers
-    if config.objective != "distill":
+    if not teachers.members:
         raise ConfigError("the preset has no teachers; take one of stage 1")
-    check_data(config)
-    check_training(config)
+    check_recipe(config)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; name a file in it")
     try_place(out)
@@ -88,7 +86,7 @@ def main(argv: list[str]) -> int:
         images, words = take_flag(argv[1:], "--images")
         if images is not None and not (images.isdecimal() and int(images) > 0):
             raise ConfigError(f"--images {images} must be a whole number above 0")
-        fit(parse(load_preset(argv[0]), words), int(images or DEFAULT_IMAGES))
+        fit(read_run(argv[0], words), int(images or DEFAULT_IMAGES))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

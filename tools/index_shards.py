@@ -32,7 +32,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.index import DEFAULT_SOURCE, ShardReport, index_shard, load_index, shards_to_index

@@ -22,19 +22,11 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
-
-from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import ParallelConfig, RunConfig
+from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.errors import CogViTError, ConfigError
-from cogvit.flags import load_preset, parse
-from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.pretrained import PretrainedText, inspect_text_encoder
-from cogvit.model.text import TextTower
-from cogvit.model.vit import CogViT
-from cogvit.training.optim import role_of
-from cogvit.training.orthogonal import NEWTON_SCHULZ_STEPS
+from cogvit.stages import check_run, read_run, stage_of
+from cogvit.stages.cost import Load
 from configs.clusters import CLUSTERS, Cluster
 
 _FP32_BYTES, _MOMENTS = 4, {"muon": 1, "adamw": 2, "sgd": 1}  # moments of most parameters
@@ -54,20 +46,6 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Load:
-    """One tower's share of a step, over all ranks."""
-
-    parameters: int
-    depth: int
-    width: int
-    tokens: int
-    pack_tokens: int
-    forward_flops: float
-    muon_flops: float  # of making every matrix of the blocks orthogonal once; 0 where Muon does not train them
-    whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
-
-
-@dataclass(frozen=True)
 class Prediction:
     """One layout's cost."""
 
@@ -77,66 +55,6 @@ class Prediction:
     bubble: float  # share of the time in which a pipeline stage waits
     step_s: float
     mfu: float
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Count a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def forward_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_tokens: int) -> float:
-    """Return the FLOPs of the blocks' matrix products and attention for tokens in sequences of one length."""
-    width, swiglu = tower.embed_dim, getattr(tower, "mlp", "gelu") == "swiglu"
-    matrices = 4 * width**2 + (3 if swiglu else 2) * width * tower.mlp_dim
-    return tower.depth * tokens * (2.0 * matrices + 4.0 * sequence_tokens * width)
-
-
-def muon_flops(tower: CogViTConfig | TextConfig, module: nn.Module, qkv: str) -> float:
-    """Return the FLOPs of one update of Muon's matrices; qkv is optim.muon_qkv."""
-    flops = 0.0
-    for name, parameter in module.named_parameters():
-        if role_of(name, parameter) == "block_matrix":
-            parts = {"split": 3, "heads": 3 * tower.num_heads, "fused": 1}[qkv] if "qkv" in name else 1
-            small, large = sorted((parameter.shape[0] // parts, parameter.shape[1]))
-            flops += parts * NEWTON_SCHULZ_STEPS * (4.0 * small**2 * large + 2.0 * small**3)
-    return flops
-
-
-def loads_of(config: RunConfig) -> list[Load]:
-    """Return the towers' loads; images and captions count with their largest size."""
-    data, vision = config.data, config.vision
-    images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
-    rows, columns = vision.base_grid
-    patches = rows * columns if data.sizing == "square" else data.max_patches
-    patches += vision.use_cls_token
-    with torch.device("meta"):
-        towers: list[tuple[CogViTConfig | TextConfig, nn.Module, int, int]] = [
-            (vision, CogViT(vision), patches, data.tokens_per_pack)
-        ]
-        if config.objective == "contrast":
-            text, module = _text_tower(config)
-            towers.append((text, module, text.max_tokens, data.text_tokens_per_pack))
-    return [
-        Load(
-            parameters=count_parameters(module),
-            depth=tower.depth,
-            width=tower.embed_dim,
-            tokens=images * length,
-            pack_tokens=pack_tokens,
-            forward_flops=forward_flops(tower, images * length, length),
-            muon_flops=muon_flops(tower, module, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
-            whole=tower is not vision and bool(config.text_encoder.path),
-        )
-        for tower, module, length, pack_tokens in towers
-    ]
-
-
-def _text_tower(config: RunConfig) -> tuple[TextConfig, nn.Module]:
-    """Return the text tower's shape and the tower, of which no weight is read. Errors: ConfigError."""
-    if not config.text_encoder.path:
-        return config.text, TextTower(config.text)
-    spec = inspect_text_encoder(config.text_encoder)
-    return spec.shape(config.text.max_tokens), PretrainedText(spec.model_class(spec.config), spec)
 
 
 def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, cluster: Cluster) -> Prediction:
@@ -186,7 +104,7 @@ def legal_layouts(config: RunConfig, world: int, per_node: int) -> list[RunConfi
         for pp in (size for size in range(1, world // tp + 1) if world % (tp * size) == 0):
             candidate = replace(config, parallel=replace(config.parallel, tp=tp, pp=pp))
             try:
-                candidate.check(world)
+                check_run(candidate, world)
             except ConfigError:
                 continue
             legal.append(candidate)
@@ -207,7 +125,7 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
     layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
     if not layouts:
         raise ConfigError(f"{arguments.preset} has no legal layout on {nodes} x {per_node}; try other --tp and --pp")
-    loads = loads_of(config)
+    loads = stage_of(config).loads(config)
     predictions = [predict(one, loads, world, per_node, cluster) for one in layouts]
     predictions.sort(key=lambda one: (one.memory_bytes > cluster.memory_bytes, one.step_s))
     flops = _BACKWARD * sum(load.forward_flops for load in loads)
@@ -236,7 +154,7 @@ def main(argv: list[str]) -> int:
         for name in ("nodes", "gpus_per_node", "cluster", "tp", "pp"):
             value, words = take_flag(words, f"--{name.replace('_', '-')}")
             own |= {} if value is None else {name: value}
-        return plan(Arguments(argv[0], **own), parse(load_preset(argv[0]), words))
+        return plan(Arguments(argv[0], **own), read_run(argv[0], words))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -32,12 +32,11 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from cogvit.arguments import asks_for_help, take_flag
 from cogvit.config import RunConfig, TeachersConfig
+from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.errors import CogViTError, ConfigError
-from cogvit.flags import load_preset, parse
-from cogvit.rules import check_data, check_training
-from cogvit.targets import makers_of
+from cogvit.stages import check_recipe, read_run
+from cogvit.stages.distill_targets import makers_of
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.room import cpus_of
@@ -139,8 +138,7 @@ def check_job(config: RunConfig) -> None:
         raise ConfigError("the preset has no teachers; take one of stage 1")
     plain = replace(config.data, flip=False, crop=1.0, color=0.0)
     run = replace(config, data=plain, teachers=replace(config.teachers, source="store", store=config.out))
-    check_data(run)
-    check_training(run)
+    check_recipe(run)
 
 
 def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
@@ -268,7 +266,7 @@ def main(argv: list[str]) -> int:
         tokens, words = take_flag(words, "--tokens")
         if tokens not in (None, "all", "summary"):
             raise ConfigError(f"--tokens {tokens} is none of all, summary")
-        config = parse(load_preset(argv[0]), words)
+        config = read_run(argv[0], words)
         config = of_summaries(config) if tokens == "summary" else config
         job = plan_job(config, dtype)
         teachers = asked_of(config.teachers, job)

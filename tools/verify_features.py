@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError, DataError
 from cogvit.teacher.shard import open_shard
 from cogvit.teacher.store import read_manifest

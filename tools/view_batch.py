@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cogvit.arguments import asks_for_help
 from cogvit.batch import PackedImages, StepBatch
 from cogvit.config import RunConfig
+from cogvit.config.arguments import asks_for_help
 from cogvit.errors import CogViTError, ConfigError
-from cogvit.flags import load_preset, parse
-from cogvit.objective.masking import mask_image
+from cogvit.stages import read_run, stage_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import lay_out, start_position, step_batches, usable_index
 from data_pipeline.plan import Planner, plan_spec
@@ -33,7 +32,6 @@ from data_pipeline.topology import topology_of
 WIDTH_PX = 1200
 GAP_PX = 4
 BAR_HEIGHT_PX = 120
-MASK_COLOR = (255, 0, 128)
 PADDING_GRAY = 128
 
 
@@ -67,14 +65,6 @@ def unpatchify(images: PackedImages, slot: int, patch_px: int) -> NDArray[np.uin
     return tiles.permute(0, 3, 1, 4, 2).reshape(rows * patch_px, columns * patch_px, 3).numpy()
 
 
-def shade_masked(pixels: NDArray[np.uint8], key: int, ratio: float, patch_px: int) -> NDArray[np.uint8]:
-    """Tint the patches that stage 1 masks."""
-    rows, columns = pixels.shape[0] // patch_px, pixels.shape[1] // patch_px
-    masked = mask_image(key, rows * columns, ratio).numpy().reshape(rows, columns)
-    masked = masked.repeat(patch_px, axis=0).repeat(patch_px, axis=1)[..., None]
-    return np.where(masked, pixels // 3 + np.array(MASK_COLOR) // 3 * 2, pixels).astype(np.uint8)
-
-
 def draw_pack(images: PackedImages, config: RunConfig) -> Image.Image:
     """Draw the images of a pack in rows, and its padding as a gray area of as many patches."""
     patch_px = config.vision.patch_size
@@ -82,9 +72,7 @@ def draw_pack(images: PackedImages, config: RunConfig) -> Image.Image:
     for slot in range(images.num_slots):
         if images.grid_hw[slot, 0] > 0:
             pixels = unpatchify(images, slot, patch_px)
-            if config.objective == "distill":
-                pixels = shade_masked(pixels, int(images.key[slot]), config.teachers.mask_ratio, patch_px)
-            pictures.append(pixels)
+            pictures.append(stage_of(config).shade(pixels, int(images.key[slot]), config))
     padding = int(images.cu_seqlens[-1] - images.cu_seqlens[-2]) * patch_px**2
     if padding:
         height_px = min(max([64, *(len(one) for one in pictures)]), padding)
@@ -105,15 +93,15 @@ def draw_pack(images: PackedImages, config: RunConfig) -> Image.Image:
 
 def describe(index: Index, config: RunConfig, view: View) -> tuple[list[str], NDArray[np.int64]]:
     """Return the figures of a step, as lines, and the load of each rank."""
-    with_text = config.objective == "contrast"
+    reads = stage_of(config).reads
     batch = Planner(index, plan_spec(config), config.seed).batch(view.step)
-    layout = lay_out(batch, index, config, view.dp_ranks, with_text=with_text)
+    layout = lay_out(batch, index, config, view.dp_ranks, reads=reads)
     load = np.bincount(layout.placement.rank, layout.cost, view.dp_ranks)
     tokens, packs = int(batch.grid_hw.prod(axis=1).sum()), layout.placement.packs_per_rank * view.dp_ranks
     shares = np.bincount(batch.share, batch.cost, config.data.canonical_shares)
     bound = max(load.mean(), layout.cost.max())
     valid = tokens / (packs * config.data.tokens_per_pack)
-    position = start_position(index, config, with_text=with_text)
+    position = start_position(index, config, reads=reads)
     lines = [
         f"step {view.step} of plan {position.plan_hash}: {len(batch.rows):,} images, {tokens:,} patch tokens,"
         f" epochs {batch.epoch.min()} to {batch.epoch.max()}, {batch.downsized.sum():,} images downsized",
@@ -154,16 +142,16 @@ def draw_step(step: StepBatch, lines: list[str], load: NDArray[np.int64], config
 def view_batch(argv: list[str]) -> None:
     """Draw what a command line asks for, and print the figures."""
     view, rest = read_view(argv)
-    config = parse(load_preset(rest[0]), rest[1:])
+    config = read_run(rest[0], rest[1:])
     if not config.out.endswith(".png"):
         raise ConfigError(f"--out {config.out!r} must name a .png file")
     if config.data.order == "sequential":
         raise ConfigError("--data.order sequential plans nothing that could be shown; pass --data.order planned")
-    with_text = config.objective == "contrast"
-    index = usable_index(open_index(config.data, config.data.shards), with_text)
-    start = start_position(index, config, with_text=with_text)
+    reads = stage_of(config).reads
+    index = usable_index(open_index(config.data, config.data.shards), reads)
+    start = start_position(index, config, reads=reads)
     seat = topology_of(["here"] * view.dp_ranks, config.data.canonical_shares).seat(0)
-    with closing(step_batches(index, config, seat, replace(start, step=view.step), with_text=with_text)) as batches:
+    with closing(step_batches(index, config, seat, replace(start, step=view.step), reads=reads)) as batches:
         step = next(batches)
     lines, load = describe(index, config, view)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ Batches are dealt whole and are those of a single process, so that no figure dep
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvit.config.environment import this_process
 from cogvit.errors import CogViTError
 
 Item = TypeVar("Item")
@@ -76,13 +76,14 @@ def _outcome(work: Callable[[], Result]) -> tuple[Result | None, CogViTError | N
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Meet the processes that a launcher has started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), if there are any."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """Meet the processes that a launcher has started (`this_process`), if there are any."""
+    process = this_process()
+    size = process.world_size
     if size == 1 or dist.is_initialized():
         yield Ranks(dist.get_rank(), size) if size > 1 else ALONE
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(process.local_rank)
     dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), size)

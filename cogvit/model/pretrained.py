@@ -115,12 +115,10 @@ class PretrainedTextTower(PretrainedText):
 
 
 def with_encoder_shape(config: RunConfig) -> RunConfig:
-    """Return a run whose text.* says the shape of its transformers text encoder, where it has one.
+    """Return a run whose text.* says the shape of its transformers text encoder.
 
     Errors: ConfigError when the checkpoint is no text encoder.
     """
-    if not config.text_encoder.path or config.objective != "contrast":
-        return config
     return replace(config, text=inspect_text_encoder(config.text_encoder).shape(config.text.max_tokens))
 
 

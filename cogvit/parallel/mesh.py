@@ -6,7 +6,6 @@ tensor ranks sit on one node, pipeline neighbors under one switch, and only the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
+from cogvit.config.environment import Process, this_process
 from cogvit.errors import CogViTError
 from cogvit.parallel.cpu import prepare_process
 
@@ -192,10 +192,10 @@ def start_mesh(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Mesh:
 
     A process group that already exists is used as it is. gloo on CPU, nccl on CUDA.
     """
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # DeepSpeed insists on it
-    device = _local_device()
+    process = this_process()
+    device = _local_device(process)
     if not dist.is_initialized():
-        _join_world(device, timeout_s)
+        _join_world(process, device, timeout_s)
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, order="tp-cp-ep-pp-dp")
     # Recompute saves and restores Megatron's tracked RNG states, so they must exist; no draw of ours uses them.
     tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
@@ -219,16 +219,15 @@ def stop_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _local_device() -> torch.device:
+def _local_device(process: Process) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(process.local_rank)
+    return torch.device("cuda", process.local_rank)
 
 
-def _join_world(device: torch.device, timeout_s: float) -> None:
-    if "RANK" not in os.environ:
+def _join_world(process: Process, device: torch.device, timeout_s: float) -> None:
+    if process.alone:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogvit.batch import Batch
 from cogvit.parallel.schedule import Schedule
@@ -14,10 +14,10 @@ from cogvit.parallel.schedule import Schedule
 class Objective(Protocol):
     """What a stage trains: it runs the model's towers on the microbatches and leaves gradients behind."""
 
-    def train(self, model: nn.Module, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+    def train(self, model: Any, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the global loss terms; "loss" is the one that is minimized."""
         ...
 
-    def evaluate(self, model: nn.Module, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+    def evaluate(self, model: Any, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the global loss terms without gradients."""
         ...

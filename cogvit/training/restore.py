@@ -58,14 +58,14 @@ def load_towers(path: Path) -> Towers:
         return Towers(vision) if found is None else _two_towers(vision, from_json(TextSide, found[0]), found[1])
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
-    if config.objective == "distill":
+    text_side = text_side_weights(checkpoint)
+    if not text_side:
         return Towers(vision, heads=_heads(weights(checkpoint, "heads.")))
-    side = TextSide(config.data.tokenizer, config.text, config.text_encoder)
-    return _two_towers(vision, side, text_side_weights(checkpoint))
+    return _two_towers(vision, TextSide(config.data.tokenizer, config.text, config.text_encoder), text_side)
 
 
 def text_side_weights(checkpoint: Folder) -> dict[str, Tensor]:
-    """Return all plain tensors of a stage 2 but the vision tower's."""
+    """Return the plain tensors of the text side: the text tower and what compares it with the vision tower, if any."""
     prefixes = ("text.", "text_proj.", "vision_proj.", "log_t", "bias")
     return {prefix + name: tensor for prefix in prefixes for name, tensor in weights(checkpoint, prefix).items()}
 
@@ -89,7 +89,7 @@ def untrained_towers(path: Path) -> Towers:
 
 
 def initial_towers(config: RunConfig) -> dict[str, Tensor]:
-    """Return the plain tensors that a run takes from its --init: the vision tower, and the text side where it has one.
+    """Return the plain tensors that --init holds: the vision tower's, and of a run all others too.
 
     A learned position table of another image size is resized as the tower itself resizes it to an image's grid.
     Errors: CheckpointError when the vision tower of --init has another shape than this run's.
@@ -99,10 +99,8 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
         cfg, vision = read_model(path)
         given = {f"vision.{name}": tensor for name, tensor in vision.items()}
     else:
-        there = load_config(path / "config.json")
-        cfg = there.vision
-        _check_text_tower(there, config)
-        given = {key: tensor for key, tensor in weights(latest_of_run(path), "").items() if _is_tower(key, config)}
+        cfg = load_config(path / "config.json").vision
+        given = weights(latest_of_run(path), "")
     shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
@@ -114,25 +112,6 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     if _POSITIONS in given:
         given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
     return given
-
-
-def _check_text_tower(there: RunConfig, config: RunConfig) -> None:
-    """Errors: CheckpointError when both runs have a text tower and the one's is not the other's."""
-    if "distill" in (there.objective, config.objective):
-        return
-    names = ("vocab_size", "max_tokens", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "use_qk_norm")
-    kinds = [bool(run.text_encoder.path) for run in (there, config)]
-    differences = ["one is of transformers, one of our own"] if kinds[0] != kinds[1] else []
-    differences += [
-        f"{name}: {getattr(there.text, name)!r} there, {getattr(config.text, name)!r} here"
-        for name in names
-        if getattr(there.text, name) != getattr(config.text, name)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"--init {config.init} has another text tower ({'; '.join(differences)}); export it (tools.export) to start"
-            " from its vision tower alone"
-        )
 
 
 def is_run(path: Path) -> bool:
@@ -147,12 +126,6 @@ def latest_of_run(path: Path) -> Folder:
     if checkpoint is None:
         raise CheckpointError(f"{path} has no complete checkpoint in {folder}")
     return checkpoint
-
-
-def _is_tower(key: str, config: RunConfig) -> bool:
-    if config.objective == "distill":
-        return key.startswith("vision.")
-    return not key.startswith("heads.")
 
 
 def _text_tower(side: TextSide) -> TextTower | PretrainedTextTower:

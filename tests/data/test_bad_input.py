@@ -115,7 +115,7 @@ def test_everything_is_indexed_or_counted(zoo):
 def test_damaged_pixels_weigh_nothing_and_everything_else_trains(zoo):
     index, _ = zoo
     config = run_config(global_batch_images=len(index), lookahead_steps=1, max_patches=24, images_per_pack=12)
-    (step,) = take(index, config, 1, with_text=False)
+    (step,) = take(index, config, 1, reads="images")
     assert len(refs(step)) == step.decoded == len(index)
     weight = {
         sample.sample_id: float(micro.images.weight[slot])
@@ -130,7 +130,7 @@ def test_damaged_pixels_weigh_nothing_and_everything_else_trains(zoo):
     ]  # fmt: skip
     strict = run_config(global_batch_images=len(index), lookahead_steps=1, max_bad_fraction=0.001, max_patches=24)
     with pytest.raises(DataError, match=r"2 of \d+ images did not decode.*data\.max_bad_fraction=0\.001"):
-        take(index, strict, 1, with_text=False)
+        take(index, strict, 1, reads="images")
 
 
 def test_samples_without_a_caption_are_counted_where_captions_are_needed(zoo):
@@ -160,7 +160,7 @@ def test_a_sliver_trains_where_the_rules_let_it(tmp_path, shape):
             archive.addfile(info, io.BytesIO(data))
     assert main([str(tmp_path / "shards"), "--min-side-px", "1", "--max-aspect", "1e9"]) == 0
     config = run_config(global_batch_images=4, lookahead_steps=1, crop=0.2, flip=True)
-    (step,) = take(load_index(str(tmp_path / "shards")), config, 1, with_text=False)
+    (step,) = take(load_index(str(tmp_path / "shards")), config, 1, reads="images")
     grids = [tuple(micro.images.grid_hw[slot].tolist()) for micro in step.micro for slot in range(4)]
     assert {grid for grid in grids if grid != (0, 0)} == {(1, 20) if shape[0] == 1 else (20, 1)}
     assert sum(float(micro.images.weight.sum()) for micro in step.micro) == 4.0
@@ -181,7 +181,7 @@ def test_a_shard_that_changes_between_two_steps_stops_the_run_by_name(tmp_path, 
                 archive.addfile(info, io.BytesIO(data))
     assert main([str(directory)]) == 0
     config = run_config(global_batch_images=4, lookahead_steps=1, prefetch_steps=1)
-    batches = step_batches(load_index(str(directory)), config, seat_of(config), None, with_text=False)
+    batches = step_batches(load_index(str(directory)), config, seat_of(config), None, reads="images")
     next(batches)
     for path in directory.glob("*.tar"):
         if how == "vanishes":

@@ -35,9 +35,9 @@ def seat_of(config, dp_rank=0, dp_size=1, per_node=1):
     return topology_of(addresses, config.data.canonical_shares).seat(dp_rank)
 
 
-def take(index, config, steps, seat=None, position=None, with_text=True):
+def take(index, config, steps, seat=None, position=None, reads="captions"):
     seat = seat or seat_of(config)
-    with closing(step_batches(index, config, seat, position, with_text=with_text)) as batches:
+    with closing(step_batches(index, config, seat, position, reads=reads)) as batches:
         return list(islice(batches, steps))
 
 
@@ -219,7 +219,7 @@ def test_without_text_there_is_no_caption_and_no_caption_is_needed(tmp_path):
     write_tar(tmp_path / "s.tar", [(f"{n}.png", picture(8, 8, n)) for n in range(20)])
     list(build_index(str(tmp_path)))
     index = load_index(str(tmp_path))
-    (step_batch,) = take(index, run_config(), 1, with_text=False)
+    (step_batch,) = take(index, run_config(), 1, reads="images")
     assert all(micro.text is None for micro in step_batch.micro)
     with pytest.raises(DataError, match="none of the 20 samples has a caption"):
         take(index, run_config(), 1)
@@ -249,7 +249,7 @@ def test_augmentation_is_of_seed_epoch_and_sample_alone(corpus):
     config = run_config(global_batch_images=60, lookahead_steps=1, **AUGMENTED)  # a step is an epoch
     first, second = map(contents, take(corpus, config, 2))
     assert [first, second] == list(map(contents, take(corpus, config, 2)))  # a replay is equal
-    (resumed,) = take(corpus, config, 1, position=replace(start_position(corpus, config, with_text=True), step=1))
+    (resumed,) = take(corpus, config, 1, position=replace(start_position(corpus, config, reads="captions"), step=1))
     assert contents(resumed) == second
     threads = replace(config, data=replace(config.data, decode_threads=3, prefetch_steps=4))
     ranks = [take(corpus, threads, 2, seat_of(config, rank, 4)) for rank in range(4)]
@@ -315,15 +315,15 @@ def test_shard_that_vanishes_stops_the_run(tmp_path):
 
 def test_position_of_another_plan_is_refused(corpus):
     config = run_config()
-    position = start_position(corpus, config, with_text=True)
+    position = start_position(corpus, config, reads="captions")
     assert take(corpus, config, 1, position=position)[0].position == replace(position, step=1)
     with pytest.raises(DataError, match="seed changed"):
-        step_batches(corpus, replace(config, seed=8), seat_of(config), position, with_text=True)
+        step_batches(corpus, replace(config, seed=8), seat_of(config), position, reads="captions")
 
 
 def test_closing_stops_the_threads(corpus):
     config = run_config(decode_threads=2)
-    batches = step_batches(corpus, config, seat_of(config), None, with_text=True)
+    batches = step_batches(corpus, config, seat_of(config), None, reads="captions")
     next(batches)
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
     batches.close()

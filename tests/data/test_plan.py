@@ -106,7 +106,7 @@ def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_
             for group in topology.groups:
                 seats = [topology.seat(rank) for rank in group]
                 batch = planner.batch(step, seats[0].shares)
-                placement = lay_out(batch, index, config, len(group), with_text=True).placement
+                placement = lay_out(batch, index, config, len(group), reads="captions").placement
                 mine = [np.concatenate(placement.packs_of(seat.rank)) for seat in seats]
                 assert {seat.shares for seat in seats} == {seats[0].shares}
                 drawn += [(batch.key[one], batch.rows[one], batch.epoch[one]) for one in mine]

@@ -69,7 +69,7 @@ def seat_of(config: RunConfig, rank: int, num_ranks: int) -> Seat:
 
 
 def here(index: Index, config: RunConfig, seat: Seat) -> list[StepBatch]:
-    with closing(step_batches(index, config, seat, None, with_text=True)) as batches:
+    with closing(step_batches(index, config, seat, None, reads="captions")) as batches:
         return list(islice(batches, STEPS))
 
 
@@ -78,7 +78,7 @@ def served(
 ) -> list[StepBatch]:
     """Take the steps; `before` is called with the number of each before it is taken."""
     taken = []
-    with closing(served_batches(server, index, config, seat, None, with_text=True)) as batches:
+    with closing(served_batches(server, index, config, seat, None, reads="captions")) as batches:
         for step in range(STEPS):
             before(step)
             taken.append(next(batches))

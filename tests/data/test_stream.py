@@ -42,8 +42,8 @@ def config_of(shards, **data):
     return run_config(shards=shards, order="sequential", **data)
 
 
-def take(config, steps, rank=0, ranks=1, position=None, with_text=True):
-    with closing(stream_batches(config, Seat(rank, ranks, range(4)), position, with_text=with_text)) as batches:
+def take(config, steps, rank=0, ranks=1, position=None, reads="captions"):
+    with closing(stream_batches(config, Seat(rank, ranks, range(4)), position, reads=reads)) as batches:
         return list(islice(batches, steps))
 
 
@@ -133,7 +133,7 @@ def test_steps_of_a_buffer_cost_about_the_same(tmp_path):
     write_tar(tmp_path / "s.tar", [(f"{number:02d}.png", image) for number, image in enumerate(images)])
     for lookahead in (12, 1):
         config = config_of(str(tmp_path), global_batch_images=8, lookahead_steps=lookahead)
-        steps = take(config, 12, with_text=False)
+        steps = take(config, 12, reads="images")
         tokens = [sum(int(micro.images.cu_seqlens[-2]) for micro in step.micro) for step in steps]
         assert (max(tokens) <= 1.05 * np.mean(tokens)) == (lookahead == 12)
 
@@ -217,7 +217,7 @@ def test_a_damaged_shard_stops_the_run(tmp_path, damage):
 
 def test_a_shard_that_vanishes_and_a_command_that_fails_stop_the_run(tmp_path):
     config = config_of(write_stream(tmp_path, (12, 12)), global_batch_images=12, lookahead_steps=1)
-    with closing(stream_batches(config, Seat(0, 1, range(4)), None, with_text=True)) as batches:
+    with closing(stream_batches(config, Seat(0, 1, range(4)), None, reads="captions")) as batches:
         next(batches)
         for path in tmp_path.iterdir():
             path.unlink()
@@ -245,7 +245,7 @@ def test_what_cannot_feed_a_run_is_refused(tmp_path, write, ranks, message):
 
 def test_without_text_no_caption_is_needed(tmp_path):
     write_tar(tmp_path / "s.tar", [(f"{number}.png", picture(9, 9, number)) for number in range(12)])
-    (step,) = take(config_of(str(tmp_path)), 1, with_text=False)
+    (step,) = take(config_of(str(tmp_path)), 1, reads="images")
     assert len(refs(step)) == 12 and all(micro.text is None for micro in step.micro)
     data = {name: io.BytesIO(picture(9, 9, int(name))).getvalue() for name in map(str, range(12))}
     for sample, grid, patches in (
@@ -259,7 +259,7 @@ def test_without_text_no_caption_is_needed(tmp_path):
 
 
 def test_closing_stops_the_threads(tmp_path):
-    batches = stream_batches(config_of(write_stream(tmp_path)), Seat(0, 1, range(4)), None, with_text=True)
+    batches = stream_batches(config_of(write_stream(tmp_path)), Seat(0, 1, range(4)), None, reads="captions")
     next(batches)
     names = {thread.name.partition("_")[0] for thread in threading.enumerate()}
     assert {"read", "decode"} <= names

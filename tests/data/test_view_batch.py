@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogvit.config import RunConfig
+from cogvit.model.config import CogViTConfig
 from cogvit.objective.masking import num_masked
+from cogvit.stages.distill import MASK_COLOR, DistillStage
 from data_pipeline.decode import decode_patches, read_image
 from data_pipeline.loader import assemble_images, pack_limits
 from tests.data.corpus import PATCH_PX, indexed, picture, run_config
-from tools.view_batch import GAP_PX, MASK_COLOR, PADDING_GRAY, WIDTH_PX, draw_pack, main, shade_masked, unpatchify
+from tools.view_batch import GAP_PX, PADDING_GRAY, WIDTH_PX, draw_pack, main, unpatchify
 
 
 def test_a_pack_is_drawn_as_it_lies(tmp_path):
@@ -28,7 +31,7 @@ def test_a_pack_is_drawn_as_it_lies(tmp_path):
 
 def test_masked_patches_are_shaded():
     pixels = np.zeros((20, 28, 3), np.uint8)
-    shaded = shade_masked(pixels, 3, 0.35, 4)
+    shaded = DistillStage().shade(pixels, 3, RunConfig(vision=CogViTConfig(image_size=28, patch_size=4)))
     assert (shaded == np.array(MASK_COLOR) // 3 * 2).all(-1).sum() == num_masked(35, 0.35) * 16
 
 

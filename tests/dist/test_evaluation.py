@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cogvit import evaluate as command
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.evaluate import Arguments
 from cogvit.evaluation import features, samples
 from cogvit.evaluation.ranks import Ranks

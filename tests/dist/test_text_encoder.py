@@ -14,7 +14,7 @@ from cogvit.errors import ConfigError
 from cogvit.model.pretrained import with_encoder_shape
 from cogvit.objective.siglip import ContrastModel
 from cogvit.parallel.mesh import start_mesh
-from cogvit.training.build import build
+from cogvit.stages import build, check_run
 from cogvit.training.engine import Engine
 from tests.dist.runs import Case, Trace, micro_of, run_config, whole, whole_state
 from tests.dist.test_pairwise import step_against_autograd
@@ -45,7 +45,7 @@ def config_of(case: Case, encoder: TextEncoderConfig, locked: bool = False) -> R
     optim = replace(config.optim, text=replace(config.optim.text, lr_mult=0.0 if locked else 1.0))
     data = DataConfig(max_patches=16, tokens_per_pack=96, images_per_pack=8, text_tokens_per_pack=80)
     config = replace(config, text_encoder=encoder, data=data, optim=optim, init_log_t=1.5, init_bias=-3.0)
-    config.check(case.world)
+    check_run(config, case.world)
     return with_encoder_shape(config)
 
 

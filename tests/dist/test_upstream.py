@@ -12,12 +12,12 @@ import pytest
 
 from cogvit.batch import DataPosition, StepBatch
 from cogvit.config import ParallelConfig, RunConfig, TeacherConfig, TeachersConfig
-from cogvit.feed import leads_replica, take_seat
 from cogvit.parallel.mesh import start_mesh, stop_mesh
+from cogvit.stages import build
 from cogvit.teacher.stream import LocalFeatures, Shared, attach_targets
 from cogvit.teacher.zoo import load_teacher
-from cogvit.training.build import build
 from cogvit.training.engine import Engine
+from cogvit.training.feed import leads_replica, take_seat
 from cogvit.training.loop import advance
 from cogvit.training.state import TrainState
 from data_pipeline.index import build_index, load_index
@@ -94,7 +94,8 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
         engine = Engine(model, config, mesh)
         state = TrainState(0, DataPosition("plan", 0), images=0, tokens=0)
         metrics = []
-        with closing(step_batches(load_index(config.data.shards), config, seat, None, with_text=contrast)) as batches:
+        reads = "captions" if contrast else "images"
+        with closing(step_batches(load_index(config.data.shards), config, seat, None, reads=reads)) as batches:
             source = counted(batches)
             if not contrast:
                 teachers = LocalFeatures({"own": load_teacher("tests.teachers:own", "fp32")}, partial(image_of))

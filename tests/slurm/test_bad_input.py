@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogvit.config import to_json
-from cogvit.flags import load_preset, parse
+from cogvit.config.flags import load_preset, parse
 from cogvit.training.lock import run_lock
 from tests.slurm.jobs import STAGE2, TP2_PP2, Site, mounted
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cogvit.arguments import read_arguments, run_command
+from cogvit.config.arguments import read_arguments, run_command
 from cogvit.errors import ConfigError
 
 

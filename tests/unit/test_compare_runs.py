@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from cogvit.arguments import run_command
 from cogvit.config import RunConfig
+from cogvit.config.arguments import run_command
 from tests.runs_on_disk import write_run
 from tools import compare_runs
 

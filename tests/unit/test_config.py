@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, from_json, load_config, to_json
+from cogvit.config.flags import parse
 from cogvit.errors import ConfigError
-from cogvit.flags import parse
-from cogvit.recipe import recipe_differences
+from cogvit.stages import check_run, recipe_differences
 
 DISTILL = RunConfig(teachers=TeachersConfig(members=(TeacherConfig("siglip2"), TeacherConfig("dinov3"))))
 CONTRAST = RunConfig(objective="contrast")
@@ -91,7 +91,7 @@ def test_config_file_that_is_missing_or_damaged_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size: int) -> None:
-    parse(config, argv).check(world_size)
+    check_run(parse(config, argv), world_size)
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
 )
 def test_what_cannot_run_is_refused(config: RunConfig, argv: list[str], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as failure:
-        parse(config, argv).check(world_size)
+        check_run(parse(config, argv), world_size)
     assert "\n" not in str(failure.value)
 
 
 def test_text_tower_is_not_checked_in_stage_1() -> None:
-    parse(DISTILL, ["--parallel.tp", "16", "--data.text-tokens-per-pack=32"]).check(16)
+    check_run(parse(DISTILL, ["--parallel.tp", "16", "--data.text-tokens-per-pack=32"]), 16)
 
 
 def test_layout_may_change_on_resume_and_the_recipe_may_not() -> None:

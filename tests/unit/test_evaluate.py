@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvit.arguments import run_command
 from cogvit.config import DataConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config.arguments import run_command
 from cogvit.evaluate import Arguments, evaluate
 from cogvit.evaluation.distill import compare
 from cogvit.evaluation.features import embed_images, embed_texts, image_features
@@ -26,8 +26,8 @@ from cogvit.evaluation.subject import load_subject
 from cogvit.model.naflex import naflex_pack
 from cogvit.model.tokens import pool_mean
 from cogvit.objective.masking import mask_tokens
-from cogvit.report import Arguments as ReportArguments
-from cogvit.report import report
+from cogvit.report.__main__ import Arguments as ReportArguments
+from cogvit.report.__main__ import report
 from cogvit.teacher.standardize import fit_stats, save_stats
 from cogvit.teacher.stream import FeatureRequest, LocalFeatures
 from cogvit.teacher.zoo import fingerprint, inspect_teacher, load_teacher

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cogvit import CogViT, evaluate
-from cogvit.arguments import run_command
 from cogvit.config import DataConfig, RunConfig, TextEncoderConfig
+from cogvit.config.arguments import run_command
 from cogvit.errors import CheckpointError
 from cogvit.evaluation.features import embed_images, embed_texts, image_features
 from cogvit.evaluation.results import read_evaluation
 from cogvit.evaluation.subject import load_subject
+from cogvit.stages import contrast, distill
 from cogvit.training.restore import initial_towers
 from tests.runs_on_disk import TEXT, VISION, contrast_run, write_run, write_shards
 from tools import checkpoint, export
@@ -109,12 +110,12 @@ def test_a_learned_table_starts_a_run_of_another_image_size(tmp_path: Path) -> N
 
 def test_a_run_starts_from_another_text_tower_of_the_same_shape_alone(run: Path) -> None:
     config = RunConfig(objective="contrast", vision=VISION, text=TEXT, proj_dim=8, init=str(run))
-    assert "text.blocks.0.attn.qkv.weight" in initial_towers(config)
+    assert "text.blocks.0.attn.qkv.weight" in contrast.started_from(config)
     with pytest.raises(CheckpointError, match=r"another text tower \(num_heads: 2 there, 4 here\); export it"):
-        initial_towers(replace(config, text=replace(TEXT, num_heads=4)))
+        contrast.started_from(replace(config, text=replace(TEXT, num_heads=4)))
     with pytest.raises(CheckpointError, match="one is of transformers, one of our own"):
-        initial_towers(replace(config, text_encoder=TextEncoderConfig("some/encoder")))
-    assert not any(name.startswith("text.") for name in initial_towers(RunConfig(vision=VISION, init=str(run))))
+        contrast.started_from(replace(config, text_encoder=TextEncoderConfig("some/encoder")))
+    assert not any(name.startswith("text.") for name in distill.started_from(RunConfig(vision=VISION, init=str(run))))
 
 
 def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

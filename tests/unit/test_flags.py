@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, to_json
+from cogvit.config.flags import help_text, load_preset, parse, preset_names
 from cogvit.errors import ConfigError
-from cogvit.flags import help_text, load_preset, parse, preset_names
+from cogvit.stages import read_run
 
 PRESET = RunConfig(teachers=TeachersConfig(members=(TeacherConfig("siglip2"), TeacherConfig("dinov3", weight=0.5))))
 
@@ -165,3 +167,28 @@ def test_missing_preset_is_told_with_those_that_exist() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_shipped_presets_load(name: str) -> None:
     assert isinstance(load_preset(name), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "owner"),
+    [
+        ("demo_stage2", ["--teachers.source", "store"], "Stage 1"),
+        ("demo_stage2", ["--teachers.members.siglip2.path=x"], "Stage 1"),
+        ("demo_stage1", ["--contrast.loss", "ring"], "Stage 2"),
+        ("demo_stage1", ["--text.depth", "2"], "Stage 2"),
+        ("demo_stage1", ["--proj-dim=64"], "Stage 2"),
+        ("demo_stage1", ["--optim.temperature.lr_mult", "2"], "Stage 2"),
+    ],
+)
+def test_a_flag_of_another_stage_is_refused_by_name(preset: str, words: list[str], owner: str) -> None:
+    flag = words[0].partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{re.escape(flag)} is of {owner}: .* alone, and {preset} is Stage"):
+        read_run(preset, words)
+
+
+def test_flags_of_the_own_stage_and_of_all_stages_are_taken() -> None:
+    assert (
+        read_run("demo_stage2", ["--contrast.loss", "gather", "--teachers.ray-address", "h:1"]).contrast.loss
+        == "gather"
+    )
+    assert read_run("demo_stage1", ["--teachers.mask-ratio", "0.5", "--seed=3"]).teachers.mask_ratio == 0.5

@@ -13,14 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
 from cogvit.config import ParallelConfig, RunConfig, TextEncoderConfig
-from cogvit.flags import load_preset
+from cogvit.config.flags import load_preset
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
+from cogvit.stages import check_run, stage_of
+from cogvit.stages.cost import Load, forward_flops, muon_flops
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
 from tests.text_encoders import bert, write_encoder
-from tools.plan import forward_flops, legal_layouts, loads_of, main, muon_flops, predict
+from tools.plan import legal_layouts, main, predict
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -54,6 +56,10 @@ def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", 
     assert counter.get_total_flops() == muon_flops(cfg, model, qkv) > 0
 
 
+def loads_of(config: RunConfig) -> list[Load]:
+    return stage_of(config).loads(config)
+
+
 def test_parameters_of_the_reference() -> None:
     (load,) = loads_of(load_preset("stage1_reference"))
     with torch.device("meta"):
@@ -66,7 +72,7 @@ def test_layouts_are_legal_and_keep_tensor_ranks_on_a_node() -> None:
     layouts = legal_layouts(config, world=32, per_node=8)
     assert len(layouts) > 4
     for layout in layouts:
-        layout.check(32)
+        check_run(layout, 32)
         assert 8 % layout.parallel.tp == 0
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.evaluate import Arguments, evaluate, shown_at
 from cogvit.evaluation.clip_benchmark import load_for_clip_benchmark

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvit.batch import DataPosition
-from cogvit.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
-from cogvit.report import write_report
+from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
+from cogvit.report.page import write_report
 from cogvit.training.checkpoint import FORMAT
 from cogvit.training.chrono import Chrono
 from cogvit.training.meter import Meter

@@ -18,7 +18,7 @@ import torch
 
 from cogvit.config import SUMMARY, DataConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.model.config import CogViTConfig
-from cogvit.targets import open_source
+from cogvit.stages.distill_targets import open_source
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.stream import FeatureRequest, LocalFeatures, request_of
@@ -63,7 +63,7 @@ def requests(config: RunConfig, *, augmented: bool, mask_ratio: float = 0.35) ->
     """What a run asks for in its first two steps."""
     index = open_index(config.data, config.data.shards)
     seat = topology_of(["alone"], config.data.canonical_shares).seat(0)
-    with closing(step_batches(index, config, seat, None, with_text=False)) as batches:
+    with closing(step_batches(index, config, seat, None, reads="images")) as batches:
         packs = [batch for step in islice(batches, 2) for batch in step.micro]
     assert len(packs) > 4
     return [request_of(batch, mask_ratio, augmented=augmented) for batch in packs]

@@ -15,7 +15,7 @@ from cogvit.config import SUMMARY, DataConfig, EvalConfig, RunConfig, TeacherCon
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.parallel.mesh import start_mesh
-from cogvit.targets import makers_of, sample_requests, shared_source
+from cogvit.stages.distill_targets import makers_of, sample_requests, shared_source
 from cogvit.teacher.standardize import ChannelStats, Method, Standardized, fit_stats, load_stats, save_stats, try_place
 from cogvit.teacher.store import StoreFeatures, path_of
 from cogvit.teacher.stream import FeatureRequest, Features, LocalFeatures

@@ -15,7 +15,7 @@ from cogvit.config import ParallelConfig
 from cogvit.model.packing import pack_images
 from cogvit.parallel.mesh import start_mesh
 from cogvit.parallel.schedule import Schedule
-from cogvit.training.build import build
+from cogvit.stages import build
 from configs.demo_stage2 import config as demo_stage2
 from tools.bench._probe import Probe, probe
 

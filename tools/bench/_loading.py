@@ -79,7 +79,7 @@ def our_config(shard: Path) -> RunConfig:
 def our_batches(index: Index, config: RunConfig, server: BatchServer | None = None) -> Iterator[int]:
     """Yield the number of images of each step of our loader, or of a batch server."""
     load = step_batches if server is None else partial(served_batches, server)
-    with closing(load(index, config, topology_of(["here"], 1).seat(0), None, with_text=False)) as batches:
+    with closing(load(index, config, topology_of(["here"], 1).seat(0), None, reads="images")) as batches:
         for step in batches:
             yield sum(int(micro.images.weight.sum()) for micro in step.micro)
 

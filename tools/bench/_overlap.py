@@ -21,11 +21,11 @@ from cogvit.batch import Batch, DataPosition, SampleRef, StepBatch, TeacherTarge
 from cogvit.config import DataConfig, OptimConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.model.packing import pack_images
 from cogvit.objective.masking import mask_tokens
+from cogvit.stages import build
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.shard import write_shard
 from cogvit.teacher.store import Maker, StoreFeatures, header_of, path_of, writing
 from cogvit.teacher.stream import FeatureSource, Grid, Pixels, attach_targets
-from cogvit.training.build import build
 from cogvit.training.engine import Engine
 from configs.models import Size, reference_vision
 from tools.bench._ranks import join, on_ranks

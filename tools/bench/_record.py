@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cogvit.arguments import run_command
+from cogvit.config.arguments import run_command
 
 
 class Recorded(Protocol):

@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cogvit.arguments import run_command
 from cogvit.batch import DataPosition
 from cogvit.config import CheckpointConfig, ParallelConfig, RunConfig
-from cogvit.flags import load_preset
+from cogvit.config.arguments import run_command
+from cogvit.config.flags import load_preset
 from cogvit.parallel.mesh import Mesh, start_mesh
-from cogvit.training.build import build
+from cogvit.stages import build
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.engine import Engine
 from cogvit.training.folder import Folder

@@ -45,7 +45,7 @@ from cogvit.model.packing import pack_images
 from cogvit.model.vit import CogViT
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.mesh import Mesh
-from cogvit.training.build import build
+from cogvit.stages import build
 from cogvit.training.engine import Engine
 from configs.models import Size, reference_vision
 from tools.bench._probe import Probe, probe

@@ -28,17 +28,17 @@ import torch.distributed as dist
 
 from cogvit.batch import Batch, TeacherTargets
 from cogvit.config import ParallelConfig, RunConfig
+from cogvit.config.flags import load_preset
 from cogvit.errors import ConfigError
-from cogvit.flags import load_preset
 from cogvit.model.packing import pack_images
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.mesh import start_mesh
-from cogvit.training.build import build
+from cogvit.stages import build, check_run, stage_of
 from cogvit.training.engine import Engine
 from configs.clusters import Cluster
 from tools.bench._ranks import on_ranks
 from tools.bench._record import flags_of, run_benchmark
-from tools.plan import loads_of, predict
+from tools.plan import predict
 
 GRID, IMAGES_PER_PACK = (6, 6), 32
 TOKENS_PER_PACK = GRID[0] * GRID[1] * IMAGES_PER_PACK
@@ -151,7 +151,7 @@ def predictions_s(layout: ParallelConfig, dp: int, machine: Measured, attained: 
     """
     config, ranks = run_config(layout), layout.tp * layout.pp * dp
     cluster = Cluster(machine.flops, 1e12, machine.bytes_per_s, machine.bytes_per_s, attained)
-    found = predict(config, loads_of(config), ranks, ranks, cluster)
+    found = predict(config, stage_of(config).loads(config), ranks, ranks, cluster)
     waiting_s = found.bubble * found.mfu * found.step_s / attained / (1.0 - found.bubble)
     return found.step_s, found.step_s - waiting_s
 
@@ -164,7 +164,7 @@ def parse_layouts(text: str) -> list[tuple[ParallelConfig, int]]:
         if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
             raise ConfigError(f"--layouts {word!r} is not TPxPPxDP")
         tp, pp, dp = map(int, sizes)
-        run_config(ParallelConfig(tp=tp, pp=pp)).check(tp * pp * dp)
+        check_run(run_config(ParallelConfig(tp=tp, pp=pp)), tp * pp * dp)
         found.append((ParallelConfig(tp=tp, pp=pp), dp))
     return found
 

@@ -1,15 +1,4 @@
-"""Writes the report of a series of runs: one HTML file that opens without a network.
-
-usage: python -m cogvit.report RUN [RUN ...] [flags]
-
---out FILE         the report; by default report.html in the last RUN
---evaluation FILE  the figures that python -m cogvit.evaluate --out FILE wrote
---data PATTERN     indexed held-out shards for the pictures; by default those of each run
---index-dir DIR    where their indexes lie; by default as in the run, or beside the shards
-
-Curves, throughput, pictures of patch features, retrieval examples (of the last stage-2 run), figures, configurations
-and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
-"""
+"""The page of a report: one HTML file that opens without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +6,6 @@ import base64
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,18 +15,16 @@ from statistics import mean, median
 
 import torch
 
-from cogvit.arguments import run_command
-from cogvit.chart import Series, line_chart, number
 from cogvit.config import RunConfig, load_config, to_json
-from cogvit.errors import CogViTError, ConfigError
-from cogvit.evaluation.examples import Example, Item, feature_picture, retrieval_examples
-from cogvit.evaluation.results import Evaluation, read_evaluation
-from cogvit.evaluation.subject import load_subject
+from cogvit.errors import ConfigError
+from cogvit.evaluation.examples import Example, Item
+from cogvit.evaluation.results import Evaluation
+from cogvit.report.chart import Series, line_chart, number
+from cogvit.stages import stage_of
 from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state
 from cogvit.training.chrono import Chrono
 from cogvit.training.meter import duration, read_metrics
 
-STAGES = {"distill": "Stage 1: distillation", "contrast": "Stage 2: image-text alignment"}
 PACKAGES = ("cogvit", "torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "numpy", "wandb")
 
 
@@ -61,41 +47,6 @@ class Run:
         return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    runs: tuple[str, ...]
-    out: str = ""
-    evaluation: str = ""
-    data: str = ""
-    index_dir: str = ""
-
-
-def report(arguments: Arguments) -> int:
-    """Draw the pictures and write the report; returns the exit status."""
-    evaluation = read_evaluation(Path(arguments.evaluation)) if arguments.evaluation else {}
-    pictures: dict[str, bytes] = {}
-    examples: list[Example] = []
-    runs = [Path(run) for run in arguments.runs]
-    for run in runs:
-        try:
-            subject = load_subject(run, arguments.data, arguments.index_dir)
-        except CogViTError as error:
-            if arguments.data:
-                raise
-            print(f"no pictures of {run}: {error}", file=sys.stderr)
-            continue
-        caption = f"{run.name}: held-out images and their patch features; color is the first three principal components"
-        pictures[caption] = feature_picture(subject)
-        if subject.towers.text is not None and subject.captioned:
-            examples = retrieval_examples(subject)
-    out = Path(arguments.out) if arguments.out else runs[-1] / "report.html"
-    write_report(out, runs, evaluation, pictures, examples)
-    print(out)
-    return 0
-
-
 def write_report(
     out: Path,
     runs: Sequence[Path],
@@ -114,7 +65,7 @@ def write_report(
         _section("Evaluation", _evaluation_table(evaluation)),
         _section("Pictures", "".join(_picture(caption, png) for caption, png in pictures.items())),
         _section("Retrieval on held-out images", "".join(_example(example) for example in examples)),
-        *(_section(STAGES[run.config.objective], _run(run)) for run in loaded),
+        *(_section(stage_of(run.config).title, _run(run)) for run in loaded),
         _section("Software and machine", _table(_environment())),
     ]
     page = f'<!doctype html>\n<html lang="en">\n<head>\n{_HEAD}\n</head>\n<body>\n{"".join(body)}</body>\n</html>\n'
@@ -357,7 +308,3 @@ summary { cursor: pointer; color: var(--quiet); font-size: 0.9rem; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; overflow-x: auto;
   font: 0.8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 </style>"""
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:], __doc__, Arguments, report))

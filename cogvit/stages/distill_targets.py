@@ -92,9 +92,9 @@ def sample_requests(config: RunConfig, index: Index | None) -> Generator[Feature
     alone = replace(config, parallel=replace(config.parallel, pp=1))
     seat = replace(topology_of(["alone"], config.data.canonical_shares).seat(0), decodes=None)
     batches = (
-        stream_batches(alone, seat, None, with_text=False)
+        stream_batches(alone, seat, None, reads="images")
         if index is None
-        else step_batches(index, alone, seat, None, with_text=False)
+        else step_batches(index, alone, seat, None, reads="images")
     )
     with closing(batches):
         for step in batches:

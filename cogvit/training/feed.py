@@ -17,7 +17,7 @@ from cogvit.errors import CogViTError, ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
-    from cogvit.batch import DataPosition, StepBatch
+    from cogvit.batch import DataPosition, Reads, StepBatch
     from cogvit.parallel.mesh import Mesh
     from cogvit.teacher.stream import FeatureSource
     from data_pipeline.index import Index
@@ -27,18 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The indexes of a run's shards."""
+    """The indexes of a run's shards, and what is read of them."""
 
     train: Index | None  # None where the shards are read in sequential order
     held_out: Index | None  # None where the run does not evaluate
+    reads: Reads  # of each sample
 
 
-def open_corpus(config: RunConfig) -> Corpus:
-    """Load the indexes, before any process group or model. Errors: DataError, ConfigError.
-
-    A stage 2 loads its tokenizer too, for the errors that it may have.
-    """
-    from data_pipeline.caption import load_tokenizer
+def open_corpus(config: RunConfig, reads: Reads) -> Corpus:
+    """Load the indexes, before any process group or model. Errors: DataError, ConfigError."""
     from data_pipeline.index import open_index
 
     data = config.data
@@ -46,15 +43,13 @@ def open_corpus(config: RunConfig) -> Corpus:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
     if config.eval.every_steps and not data.eval_shards:
         raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
-    if config.objective == "contrast":
-        load_tokenizer(data.tokenizer, config.text.vocab_size)
     held_out = None
     if config.eval.every_steps:
         try:
             held_out = open_index(data, data.eval_shards)
         except DataError as error:
             raise DataError(f"--data.eval-shards, which --eval.every-steps 0 does without: {error}") from None
-    return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out)
+    return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out, reads)
 
 
 def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
@@ -64,7 +59,7 @@ def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
 
     if corpus.train is None:
         return stream_position(config)
-    return start_position(corpus.train, config, with_text=config.objective == "contrast")
+    return start_position(corpus.train, config, reads=corpus.reads)
 
 
 def describe(config: RunConfig, corpus: Corpus) -> str:
@@ -73,7 +68,7 @@ def describe(config: RunConfig, corpus: Corpus) -> str:
 
     if corpus.train is None:
         return f"data: a stream of {config.data.shards}"
-    return f"data: {usable_index(corpus.train, config.objective == 'contrast').describe()}"
+    return f"data: {usable_index(corpus.train, corpus.reads).describe()}"
 
 
 def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
@@ -102,20 +97,20 @@ def take_seat(config: RunConfig, mesh: Mesh) -> Seat:
 
 
 @contextmanager
-def ray_cluster(config: RunConfig, mesh: Mesh) -> Iterator[None]:
+def ray_cluster(config: RunConfig, mesh: Mesh, *, asks_actors: bool) -> Iterator[None]:
     """Start or join the run's Ray cluster where this rank talks to teachers or takes batches from a server.
 
+    asks_actors: whether targets come from actors.
     Errors: ConfigError or TeacherUnavailable, on all ranks, when one cannot start or reach it.
     """
     teachers, served = config.teachers, config.data.loading == "server"
-    asks = config.objective == "distill" and teachers.source != "store"
     with ExitStack() as stack:
-        if asks or served:
+        if asks_actors or served:
             from cogvit.teacher.actors import connect, plan_cluster  # with transformers, which takes seconds
             from cogvit.teacher.room import cpus_of
             from data_pipeline.server import batch_bytes
 
-            num_cpus = cpus_of(teachers) if asks else 0
+            num_cpus = cpus_of(teachers) if asks_actors else 0
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             planned = plan_cluster(teachers.ray_address)
@@ -137,6 +132,7 @@ class Intake:
     seat: Seat
     server: BatchServer | None  # of its node; None: it loads for itself
     device: torch.device  # that trains on them
+    reads: Reads
 
 
 def leads_replica(mesh: Mesh) -> bool:
@@ -161,12 +157,12 @@ def rank_batches(
     source: FeatureSource | None,
     position: DataPosition | None,
 ) -> Generator[StepBatch]:
-    """Yield this rank's batches with their teacher targets where the objective has teachers."""
+    """Yield this rank's batches, with the targets that a source makes."""
     from cogvit.teacher.stream import attach_targets
     from data_pipeline.augment import AS_IT_IS, augmentation_of
     from data_pipeline.pinned import pinned_ahead
 
-    batches = image_batches(config, index, intake.seat, intake.server, position)
+    batches = image_batches(config, index, intake, position)
     if intake.device.type == "cuda":
         batches = pinned_ahead(batches, intake.device)
     with closing(batches):
@@ -184,18 +180,17 @@ def rank_batches(
 
 
 def image_batches(
-    config: RunConfig, index: Index | None, seat: Seat, server: BatchServer | None, position: DataPosition | None
+    config: RunConfig, index: Index | None, intake: Intake, position: DataPosition | None
 ) -> Generator[StepBatch]:
     """Return this rank's batches without targets; no index is a stream."""
     from data_pipeline.loader import step_batches
     from data_pipeline.server import served_batches
     from data_pipeline.stream import stream_batches
 
-    with_text = config.objective == "contrast"
     if index is None:
-        return stream_batches(config, seat, position, with_text=with_text)
-    load = step_batches if server is None else partial(served_batches, server)
-    return load(index, config, seat, position, with_text=with_text)
+        return stream_batches(config, intake.seat, position, reads=intake.reads)
+    load = step_batches if intake.server is None else partial(served_batches, intake.server)
+    return load(index, config, intake.seat, position, reads=intake.reads)
 
 
 def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:
@@ -204,13 +199,3 @@ def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureS
     data = replace(config.data, shards=config.data.eval_shards, mixture=(), batch_schedule=(), budget_schedule=())
     data = replace(data, flip=False, crop=1.0, color=0.0)
     return rank_batches(replace(config, data=data), corpus.held_out, intake, source, None)
-
-
-def feature_source(config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource:
-    """Return where features come from; the Ray cluster of actors is there already.
-
-    Errors: ConfigError or DataError, on all ranks, for teachers, a store or statistics that do not serve.
-    """
-    from cogvit.targets import shared_source  # transformers takes seconds, and stage 2 has no teachers
-
-    return shared_source(config, corpus.train, corpus.held_out, mesh)

@@ -1,24 +1,11 @@
-"""The run configuration: one frozen tree of dataclasses, strict JSON in and out.
-
-What lives here: the fields and their meaning. The rules between them are in `cogvit/rules.py`, flags are read in
-`cogvit/flags.py`, presets are functions in `configs/` that return a RunConfig.
-"""
+"""The fields of a run's configuration and their meaning: one frozen tree of dataclasses."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.rules import check_data, check_layout, check_training
-
-Node = TypeVar("Node")
 
 
 def option(default: Any, help: str) -> Any:
@@ -337,64 +324,3 @@ class RunConfig:
     out: str = option("", "run directory")
     init: str = option("", "run or export whose weights the run starts from")
     seed: int = option(0, "of weights, plan, masks and every other draw")
-
-    def check(self, world_size: int) -> None:
-        """Refuse, before any heavy import, what cannot run on world_size processes."""
-        check_layout(self, world_size)
-        check_data(self)
-        check_training(self)
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """Return the tree as plain JSON values; `from_json` gives back an equal tree."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(kind: type[Node], values: dict[str, Any]) -> Node:
-    """Build a config dataclass from JSON values. Errors: ConfigError names unknown, missing or mistyped fields."""
-    return _build(kind, values, where="")
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read config.json of a run. Errors: ConfigError when it is missing or not JSON."""
-    try:
-        return from_json(RunConfig, json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'the configuration'} must be an object, not {values!r}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ConfigError(f"unknown configuration field {where}{unknown[0]}")
-    try:
-        return kind(**{name: coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where.rstrip('.') or 'configuration'}: {error}") from None
-
-
-def coerce(hint: Any, value: Any, where: str) -> Any:
-    """Check one JSON value against a field's type and return it as that type."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{where}={value!r} must be one of {', '.join(map(str, args))}")
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else coerce(next(a for a in args if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        items = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(items) == len(value):
-            return tuple(coerce(i, v, f"{where}[{n}]") for n, (i, v) in enumerate(zip(items, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where}={value!r} is not of type {getattr(hint, '__name__', hint)}")

@@ -15,15 +15,16 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogvit.config import RunConfig, coerce, from_json, load_config, to_json
+from cogvit.config.fields import RunConfig
+from cogvit.config.tree import coerce, from_json, load_config, to_json
 from cogvit.errors import ConfigError
 
-PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
+PRESETS_DIR = Path(__file__).resolve().parents[2] / "configs"
 _TRUTH = {"true": True, "false": False}
 
 
@@ -66,6 +67,12 @@ def parse(preset: RunConfig, argv: list[str]) -> RunConfig:
             text = _take_value(slot, words)
         slot.values[slot.key] = _read(slot, text)
     return from_json(RunConfig, values)
+
+
+def flags_given(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the flags of a command line that `parse` has read, as they are spelt and as paths of fields."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    return [(flag, flag.removeprefix("--").replace("-", "_")) for flag in flags]
 
 
 def help_text(preset: RunConfig | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Command lines of the commands that take a few words and flags; the trainer's many are in `cogvit/flags.py`.
+"""Command lines of the commands that take a few words and flags; the trainer's many are in `flags.py` beside this file.
 
 A dataclass says what a command takes and the command's docstring is its help.
 """
@@ -6,13 +6,13 @@ A dataclass says what a command takes and the command's docstring is its help.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
+from cogvit.config.environment import speaks
 from cogvit.errors import CogViTError, ConfigError
 
 Arguments = TypeVar("Arguments")
@@ -35,11 +35,6 @@ def run_command(argv: list[str], usage: str, kind: type[Arguments], run: Callabl
         if speaks():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-
-
-def speaks() -> bool:
-    """Whether this process prints: the first of the ranks, and in a Slurm step each, which has a log of its own."""
-    return os.environ.get("RANK", "0") == "0" or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
 def asks_for_help(argv: list[str]) -> bool:

@@ -1,0 +1,50 @@
+"""Everything that defines a run: its fields, the rules between them, and how JSON and the command line spell them.
+
+Presets are functions in `configs/` that return a RunConfig.
+"""
+
+from cogvit.config.fields import (
+    SUMMARY,
+    ActivationConfig,
+    CheckpointConfig,
+    ContrastConfig,
+    DataConfig,
+    EvalConfig,
+    GuardConfig,
+    LogConfig,
+    MemoryConfig,
+    ModuleConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TeacherConfig,
+    TeachersConfig,
+    TextEncoderConfig,
+    ZeroConfig,
+)
+from cogvit.config.tree import from_json, load_config, to_json
+
+__all__ = [
+    "SUMMARY",
+    "ActivationConfig",
+    "CheckpointConfig",
+    "ContrastConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GuardConfig",
+    "LogConfig",
+    "MemoryConfig",
+    "ModuleConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TeacherConfig",
+    "TeachersConfig",
+    "TextEncoderConfig",
+    "ZeroConfig",
+    "from_json",
+    "load_config",
+    "to_json",
+]

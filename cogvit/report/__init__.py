@@ -1,0 +1,1 @@
+"""The report of a series of runs: `python -m cogvit.report`."""

@@ -1,0 +1,85 @@
+"""The stages of training, each a room of its own: `stage_of` finds a run's.
+
+Whatever differs between stages is asked of it; nothing else asks for the objective's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cogvit.config import RunConfig
+from cogvit.config.flags import flags_given, load_preset, parse
+from cogvit.config.recipe import EXECUTION, differences
+from cogvit.config.rules import check_data, check_layout, check_training
+from cogvit.errors import ConfigError
+from cogvit.stages.contrast import ContrastStage
+from cogvit.stages.distill import DistillStage
+from cogvit.stages.protocol import Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cogvit.parallel.mesh import Mesh
+    from cogvit.training.objective import Objective
+
+__all__ = ["Stage", "build", "check_recipe", "check_run", "read_run", "recipe_differences", "stage_of"]
+
+_ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage())
+
+
+def stage_of(config: RunConfig) -> Stage:
+    """Return the stage that a run trains."""
+    match config.objective:
+        case "distill":
+            return DistillStage()
+        case "contrast":
+            return ContrastStage()
+
+
+def read_run(preset: str, words: Sequence[str]) -> RunConfig:
+    """Return a preset with the flags of a command line.
+
+    Errors: ConfigError as `parse`, and for a flag that belongs to another stage.
+    """
+    base, given = load_preset(preset), flags_given(words)
+    if "objective" in (path for _, path in given):
+        base = parse(base, list(words))
+    own = stage_of(base)
+    for flag, path in given:
+        if _belongs(path, own.fields):
+            continue
+        for other in _ALL:
+            if _belongs(path, other.fields):
+                raise ConfigError(f"{flag} is of {other.title} alone, and {preset} is {own.title}; leave it out")
+    return parse(base, list(words))
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Refuse, before any heavy import, values that cannot run on any number of processes. Errors: ConfigError."""
+    check_data(config)
+    check_training(config)
+    stage_of(config).check(config)
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Refuse, before any heavy import, what cannot run on world_size processes. Errors: ConfigError."""
+    check_layout(config, world_size, stage_of(config).towers(config))
+    check_recipe(config)
+
+
+def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return "field: old -> new" for each difference that makes `new` another run than `old`.
+
+    What only says how a run is executed does not count.
+    """
+    return differences(old, new, ignored=EXECUTION + sum((stage.execution for stage in _ALL), ()))
+
+
+def build(config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
+    """Return what this rank trains; see `Stage.build`."""
+    return stage_of(config).build(config, mesh, target_dims)
+
+
+def _belongs(path: str, fields: Sequence[str]) -> bool:
+    return any(path == field or (field.endswith(".") and path.startswith(field)) for field in fields)

@@ -1,0 +1,89 @@
+"""What every stage answers. The commands, the loop and the data plane ask these and never which stage it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogvit.batch import Reads
+from cogvit.config import RunConfig
+from cogvit.config.rules import Tower
+
+if TYPE_CHECKING:  # a configuration is checked before any of these is imported
+    from torch import nn
+
+    from cogvit.evaluation.examples import Example
+    from cogvit.evaluation.subject import Subject
+    from cogvit.parallel.mesh import Mesh
+    from cogvit.stages.cost import Load
+    from cogvit.teacher.stream import FeatureSource
+    from cogvit.training.feed import Corpus
+    from cogvit.training.objective import Objective
+
+
+class Stage(Protocol):
+    """A stage: everything in which it differs from the others."""
+
+    @property
+    def title(self) -> str:
+        """Its name in reports and errors."""
+        ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Paths of the fields that stages without them have no use for; one that ends with a dot is a whole part."""
+        ...
+
+    @property
+    def execution(self) -> tuple[str, ...]:
+        """Of these fields, the ones that may differ between a run and its resumption."""
+        ...
+
+    @property
+    def reads(self) -> Reads:
+        """What it reads of a sample."""
+        ...
+
+    def towers(self, config: RunConfig) -> tuple[Tower, ...]:
+        """Return the towers that Megatron splits."""
+        ...
+
+    def check(self, config: RunConfig) -> None:
+        """Check the rules of its fields. Errors: ConfigError."""
+        ...
+
+    def completed(self, config: RunConfig) -> RunConfig:
+        """Return the configuration with what only the files that it names can say. Errors: ConfigError."""
+        ...
+
+    def asks_actors(self, config: RunConfig) -> bool:
+        """Whether ranks need a Ray cluster for the targets of their batches."""
+        ...
+
+    def feature_source(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource | None:
+        """Return who makes the targets of a batch; None where the batch is its own target.
+
+        Errors: ConfigError or DataError, on all ranks.
+        """
+        ...
+
+    def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
+        """Return this rank's part of the model with its initial weights, and what trains it.
+
+        target_dims: channels of each target. Errors: ConfigError, DataError or CheckpointError.
+        """
+        ...
+
+    def loads(self, config: RunConfig) -> list[Load]:
+        """Return what each tower costs in a step, for the planner."""
+        ...
+
+    def examples(self, subject: Subject) -> list[Example]:
+        """Return answers on held-out images for the report."""
+        ...
+
+    def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
+        """Return an image [height, width, 3] as `tools.view_batch` draws it."""
+        ...
