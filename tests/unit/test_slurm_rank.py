@@ -84,7 +84,16 @@ def test_what_a_launcher_cannot_mean_is_one_line(environ: dict[str, str], given:
 @given(
     st.dictionaries(
         st.sampled_from(
-            "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT SLURM_STEP_NUM_TASKS SLURM_PROCID SLURM_LOCALID".split()
+            [
+                "RANK",
+                "WORLD_SIZE",
+                "LOCAL_RANK",
+                "MASTER_ADDR",
+                "MASTER_PORT",
+                "SLURM_STEP_NUM_TASKS",
+                "SLURM_PROCID",
+                "SLURM_LOCALID",
+            ]
         ),
         st.sampled_from(["0", "1", "2", "8", "", " 1", "-1", "1.0", "node1", "29500", "99999"]) | st.text(max_size=4),
     )
