@@ -22,7 +22,7 @@ What is here, by purpose:
 Shape letters: B images of a dense batch, T patches of a pack, N images of a pack (or patches of an image, in [B, N]),
 C channels, P patch size in px, D width, E shared space, L caption tokens. Float images are in [-1, 1].
 
-`import cogvit` needs torch alone; training starts with `python -m cogvit.train`.
+`import cogvit` needs torch and einops; training starts with `python -m cogvit.train`.
 """
 
 from cogvit.batch import PackedImages, PackedText

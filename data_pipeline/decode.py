@@ -13,6 +13,7 @@ from math import ceil
 import numpy as np
 import simplejpeg
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
@@ -80,7 +81,8 @@ def read_image_at(data: bytes, size_hw_px: tuple[int, int], view: View = PLAIN) 
     # Twice the target leaves the antialiasing filter its full support.
     height_px, width_px = (ceil(2 * side_px / view.side) for side_px in size_hw_px)
     pixels = view.cut(read_image(data, (height_px, width_px)))
-    return view.finish(resize_to_grid(torch.from_numpy(pixels).permute(2, 0, 1), size_hw_px, patch_size=1))
+    image = rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+    return view.finish(resize_to_grid(image, size_hw_px, patch_size=1))
 
 
 def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, view: View = PLAIN) -> Tensor:
@@ -136,7 +138,7 @@ def _read_with_pillow(data: bytes) -> Pixels:
 def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an EXIF orientation: 5..8 are stored transposed, and each of the four flips occurs with and without."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = rearrange(pixels, "h w c -> w h c")
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor, nn
 
 from cogvit.errors import CogViTError, ConfigError
@@ -59,7 +60,7 @@ def draw_siglip2() -> transformers.PreTrainedModel:
     model = transformers.Siglip2VisionModel(config)
     draw_weights(model)
     filters = smooth_filters(config.hidden_size, config.patch_size)
-    model.embeddings.patch_embedding.weight.copy_(filters.permute(0, 2, 3, 1).flatten(1))  # channels last in a patch
+    model.embeddings.patch_embedding.weight.copy_(rearrange(filters, "d c p q -> d (p q c)"))
     nn.init.normal_(model.embeddings.position_embedding.weight, std=_POSITION_STD)
     return model
 

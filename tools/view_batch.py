@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -60,9 +61,9 @@ def read_view(argv: list[str]) -> tuple[View, list[str]]:
 def unpatchify(images: PackedImages, slot: int, patch_px: int) -> NDArray[np.uint8]:
     """Return an image of a pack: [height, width, 3]."""
     start, stop = images.cu_seqlens[slot : slot + 2].tolist()
-    rows, columns = images.grid_hw[slot].tolist()
-    tiles = images.patches[start:stop].reshape(rows, columns, 3, patch_px, patch_px)
-    return tiles.permute(0, 3, 1, 4, 2).reshape(rows * patch_px, columns * patch_px, 3).numpy()
+    patches, rows = images.patches[start:stop], int(images.grid_hw[slot, 0])
+    pattern = "(rows columns) (c p q) -> (rows p) (columns q) c"
+    return rearrange(patches, pattern, rows=rows, p=patch_px, q=patch_px).numpy()
 
 
 def draw_pack(images: PackedImages, config: RunConfig) -> Image.Image:

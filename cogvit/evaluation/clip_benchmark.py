@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -54,7 +55,7 @@ class SquareTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Resize one image, bilinear and antialiased, whatever its shape."""
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pixels = rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
         return resize_to_grid(pixels, (self.side_px, self.side_px), patch_size=1) / 127.5 - 1.0
 
 

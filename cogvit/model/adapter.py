@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -52,7 +53,7 @@ class PatchGroups(nn.Module):
         padded = F.pad(patch_tokens, (0, 0, 0, 1))  # one zero token that absent patches point at
         image_B11 = torch.arange(len(padded), device=padded.device)[:, None, None]
         present_BV1 = (index_BVG < patch_tokens.shape[1]).any(2, keepdim=True)
-        return padded[image_B11, index_BVG].flatten(2), present_BV1
+        return rearrange(padded[image_B11, index_BVG], "b v g d -> b v (g d)"), present_BV1
 
     def _group_index(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> Tensor:
         """[B, V, s * s] int64: the patch in each place of each group; N where there is none."""
@@ -176,7 +177,7 @@ def _groups(grid: Grid, pool: int, absent: int) -> Tensor:
     rows, columns = grid
     index = torch.arange(rows * columns).view(rows, columns)
     index = F.pad(index, (0, -columns % pool, 0, -rows % pool), value=absent)
-    return index.unfold(0, pool, pool).unfold(1, pool, pool).reshape(-1, pool * pool)
+    return rearrange(index, "(rows p) (columns q) -> (rows columns) (p q)", p=pool, q=pool)
 
 
 def insert_visual_tokens_mmtp(

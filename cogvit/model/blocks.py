@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -75,14 +76,16 @@ class Attention(nn.Module):
 
     def forward(self, x_SD: Tensor, layout: PackedLayout) -> Tensor:
         """Return what each token gathers from its own image, [S, D]."""
-        q_SHK, k_SHK, v_SHK = self.qkv(x_SD).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        # Unbound as it lies: the gradient of three is then one stack, without a copy.
+        q_SHK, k_SHK, v_SHK = rearrange(self.qkv(x_SD), "s (qkv h k) -> s qkv h k", qkv=3, h=self.num_heads).unbind(1)
         q_SHK, k_SHK = self.q_norm(q_SHK), self.k_norm(k_SHK)
         if layout.cos_SK is not None and layout.sin_SK is not None:
             q_SHK = apply_rotary(q_SHK, layout.cos_SK, layout.sin_SK)
             k_SHK = apply_rotary(k_SHK, layout.cos_SK, layout.sin_SK)
         # Under autocast the norms give fp32 beside bf16 values.
         q_SHK, k_SHK = q_SHK.to(v_SHK.dtype), k_SHK.to(v_SHK.dtype)
-        return self.proj(packed_attention(q_SHK, k_SHK, v_SHK, layout.segments).flatten(1))
+        out_SHK = packed_attention(q_SHK, k_SHK, v_SHK, layout.segments)
+        return self.proj(rearrange(out_SHK, "s h k -> s (h k)"))
 
 
 class Mlp(nn.Module):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
@@ -138,7 +139,7 @@ def tower_to_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[
     """Return a `CogViT`'s weights under the names there, without the mask token."""
     theirs, frames = _split(weights, _tower(shape)), shape.temporal_patch_size
     kernel_DCPP = theirs["patch_embed.proj.weight"] / frames
-    return {**theirs, "patch_embed.proj.weight": kernel_DCPP.unsqueeze(2).repeat(1, 1, frames, 1, 1)}
+    return {**theirs, "patch_embed.proj.weight": repeat(kernel_DCPP, "d c p q -> d c frames p q", frames=frames)}
 
 
 def adapter_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[str, Tensor]:
@@ -147,7 +148,7 @@ def adapter_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> d
     Errors: CheckpointError names every missing, extra and misshaped weight; the tower's are not looked at.
     """
     plain = _stack({name: weight for name, weight in weights.items() if _of_merger(name)}, _merger(shape))
-    return {**plain, "downsample.weight": plain["downsample.weight"].permute(0, 2, 3, 1).flatten(1)}
+    return {**plain, "downsample.weight": rearrange(plain["downsample.weight"], "e d p q -> e (p q d)")}
 
 
 def adapter_to_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[str, Tensor]:
@@ -156,8 +157,8 @@ def adapter_to_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dic
     Errors: CheckpointError when its width or hidden width is not the merger's, which is in_channels times as wide.
     """
     theirs, pool = _split(weights, _merger(shape)), shape.spatial_merge_size
-    kernel = theirs["downsample.weight"].unflatten(1, (pool, pool, -1))
-    theirs["downsample.weight"] = kernel.permute(0, 3, 1, 2)
+    kernel = theirs["downsample.weight"]
+    theirs["downsample.weight"] = rearrange(kernel, "e (p q d) -> e d p q", p=pool, q=pool)
     check_shapes(theirs, _flat(_merger(shape)))
     return theirs
 

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from cogvit.model.packing import Grid
@@ -72,9 +73,9 @@ class TeacherWrapper(nn.Module):
         if features.shape != expected:
             raise ValueError(f"the teacher gave features of shape {tuple(features.shape)}; expected {expected}")
         if out_grid != target_grid:
-            image = features.transpose(1, 2).unflatten(2, out_grid)
+            image = rearrange(features, "b (rows columns) c -> b c rows columns", rows=rows)
             image = F.interpolate(image, size=target_grid, mode="bicubic", align_corners=False)
-            features = image.flatten(2).transpose(1, 2)
+            features = rearrange(image, "b c rows columns -> b (rows columns) c")
         if self.feature_mean is not None:
             features = features - self.feature_mean
         return features if self.feature_std is None else features / self.feature_std

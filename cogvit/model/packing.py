@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cogvit.batch import PackedImages
@@ -17,16 +18,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
     Errors: ValueError when the patch does not divide the image.
     """
-    channels, height_px, width_px = images.shape[-3:]
+    height_px, width_px = images.shape[-2:]
     if height_px % patch_size or width_px % patch_size or not height_px or not width_px:
         raise ValueError(
             f"an image of {height_px} x {width_px} px cannot be cut into patches of patch_size={patch_size};"
             f" both sides must be multiples of it (naflex_resize gives such a size)"
         )
-    rows, columns = height_px // patch_size, width_px // patch_size
-    lead = images.shape[:-3]
-    tiles = images.reshape(*lead, channels, rows, patch_size, columns, patch_size)
-    return tiles.movedim((-4, -2), (-5, -4)).reshape(*lead, rows * columns, channels * patch_size**2)
+    return rearrange(images, "... c (rows p) (columns q) -> ... (rows columns) (c p q)", p=patch_size, q=patch_size)
 
 
 def raster(rows: int, columns: int) -> Tensor:

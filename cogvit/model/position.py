@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 _ROTARY_BASE = 10000.0
@@ -23,7 +24,7 @@ class PositionTable(nn.Module):
 
     def on_grid(self, rows: int, columns: int) -> Tensor:
         """Return the table at one grid, [rows * columns, D] in raster order."""
-        return resized_table(self.embed, (rows, columns)).flatten(2)[0].T
+        return rearrange(resized_table(self.embed, (rows, columns)), "1 d rows columns -> (rows columns) d")
 
     def forward(self, grids: Sequence[tuple[int, int]], row_col_T2: Tensor, slot_T: Tensor) -> Tensor:
         """Return the position of every token, [T, D].
@@ -63,7 +64,7 @@ def rotary_2d(row_col_T2: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     half = head_dim // 2
     step = torch.arange(0, half, 2, device=row_col_T2.device, dtype=torch.float32) / half
     angle_T2F = row_col_T2.to(torch.float32).unsqueeze(-1) * _ROTARY_BASE**-step
-    angle_TK = torch.cat([angle_T2F.flatten(1), angle_T2F.flatten(1)], dim=1)
+    angle_TK = repeat(angle_T2F, "t row_col f -> t (half row_col f)", half=2)
     return angle_TK.cos(), angle_TK.sin()
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of transformers: where they lie, and its text encoders as a text tower on packed captions.
 
-transformers is imported inside functions, because the model needs torch alone where no such encoder is asked for.
+transformers is imported inside functions, because without such an encoder the model needs torch and einops alone.
 """
 
 from __future__ import annotations

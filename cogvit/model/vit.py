@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from cogvit.batch import PackedImages
@@ -158,7 +159,7 @@ class CogViT(VisionEmbedding):
         mask_T = mask if mask is None else mask.flatten() if valid is None else mask[valid]
         features = self.forward_packed(images, mask_T)
         if valid is None:
-            patch_tokens = features.patch_TD.unflatten(0, (len(x), num_patches))
+            patch_tokens = rearrange(features.patch_TD, "(b n) d -> b n d", b=len(x))
         else:
             patch_tokens = features.patch_TD.new_zeros(*valid.shape, self.cfg.embed_dim)
             patch_tokens[valid] = features.patch_TD

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
@@ -90,9 +91,10 @@ def to_local(tensor: PlainTensor, full: Tensor, tp_rank: int, tp_size: int) -> T
     if tensor.split is Split.ROWS:
         return full.chunk(tp_size, dim=0)[tp_rank].contiguous()
     if tensor.split is Split.GATE_UP:
-        return full.unflatten(0, (2, -1)).chunk(tp_size, dim=1)[tp_rank].flatten(0, 1).contiguous()
-    by_head = full.unflatten(0, (3, tensor.num_heads, -1)).transpose(0, 1)
-    return by_head.chunk(tp_size, dim=0)[tp_rank].flatten(0, 2).contiguous()
+        by_rank = rearrange(full, "(gate_up tp f) ... -> tp gate_up f ...", gate_up=2, tp=tp_size)
+        return rearrange(by_rank[tp_rank], "gate_up f ... -> (gate_up f) ...").contiguous()
+    by_head = rearrange(full, "(qkv h k) ... -> h qkv k ...", qkv=3, h=tensor.num_heads)
+    return rearrange(by_head.chunk(tp_size)[tp_rank], "h qkv k ... -> (h qkv k) ...").contiguous()
 
 
 def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
@@ -104,10 +106,8 @@ def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
     if tensor.split is Split.ROWS:
         return torch.cat(shards, dim=0)
     if tensor.split is Split.GATE_UP:
-        return torch.cat([shard.unflatten(0, (2, -1)) for shard in shards], dim=1).flatten(0, 1)
-    heads_per_rank = tensor.num_heads // len(shards)
-    by_head = torch.cat([shard.unflatten(0, (heads_per_rank, 3, -1)) for shard in shards])
-    return by_head.transpose(0, 1).flatten(0, 2).contiguous()
+        return rearrange(shards, "tp (gate_up f) ... -> (gate_up tp f) ...", gate_up=2)
+    return rearrange(torch.cat(shards), "(h qkv k) ... -> (qkv h k) ...", qkv=3, h=tensor.num_heads)
 
 
 def gather_plain(tensor: PlainTensor, local: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import repeat
 from numpy.typing import NDArray
 
 from cogvit.batch import Reads
@@ -101,8 +102,8 @@ class DistillStage:
 
         patch_px = config.vision.patch_size
         rows, columns = pixels.shape[0] // patch_px, pixels.shape[1] // patch_px
-        masked = mask_image(key, rows * columns, config.teachers.mask_ratio).numpy().reshape(rows, columns)
-        masked = masked.repeat(patch_px, axis=0).repeat(patch_px, axis=1)[..., None]
+        mask_T = mask_image(key, rows * columns, config.teachers.mask_ratio)
+        masked = repeat(mask_T, "(rows columns) -> (rows p) (columns q) 1", rows=rows, p=patch_px, q=patch_px).numpy()
         return np.where(masked, pixels // 3 + np.array(MASK_COLOR) // 3 * 2, pixels).astype(np.uint8)
 
 

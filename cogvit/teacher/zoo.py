@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from einops import rearrange
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Teacher:
         """Return float32 [3, H, W]."""
         means = (self.spec.image_mean, self.spec.image_std)
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in means)
-        return (torch.tensor(image, device=self.device).permute(2, 0, 1) / 255 - mean) / std
+        return (rearrange(torch.tensor(image, device=self.device), "h w c -> c h w") / 255 - mean) / std
 
 
 def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:
@@ -215,7 +216,7 @@ def _behind(summary_BC: Tensor, features: list[Tensor]) -> list[Tensor]:
 def _patchify(image: Tensor, grid: Grid) -> Tensor:
     """Cut [3, H, W] into [rows * columns, P * P * 3]; SigLIP2 keeps channels last inside a patch."""
     rows, columns = grid
-    return image.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+    return rearrange(image, "c (rows p) (columns q) -> (rows columns) (p q c)", rows=rows, columns=columns)
 
 
 def _siglip_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:
@@ -230,9 +231,9 @@ def _siglip_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Gri
 
 
 def _resample(feature: Tensor, source: Grid, target: Grid) -> Tensor:
-    field = feature.T.unflatten(1, source)[None].float()
+    field = rearrange(feature, "(rows columns) c -> 1 c rows columns", rows=source[0]).float()
     resampled = F.interpolate(field, target, mode="bilinear", antialias=True)
-    return resampled[0].flatten(1).T.to(feature.dtype)
+    return rearrange(resampled, "1 c rows columns -> (rows columns) c").to(feature.dtype)
 
 
 def _dinov3_features(model: nn.Module, pixels: list[Tensor], grids: Sequence[Grid], summary: bool) -> list[Tensor]:

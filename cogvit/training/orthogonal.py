@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 NEWTON_SCHULZ_STEPS = 5
@@ -62,12 +63,12 @@ def parts_of_qkv(matrix_RC: Tensor, num_heads: int, kind: Literal["split", "head
     """Return what is made orthogonal of Megatron's [H, 3, K] rows: [3, H*K, C], [H*3, K, C] or [1, R, C]."""
     if kind == "fused":
         return matrix_RC.unsqueeze(0)
-    by_head_H3KC = matrix_RC.unflatten(0, (num_heads, 3, -1))
-    return by_head_H3KC.transpose(0, 1).flatten(1, 2) if kind == "split" else by_head_H3KC.flatten(0, 1)
+    pattern = "(h qkv k) c -> qkv (h k) c" if kind == "split" else "(h qkv k) c -> (h qkv) k c"
+    return rearrange(matrix_RC, pattern, h=num_heads, qkv=3)
 
 
 def qkv_of_parts(parts_BRC: Tensor, num_heads: int, kind: Literal["split", "heads", "fused"]) -> Tensor:
     """Put the rows back where `parts_of_qkv` took them from."""
     if kind == "split":
-        parts_BRC = parts_BRC.unflatten(1, (num_heads, -1)).transpose(0, 1)
-    return parts_BRC.reshape(-1, parts_BRC.shape[-1])
+        return rearrange(parts_BRC, "qkv (h k) c -> (h qkv k) c", h=num_heads)
+    return rearrange(parts_BRC, "b r c -> (b r) c")

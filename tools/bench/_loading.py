@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from einops import rearrange
 from PIL import Image
 from skimage import data as photographs
 from torch.utils.data import DataLoader
@@ -91,7 +92,7 @@ def peers_batches(shard: Path, resampling: Image.Resampling) -> Iterator[int]:
         image = sample["jpg"]
         rows, columns = naflex_grid(image.height, image.width, PATCH_PX, MAX_PATCHES, enlarge=False)
         image = image.resize((columns * PATCH_PX, rows * PATCH_PX), resampling)
-        return patchify(torch.from_numpy(np.array(image)).permute(2, 0, 1), PATCH_PX)
+        return patchify(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"), PATCH_PX)
 
     samples = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).repeat().decode("pil")
     loader = DataLoader(samples.map(prepare), batch_size=BATCH, num_workers=0, collate_fn=torch.cat)

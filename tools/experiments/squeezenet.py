@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class SqueezeNet(nn.Module):
         x = self.conv1(F.pad(images, [_BORDER_PX] * 4, mode="replicate")).relu()
         for place, fire in enumerate(self.fires):
             x = fire(F.max_pool2d(x, 3, 2) if place in _POOL_BEFORE else x)
-        return x.flatten(2).transpose(1, 2)
+        return rearrange(x, "b c rows columns -> b (rows columns) c")
 
 
 def as_trained(images: Tensor) -> Tensor:
@@ -89,8 +90,8 @@ def convert(source: Path, out: Path) -> None:
         with h5py.File(source) as file:
             for name, parameter in SqueezeNet().state_dict().items():
                 array = torch.from_numpy(file[_keras_name(name)][()])
-                # Keras keeps [height, width, in, out].
-                tensors[name] = (array.permute(3, 2, 0, 1) if array.ndim == 4 else array).contiguous()
+                # Keras' order of a kernel
+                tensors[name] = (rearrange(array, "h w i o -> o i h w") if array.ndim == 4 else array).contiguous()
                 if tensors[name].shape != parameter.shape:
                     raise ConfigError(
                         f"--weights {source} is another SqueezeNet: {name} is {tuple(tensors[name].shape)}"
