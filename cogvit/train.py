@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
                 check_free(Path(config.out))
             print(json.dumps(to_json(config), indent=1))
             return 0
+        process.check_meeting()
         if "SLURM_STEP_NUM_TASKS" in os.environ:
             print(place_line(config, process.rank), flush=True)
         corpus = open_corpus(config, stage.reads)

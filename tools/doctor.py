@@ -241,6 +241,7 @@ def _join(timeout_s: float) -> bool:
     if dist.is_initialized():
         return False
     process = this_process()
+    process.check_meeting()
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(process.local_rank)

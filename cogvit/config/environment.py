@@ -18,7 +18,20 @@ class Process:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # among the processes of its machine
-    alone: bool = True  # nobody started it as one of several, and there is no place to meet at
+    meets: bool = False  # its launcher says where the processes of the run meet
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to meet."""
+        return self.world_size == 1 and not self.meets
+
+    def check_meeting(self) -> None:
+        """Check that it can meet the others. Errors: ConfigError."""
+        if not self.alone and not self.meets:
+            raise ConfigError(
+                f"RANK={self.rank} of WORLD_SIZE={self.world_size} is not told where the ranks meet; set MASTER_ADDR"
+                " and MASTER_PORT, or start with torchrun, srun or launch/local.sh"
+            )
 
 
 def this_process() -> Process:
@@ -47,15 +60,10 @@ def this_process() -> Process:
             f"RANK=0 and WORLD_SIZE=1 stand in the environment of a Slurm step of {tasks} tasks, each of which would"
             " take itself for the only one; unset both"
         )
-    meets = {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys()
-    if world_size > 1 and not (meets and environ["MASTER_ADDR"]):
-        raise ConfigError(
-            f"RANK={rank} of WORLD_SIZE={world_size} is not told where the ranks meet; set MASTER_ADDR and MASTER_PORT,"
-            " or start with torchrun, srun or launch/local.sh"
-        )
+    meets = bool(environ.get("MASTER_ADDR")) and "MASTER_PORT" in environ
     if meets and _number("MASTER_PORT") > 65535:
         raise ConfigError(f"MASTER_PORT={environ['MASTER_PORT']} is no port; ports end at 65535")
-    return Process(rank, world_size, local_rank, alone=not meets)
+    return Process(rank, world_size, local_rank, meets)
 
 
 def speaks() -> bool:

@@ -82,6 +82,7 @@ def joined() -> Iterator[Ranks]:
     if size == 1 or dist.is_initialized():
         yield Ranks(dist.get_rank(), size) if size > 1 else ALONE
         return
+    process.check_meeting()
     if torch.cuda.is_available():
         torch.cuda.set_device(process.local_rank)
     dist.init_process_group("gloo", timeout=_LONGEST_WAIT)

@@ -227,6 +227,7 @@ def _local_device(process: Process) -> torch.device:
 
 
 def _join_world(process: Process, device: torch.device, timeout_s: float) -> None:
+    process.check_meeting()
     if process.alone:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)

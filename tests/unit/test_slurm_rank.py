@@ -77,7 +77,7 @@ def test_a_bare_srun_says_what_it_lacks(environ: dict[str, str]) -> None:
 def test_what_a_launcher_cannot_mean_is_one_line(environ: dict[str, str], given: dict[str, str], reason: str) -> None:
     environ |= given
     with pytest.raises(ConfigError, match=re.escape(reason)):
-        this_process()
+        this_process().check_meeting()
 
 
 @settings(max_examples=2000, deadline=None)
@@ -103,6 +103,7 @@ def test_any_environment_is_a_process_or_one_line(values: dict[str, str]) -> Non
         patch.setattr(os, "environ", values)
         try:
             process = this_process()
+            process.check_meeting()
         except ConfigError as error:
             assert "\n" not in str(error)
         else:
