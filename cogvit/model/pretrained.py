@@ -115,10 +115,12 @@ class PretrainedTextTower(PretrainedText):
 
 
 def with_encoder_shape(config: RunConfig) -> RunConfig:
-    """Return a run whose text.* says the shape of its transformers text encoder.
+    """Return a run whose text.* says the shape of its transformers text encoder, where it has one.
 
     Errors: ConfigError when the checkpoint is no text encoder.
     """
+    if not config.text_encoder.path:
+        return config
     return replace(config, text=inspect_text_encoder(config.text_encoder).shape(config.text.max_tokens))
 
 
