@@ -16,6 +16,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads of one process only wait for each other when the other core is busy, as it is in the demo and the tests.
 export OMP_NUM_THREADS ?= 1
+# Some containers set it: without bytecode on the disk each of hundreds of processes compiles torch and its like for itself,
+# and a rank is up after 14 s instead of 5 to 8.
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
 requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
