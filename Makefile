@@ -39,7 +39,7 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
-	python -m pytest --ignore tests/slurm -m "not long"
+	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
 	python -m pytest tests/faults
