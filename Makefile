@@ -16,6 +16,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads of one process only wait for each other when the other core is busy, as it is in the demo and the tests.
 export OMP_NUM_THREADS ?= 1
+# Some containers set it: without bytecode on the disk each of hundreds of processes compiles torch and its like for itself,
+# and a rank is up after 14 s instead of 5 to 8.
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
 requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -36,7 +39,7 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
-	python -m pytest --ignore tests/slurm -m "not long"
+	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
 	python -m pytest tests/faults

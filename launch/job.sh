@@ -114,8 +114,8 @@ check_nodes() {
 # Sets TP, PP, TEACHERS and LOADING from the resolved configuration; a mistake in it ends the job here.
 check_flags() {
     local resolved
-    resolved=$(RANK=0 WORLD_SIZE=$WORLD "${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" \
-        "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || refused $?
+    resolved=$(RANK=0 WORLD_SIZE=$WORLD MASTER_ADDR=$HEAD_ADDRESS MASTER_PORT=$MASTER_PORT "${SRUN[@]}" \
+        --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}" --dry-run) || refused $?
     read -r TP PP TEACHERS LOADING < <("${SRUN[@]}" --nodes=1 --ntasks=1 --nodelist="$HEAD" "$PYTHON" -c '
 import json, sys
 run = json.loads(sys.argv[1])

@@ -73,7 +73,7 @@ class Pool:
         first.join()
 
     def run(
-        self, fn: Callable[..., Any], world: int = 2, args: tuple[Any, ...] = (), *, timeout_s: float = 60.0
+        self, fn: Callable[..., Any], world: int = 2, args: tuple[Any, ...] = (), *, timeout_s: float = 100.0
     ) -> list[Any]:
         """Return what fn(rank, world, *args) returns on every rank; fn is a top-level function, args pickle.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import STAGE1, TP2_PP2, Site, make_site
+from tests.slurm.jobs import STAGE1, STAGE2_ADAMW, TP2_PP2, Site, make_site
 from tests.slurm.lab import Lab, missing
 
 
@@ -32,3 +32,11 @@ def straight(site: Site) -> Path:
     """Stage 1 over 4 nodes x 2 tasks at tp=2, pp=2, dp=2 with Ray teachers on all nodes, undisturbed."""
     site.finish(site.submit((), (*STAGE1, *TP2_PP2, "--out", "runs/straight")))
     return site.directory / "runs" / "straight"
+
+
+@pytest.fixture(scope="session")
+def straight2(site: Site, straight: Path) -> Path:
+    """Stage 2 from the encoder of stage 1, on the same nodes in the same layout, undisturbed."""
+    flags = (*TP2_PP2, "--init", str(straight), "--out", "runs/straight2")
+    site.finish(site.submit((), (*STAGE2_ADAMW, *flags)))
+    return site.directory / "runs" / "straight2"

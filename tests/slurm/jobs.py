@@ -30,6 +30,7 @@ TEACHERS = (
 )  # fmt: skip
 STAGE1 = ("launch/stage1.sh", "demo_stage1", *SMALL, *TEACHERS)
 STAGE2 = ("launch/stage2.sh", "demo_stage2", *SMALL)
+STAGE2_ADAMW = (*STAGE2, "--optim.name", "adamw")
 TP2_PP2 = ("--parallel.tp", "2", "--parallel.pp", "2")
 SETTINGS = {
     "PYTHON": sys.executable, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_STORE_BYTES": "80000000",
@@ -68,10 +69,12 @@ class Site:
         path = self.directory / out / "metrics.jsonl"
 
         def reached() -> bool:
+            if path.exists() and any(line["step"] >= step for line in read_metrics(path)):
+                return True
             assert self.lab.job(job).state != "FAILED", self.output(job)
-            return path.exists() and any(line["step"] >= step for line in read_metrics(path))
+            return False
 
-        wait_for(reached, timeout_s, f"step {step} of {out}")
+        wait_for(reached, timeout_s, f"step {step} of {out}", pause_s=0.25)
 
     def nodes_of(self, job: int) -> list[str]:
         """The nodes of a running job in the order of its ranks."""

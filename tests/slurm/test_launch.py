@@ -9,7 +9,7 @@ import pytest
 
 from cogvit.config import ParallelConfig
 from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import ROOT, STAGE2, STEPS, TP2_PP2, Site, assert_same_end, mounted
+from tests.slurm.jobs import ROOT, STAGE2, STEPS, Site, assert_same_end, mounted
 
 SWITCH = {"node1": "leaf1", "node3": "leaf1", "node2": "leaf2", "node4": "leaf2"}
 
@@ -34,10 +34,8 @@ def test_teachers_ran_on_every_node(site: Site, straight: Path) -> None:
     assert not list((straight / "logs").glob(".ray-token*"))
 
 
-def test_stage_2_follows(site: Site, straight: Path) -> None:
-    out = "runs/stage2"
-    site.finish(site.submit((), (*STAGE2, *TP2_PP2, "--init", str(straight), "--out", out)))
-    assert [line["step"] for line in read_metrics(site.directory / out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+def test_stage_2_follows(straight2: Path) -> None:
+    assert [line["step"] for line in read_metrics(straight2 / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
 def test_batch_servers_on_two_nodes_feed_as_the_ranks_themselves(site: Site) -> None:
@@ -90,7 +88,7 @@ def test_a_node_that_keeps_failing_is_excluded(site: Site, tmp_path: Path) -> No
     broken.write_text("import os\nos._exit(7)\n")
     out, node = site.directory / "runs" / "excluded", "node3"
     with mounted(site, node, broken, ROOT / "cogvit" / "train.py"):
-        job = site.submit(("--nodes=2",), (*STAGE2, "--parallel.tp", "2", "--out", "runs/excluded"))
+        job = site.submit(("--nodes=2", "--ntasks-per-node=1"), (*STAGE2, "--out", "runs/excluded"))
         ended = site.finish(job)
     assert (ended.restarts, ended.excluded) == (2, node), site.output(job)
     assert (out / "logs" / f"failed_nodes.{job}").read_text().split()[1::2] == [node, node]

@@ -10,7 +10,7 @@ import pytest
 
 from cogvit.training.checkpoint import folder_of, latest, read_state
 from cogvit.training.meter import read_metrics
-from tests.slurm.jobs import SBATCH, SMALL, STAGE2, STEPS, TEACHERS, TP2_PP2, Site
+from tests.slurm.jobs import SBATCH, SMALL, STAGE2_ADAMW, STEPS, TEACHERS, TP2_PP2, Site
 from tests.slurm.lab import wait_for
 
 pytestmark = pytest.mark.timeout(3600)
@@ -28,24 +28,22 @@ def stop(site: Site, job: int) -> None:
     site.lab.wait(job, 120)  # it may have begun again
 
 
-def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site) -> None:
+def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site, straight: Path, straight2: Path) -> None:
     """Four nodes at tp=2, pp=2, dp=2; two at tp=1, pp=1, dp=4; four again: the losses are those of one layout."""
-    stage2 = (*STAGE2, "--optim.name", "adamw")
-    site.finish(site.submit((), (*stage2, *TP2_PP2, "--out", "runs/one-layout")))
-
+    stage2 = (*STAGE2_ADAMW, "--init", str(straight), "--out", "runs/layouts")
     for nodes, layout, until in (("4", TP2_PP2, 2), ("2", (), 4), ("4", TP2_PP2, STEPS)):
-        job = site.submit((f"--nodes={nodes}",), (*stage2, *layout, "--out", "runs/layouts"))
+        job = site.submit((f"--nodes={nodes}",), (*stage2, *layout))
         if until < STEPS:
             site.wait_for_step(job, "runs/layouts", until)
             stop(site, job)
         else:
             site.finish(job)
-    changed, straight = (site.directory / "runs" / name for name in ("layouts", "one-layout"))
-    mine, theirs = losses_of(changed), losses_of(straight)
+    changed = site.directory / "runs" / "layouts"
+    mine, theirs = losses_of(changed), losses_of(straight2)
     assert [step for step, _ in mine] == [step for step, _ in theirs] == list(range(1, STEPS + 1))
     assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], rel=1e-6)
     # What was seen is the same too: the plan, the place in it, the images and their patches.
-    ends = [latest(folder_of(run)) for run in (changed, straight)]
+    ends = [latest(folder_of(run)) for run in (changed, straight2)]
     states = [read_state(end) for end in ends if end is not None]
     assert len({(state.step, state.position, state.images, state.tokens) for state in states}) == 1 < len(states)
 
