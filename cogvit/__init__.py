@@ -14,7 +14,8 @@ What is here, by purpose:
 
     encoder             CogViT, CogViTConfig
     images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
-    language model      MLPAdapter, GlmAdapter, insert_visual_tokens_mmtp, save_glm_ocr
+    language model      CausalLM, LanguageConfig, RopeScaling, PackedSequence
+    between the two     MLPAdapter, GlmAdapter, insert_visual_tokens_mmtp, save_glm_ocr
     stage 1             CogViTForMIM, TeacherWrapper
     stage 2             CogViTForContrastive, SigLIPLoss, TextTower, TextConfig, PackedText
     optimizer           build_param_groups, apply_lr_mult
@@ -25,10 +26,12 @@ C channels, P patch size in px, D width, E shared space, L caption tokens. Float
 `import cogvit` needs torch and einops; training starts with `python -m cogvit.train`.
 """
 
-from cogvit.batch import PackedImages, PackedText
+from cogvit.batch import PackedImages, PackedSequence, PackedText
 from cogvit.model.adapter import GlmAdapter, MLPAdapter, insert_visual_tokens_mmtp, save_glm_ocr
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.contrastive import CogViTForContrastive, SigLIPLoss
+from cogvit.model.language import CausalLM
+from cogvit.model.language_config import LanguageConfig, RopeScaling
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups
@@ -37,15 +40,19 @@ from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import CogViT
 
 __all__ = [
+    "CausalLM",
     "CogViT",
     "CogViTConfig",
     "CogViTForContrastive",
     "CogViTForMIM",
     "GlmAdapter",
+    "LanguageConfig",
     "MLPAdapter",
     "PackedFeatures",
     "PackedImages",
+    "PackedSequence",
     "PackedText",
+    "RopeScaling",
     "SigLIPLoss",
     "TeacherWrapper",
     "TextConfig",
