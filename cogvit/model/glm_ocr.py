@@ -23,6 +23,7 @@ from cogvit.model.init import init_tensor
 from cogvit.model.layouts.parts import Parts, Shapes, check_shapes, flat, split, stack
 
 MODEL_TYPE, VISION_TYPE = "glm_ocr", "glm_ocr_vision"
+IMAGE_MEAN, IMAGE_STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]  # what brings [0, 1] to [-1, 1]
 _ROPE = {"rope_type": "axial", "rope_theta": 10_000.0}
 _FAMILY = {  # what a CogViT must be to fit
     "norm": "rmsnorm",
@@ -118,6 +119,18 @@ def write_shape(shape: GlmOcrShape) -> dict[str, Any]:
     """Return a shape as the config.json that transformers reads."""
     family = {"model_type": VISION_TYPE, "architectures": ["GlmOcrVisionModel"], "dtype": "float32"}
     return {**family, **asdict(shape), "hidden_act": "silu", "attention_bias": True, "rope_parameters": _ROPE}
+
+
+def write_processor(shape: GlmOcrShape) -> dict[str, Any]:
+    """Return how images are prepared, as the preprocessor_config.json that transformers reads."""
+    return {
+        "image_processor_type": "Glm46VImageProcessor",
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "patch_size": shape.patch_size,
+        "temporal_patch_size": shape.temporal_patch_size,
+        "merge_size": shape.spatial_merge_size,
+    }
 
 
 def tower_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from cogvit.model.layouts.parts import check_shapes
 _MODEL_TYPE = "cogvit"
 _TEXT_SIDE = "text_side"  # directory inside an export
 _PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
-_OURS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # mean and deviation that bring [0, 1] to [-1, 1]
+_OURS = (glm_ocr.IMAGE_MEAN, glm_ocr.IMAGE_STD)
 _THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
 
 
@@ -65,15 +65,7 @@ def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Ten
     Without a merger among them transformers makes a new one and says so.
     """
     write_files(directory, glm_ocr.write_shape(shape), weights)
-    processor = {
-        "image_processor_type": "Glm46VImageProcessor",
-        "image_mean": _OURS[0],
-        "image_std": _OURS[1],
-        "patch_size": shape.patch_size,
-        "temporal_patch_size": shape.temporal_patch_size,
-        "merge_size": shape.spatial_merge_size,
-    }
-    write_json(directory / _PROCESSOR, processor)
+    write_json(directory / _PROCESSOR, glm_ocr.write_processor(shape))
 
 
 def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
@@ -145,12 +137,18 @@ def _prefixes(values: Mapping[str, Any]) -> tuple[str, ...]:
     return ("model.visual.", "visual.") if values["model_type"] == glm_ocr.MODEL_TYPE else ("",)
 
 
-def _read_normalization(directory: Path) -> tuple[list[float], list[float]]:
-    """The mean and deviation of GLM-OCR's images; ours where nothing is said."""
+def read_processor(directory: Path) -> dict[str, Any]:
+    """Read how GLM-OCR's images are prepared; empty where nothing is said. Errors: CheckpointError."""
     for values in (
         read_json(directory / _PROCESSOR) if (directory / _PROCESSOR).exists() else None,
         read_json(directory / _NESTED).get("image_processor") if (directory / _NESTED).exists() else None,
     ):
         if values is not None:
-            return values.get("image_mean", _THEIRS[0]), values.get("image_std", _THEIRS[1])
-    return _OURS
+            return values
+    return {}
+
+
+def _read_normalization(directory: Path) -> tuple[list[float], list[float]]:
+    """The mean and deviation of GLM-OCR's images; ours where nothing is said."""
+    values = read_processor(directory)
+    return (values.get("image_mean", _THEIRS[0]), values.get("image_std", _THEIRS[1])) if values else _OURS

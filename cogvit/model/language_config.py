@@ -27,6 +27,13 @@ class RopeScaling:
     original_max_tokens: int
 
 
+def mrope_section(pairs: int) -> tuple[int, int, int]:
+    """Return how GLM-OCR divides a head's turning pairs among time, row and column: 8, 12 and 12 of 32."""
+    time = pairs // 4
+    row = (pairs - time) // 2
+    return time, row, pairs - time - row
+
+
 @dataclass(frozen=True)
 class LanguageConfig:
     """Shape and options of a causal decoder.

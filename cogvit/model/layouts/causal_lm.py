@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
-from cogvit.model.language_config import FAMILIES, LanguageConfig, RopeScaling
+from cogvit.model.language_config import FAMILIES, LanguageConfig, RopeScaling, mrope_section
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 from cogvit.model.layouts.parts import Parts, Shapes, split, stack
 
@@ -51,10 +51,7 @@ def read_causal_lm(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the family or an option is not ours, a weight is no
     float, NaN or infinite, or names every missing, extra and misshaped weight.
     """
-    values = read_json(directory / CONFIG)
-    if (directory / _GENERATION).exists():  # what ends an answer is said there, and only by some in config.json
-        said = read_json(directory / _GENERATION)
-        values |= {name: said[name] for name in ("eos_token_id", "pad_token_id") if said.get(name) is not None}
+    values = read_json(directory / CONFIG) | read_generation(directory)
     try:
         cfg = language_config(values)
     except (CheckpointError, TypeError, ValueError) as error:
@@ -62,26 +59,38 @@ def read_causal_lm(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor]]:
     return cfg, from_causal_lm(directory, read_weights(directory, ""), cfg)
 
 
-def from_causal_lm(directory: Path, weights: dict[str, Tensor], cfg: LanguageConfig) -> dict[str, Tensor]:
+def read_generation(directory: Path) -> dict[str, Any]:
+    """Return what ends and fills up an answer, which many say in generation_config.json alone."""
+    if not (directory / _GENERATION).exists():
+        return {}
+    said = read_json(directory / _GENERATION)
+    return {name: said[name] for name in ("eos_token_id", "pad_token_id") if said.get(name) is not None}
+
+
+def write_generation(directory: Path, cfg: LanguageConfig) -> None:
+    """Write generation_config.json."""
+    write_json(directory / _GENERATION, {"_from_model_config": True, **special_ids(cfg)})
+
+
+def from_causal_lm(
+    directory: Path, weights: dict[str, Tensor], cfg: LanguageConfig, prefix: str = "model."
+) -> dict[str, Tensor]:
     """Return a `CausalLM`'s weights from those of transformers, read from a directory. Errors: CheckpointError."""
     check_numbers(directory, weights)
     if cfg.tied:
         weights.pop("lm_head.weight", None)  # some store it twice
     known = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     try:
-        return stack(known, causal_lm_parts(cfg))
+        return stack(known, causal_lm_parts(cfg, prefix))
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
 
 
 def write_causal_lm(directory: Path, cfg: LanguageConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained` of transformers reads; the directory is made.
-
-    Positions of visual tokens (`mrope_section`) stay behind: a language model there has none, and text needs none.
-    """
+    """Write what `AutoModelForCausalLM.from_pretrained` of transformers reads; the directory is made."""
     family = {"model_type": cfg.family, "architectures": [_CLASSES[cfg.family]], "dtype": "float32"}
     write_files(directory, {**family, **config_values(cfg)}, split(weights, causal_lm_parts(cfg)))
-    write_json(directory / _GENERATION, {"_from_model_config": True, **_special_ids(cfg)})
+    write_generation(directory, cfg)
 
 
 def language_config(values: Mapping[str, Any]) -> LanguageConfig:
@@ -101,17 +110,21 @@ def language_config(values: Mapping[str, Any]) -> LanguageConfig:
     sizes = {ours: values[theirs] for ours, theirs in _SIZES.items()}
     said = _DEFAULTS[family] | {name: value for name, value in values.items() if value is not None}
     rope = _rope(said)
+    head_dim = said.get("head_dim", sizes["embed_dim"] // sizes["num_heads"])
+    fraction = rope.get("partial_rotary_factor", 1.0) if family == "glm4" else 1.0
+    section = rope.get("mrope_section", mrope_section(int(head_dim * fraction) // 2)) if family == "glm4" else None
     bias = bool(said.get("attention_bias", False))
     return LanguageConfig(
         family=family,
         **sizes,
         num_kv_heads=said.get("num_key_value_heads", sizes["num_heads"]),
-        head_dim=said.get("head_dim", sizes["embed_dim"] // sizes["num_heads"]),
+        head_dim=head_dim,
         max_tokens=said["max_position_embeddings"],
         eps=said["rms_norm_eps"],
         rope_base=float(rope["rope_theta"]),
         rope_scaling=_scaling(rope),
-        rotary_fraction=rope.get("partial_rotary_factor", 1.0) if family == "glm4" else 1.0,
+        rotary_fraction=fraction,
+        mrope_section=None if section is None else tuple(section),
         qkv_bias=bias,
         proj_bias=bias and family != "glm4",
         mlp_bias=family == "llama" and bool(said.get("mlp_bias", False)),
@@ -127,6 +140,8 @@ def config_values(cfg: LanguageConfig) -> dict[str, Any]:
         rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, asdict(cfg.rope_scaling).values(), strict=True))}
     if cfg.family == "glm4":
         rope["partial_rotary_factor"] = cfg.rotary_fraction
+        if cfg.mrope_section not in (None, mrope_section(cfg.rotary_dim // 2)):
+            rope["mrope_section"] = list(cfg.mrope_section)
     return {
         **{theirs: getattr(cfg, ours) for ours, theirs in _SIZES.items()},
         "num_key_value_heads": cfg.num_kv_heads,
@@ -138,7 +153,7 @@ def config_values(cfg: LanguageConfig) -> dict[str, Any]:
         "attention_bias": cfg.qkv_bias,
         **({"mlp_bias": cfg.mlp_bias} if cfg.family == "llama" else {}),
         "tie_word_embeddings": cfg.tied,
-        **_special_ids(cfg),
+        **special_ids(cfg),
     }
 
 
@@ -204,7 +219,8 @@ def _read_ids(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"eos_ids": eos_ids, "bos_id": values.get("bos_token_id"), "pad_id": values.get("pad_token_id")}
 
 
-def _special_ids(cfg: LanguageConfig) -> dict[str, Any]:
+def special_ids(cfg: LanguageConfig) -> dict[str, Any]:
+    """Return the ids that begin, end and fill up texts, as a config.json there names them."""
     eos = list(cfg.eos_ids)
     values = {"bos_token_id": cfg.bos_id, "pad_token_id": cfg.pad_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
     return {name: value for name, value in values.items() if value is not None and value != []}
