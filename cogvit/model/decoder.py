@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from cogvit.model.attention import Segments, packed_attention
@@ -60,7 +61,7 @@ def turn(x_SHK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool) ->
     turned = turned.to(torch.promote_types(x_SHK.dtype, cos.dtype))
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pairs = (a * cos - b * sin, b * cos + a * sin)
-    out = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    out = rearrange(list(pairs), "pair s h r -> s h (r pair)" if interleaved else "pair s h r -> s h (pair r)")
     return torch.cat([out.to(x_SHK.dtype), kept], dim=-1)
 
 
@@ -112,8 +113,8 @@ class KeyValueCache:
 
     def attend(self, layer: int, query_BHK: Tensor) -> Tensor:
         """Return what the last token of each row gathers from the row, [B, H, K]."""
-        rows = (self._rows, self._width)
-        key, value = (x[layer].unflatten(0, rows)[:, : self._longest].transpose(1, 2) for x in (self.key, self.value))
+        rows = (rearrange(x[layer], "(b w) g k -> b g w k", b=self._rows) for x in (self.key, self.value))
+        key, value = (x[:, :, : self._longest] for x in rows)
         mask = None
         if self._ragged:
             place_W = torch.arange(self._longest, device=query_BHK.device)
@@ -141,7 +142,7 @@ class CausalAttention(nn.Module):
         """Return [S, D]; keys and values go into the cache if there is one."""
         cfg = self.cfg
         heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
-        q_SHK, k_SGK, v_SGK = self.qkv(x_SD).unflatten(-1, (sum(heads), cfg.head_dim)).split(heads, dim=1)
+        q_SHK, k_SGK, v_SGK = rearrange(self.qkv(x_SD), "s (h k) -> s h k", k=cfg.head_dim).split(heads, dim=1)
         q_SHK = turn(self.q_norm(q_SHK), layout.cos_SR, layout.sin_SR, interleaved=cfg.interleaved_rotary)
         k_SGK = turn(self.k_norm(k_SGK), layout.cos_SR, layout.sin_SR, interleaved=cfg.interleaved_rotary)
         # Under autocast the norms give fp32 beside bf16 values.
@@ -149,9 +150,10 @@ class CausalAttention(nn.Module):
         if cache is not None:
             cache.write(layer, k_SGK, v_SGK)
             if layout.segments is None:
-                return self.proj(cache.attend(layer, q_SHK).flatten(1))
+                return self.proj(rearrange(cache.attend(layer, q_SHK), "b h k -> b (h k)"))
         assert layout.segments is not None, "tokens that follow a cache need it"
-        return self.proj(packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True).flatten(1))
+        out_SHK = packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True)
+        return self.proj(rearrange(out_SHK, "s h k -> s (h k)"))
 
 
 class GatedMlp(nn.Module):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cogvit.batch import PackedImages, to_device
@@ -91,7 +92,7 @@ def open_image(source: Image | Tensor | str | Path) -> Image:
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
             raise DataError(f"an image is {source.dtype} of {tuple(source.shape)}; expected torch.uint8 of (3, H, W)")
-        return pil.fromarray(source.permute(1, 2, 0).contiguous().cpu().numpy())
+        return pil.fromarray(rearrange(source, "c h w -> h w c").contiguous().cpu().numpy())
     shown = str(source)[:60]
     try:
         is_url = str(source).startswith(("data:", "http:", "https:"))
@@ -123,8 +124,9 @@ def image_patches(image: Image, limits: ImageLimits, patch_px: int) -> tuple[Ten
     height_px, width_px = limits.size_px(image.height, image.width)
     if (image.height, image.width) != (height_px, width_px):
         image = image.resize((width_px, height_px), Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height_px, width_px, 3)
-    return patchify(pixels.permute(2, 0, 1), patch_px), (height_px // patch_px, width_px // patch_px)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    image_CHW = rearrange(pixels, "(h w c) -> c h w", h=height_px, c=3)
+    return patchify(image_CHW, patch_px), (height_px // patch_px, width_px // patch_px)
 
 
 def pack_shown(images: Sequence[Image], limits: ImageLimits, patch_px: int, device: torch.device) -> PackedImages:

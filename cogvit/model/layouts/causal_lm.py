@@ -220,7 +220,7 @@ def _read_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def special_ids(cfg: LanguageConfig) -> dict[str, Any]:
-    """Return the ids that begin, end and fill up texts, as a config.json there names them."""
+    """Return the ids that begin, end and fill up texts, as a config.json there names them, None said outright."""
     eos = list(cfg.eos_ids)
-    values = {"bos_token_id": cfg.bos_id, "pad_token_id": cfg.pad_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
-    return {name: value for name, value in values.items() if value is not None and value != []}
+    ends = eos[0] if len(eos) == 1 else eos or None
+    return {"bos_token_id": cfg.bos_id, "pad_token_id": cfg.pad_id, "eos_token_id": ends}
