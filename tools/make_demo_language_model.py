@@ -63,6 +63,7 @@ QUESTIONS = {"en": "What is this?", "zh": "这是什么"}
 VOCABULARY = 1024
 ROW_MULTIPLE = 128  # of SmolLM2's vocabulary with the tokens of images, so that tensor ranks can share it
 BATCH, WARMUP_STEPS, PEAK_RATE = 64, 20, 4e-3
+Sample = tuple[tuple[int, ...], int]  # tokens of question and answer, and how many the question has
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ def make_tiny(out: Path, corpus: str, steps: int, seed: int) -> None:
     """Train the tiny model on a corpus's captions and write it. Errors: ConfigError, DataError."""
     if not corpus:
         raise ConfigError("--corpus DIR is needed: what tools.make_demo_corpus wrote")
-    start_s, texts = time.monotonic(), list(read_captions(Path(corpus)))
-    tokenizer = train_tokenizer([text for _, text in texts])
-    samples = sorted({encode(tokenizer, language, text) for language, text in texts}, key=lambda sample: sample[0])
+    start_s, texts = time.monotonic(), read_captions(Path(corpus))
+    tokenizer = train_tokenizer([text for own in texts.values() for text in own])
+    samples = [sample for language, own in texts.items() for sample in encode(tokenizer, language, own)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CausalLM(tiny_shape(tokenizer))
@@ -113,13 +114,15 @@ def make_tiny(out: Path, corpus: str, steps: int, seed: int) -> None:
     print(f"{out}: {size:,} weights, {loss:.3f} nats a token of {len(samples):,} captions, {seconds:.0f} s")
 
 
-def read_captions(corpus: Path) -> Iterator[tuple[str, str]]:
-    """Yield the language and text of every caption of the training shards. Errors: DataError."""
+def read_captions(corpus: Path) -> dict[str, list[str]]:
+    """Return the different captions of the training shards in each language. Errors: DataError."""
+    found: dict[str, dict[str, None]] = {language: {} for language in QUESTIONS}
     for shard in expand_shards(str(corpus / "train" / "*.tar")):
         for member in read_members(shard):
             if member.name.endswith(".json"):
                 for language, texts in captions_of(parse_metadata(member.data, "json")).items():
-                    yield from ((language, text) for text in texts)
+                    found[language].update(dict.fromkeys(texts))
+    return {language: list(texts) for language, texts in found.items()}
 
 
 def train_tokenizer(texts: list[str]) -> Any:
@@ -146,14 +149,14 @@ def train_tokenizer(texts: list[str]) -> Any:
     return fast
 
 
-def encode(tokenizer: Any, language: str, text: str) -> tuple[tuple[int, ...], int]:
-    """Return a caption as the tokens of question and answer, and how many the question has."""
+def encode(tokenizer: Any, language: str, texts: list[str]) -> Iterator[Sample]:
+    """Yield captions as the template has them, as answers to the language's question."""
     asked = [{"role": "user", "content": QUESTIONS[language]}]
-    answered = [*asked, {"role": "assistant", "content": text}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    prompt_ids, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole))
-    return tuple(ids), len(prompt_ids)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ended = [text + tokenizer.eos_token for text in texts]
+    for answer_ids in tokenizer(ended, add_special_tokens=False)["input_ids"]:
+        yield (*prompt_ids, *answer_ids), len(prompt_ids)
 
 
 def tiny_shape(tokenizer: Any) -> LanguageConfig:
@@ -177,7 +180,7 @@ def tiny_shape(tokenizer: Any) -> LanguageConfig:
     )
 
 
-def train(model: CausalLM, samples: list[tuple[tuple[int, ...], int]], steps: int, seed: int) -> float:
+def train(model: CausalLM, samples: list[Sample], steps: int, seed: int) -> float:
     """Train on answers that are drawn at random; returns the mean loss of the last tenth in nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     draw, losses = torch.Generator().manual_seed(seed), list[float]()
@@ -199,7 +202,7 @@ def train(model: CausalLM, samples: list[tuple[tuple[int, ...], int]], steps: in
     return sum(last) / len(last)
 
 
-def pack(samples: list[tuple[tuple[int, ...], int]]) -> PackedSequence:
+def pack(samples: list[Sample]) -> PackedSequence:
     """Return samples end to end, those of a length side by side; answers alone count."""
     samples = sorted(samples, key=lambda sample: len(sample[0]))
     lengths = [len(ids) for ids, _ in samples]

@@ -14,7 +14,7 @@ from cogvit.config.arguments import run_command
 from cogvit.model.adapter import make_adapter
 from cogvit.model.config import AdapterConfig
 from tools.demo_corpus.sample import Sample, write_shard
-from tools.make_demo_language_model import IMAGE_TOKENS, QUESTIONS, Arguments, make, with_rows
+from tools.make_demo_language_model import IMAGE_TOKENS, QUESTIONS, Arguments, encode, make, with_rows
 
 CAPTIONS = [("a red apple", "红色苹果"), ("a blue fish", "蓝色鱼"), ("the digit seven", "数字七")]
 
@@ -39,6 +39,12 @@ def test_the_tiny_model_answers_with_a_caption(corpus: Path, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert ours.cfg.depth == 16 and ours.cfg.family == "glm4"
     assert {*IMAGE_TOKENS} <= {*tokenizer.get_vocab()} and len(tokenizer) <= ours.cfg.vocab_size
+    en = QUESTIONS["en"], CAPTIONS[0][0]
+    spoken = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), en, strict=True)]
+    whole = tokenizer.apply_chat_template(spoken, tokenize=False)
+    (ids, asked_tokens), *_ = encode(tokenizer, "en", [CAPTIONS[0][0]])
+    assert tokenizer.decode(ids) == whole
+    assert tokenizer.decode(ids[asked_tokens:]) == CAPTIONS[0][0] + "<|endoftext|>"
     answers = {}
     for language, question in QUESTIONS.items():
         asked = [{"role": "user", "content": question}]
