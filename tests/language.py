@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -128,3 +130,18 @@ def tiny_vlm(
             if parameter.ndim > 1:
                 parameter.mul_(0.4)  # more, and depth multiplies what was rounded
     return model.eval()
+
+
+QUESTION = "What is it?"
+
+
+def picture(height_px: int, width_px: int, seed: int = 0) -> Image.Image:
+    """Noise that is smooth enough to survive resizing."""
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width_px, height_px), Image.Resampling.BILINEAR)
+
+
+def conversation(*images: Image.Image) -> list[dict[str, Any]]:
+    """One question behind the images."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]

@@ -184,7 +184,8 @@ def train(model: CausalLM, samples: list[Sample], steps: int, seed: int) -> floa
     """Train on answers that are drawn at random; returns the mean loss of the last tenth in nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     draw, losses = torch.Generator().manual_seed(seed), list[float]()
-    for step in tqdm(range(steps), desc="tiny", disable=None):
+    on_terminal = sys.stderr.isatty()
+    for step in tqdm(range(steps), unit="step", disable=not on_terminal):
         for group in optimizer.param_groups:
             warm, decay = min((step + 1) / WARMUP_STEPS, 1.0), (1.0 + math.cos(math.pi * step / steps)) / 2
             group["lr"] = PEAK_RATE * warm * decay
@@ -198,6 +199,8 @@ def train(model: CausalLM, samples: list[Sample], steps: int, seed: int) -> floa
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        if not on_terminal and (step + 1) % max(steps // 10, 1) == 0:
+            print(f"step {step + 1}/{steps} loss {losses[-1]:.3f}", flush=True)
     last = losses[-max(steps // 10, 1) :]
     return sum(last) / len(last)
 

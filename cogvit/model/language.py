@@ -186,9 +186,14 @@ class CausalLM(nn.Module):
 
 
 def place_visual(x_SD: Tensor, visual_ED: Tensor | None, visual_row_S: Tensor) -> Tensor:
-    """Return embedded tokens with rows of visual_ED where visual_row_S names one; -1 keeps the token."""
-    if visual_ED is None or not len(visual_ED):
+    """Return embedded tokens with rows of visual_ED where visual_row_S names one; -1 keeps the token.
+
+    Rows that nobody names, or none at all, still carry zero gradients to what made them.
+    """
+    if visual_ED is None:
         return x_SD
+    if not len(visual_ED):
+        return x_SD + visual_ED.sum().to(x_SD.dtype)
     visual_SD = visual_ED[visual_row_S.clamp(min=0).long()].to(x_SD.dtype)
     return torch.where((visual_row_S >= 0).unsqueeze(1), visual_SD, x_SD)
 

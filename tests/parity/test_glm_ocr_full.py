@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,10 +19,9 @@ from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 
 from cogvit import AdapterConfig, VisionLanguageModel
 from cogvit.errors import CheckpointError
-from tests.language import PLAIN, tiny_vlm
+from tests.language import PLAIN, conversation, picture, tiny_vlm
 
 SIZES_PX = [(16, 16), (24, 40), (61, 35)]  # (height, width): as it is shown, and two that are resized or not
-QUESTION = "What is it?"
 
 
 @pytest.fixture
@@ -37,18 +35,6 @@ def processor_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         return Glm46VProcessor(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
     return load
-
-
-def picture(height_px: int, width_px: int, seed: int = 0) -> Image.Image:
-    """Noise that is smooth enough to survive resizing."""
-    noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width_px, height_px), Image.Resampling.BILINEAR)
-
-
-def conversation(*images: Image.Image) -> list[dict[str, Any]]:
-    """One question behind the images."""
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
 
 
 def stock(directory: Path) -> PreTrainedModel:

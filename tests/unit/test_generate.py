@@ -9,8 +9,7 @@ import pytest
 from cogvit import VisionLanguageModel
 from cogvit.config.arguments import run_command
 from cogvit.generate import Arguments, generate
-from tests.language import tiny_vlm
-from tests.parity.test_glm_ocr_full import QUESTION, conversation, picture
+from tests.language import QUESTION, conversation, picture, tiny_vlm
 
 
 def run(*argv: str) -> int:

@@ -26,9 +26,9 @@ from cogvit.model.config import AdapterKind
 from cogvit.model.generation import Sampling
 from cogvit.model.image_input import open_image, pack_shown
 from cogvit.model.language_config import Family
+from cogvit.model.packing import pack_images
 from cogvit.model.sequence import part_positions, parts_of_row
-from tests.language import IMAGE_ID, PLAIN, STRUCTURED, tiny_tokenizer, tiny_vlm
-from tests.parity.test_glm_ocr_full import conversation, picture
+from tests.language import IMAGE_ID, PLAIN, STRUCTURED, conversation, picture, tiny_tokenizer, tiny_vlm
 
 KINDS: list[tuple[AdapterKind, int]] = [("mlp", 2), ("glm", 2), ("swiglu", 1), ("conv", 2)]
 A, B, C = picture(16, 16), picture(24, 32, seed=1), picture(40, 24, seed=2)
@@ -100,6 +100,23 @@ def test_a_pack_gives_its_samples_features_and_gradients() -> None:
     assert all(gradient.any() for gradient in ours)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pack_without_images_still_reaches_every_weight() -> None:
+    model = tiny_vlm()
+    size = torch.tensor([0, 5, 8], dtype=torch.int32)
+    ids, zeros = torch.arange(10, 18), torch.zeros(8)
+    sequence = PackedSequence(
+        ids, torch.arange(8).expand(3, -1), size, torch.full((8,), -1), ids, zeros, torch.zeros(1).long()
+    )
+    padding = pack_images([torch.zeros(0, 48)], [(0, 0)], tokens_per_pack=6)
+    hidden = model.forward_packed(padding, sequence)
+    assert torch.equal(hidden, model.language.forward_packed(sequence))
+    hidden.sum().backward()
+    for name, parameter in model.named_parameters():
+        untouched = name.startswith(("vision.", "adapter."))
+        if name not in ("vision.mask_token", "language.head.weight"):
+            assert parameter.grad is not None and (not parameter.grad.any()) == untouched, name
 
 
 def test_positions_go_by_place_or_one_by_one() -> None:
