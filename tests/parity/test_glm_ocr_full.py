@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -79,6 +81,37 @@ def test_their_checkpoint_is_read(tmp_path: Path, processor_of: Any) -> None:
     processor.tokenizer.save_pretrained(tmp_path / "theirs")
     ours = VisionLanguageModel.from_pretrained(tmp_path / "theirs").eval()
     assert_same(ours, theirs, processor, picture(24, 40))
+
+
+def test_heads_for_several_tokens_behind_the_last_layer_are_left_out(tmp_path: Path) -> None:
+    tiny_vlm().save_glm_ocr_full(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "model.language_model.layers.3.eh_proj.weight": torch.ones(2)}, path)
+    VisionLanguageModel.from_pretrained(tmp_path)
+    save_file({**weights, "model.language_model.layers.2.eh_proj.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.eh_proj\.weight is unknown"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"text_config": None}, "has no text_config"),
+        ("config.json", {"image_token_id": "x"}, "has no text_config with an image_token_id"),
+        ("preprocessor_config.json", {"resample": 2}, "resample=2 of its images is not supported"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize=False of its images is not supported"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 3}}, "must be in this order"),
+        ("tokenizer.json", {"model": {"type": "none"}}, "the tokenizer of .* does not load"),
+    ],
+)
+def test_bad_directories(tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
+    tiny_vlm().save_glm_ocr_full(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message) as error:
+        VisionLanguageModel.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_round_trip_is_exact(tmp_path: Path) -> None:

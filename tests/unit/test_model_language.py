@@ -93,6 +93,17 @@ def test_a_pack_of_padding_gives_zero_gradients_to_every_parameter() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "glm4", "qwen3"])
+def test_autocast_computes_in_bf16_and_keeps_fp32_hidden_states(family: Family) -> None:
+    model, sequence = tiny(family).float(), pack(LENGTHS, PADDING)
+    exact = model.forward_packed(sequence)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.forward_packed(sequence)
+        assert model.logits(hidden).dtype == torch.bfloat16
+    assert hidden.dtype == torch.float32
+    assert 0.0 < (hidden - exact).norm() <= 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("family", ["llama", "glm4"])
 def test_prompts_of_any_length_are_answered_as_if_alone(family: Family) -> None:
     model, sequence = tiny(family, eos_ids=(7, 11), pad_id=1), pack(LENGTHS, 0)
