@@ -14,7 +14,9 @@ What is here, by purpose:
 
     encoder             CogViT, CogViTConfig
     images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
-    language model      MLPAdapter, GlmAdapter, insert_visual_tokens_mmtp, save_glm_ocr
+    images and language VisionLanguageModel, ImageLimits, CausalLM, LanguageConfig, RopeScaling, PackedSequence
+    between the two     AdapterConfig, MLPAdapter, GlmAdapter, SwiGLUAdapter, ConvAdapter, insert_visual_tokens_mmtp,
+                        save_glm_ocr
     stage 1             CogViTForMIM, TeacherWrapper
     stage 2             CogViTForContrastive, SigLIPLoss, TextTower, TextConfig, PackedText
     optimizer           build_param_groups, apply_lr_mult
@@ -25,31 +27,51 @@ C channels, P patch size in px, D width, E shared space, L caption tokens. Float
 `import cogvit` needs torch and einops; training starts with `python -m cogvit.train`.
 """
 
-from cogvit.batch import PackedImages, PackedText
-from cogvit.model.adapter import GlmAdapter, MLPAdapter, insert_visual_tokens_mmtp, save_glm_ocr
-from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.batch import PackedImages, PackedSequence, PackedText
+from cogvit.model.adapter import (
+    ConvAdapter,
+    GlmAdapter,
+    MLPAdapter,
+    SwiGLUAdapter,
+    insert_visual_tokens_mmtp,
+    save_glm_ocr,
+)
+from cogvit.model.config import AdapterConfig, CogViTConfig, TextConfig
 from cogvit.model.contrastive import CogViTForContrastive, SigLIPLoss
+from cogvit.model.image_input import ImageLimits
+from cogvit.model.language import CausalLM
+from cogvit.model.language_config import LanguageConfig, RopeScaling
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups
 from cogvit.model.text import TextTower
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import CogViT
+from cogvit.model.vlm import VisionLanguageModel
 
 __all__ = [
+    "AdapterConfig",
+    "CausalLM",
     "CogViT",
     "CogViTConfig",
     "CogViTForContrastive",
     "CogViTForMIM",
+    "ConvAdapter",
     "GlmAdapter",
+    "ImageLimits",
+    "LanguageConfig",
     "MLPAdapter",
     "PackedFeatures",
     "PackedImages",
+    "PackedSequence",
     "PackedText",
+    "RopeScaling",
     "SigLIPLoss",
+    "SwiGLUAdapter",
     "TeacherWrapper",
     "TextConfig",
     "TextTower",
+    "VisionLanguageModel",
     "apply_lr_mult",
     "build_param_groups",
     "insert_visual_tokens_mmtp",

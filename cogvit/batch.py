@@ -75,6 +75,29 @@ class PackedText:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """Whole samples of text and images end to end in one row of exactly S language tokens.
+
+    Attributes:
+        ids: [S] int64; the image token's id at visual positions.
+        position: [3, S] int32, rotary positions by time, row and column; equal for text.
+        cu_seqlens: [N + 2] int32, as in `PackedImages`.
+        visual_row: [S] int32, row of the adapter's output that stands here; -1 for text and padding.
+        labels: [S] int64, the token that follows.
+        weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
+        key: [N] int64, seed of every random draw for this sample.
+    """
+
+    ids: Tensor
+    position: Tensor
+    cu_seqlens: Tensor
+    visual_row: Tensor
+    labels: Tensor
+    weight: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ShardVersion:
     """What tells that a shard is still the one that was indexed."""
 
@@ -137,7 +160,7 @@ class StepBatch:
     failures: tuple[str, ...] = ()  # those of them that did not decode: which and why
 
 
-Packed = TypeVar("Packed", PackedImages, PackedText)
+Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence)
 
 
 def to_device(packed: Packed, device: torch.device) -> Packed:
@@ -193,4 +216,6 @@ def _emptied(batch: Batch) -> Batch:
 def _padding_like(packed: Packed) -> Packed:
     blank = {f.name: torch.zeros_like(getattr(packed, f.name)) for f in fields(packed)}
     blank["cu_seqlens"][-1] = packed.cu_seqlens[-1]
+    if isinstance(packed, PackedSequence):
+        blank["visual_row"] -= 1
     return replace(packed, **blank)

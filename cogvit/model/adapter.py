@@ -1,9 +1,11 @@
-"""From vision tokens to a language model: the MLP adapter and the splice at the image placeholders."""
+"""From vision tokens to a language model: the adapters and the splice at the image placeholders."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -12,33 +14,43 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cogvit.model.config import AdapterConfig, AdapterKind
 from cogvit.model.glm_ocr import adapter_to_glm_ocr, shape_of, tower_to_glm_ocr
 from cogvit.model.interop import load_checked, read_glm_adapter, write_glm_ocr
 from cogvit.model.packing import Grid
 from cogvit.model.vit import CogViT
 
 
-class PatchGroups(nn.Module):
-    """Merges s x s neighboring patches into one vector: what the adapters share.
+class PatchGroups(nn.Module, ABC):
+    """Merges s x s neighboring patches into one vector and projects it: what the adapters share.
 
-    Errors: ValueError when spatial_pool is below 1.
+    Args:
+        vision_dim: D of the patch tokens.
+        llm_dim: width of the language model.
+        spatial_pool: s; 1 keeps every patch.
+
+    Errors: ValueError when a size is below 1.
     """
 
-    def __init__(self, vision_dim: int, spatial_pool: int) -> None:
+    fc2: nn.Linear  # the last layer of every kind
+
+    def __init__(self, vision_dim: int, llm_dim: int, spatial_pool: int) -> None:
         super().__init__()
-        if spatial_pool < 1:
-            raise ValueError(f"spatial_pool={spatial_pool} must be at least 1")
-        self.vision_dim, self.spatial_pool = vision_dim, spatial_pool
+        sizes = {"vision_dim": vision_dim, "llm_dim": llm_dim, "spatial_pool": spatial_pool}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        self.vision_dim, self.llm_dim, self.spatial_pool = vision_dim, llm_dim, spatial_pool
 
-    def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
-        """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
-        return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
 
-    def merge(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the groups' patches side by side, [B, V, s * s * D], and which groups have any, bool [B, V, 1].
+    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
+        """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
 
-        V = ceil(rows / s) * ceil(columns / s) of the largest grid. Patches outside the grid (odd grids) or not valid
-        count as zeros.
+        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch
+        gives zero and is false in `valid_groups`.
 
         Args:
             patch_tokens: [B, N, D].
@@ -47,6 +59,36 @@ class PatchGroups(nn.Module):
 
         Errors: ValueError when the tokens are not [B, N, D], the grid is not that of N or the mask is not [B, N].
         """
+        x, present_BV1 = self._merge(patch_tokens, grid, valid_mask)
+        return self.project(x) * present_BV1.to(x.dtype)
+
+    def forward_packed(self, patch_TD: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return the visual embeddings of a pack's images end to end, [E, llm_dim], each as `forward` gives it alone.
+
+        Args:
+            patch_TD: of the images in their order; rows behind the last image are left out.
+            grids: rows and columns of patches of each image, (0, 0) where absent.
+
+        Errors: ValueError when the tokens are not [T, D] or fewer than the grids say.
+        """
+        starts = [0, *accumulate(rows * columns for rows, columns in grids)]
+        if patch_TD.ndim != 2 or patch_TD.shape[1] != self.vision_dim or len(patch_TD) < starts[-1]:
+            shape = tuple(patch_TD.shape)
+            raise ValueError(f"patch tokens have shape {shape}; expected ({starts[-1]} or more, {self.vision_dim})")
+        absent = len(patch_TD)
+        groups = [patch_TD.new_zeros(0, self.spatial_pool**2, dtype=torch.int64)]
+        for grid, start in zip(grids, starts, strict=False):
+            if grid[0] and grid[1]:
+                index = _groups(grid, self.spatial_pool, absent).to(patch_TD.device)
+                groups.append(torch.where(index == absent, absent, index + start))
+        return self.project(F.pad(patch_TD, (0, 0, 0, 1))[torch.cat(groups)].flatten(1))
+
+    def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
+        """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""
+        return (self._group_index(patch_tokens, grid, valid_mask) < patch_tokens.shape[1]).any(2)
+
+    def _merge(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The groups' patches side by side, [B, V, s * s * D], and which groups have any, bool [B, V, 1]."""
         if patch_tokens.ndim != 3 or patch_tokens.shape[2] != self.vision_dim:
             raise ValueError(f"patch tokens have shape {tuple(patch_tokens.shape)}; expected (B, N, {self.vision_dim})")
         index_BVG = self._group_index(patch_tokens, grid, valid_mask)
@@ -91,26 +133,14 @@ class MLPAdapter(PatchGroups):
 
     def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
         """Build an adapter with new weights."""
-        super().__init__(vision_dim, spatial_pool)
+        super().__init__(vision_dim, llm_dim, spatial_pool)
         hidden_dim = llm_dim if hidden_dim is None else hidden_dim
         self.fc1 = nn.Linear(vision_dim * spatial_pool**2, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, llm_dim)
 
-    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
-        """Return visual embeddings [B, V, llm_dim]; V = ceil(rows / s) * ceil(columns / s) of the largest grid.
-
-        Patches outside the grid (odd grids) or not valid count as zeros in their group; a group without a valid patch
-        gives zero and is false in `valid_groups`.
-
-        Args:
-            patch_tokens: [B, N, D].
-            grid: rows and columns of the batch, or a list of each image's for sequences, as in the encoder's output.
-            valid_mask: bool [B, N], as given to the encoder.
-
-        Errors: ValueError when the tokens are not [B, N, D], the grid is not that of N or the mask is not [B, N].
-        """
-        x, present_BV1 = self.merge(patch_tokens, grid, valid_mask)
-        return self.fc2(F.gelu(self.fc1(x))) * present_BV1.to(x.dtype)
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class GlmAdapter(PatchGroups):
@@ -128,8 +158,7 @@ class GlmAdapter(PatchGroups):
 
     def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 2) -> None:
         """Build an adapter with new weights."""
-        super().__init__(vision_dim, spatial_pool)
-        self.llm_dim = llm_dim
+        super().__init__(vision_dim, llm_dim, spatial_pool)
         hidden_dim = 3 * llm_dim if hidden_dim is None else hidden_dim
         self.downsample = nn.Linear(vision_dim * spatial_pool**2, llm_dim)
         self.proj = nn.Linear(llm_dim, llm_dim, bias=False)
@@ -137,12 +166,11 @@ class GlmAdapter(PatchGroups):
         self.fc1 = nn.Linear(llm_dim, 2 * hidden_dim, bias=False)  # rows are [gate; up]
         self.fc2 = nn.Linear(hidden_dim, llm_dim, bias=False)
 
-    def forward(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
-        """Return visual embeddings [B, V, llm_dim]; arguments, padding and errors are those of `MLPAdapter.forward`."""
-        x, present_BV1 = self.merge(patch_tokens, grid, valid_mask)
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
         x = F.gelu(self.norm(self.proj(self.downsample(x))))
         gate, up = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * up) * present_BV1.to(x.dtype)
+        return self.fc2(F.silu(gate) * up)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GlmAdapter:
@@ -155,6 +183,78 @@ class GlmAdapter(PatchGroups):
         adapter = cls(shape.hidden_size, shape.out_hidden_size, hidden_dim, shape.spatial_merge_size)
         load_checked(adapter, weights)
         return adapter
+
+
+class SwiGLUAdapter(PatchGroups):
+    """The projection of CogVLM: a linear map to the language model's width, norm and GELU, and a SwiGLU MLP.
+
+    Args:
+        vision_dim: D of the patch tokens.
+        llm_dim: width of the language model.
+        hidden_dim: of the MLP, the language model's own in CogVLM; 3 * llm_dim if None.
+        spatial_pool: s; above 1 the patches of a group lie side by side before the map.
+
+    Errors: ValueError when a size is below 1.
+    Source: GLU of CogVLM's modeling_cogvlm.py (arXiv 2311.03079).
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 1) -> None:
+        """Build an adapter with new weights."""
+        super().__init__(vision_dim, llm_dim, spatial_pool)
+        hidden_dim = 3 * llm_dim if hidden_dim is None else hidden_dim
+        self.proj = nn.Linear(self._proj_dim(), llm_dim, bias=False)
+        self.norm = nn.LayerNorm(llm_dim)
+        self.fc1 = nn.Linear(llm_dim, 2 * hidden_dim, bias=False)  # rows are [gate; up]
+        self.fc2 = nn.Linear(hidden_dim, llm_dim, bias=False)
+
+    def _proj_dim(self) -> int:
+        return self.vision_dim * self.spatial_pool**2
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
+        gate, up = self.fc1(F.gelu(self.norm(self.proj(x)))).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * up)
+
+
+class ConvAdapter(SwiGLUAdapter):
+    """The projection of CogVLM2: an s x s convolution of stride s in the vision width, then CogVLM's projection.
+
+    The arguments are those of `SwiGLUAdapter`; s is 2 by default.
+
+    Errors: ValueError when a size is below 1.
+    Source: EVA2CLIPModel of CogVLM2's visual.py (arXiv 2408.16500).
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 2) -> None:
+        """Build an adapter with new weights."""
+        super().__init__(vision_dim, llm_dim, hidden_dim, spatial_pool)
+        self.downsample = nn.Linear(vision_dim * spatial_pool**2, vision_dim)
+
+    def _proj_dim(self) -> int:
+        return self.vision_dim
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
+        return super().project(self.downsample(x))
+
+
+_KINDS: dict[AdapterKind, type[MLPAdapter | GlmAdapter | SwiGLUAdapter]] = {
+    "mlp": MLPAdapter,
+    "glm": GlmAdapter,
+    "swiglu": SwiGLUAdapter,
+    "conv": ConvAdapter,
+}
+
+
+def make_adapter(cfg: AdapterConfig, vision_dim: int, llm_dim: int) -> PatchGroups:
+    """Return the adapter that a configuration asks for, with new weights."""
+    return _KINDS[cfg.kind](vision_dim, llm_dim, cfg.hidden_dim, cfg.spatial_pool)
+
+
+def adapter_config(adapter: PatchGroups) -> AdapterConfig:
+    """Return the configuration from which `make_adapter` builds the same."""
+    kind = next(kind for kind, made in _KINDS.items() if made is type(adapter))
+    return AdapterConfig(kind, adapter.fc2.in_features, adapter.spatial_pool)
 
 
 def save_glm_ocr(directory: str | Path, vision: CogViT, adapter: GlmAdapter | None = None) -> None:

@@ -50,45 +50,60 @@ def varlen_kernel_takes(device: torch.device, dtype: torch.dtype, head_dim: int)
     return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
 
 
-def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
-    """Softmax attention of every token over its own segment, scaled by K ** -0.5; [T, H, K] in and out.
+def packed_attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, *, causal: bool = False
+) -> Tensor:
+    """Softmax attention of every token over its own segment, scaled by K ** -0.5; [T, H, K] out.
 
     The padding's output is zero; a pack that is all padding gives zeros that still carry zero gradients to q, k and v.
+
+    Args:
+        q_THK: queries.
+        k_TGK: keys; where G is less than H, each head of them serves H / G neighboring heads of queries.
+        v_TGK: values.
+        segments: of the T tokens.
+        causal: a token sees itself and those before it.
 
     Errors: ValueError when the shapes differ or are not those of the segments.
     """
     num_tokens = sum(segments.lengths)
-    if not q_THK.shape == k_THK.shape == v_THK.shape or len(q_THK) != num_tokens:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q_THK, k_THK, v_THK))
+    tokens, heads, head_dim = q_THK.shape
+    if k_TGK.shape != v_TGK.shape or (len(k_TGK), k_TGK.shape[2]) != (tokens, head_dim) or tokens != num_tokens:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q_THK, k_TGK, v_TGK))
         raise ValueError(f"q, k and v have shapes {shapes}; expected three of ({num_tokens}, heads, head_dim)")
+    if heads % k_TGK.shape[1]:
+        raise ValueError(f"{k_TGK.shape[1]} heads of keys and values do not divide {heads} of queries")
     if not segments.num_valid_tokens:
-        return (q_THK + k_THK + v_THK) * 0.0
-    if varlen_kernel_takes(q_THK.device, q_THK.dtype, q_THK.shape[-1]):
-        return _varlen_attention(q_THK, k_THK, v_THK, segments)
-    return _batched_attention(q_THK, k_THK, v_THK, segments)
+        return (q_THK + (k_TGK + v_TGK).repeat_interleave(heads // k_TGK.shape[1], 1)) * 0.0
+    if varlen_kernel_takes(q_THK.device, q_THK.dtype, head_dim):
+        return _varlen_attention(q_THK, k_TGK, v_TGK, segments, causal)
+    return _batched_attention(q_THK, k_TGK, v_TGK, segments, causal)
 
 
-def _batched_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+def _batched_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, causal: bool) -> Tensor:
     padding = len(q_THK) - segments.num_valid_tokens
     sizes = [count * length for count, length in segments.runs] + [padding]
+    grouped = q_THK.shape[1] != k_TGK.shape[1]
     outputs = []
     # split, not slices: its gradient is one concatenation
     for (count, length), *parts in zip(
-        segments.runs, *(x.split(sizes)[:-1] for x in (q_THK, k_THK, v_THK)), strict=True
+        segments.runs, *(x.split(sizes)[:-1] for x in (q_THK, k_TGK, v_TGK)), strict=True
     ):
-        batch = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
-        out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2])
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     if padding:
         outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, segments: Segments) -> Tensor:
+def _varlen_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # it imports torch's compiler: 2 s that only CUDA users pay
 
     valid, longest = segments.num_valid_tokens, max(segments.lengths[: segments.num_valid])
     bounds = segments.cu_seqlens[: segments.num_valid + 1]
-    out = varlen_attn(q_THK[:valid], k_THK[:valid], v_THK[:valid], bounds, bounds, longest, longest)
+    q, k, v = (x[:valid] for x in (q_THK, k_TGK, v_TGK))
+    window, grouped = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window, enable_gqa=grouped)
     assert isinstance(out, Tensor)
     return F.pad(out, (0, 0, 0, 0, 0, len(q_THK) - valid))

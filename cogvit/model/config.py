@@ -1,10 +1,10 @@
-"""Shapes and options of the vision and text towers."""
+"""Shapes and options of the vision and text towers, and of the adapter to a language model."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 
 @dataclass
@@ -129,6 +129,33 @@ class TextConfig:
     def mlp_dim(self) -> int:
         """F, hidden width of the MLP (of one of the two branches for swiglu)."""
         return int(self.embed_dim * self.mlp_ratio)
+
+
+AdapterKind = Literal["mlp", "glm", "swiglu", "conv"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What stands between the vision tower and a language model.
+
+    Attributes:
+        kind: mlp is two layers over merged patches, glm the merger of GLM-OCR, swiglu the projection of CogVLM, conv
+            that of CogVLM2.
+        hidden_dim: of the adapter's MLP; each kind's own multiple of the language model's width if None.
+        spatial_pool: s; s x s neighboring patches become one token of the language model.
+
+    Errors: ValueError when the kind is unknown or a size is below 1.
+    """
+
+    kind: AdapterKind = "glm"
+    hidden_dim: int | None = None
+    spatial_pool: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(AdapterKind):
+            raise ValueError(f"kind={self.kind!r} of the adapter must be one of {', '.join(get_args(AdapterKind))}")
+        if self.spatial_pool < 1 or (self.hidden_dim is not None and self.hidden_dim < 1):
+            raise ValueError(f"spatial_pool={self.spatial_pool} and hidden_dim={self.hidden_dim} must be at least 1")
 
 
 def _check_blocks(cfg: CogViTConfig | TextConfig) -> None:

@@ -20,11 +20,10 @@ from torch import Tensor
 from cogvit.errors import CheckpointError
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_tensor
-
-Shapes = dict[str, tuple[int, ...]]
-Parts = dict[str, Shapes]  # our name of a weight -> the names and shapes there, whose rows it stacks
+from cogvit.model.layouts.parts import Parts, Shapes, check_shapes, flat, split, stack
 
 MODEL_TYPE, VISION_TYPE = "glm_ocr", "glm_ocr_vision"
+IMAGE_MEAN, IMAGE_STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]  # what brings [0, 1] to [-1, 1]
 _ROPE = {"rope_type": "axial", "rope_theta": 10_000.0}
 _FAMILY = {  # what a CogViT must be to fit
     "norm": "rmsnorm",
@@ -122,6 +121,18 @@ def write_shape(shape: GlmOcrShape) -> dict[str, Any]:
     return {**family, **asdict(shape), "hidden_act": "silu", "attention_bias": True, "rope_parameters": _ROPE}
 
 
+def write_processor(shape: GlmOcrShape) -> dict[str, Any]:
+    """Return how images are prepared, as the preprocessor_config.json that transformers reads."""
+    return {
+        "image_processor_type": "Glm46VImageProcessor",
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "patch_size": shape.patch_size,
+        "temporal_patch_size": shape.temporal_patch_size,
+        "merge_size": shape.spatial_merge_size,
+    }
+
+
 def tower_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[str, Tensor]:
     """Return the weights of a `CogViT`; the frames of a patch are summed, which is exact for images.
 
@@ -129,7 +140,7 @@ def tower_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dic
 
     Errors: CheckpointError names every missing, extra and misshaped weight; the merger's are not looked at.
     """
-    plain = _stack({name: weight for name, weight in weights.items() if not _of_merger(name)}, _tower(shape))
+    plain = stack({name: weight for name, weight in weights.items() if not _of_merger(name)}, _tower(shape))
     plain["patch_embed.proj.weight"] = plain["patch_embed.proj.weight"].sum(2)
     plain["mask_token"] = init_tensor("vision.mask_token", (1, 1, shape.hidden_size), seed=0)
     return plain
@@ -137,7 +148,7 @@ def tower_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dic
 
 def tower_to_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dict[str, Tensor]:
     """Return a `CogViT`'s weights under the names there, without the mask token."""
-    theirs, frames = _split(weights, _tower(shape)), shape.temporal_patch_size
+    theirs, frames = split(weights, _tower(shape)), shape.temporal_patch_size
     kernel_DCPP = theirs["patch_embed.proj.weight"] / frames
     return {**theirs, "patch_embed.proj.weight": repeat(kernel_DCPP, "d c p q -> d c frames p q", frames=frames)}
 
@@ -147,7 +158,7 @@ def adapter_from_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> d
 
     Errors: CheckpointError names every missing, extra and misshaped weight; the tower's are not looked at.
     """
-    plain = _stack({name: weight for name, weight in weights.items() if _of_merger(name)}, _merger(shape))
+    plain = stack({name: weight for name, weight in weights.items() if _of_merger(name)}, _merger(shape))
     return {**plain, "downsample.weight": rearrange(plain["downsample.weight"], "e d p q -> e (p q d)")}
 
 
@@ -156,10 +167,10 @@ def adapter_to_glm_ocr(weights: Mapping[str, Tensor], shape: GlmOcrShape) -> dic
 
     Errors: CheckpointError when its width or hidden width is not the merger's, which is in_channels times as wide.
     """
-    theirs, pool = _split(weights, _merger(shape)), shape.spatial_merge_size
+    theirs, pool = split(weights, _merger(shape)), shape.spatial_merge_size
     kernel = theirs["downsample.weight"]
     theirs["downsample.weight"] = rearrange(kernel, "e (p q d) -> e d p q", p=pool, q=pool)
-    check_shapes(theirs, _flat(_merger(shape)))
+    check_shapes(theirs, flat(_merger(shape)))
     return theirs
 
 
@@ -172,38 +183,8 @@ def fold_normalization(weights: Mapping[str, Tensor], mean: Sequence[float], std
     return {**weights, "patch_embed.proj.weight": scaled_DCPP, "patch_embed.proj.bias": bias_D}
 
 
-def check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
-    """Compare weights with the names and shapes that a model has.
-
-    Errors: CheckpointError names every missing, extra and misshaped weight.
-    """
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != tuple(shape)
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join(problems)}")
-
-
 def _of_merger(name: str) -> bool:
     return name.startswith(("downsample.", "merger."))
-
-
-def _flat(parts: Parts) -> Shapes:
-    return {name: size for theirs in parts.values() for name, size in theirs.items()}
-
-
-def _stack(weights: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
-    check_shapes(weights, _flat(parts))
-    return {ours: torch.cat([weights[name].float() for name in theirs]) for ours, theirs in parts.items()}
-
-
-def _split(weights: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
-    rows = ((theirs, weights[ours].float().chunk(len(theirs))) for ours, theirs in parts.items())
-    return {name: part for theirs, chunks in rows for name, part in zip(theirs, chunks, strict=True)}
 
 
 def _tower(shape: GlmOcrShape) -> Parts:

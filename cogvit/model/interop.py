@@ -5,7 +5,6 @@ Two layouts are read and written: our own, and that of GLM-OCR's vision tower in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,18 +17,20 @@ from cogvit.config import from_json
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model import glm_ocr
 from cogvit.model.config import CogViTConfig
-from cogvit.model.glm_ocr import GlmOcrShape, check_shapes
+from cogvit.model.glm_ocr import GlmOcrShape
+from cogvit.model.layouts.files import CONFIG, read_json, read_weights, write_files, write_json
+from cogvit.model.layouts.parts import check_shapes
 
-_CONFIG, _WEIGHTS, _MODEL_TYPE = "config.json", "model.safetensors", "cogvit"
+_MODEL_TYPE = "cogvit"
 _TEXT_SIDE = "text_side"  # directory inside an export
 _PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
-_OURS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # mean and deviation that bring [0, 1] to [-1, 1]
+_OURS = (glm_ocr.IMAGE_MEAN, glm_ocr.IMAGE_STD)
 _THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
 
 
 def write_model(directory: Path, cfg: CogViTConfig, weights: Mapping[str, Tensor]) -> None:
     """Write a vision encoder's config.json and model.safetensors; the directory is made."""
-    _write(directory, {"model_type": _MODEL_TYPE, **asdict(cfg)}, weights)
+    write_files(directory, {"model_type": _MODEL_TYPE, **asdict(cfg)}, weights)
 
 
 def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
@@ -43,13 +44,13 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
     """
     values = _read_config(directory)
     if values["model_type"] == _MODEL_TYPE:
-        return _read_own_config(directory, values), _read_weights(directory, "")
+        return _read_own_config(directory, values), read_weights(directory, "")
     shape = _read_shape(directory, values)
     try:
         cfg = glm_ocr.cogvit_config(shape)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / _CONFIG}: {error}") from None
-    weights = glm_ocr.tower_from_glm_ocr(_read_weights(directory, *_prefixes(values)), shape)
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
+    weights = glm_ocr.tower_from_glm_ocr(read_weights(directory, *_prefixes(values)), shape)
     mean, std = _read_normalization(directory)
     if (mean, std) != _OURS:
         if not len(mean) == len(std) == cfg.in_chans:
@@ -63,16 +64,8 @@ def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Ten
 
     Without a merger among them transformers makes a new one and says so.
     """
-    _write(directory, glm_ocr.write_shape(shape), weights)
-    processor = {
-        "image_processor_type": "Glm46VImageProcessor",
-        "image_mean": _OURS[0],
-        "image_std": _OURS[1],
-        "patch_size": shape.patch_size,
-        "temporal_patch_size": shape.temporal_patch_size,
-        "merge_size": shape.spatial_merge_size,
-    }
-    (directory / _PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+    write_files(directory, glm_ocr.write_shape(shape), weights)
+    write_json(directory / _PROCESSOR, glm_ocr.write_processor(shape))
 
 
 def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
@@ -85,19 +78,19 @@ def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
     if values["model_type"] == _MODEL_TYPE:
         raise CheckpointError(f"{directory} holds no merger: it is a CogViT, not a GLM-OCR")
     shape = _read_shape(directory, values)
-    return shape, glm_ocr.adapter_from_glm_ocr(_read_weights(directory, *_prefixes(values)), shape)
+    return shape, glm_ocr.adapter_from_glm_ocr(read_weights(directory, *_prefixes(values)), shape)
 
 
 def write_text_side(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write a text tower beside an exported encoder, with what tells how it is used."""
-    _write(directory / _TEXT_SIDE, values, weights)
+    write_files(directory / _TEXT_SIDE, values, weights)
 
 
 def read_text_side(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Read what `write_text_side` wrote; None where an export has none. Errors: CheckpointError."""
     if not (directory / _TEXT_SIDE).is_dir():
         return None
-    return _read_json(directory / _TEXT_SIDE / _CONFIG), _read_weights(directory / _TEXT_SIDE, "")
+    return read_json(directory / _TEXT_SIDE / CONFIG), read_weights(directory / _TEXT_SIDE, "")
 
 
 def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -112,23 +105,14 @@ def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def _write(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-
-
 def _read_config(directory: Path) -> dict[str, Any]:
-    values = _read_json(directory / _CONFIG)
+    values = read_json(directory / CONFIG)
     known = (_MODEL_TYPE, glm_ocr.VISION_TYPE, glm_ocr.MODEL_TYPE)
     if "objective" in values:
         raise CheckpointError(f"{directory} is a run; python -m tools.export {directory} --out DIR makes weights of it")
     if values.get("model_type") not in known:
         raise CheckpointError(
-            f"{directory / _CONFIG} is not of a CogViT: model_type is {values.get('model_type')!r}; expected one of"
+            f"{directory / CONFIG} is not of a CogViT: model_type is {values.get('model_type')!r}; expected one of"
             f" {', '.join(known)}"
         )
     return values
@@ -138,13 +122,13 @@ def _read_own_config(directory: Path, values: dict[str, Any]) -> CogViTConfig:
     try:
         return from_json(CogViTConfig, {name: value for name, value in values.items() if name != "model_type"})
     except ConfigError as error:
-        raise CheckpointError(f"{directory / _CONFIG}: {error}") from None
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
 
 
 def _read_shape(directory: Path, values: dict[str, Any]) -> GlmOcrShape:
     vision = values.get("vision_config") if values["model_type"] == glm_ocr.MODEL_TYPE else values
     if not isinstance(vision, dict):
-        raise CheckpointError(f"{directory / _CONFIG} has no vision_config; is it the whole of a GLM-OCR?")
+        raise CheckpointError(f"{directory / CONFIG} has no vision_config; is it the whole of a GLM-OCR?")
     return glm_ocr.read_shape(vision)
 
 
@@ -153,47 +137,18 @@ def _prefixes(values: Mapping[str, Any]) -> tuple[str, ...]:
     return ("model.visual.", "visual.") if values["model_type"] == glm_ocr.MODEL_TYPE else ("",)
 
 
-def _read_normalization(directory: Path) -> tuple[list[float], list[float]]:
-    """The mean and deviation of GLM-OCR's images; ours where nothing is said."""
+def read_processor(directory: Path) -> dict[str, Any]:
+    """Read how GLM-OCR's images are prepared; empty where nothing is said. Errors: CheckpointError."""
     for values in (
-        _read_json(directory / _PROCESSOR) if (directory / _PROCESSOR).exists() else None,
-        _read_json(directory / _NESTED).get("image_processor") if (directory / _NESTED).exists() else None,
+        read_json(directory / _PROCESSOR) if (directory / _PROCESSOR).exists() else None,
+        read_json(directory / _NESTED).get("image_processor") if (directory / _NESTED).exists() else None,
     ):
         if values is not None:
-            return values.get("image_mean", _THEIRS[0]), values.get("image_std", _THEIRS[1])
-    return _OURS
+            return values
+    return {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} an export?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not of a CogViT: expected a JSON object")
-    return values
-
-
-def _read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with one of the prefixes, without it."""
-    from safetensors import SafetensorError, safe_open
-
-    weights: dict[str, Tensor] = {}
-    files = [directory / _WEIGHTS]
-    index = directory / f"{_WEIGHTS}.index.json"  # of a checkpoint that is split over files
-    if index.exists():
-        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                for prefix in prefixes:
-                    found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-                    weights.update({name.removeprefix(prefix): weight for name, weight in found.items()})
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist; is {directory} an export?") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-    return weights
+def _read_normalization(directory: Path) -> tuple[list[float], list[float]]:
+    """The mean and deviation of GLM-OCR's images; ours where nothing is said."""
+    values = read_processor(directory)
+    return (values.get("image_mean", _THEIRS[0]), values.get("image_std", _THEIRS[1])) if values else _OURS

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from cogvit.batch import PackedText
 from cogvit.config import RunConfig, TextEncoderConfig
-from cogvit.errors import ConfigError
+from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.config import TextConfig
 
 _CHECKPOINT_FILES = ["*.json", "*.safetensors"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _POOLERS = ("pooler", "head")  # what transformers calls what "own" pooling needs and the others do without
 
 
@@ -176,6 +177,22 @@ def new_text_encoder(config: TextEncoderConfig, pad_id: int) -> PretrainedTextTo
     spec = inspect_text_encoder(config, pad_id)
     with quiet():
         return PretrainedTextTower(spec.model_class(spec.config).float(), spec)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint, without remote code; None where there is no file of one.
+
+    Errors: CheckpointError when its files are damaged.
+    """
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises a bare Exception on damaged files
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"the tokenizer of {directory} does not load: {reason}") from None
 
 
 def resolve(path: str, what: str) -> Path:

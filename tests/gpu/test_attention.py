@@ -19,23 +19,32 @@ PACKS = {
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
-def qkv(num_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Random queries, keys and values that are exact in the dtype."""
+def qkv(
+    num_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device, heads: tuple[int, int] = (3, 3)
+) -> list[Tensor]:
+    """Random queries, keys and values that are exact in the dtype; heads of the queries and of the others."""
     g = torch.Generator().manual_seed(num_tokens)
-    made = (torch.randn(num_tokens, 3, head_dim, generator=g) for _ in range(3))
+    made = (torch.randn(num_tokens, each, head_dim, generator=g) for each in (heads[0], heads[1], heads[1]))
     return [x.to(device, dtype).requires_grad_() for x in made]
 
 
+@pytest.mark.parametrize(("causal", "heads"), [(False, (3, 3)), (True, (3, 3)), (True, (6, 2))])
 @pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("lengths", "padding"), PACKS.values(), ids=PACKS)
 def test_equals_softmax_in_fp64_with_gradients(
-    lengths: list[int], padding: int, dtype: torch.dtype, head_dim: int, device: torch.device
+    lengths: list[int],
+    padding: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    heads: tuple[int, int],
+    device: torch.device,
 ) -> None:
-    ours = qkv(sum(lengths) + padding, head_dim, dtype, device)
+    ours = qkv(sum(lengths) + padding, head_dim, dtype, device, heads)
     exact = [x.detach().cpu().double().requires_grad_() for x in ours]
-    out = packed_attention(*ours, segments_of(bounds(lengths, padding).to(device)))
-    expected = by_hand(*exact, lengths)
+    out = packed_attention(*ours, segments_of(bounds(lengths, padding).to(device)), causal=causal)
+    expected = by_hand(*exact, lengths, causal)
     assert out.dtype == dtype
     assert not out[sum(lengths) :].any()
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))

@@ -15,22 +15,26 @@ def bounds(lengths: list[int], padding: int) -> Tensor:
     return torch.tensor([0, *lengths, padding], dtype=torch.int32).cumsum(0).to(torch.int32)
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Softmax with everything outside the segment masked; zeros at the padding."""
+def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool = False) -> Tensor:
+    """Softmax with everything outside the segment masked, and what follows where causal; zeros at the padding."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     slot = torch.repeat_interleave(torch.tensor([*lengths, len(q) - sum(lengths)]))
     outside = slot[:, None] != slot[None, :]
+    if causal:
+        outside = outside | torch.ones_like(outside).triu(1)
     scores = torch.einsum("qhk,thk->hqt", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(outside, -torch.inf).softmax(-1)
     valid = (slot < len(lengths)).to(q.dtype)[:, None, None]
     return torch.einsum("hqt,thk->qhk", weights, v) * valid
 
 
-@given(st.lists(st.integers(0, 7), max_size=9), st.integers(0, 5))
-def test_equals_masked_softmax_with_gradients(lengths: list[int], padding: int) -> None:
+@given(st.lists(st.integers(0, 7), max_size=9), st.integers(0, 5), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_equals_masked_softmax_with_gradients(lengths: list[int], padding: int, causal: bool, kv_heads: int) -> None:
     num_tokens = sum(lengths) + padding
-    qkv = [torch.randn(num_tokens, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    out = packed_attention(*qkv, segments_of(bounds(lengths, padding)))
-    expected = by_hand(*qkv, lengths)
+    heads = (4, kv_heads, kv_heads)
+    qkv = [torch.randn(num_tokens, each, 4, dtype=torch.float64, requires_grad=True) for each in heads]
+    out = packed_attention(*qkv, segments_of(bounds(lengths, padding)), causal=causal)
+    expected = by_hand(*qkv, lengths, causal)
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), qkv)

@@ -45,7 +45,7 @@ def test_every_wrong_weight_is_named(tmp_path: Path) -> None:
     [
         (None, "config.json does not exist"),
         ("{", "is not JSON"),
-        ("[]", "not of a CogViT"),
+        ("[]", "holds no JSON object"),
         ('{"model_type": "siglip"}', "not of a CogViT"),
         ('{"model_type": "cogvit", "width": 3}', "unknown configuration field width"),
         ('{"model_type": "cogvit", "num_heads": 5}', "num_heads=5 does not divide"),

@@ -1,0 +1,95 @@
+"""Conversations as the tokens of a prompt, by the chat template of a transformers tokenizer.
+
+Messages are OpenAI-style: {"role": "user", "content": text or parts}; a part is {"type": "text", "text": ...},
+{"type": "image", "image": PIL image or path} or {"type": "image_url", "image_url": path or data URL, or {"url": ...}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cogvit.errors import DataError
+from cogvit.model.image_input import open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_TOKEN = "<|image|>"
+_AROUND = ("<|begin_of_image|>", "<|end_of_image|>")  # where a tokenizer has them
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a conversation, one image token where each image stands, and the images in order."""
+
+    ids: list[int]
+    images: list[Image]
+
+
+def image_token_id(tokenizer: Any) -> int:
+    """Return the id of the image token. Errors: DataError when the tokenizer has none."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        raise DataError(
+            f"the tokenizer has no {IMAGE_TOKEN}; add it (tokenizer.add_tokens([{IMAGE_TOKEN!r}], special_tokens=True))"
+        )
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
+    """Return a conversation as the prompt of its next answer.
+
+    Errors: DataError when a message or part is none, an image cannot be read, a text holds the image token, or the
+    tokenizer has no chat template or image token.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; put one beside it as chat_template.jinja")
+    token_id, images = image_token_id(tokenizer), []
+    places_images = IMAGE_TOKEN in tokenizer.chat_template
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        parts = list(_parts(message))
+        images += [open_image(part["image"]) for part in parts if part["type"] == "image"]
+        shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
+        has_image = any(part["type"] == "image" for part in shown)
+        content = shown if has_image and places_images else "".join(_spelt(part, tokenizer) for part in shown)
+        plain.append({"role": message["role"], "content": content})
+    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids.count(token_id) != len(images):
+        raise DataError(
+            f"the prompt has {ids.count(token_id)} {IMAGE_TOKEN} for {len(images)} images; images go into parts of"
+            " their own, and texts must not spell the token"
+        )
+    return Prompt(ids, images)
+
+
+def _parts(message: Message) -> Iterator[dict[str, Any]]:
+    """The parts of a message in one form. Errors: DataError."""
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise DataError(f"{str(message)[:60]!r} is no message; expected {{'role': ..., 'content': ...}}")
+    content = message["content"]
+    if isinstance(content, str):
+        yield {"type": "text", "text": content}
+        return
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                yield {"type": "text", "text": text}
+            case {"type": "image", "image": image}:
+                yield {"type": "image", "image": image}
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+                yield {"type": "image", "image": url}
+            case _:
+                raise DataError(f"{str(part)[:60]!r} is no part of a message; expected a text, image or image_url part")
+
+
+def _spelt(part: Mapping[str, Any], tokenizer: Any) -> str:
+    """A part as text, for templates that take nothing else."""
+    if part["type"] == "text":
+        return str(part["text"])
+    vocabulary = tokenizer.get_vocab()
+    before, after = _AROUND if all(token in vocabulary for token in _AROUND) else ("", "")
+    return f"{before}{IMAGE_TOKEN}{after}"

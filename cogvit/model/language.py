@@ -1,0 +1,215 @@
+"""A causal language model on packs of sequences and on batches, read from and written for transformers.
+
+A batch is a pack too: there is one path, whose sequences cannot see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cogvit.batch import PackedSequence
+from cogvit.model.attention import Segments, segments_of
+from cogvit.model.blocks import RMSNorm
+from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
+from cogvit.model.generation import Sampling, next_tokens
+from cogvit.model.init import init_model
+from cogvit.model.language_config import LanguageConfig
+from cogvit.model.layouts.causal_lm import read_causal_lm, write_causal_lm
+
+
+class CausalLM(nn.Module):
+    """A decoder of the Llama, GLM-4 or Qwen3 family.
+
+    Initial weights follow torch's default generator (`torch.manual_seed`).
+
+    Attributes:
+        cfg: the shape and options that it was built with.
+        recompute: set it to compute each block again in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, cfg: LanguageConfig) -> None:
+        """Build a language model with new weights."""
+        super().__init__()
+        self.cfg = cfg
+        self.recompute = False
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.embed_dim)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.depth))
+        self.norm = RMSNorm(cfg.embed_dim, eps=cfg.eps)
+        self.head = None if cfg.tied else nn.Linear(cfg.embed_dim, cfg.vocab_size, bias=False)
+        init_model(self, int(torch.randint(2**62, (), device="cpu")))
+
+    def hidden(
+        self, x_SD: Tensor, position_3S: Tensor, segments: Segments | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Return what the head reads, [S, D].
+
+        Args:
+            x_SD: embedded tokens.
+            position_3S: by time, row and column; equal for text.
+            segments: the sequences of a pack; None for tokens that each follow a row of the cache.
+            cache: gets the keys and values.
+        """
+        layout = CausalLayout(segments, *rotary_1d(position_3S, self.cfg))
+        recompute = self.recompute and torch.is_grad_enabled() and cache is None
+        for block in self.blocks:
+            x_SD = checkpoint(block, x_SD, layout, use_reentrant=False) if recompute else block(x_SD, layout, cache)
+        return self.norm(x_SD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return [..., V] of what `hidden` or `forward_packed` gave."""
+        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Return [..., D]. Errors: ValueError when an id is not of the vocabulary."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.cfg.vocab_size:
+            low, high = int(ids.min()), int(ids.max())
+            raise ValueError(f"token ids are {low} to {high}; expected 0 to {self.cfg.vocab_size - 1}")
+        return self.embed(ids)
+
+    def forward_packed(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+        """Return what the head reads of a pack, [S, D]: the same as for its sequences one by one.
+
+        Args:
+            sequence: the pack.
+            visual_ED: the adapter's output, whose rows `sequence.visual_row` names; None where there is no image.
+
+        Errors: ValueError when an id is not of the vocabulary.
+        """
+        x_SD = place_visual(self.embed_ids(sequence.ids), visual_ED, sequence.visual_row)
+        return self.hidden(x_SD, sequence.position, segments_of(sequence.cu_seqlens))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return logits [B, T, V] of token ids [B, T] without padding.
+
+        Errors: ValueError when the ids are not [B, T] or one is not of the vocabulary.
+        """
+        _check_ids(input_ids)
+        x_SD, batch = self.embed_ids(input_ids.flatten()), input_ids.shape
+        return self.logits(
+            self.hidden(x_SD, text_positions(batch, x_SD.device), rows_of(batch, x_SD.device))
+        ).unflatten(0, batch)
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Tensor:
+        """Return the prompts with their answers behind them, [B, T + up to max_new_tokens], as transformers does.
+
+        It ends when every row has reached one of `cfg.eos_ids`; what stands behind the end of a row is `cfg.fill_id`.
+
+        Args:
+            input_ids: prompts [B, T] without padding.
+            max_new_tokens: of an answer, its end included.
+            temperature: 0 takes the most likely token; above 0 it draws.
+            top_p: draws among the most likely tokens that have this much of the probability together.
+            seed: of the draws.
+
+        Errors: ValueError when the ids are not [B, T], one is not of the vocabulary, a number is out of range or
+        prompt and answer exceed `cfg.max_tokens`.
+        """
+        _check_ids(input_ids)
+        with torch.no_grad():
+            x_SD, batch = self.embed_ids(input_ids.flatten()), input_ids.shape
+        position_3S, segments = text_positions(batch, x_SD.device), rows_of(batch, x_SD.device)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        answers = list(self.stream(x_SD, position_3S, segments, sampling))
+        return torch.cat([input_ids, torch.stack(answers, dim=1)], dim=1)
+
+    def stream(self, x_SD: Tensor, position_3S: Tensor, segments: Segments, sampling: Sampling) -> Iterator[Tensor]:
+        """Yield the next id of every sequence of a pack, [B], until all have ended.
+
+        Args:
+            x_SD: the embedded prompts, whole in the pack, without padding.
+            position_3S: as in `hidden`.
+            segments: the prompts.
+            sampling: how answers are drawn.
+
+        Errors: ValueError when a prompt is empty or prompt and answer exceed `cfg.max_tokens`.
+        """
+        lengths = segments.lengths[: segments.num_valid]
+        width = max(lengths, default=0) + sampling.max_new_tokens
+        if not min(lengths, default=0):
+            raise ValueError("a prompt is empty; it needs at least one token")
+        if width > self.cfg.max_tokens:
+            raise ValueError(
+                f"a prompt of {max(lengths)} tokens and an answer of {sampling.max_new_tokens} exceed the model's"
+                f" max_tokens={self.cfg.max_tokens}"
+            )
+        return self._stream(x_SD, position_3S, segments, sampling, width)
+
+    @torch.no_grad()
+    def _stream(
+        self, x_SD: Tensor, position_3S: Tensor, segments: Segments, sampling: Sampling, width: int
+    ) -> Iterator[Tensor]:
+        lengths = segments.lengths[: segments.num_valid]
+        cache = KeyValueCache(self.cfg, lengths, width, x_SD)
+        last_B = cache.length_B.cumsum(0) - 1
+        hidden_BD = self.hidden(x_SD, position_3S, segments, cache)[last_B]
+        position_B = torch.stack([row.max() + 1 for row in position_3S.split(lengths, dim=1)])
+        eos = torch.tensor(self.cfg.eos_ids, dtype=torch.int64, device=x_SD.device)
+        ended_B = torch.zeros(len(lengths), dtype=torch.bool, device=x_SD.device)
+        for step in range(sampling.max_new_tokens):
+            id_B = next_tokens(self.logits(hidden_BD), sampling, step)
+            id_B = torch.where(ended_B, self.cfg.fill_id, id_B)
+            yield id_B
+            ended_B = ended_B | torch.isin(id_B, eos)
+            if step + 1 == sampling.max_new_tokens or bool(ended_B.all()):
+                return
+            cache.append()
+            hidden_BD = self.hidden(self.embed(id_B), (position_B + step).expand(3, -1), None, cache)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json, generation_config.json and model.safetensors for transformers, into a directory."""
+        write_causal_lm(Path(directory), self.cfg, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> CausalLM:
+        """Read a Llama, GLM-4 or Qwen3 of transformers: config.json and safetensors, whole or in parts; fp32.
+
+        Errors: CheckpointError when a file is missing or damaged, the family or an option is not ours, a weight is no
+        float, NaN or infinite, or names every missing, extra and misshaped weight.
+        """
+        return cls.from_weights(*read_causal_lm(Path(directory)))
+
+    @classmethod
+    def from_weights(cls, cfg: LanguageConfig, weights: dict[str, Tensor]) -> CausalLM:
+        """Build a model of given weights, without drawing new ones first."""
+        with torch.device("meta"):
+            model = cls(cfg)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+def place_visual(x_SD: Tensor, visual_ED: Tensor | None, visual_row_S: Tensor) -> Tensor:
+    """Return embedded tokens with rows of visual_ED where visual_row_S names one; -1 keeps the token.
+
+    Rows that nobody names, or none at all, still carry zero gradients to what made them.
+    """
+    if visual_ED is None:
+        return x_SD
+    if not len(visual_ED):
+        return x_SD + visual_ED.sum().to(x_SD.dtype)
+    visual_SD = visual_ED[visual_row_S.clamp(min=0).long()].to(x_SD.dtype)
+    return torch.where((visual_row_S >= 0).unsqueeze(1), visual_SD, x_SD)
+
+
+def rows_of(batch: torch.Size, device: torch.device) -> Segments:
+    """Return the segments of a batch [B, T] laid out as a pack."""
+    rows, length = batch
+    bounds = torch.tensor([*range(0, rows * length + 1, length), rows * length], dtype=torch.int32)
+    return Segments(bounds.to(device), (length,) * rows + (0,), rows)
+
+
+def text_positions(batch: torch.Size, device: torch.device) -> Tensor:
+    """Return the positions [3, B * T] of a batch of text."""
+    return torch.arange(batch[1], device=device).repeat(batch[0]).expand(3, -1)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (B, T), both at least 1")

@@ -1,0 +1,133 @@
+"""The shape of a causal language model, and what its family does differently from the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["llama", "glm4", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches slow rotations for contexts longer than those of its pretraining.
+
+    Attributes:
+        factor: by which the slowest rotations are slowed down.
+        low_freq_factor: rotations with a wave longer than original_max_tokens over this are the slow ones.
+        high_freq_factor: those with a wave shorter than original_max_tokens over this stay; between them it blends.
+        original_max_tokens: the context of the pretraining.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_tokens: int
+
+
+def mrope_section(pairs: int) -> tuple[int, int, int]:
+    """Return how GLM-OCR divides a head's turning pairs among time, row and column: 8, 12 and 12 of 32."""
+    time = pairs // 4
+    row = (pairs - time) // 2
+    return time, row, pairs - time - row
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Shape and options of a causal decoder.
+
+    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm4` also normalizes what each
+    branch gives before it is added (sandwich norm) and turns neighboring channels of the first part of a head;
+    `qwen3` normalizes queries and keys per head.
+
+    Attributes:
+        family: llama, glm4 or qwen3.
+        vocab_size: V.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: H, of the queries.
+        num_kv_heads: G, of keys and values; divides H.
+        head_dim: K.
+        mlp_dim: F, of the gate and of the up projection.
+        max_tokens: of a sequence, prompt and answer.
+        eps: of the norms.
+        rope_base: of the rotation's angles.
+        rope_scaling: of long contexts; None where there is none.
+        rotary_fraction: of a head's channels that turn.
+        mrope_section: pairs of channels that turn by time, row and column of a visual token; None where every token
+            has one position.
+        qkv_bias: of the query, key and value projections.
+        proj_bias: of the output projection of attention.
+        mlp_bias: of the MLP.
+        tied: the head is the embedding.
+        eos_ids: tokens that end an answer.
+        bos_id: the token that begins a text, if any.
+        pad_id: the token that fills up finished answers; the first of eos_ids if None.
+
+    Errors: ValueError when a size is not positive, heads do not divide or an option is unknown.
+    """
+
+    family: Family
+    vocab_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_tokens: int = 2048
+    eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0
+    mrope_section: tuple[int, int, int] | None = None
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "embed_dim", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_tokens")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} must be one of {', '.join(FAMILIES)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
+        if not (0.0 < self.eps < math.inf and 0.0 < self.rope_base < math.inf):
+            raise ValueError(f"eps={self.eps} and rope_base={self.rope_base} must be positive")
+        if not 0.0 < self.rotary_fraction <= 1.0 or self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be whole pairs")
+        if self.mrope_section is not None and sum(self.mrope_section) != self.rotary_dim // 2:
+            raise ValueError(f"mrope_section={self.mrope_section} must add up to {self.rotary_dim // 2} pairs")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def sandwich_norm(self) -> bool:
+        """Whether each branch is normalized before it is added."""
+        return self.family == "glm4"
+
+    @property
+    def interleaved_rotary(self) -> bool:
+        """Whether channels (2 i, 2 i + 1) turn together; otherwise (i, i + rotary_dim / 2)."""
+        return self.family == "glm4"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalized per head."""
+        return self.family == "qwen3"
+
+    @property
+    def fill_id(self) -> int:
+        """What stands behind the end of an answer that finished before the others of its batch."""
+        return self.pad_id if self.pad_id is not None else next(iter(self.eos_ids), 0)

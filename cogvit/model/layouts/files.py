@@ -1,0 +1,89 @@
+"""A directory of config.json and safetensors, the form in which weights travel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvit.errors import CheckpointError
+
+CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_files(directory: Path, values: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors; the directory is made."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / CONFIG, values)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Errors: CheckpointError when the file is missing or holds none."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} an export?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return values
+
+
+def read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors, or of its parts, whose names begin with a prefix, without it.
+
+    Errors: CheckpointError when a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights: dict[str, Tensor] = {}
+    files = [directory / _WEIGHTS]
+    index = directory / f"{_WEIGHTS}.index.json"  # of a checkpoint that is split over files
+    if index.exists():
+        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                for prefix in prefixes:
+                    found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+                    weights.update({name.removeprefix(prefix): weight for name, weight in found.items()})
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; is {directory} an export?") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    return weights
+
+
+def check_numbers(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    """Look at what was read. Errors: CheckpointError names weights that are no floats, NaN or infinite."""
+    kinds = {name: weight.dtype for name, weight in weights.items()}
+    foreign = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in _FLOATS]
+    if foreign:
+        raise CheckpointError(
+            f"{directory} holds weights that are no floats of 16 bits or more: {_some(foreign)}; quantized models"
+            " must be converted first"
+        )
+    broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight.sum(dtype=torch.float64)))]
+    if broken:
+        raise CheckpointError(f"{directory} holds NaN or infinite values in {_some(broken)}; take another copy of it")
+
+
+def _some(problems: list[str]) -> str:
+    more = len(problems) - 3
+    return ", ".join(problems[:3]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,83 @@
+"""Our own layout of a vision-language model: a directory of directories, each of which loads alone.
+
+`vision` is what `CogViT.from_pretrained` reads, `language` what `AutoModelForCausalLM` and `AutoTokenizer` of
+transformers read, `adapter` holds what stands between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cogvit.config import from_json
+from cogvit.errors import CheckpointError, ConfigError
+from cogvit.model.config import AdapterConfig
+from cogvit.model.image_input import ImageLimits
+from cogvit.model.layouts import glm_ocr_full
+from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
+
+VISION, ADAPTER, LANGUAGE = "vision", "adapter", "language"
+MODEL_TYPE = "cogvit_vlm"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the parts do not say themselves."""
+
+    image_token_id: int
+    min_pixels: float
+    max_pixels: float
+    adapter: AdapterConfig
+    weights: dict[str, Tensor]  # of the adapter
+
+
+def model_type(directory: Path) -> str:
+    """Return which layout a directory has. Errors: CheckpointError for one that is no vision-language model."""
+    values = read_json(directory / CONFIG)
+    if "objective" in values:
+        raise CheckpointError(f"{directory} is a run; python -m tools.export {directory} --out DIR makes weights of it")
+    found = values.get("model_type")
+    known = (MODEL_TYPE, glm_ocr_full.MODEL_TYPE)
+    if found not in known:
+        raise CheckpointError(
+            f"{directory / CONFIG} is not of a vision-language model: model_type is {found!r}; expected one of"
+            f" {', '.join(known)}"
+        )
+    return str(found)
+
+
+def write(
+    directory: Path, image_token_id: int, limits: ImageLimits, adapter: AdapterConfig, weights: Mapping[str, Tensor]
+) -> None:
+    """Write what the encoder and the language model do not write themselves; the directory is made."""
+    write_files(directory / ADAPTER, asdict(adapter), weights)
+    sizes = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
+    write_json(directory / CONFIG, {"model_type": MODEL_TYPE, "image_token_id": image_token_id, **sizes})
+
+
+def read(directory: Path) -> Joint:
+    """Read what `write` wrote. Errors: CheckpointError when a file is missing or damaged or a value is none."""
+    values, weights = read_json(directory / CONFIG), read_weights(directory / ADAPTER, "")
+    check_numbers(directory / ADAPTER, weights)
+    try:
+        adapter = from_json(AdapterConfig, read_json(directory / ADAPTER / CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / ADAPTER / CONFIG}: {error}") from None
+    return Joint(
+        image_token_id=int(_number(directory, values, "image_token_id")),
+        min_pixels=_number(directory, values, "min_pixels"),
+        max_pixels=_number(directory, values, "max_pixels"),
+        adapter=adapter,
+        weights=weights,
+    )
+
+
+def _number(directory: Path, values: Mapping[str, Any], name: str) -> float:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{directory / CONFIG}: {name}={value!r} must be a number")
+    return value

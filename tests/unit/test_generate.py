@@ -1,0 +1,71 @@
+"""`python -m cogvit.generate` on an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogvit import VisionLanguageModel
+from cogvit.config.arguments import run_command
+from cogvit.generate import Arguments, generate
+from tests.language import QUESTION, conversation, picture, tiny_vlm
+
+
+def run(*argv: str) -> int:
+    return run_command(list(argv), "usage", Arguments, generate)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    tiny_vlm(eos_ids=(0,)).save_pretrained(tmp_path / "export")
+    for number, size_px in enumerate([(16, 24), (40, 24)]):
+        picture(*size_px, seed=number).save(tmp_path / f"{number}.png")
+    return tmp_path / "export"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_it_prints_the_models_answer(export: Path, capsys: pytest.CaptureFixture[str], count: int) -> None:
+    files = [str(export.parent / f"{number}.png") for number in range(count)]
+    flags = ["--image", ",".join(files)] if files else []
+    assert run(str(export), "--prompt", QUESTION, *flags, "--max-new-tokens", "12") == 0
+    pictures = [picture(16, 24, seed=0), picture(40, 24, seed=1)][:count]
+    assert (
+        capsys.readouterr().out
+        == VisionLanguageModel.from_pretrained(export).generate(conversation(*pictures), max_new_tokens=12) + "\n"
+    )
+
+
+def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_vlm(eos_ids=(0,))
+    model.save_glm_ocr_full(tmp_path)
+    assert run(str(tmp_path), "--prompt", QUESTION, "--max-new-tokens=12", "--temperature=2", "--seed=5") == 0
+    assert capsys.readouterr().out == model.generate(conversation(), 12, temperature=2.0, seed=5) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--prompt TEXT is needed"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens many must be a number"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature=-1.0 must be 0"),
+        (["--prompt", "a", "--image", "none.png"], "the image none.png does not exist"),
+        (["--prompt", "a", "--max-new-tokens", "5000"], "exceed the model's max_tokens=512"),
+        (["--prompt", "<|image|>"], "1 <|image|> for 0 images"),
+    ],
+)
+def test_mistakes_are_one_line(
+    export: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert run(str(export), *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_what_is_no_export_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(tmp_path), "--prompt", "a") == 2
+    assert "config.json does not exist; is" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"objective": "language"}')
+    assert run(str(tmp_path), "--prompt", "a") == 2
+    assert "is a run; python -m tools.export" in capsys.readouterr().err
