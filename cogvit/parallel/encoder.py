@@ -61,7 +61,7 @@ class TrunkStage(nn.Module):
         self.offload = memory.offload
         self.config = megatron_config(cfg, mesh, memory, sequence=parallel.sequence)
         self.model_type = ModelType.encoder_or_decoder
-        self.layers = build_trunk(cfg, self.config, mesh)
+        self.layers = build_trunk(cfg, self.config, mesh, memory)
 
     def set_input_tensor(self, received: list[Tensor | None]) -> None:
         """Take the previous stage's output (the schedule calls it before each forward)."""
