@@ -22,10 +22,9 @@ from cogvit.config import ActivationConfig
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.position import apply_rotary
 from cogvit.model.tokens import PackedLayout
 from cogvit.parallel.mesh import Mesh
-from cogvit.parallel.pieces import activated, compute_dtype, normalized, with_branch
+from cogvit.parallel.pieces import Pieces, Weights, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -57,6 +56,8 @@ class PackedStream(PackedSeqParams):
 class TensorSyncedNorm(nn.Module):
     """A norm whose replicated weight gets the tensor ranks' summed gradients where each sees a part of the input."""
 
+    pieces = Pieces()
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -70,13 +71,17 @@ class TensorSyncedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if kind == "layernorm" else None
         self.eps, self.sync = eps, sync
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dim in fp32; gives autocast's dtype."""
+    def synced(self) -> Weights:
+        """Return weight and bias as a forward uses them."""
         weight, bias = self.weight, self.bias
         if self.sync:
             weight = copy_to_tensor_model_parallel_region(weight)
             bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
-        return normalized(x, weight, bias, self.eps, compute_dtype(x))
+        return weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dim in fp32; gives autocast's dtype."""
+        return self.pieces.normalized(x, self.synced(), self.eps, compute_dtype(x))
 
 
 class _Cast:
@@ -101,6 +106,7 @@ class PackedSelfAttention(SelfAttention):
     """The plain model's attention on Megatron's linear layers: QK-norm, rotary positions, each image by itself."""
 
     recompute = False  # do it again in backward, from the fused q, k, v
+    pieces = Pieces()
 
     def forward(
         self, hidden_states: Tensor, attention_mask: None, *, packed_seq_params: PackedStream, **unused: Any
@@ -115,11 +121,11 @@ class PackedSelfAttention(SelfAttention):
     def _attend(self, qkv_S1F: Tensor, layout: PackedLayout) -> Tensor:
         by_head_SHF = qkv_S1F.view(len(qkv_S1F), self.num_attention_heads_per_partition, -1)
         q_SHK, k_SHK, v_SHK = by_head_SHF.chunk(3, dim=-1)
-        if self.q_layernorm is not None:
-            q_SHK, k_SHK = self.q_layernorm(q_SHK), self.k_layernorm(k_SHK)
-        if layout.cos_SK is not None and layout.sin_SK is not None:
-            q_SHK = apply_rotary(q_SHK, layout.cos_SK, layout.sin_SK)
-            k_SHK = apply_rotary(k_SHK, layout.cos_SK, layout.sin_SK)
+        norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
+        angles = None if layout.cos_SK is None or layout.sin_SK is None else (layout.cos_SK, layout.sin_SK)
+        q_SHK, k_SHK = self.pieces.heads(
+            q_SHK, k_SHK, norms, angles, self.config.layernorm_epsilon, compute_dtype(q_SHK)
+        )
         return packed_attention(q_SHK, k_SHK, v_SHK, layout.segments).flatten(1)
 
 
@@ -127,6 +133,7 @@ class PackedMLP(MLP):
     """The plain model's MLP on Megatron's linear layers."""
 
     recompute = False  # do it again in backward, from its input
+    pieces = Pieces()
 
     def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
         """Return the output without its bias, and the bias."""
@@ -135,7 +142,7 @@ class PackedMLP(MLP):
 
     def _output(self, x_S1D: Tensor) -> Tensor:
         h_S1F, bias_F = self.linear_fc1(x_S1D)
-        return self.linear_fc2(activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
+        return self.linear_fc2(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
 
 
 def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -148,6 +155,8 @@ def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 class ResidualBranch(nn.Module):
     """Megatron's bias-dropout-add slot: bias, LayerScale and stateless stochastic depth of one residual branch."""
+
+    pieces = Pieces()
 
     def __init__(self, tower: TowerConfig, *, layer: int, branch: int, sync: bool) -> None:
         super().__init__()
@@ -170,7 +179,7 @@ class ResidualBranch(nn.Module):
             if training and self.rate > 0.0:
                 assert self.local is not None
                 scale_S = depth_scale(self.local, self.rate, self.layer, self.branch)
-            return with_branch(residual, x, bias, gamma, scale_S)
+            return self.pieces.with_branch(residual, x, bias, gamma, scale_S)
 
         return add
 
@@ -251,7 +260,7 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
 
 
 def build_trunk(
-    tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig
+    tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
     norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": config.sequence_parallel})
@@ -289,6 +298,8 @@ def build_trunk(
     for module in block.modules():
         if isinstance(module, (PackedSelfAttention, PackedMLP)):
             module.recompute = memory.recompute == "selective"
+        if isinstance(module, (PackedSelfAttention, PackedMLP, TensorSyncedNorm, ResidualBranch)):
+            module.pieces = pieces
     return block
 
 

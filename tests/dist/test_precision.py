@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -48,3 +49,14 @@ def test_what_is_recomputed_in_bf16_is_what_was_computed(pool: Pool, stage: str,
         assert again.losses == kept.losses
         for name, gradient in kept.gradients.items():
             assert torch.equal(again.gradients[name], gradient), f"{recompute}: {name}"
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs g++, which is not here")
+def test_fused_pieces_train_the_same_run(pool: Pool) -> None:
+    case = Case(family="cogvit_l")
+    plain, fused = run(pool, case), pool.run(train, args=(replace(case, fusion="on"), 1), world=1, timeout_s=380.0)[0]
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-6)
+    for name, gradient in plain.gradients.items():
+        error = (fused.gradients[name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm(), f"{name}: {error / gradient.norm():.1e}"

@@ -68,6 +68,7 @@ def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
             ActivationConfig(recompute),
             num_tokens=TOKENS,
             num_slots=SLOTS,
+            fusion="off",
         )
         images = PackedImages(
             patches=torch.empty(TOKENS, 588, dtype=torch.uint8),
