@@ -6,14 +6,22 @@ L caption tokens of a pack, M masked tokens of a pack, C teacher channels, P pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Reads = Literal["images", "captions"]  # what a stage reads of a sample: its image, or a caption of it too
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What the host knows of a pack, so that nothing has to ask the device and wait for it."""
+
+    lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; none of captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,7 @@ class PackedImages:
         grid_hw: [N, 2] int32, rows and columns of patches; (0, 0) where absent.
         key: [N] int64, seed of every random draw for this image.
         weight: [N] float32, 1, or 0 for an image that is absent or failed to decode.
+        host: lengths and grids once more; None where only the device knows them, and a pass has to wait for it.
     """
 
     patches: Tensor
@@ -36,6 +45,7 @@ class PackedImages:
     grid_hw: Tensor
     key: Tensor
     weight: Tensor
+    host: HostView | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +74,7 @@ class PackedText:
         caption_id: [N] int64, hash of the caption's tokens: equal captions are not negatives of each other.
         concept_id: [N] int64, hash of all captions of the sample, in every language: nor are translations.
         weight: [N] float32, 1, or 0 where absent.
+        host: as in `PackedImages`.
     """
 
     ids: Tensor
@@ -72,6 +83,7 @@ class PackedText:
     caption_id: Tensor
     concept_id: Tensor
     weight: Tensor
+    host: HostView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +181,14 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
 
 
 def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
-    return replace(packed, **{f.name: change(getattr(packed, f.name)) for f in fields(packed)})
+    tensors: dict[str, Any] = {f.name: change(getattr(packed, f.name)) for f in fields(packed) if f.name != "host"}
+    return replace(packed, **tensors)
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return a few values as a tensor on a device, without waiting for what the device is doing."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pinned(step: StepBatch) -> StepBatch:
@@ -214,8 +233,12 @@ def _emptied(batch: Batch) -> Batch:
 
 
 def _padding_like(packed: Packed) -> Packed:
-    blank = {f.name: torch.zeros_like(getattr(packed, f.name)) for f in fields(packed)}
-    blank["cu_seqlens"][-1] = packed.cu_seqlens[-1]
+    blank = _each(packed, torch.zeros_like)
+    blank.cu_seqlens[-1] = packed.cu_seqlens[-1]
     if isinstance(packed, PackedSequence):
-        blank["visual_row"] -= 1
-    return replace(packed, **blank)
+        blank.visual_row.sub_(1)
+        return blank
+    if packed.host is None:
+        return blank
+    lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids)))

@@ -31,6 +31,7 @@ from cogvit.batch import Batch, DataPosition, Reads, StepBatch, StreamedSample
 from cogvit.config import RunConfig
 from cogvit.draws import mix, name_to_int64
 from cogvit.errors import DataError
+from data_pipeline.assembly import Spoken, assemble_text
 from data_pipeline.balance import attention_cost, place, spread
 from data_pipeline.caption import (
     LANGUAGES,
@@ -43,7 +44,7 @@ from data_pipeline.caption import (
 )
 from data_pipeline.decode import read_header
 from data_pipeline.index import DEFAULT_SOURCE
-from data_pipeline.loader import Decoded, Spoken, assemble_text, caption_cost, decode_pack, in_order, pack_limits
+from data_pipeline.loader import Decoded, caption_cost, decode_pack, in_order, pack_limits
 from data_pipeline.permutation import permute
 from data_pipeline.plan import attention_tokens
 from data_pipeline.rules import Rules

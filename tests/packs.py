@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogvit.batch import Batch, PackedImages, PackedText, TeacherTargets
+from cogvit.batch import Batch, HostView, PackedImages, PackedText, TeacherTargets
 from cogvit.draws import mix
 from cogvit.objective.masking import mask_tokens
 from cogvit.teacher.stream import is_summary
@@ -30,6 +30,9 @@ def random_images(seed: int, *, num_tokens: int = 96, num_slots: int = 8, patch_
         grid_hw=_int32(grids + [(0, 0)] * absent),
         key=mix(torch.arange(num_slots) + 1000 * seed, 7),
         weight=torch.tensor([1.0] * len(grids) + [0.0] * absent),
+        host=HostView(
+            (*(r * c for r, c in grids), *[0] * absent, num_tokens - bounds[-1]), (*grids, *[(0, 0)] * absent)
+        ),
     )
 
 
@@ -46,6 +49,7 @@ def random_text(seed: int, images: PackedImages, *, num_tokens: int = 80, vocab_
         caption_id=torch.randint(0, 10, (images.num_slots,), generator=g),
         concept_id=torch.randint(0, 20, (images.num_slots,), generator=g),
         weight=images.weight.clone(),
+        host=HostView((*lengths, num_tokens - sum(lengths))),
     )
 
 

@@ -321,6 +321,9 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: fp32 parameters under autocast")
+    fusion: Literal["auto", "on", "off"] = option(
+        "auto", "norms, rotations, activations and residual branches as one compiled kernel each; auto: on CUDA"
+    )
     out: str = option("", "run directory")
     init: str = option("", "run or export whose weights the run starts from")
     seed: int = option(0, "of weights, plan, masks and every other draw")

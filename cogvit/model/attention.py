@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvit.batch import HostView
+
 
 @dataclass(frozen=True)
 class Segments:
-    """Where each image or caption lies in a packed row; built once per pack, so no layer waits for the device."""
+    """Where each image or caption lies in a packed row; built once a pass, so no layer waits for the device."""
 
     cu_seqlens: Tensor  # [num_valid + 2] int32; the last segment is padding
     lengths: tuple[int, ...]  # of all segments, in tokens
@@ -34,10 +36,12 @@ class Segments:
         return tuple((len(list(run)), length) for length, run in groupby(valid) if length)
 
 
-def segments_of(cu_seqlens: Tensor) -> Segments:
-    """Build segments from cumulative lengths [S + 1] whose last segment is padding; waits for the device once."""
-    bounds = cu_seqlens.tolist()
-    lengths = tuple(stop - start for start, stop in pairwise(bounds))
+def segments_of(cu_seqlens: Tensor, host: HostView | None = None) -> Segments:
+    """Build segments from cumulative lengths [S + 1] whose last segment is padding.
+
+    host: what the host knows of the same pack; without it this waits for the device.
+    """
+    lengths = tuple(stop - start for start, stop in pairwise(cu_seqlens.tolist())) if host is None else host.lengths
     return Segments(cu_seqlens, lengths, len(lengths) - 1)
 
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvit.batch import PackedImages
+from cogvit.batch import HostView, PackedImages
 
 Grid = tuple[int, int]  # rows, columns in patches
 
@@ -74,6 +74,7 @@ def pack_images(
         grid_hw=torch.tensor([*grids, *[(0, 0)] * absent], dtype=torch.int32).to(device),
         key=key_N.to(device),
         weight=present_N.to(device),
+        host=HostView((*lengths, *[0] * absent, padding), (*grids, *[(0, 0)] * absent)),
     )
 
 
@@ -88,16 +89,18 @@ def pack_batch(batch: Tensor, valid_BN: Tensor | None, patch_size: int, key_B: T
 
     Errors: ValueError when an image has no valid patch or a sequence's places are not those of a grid.
     """
-    size = len(batch)
+    size, host = len(batch), None
     if batch.ndim == 4:
-        patches = patchify(batch, patch_size)
-        places = raster(batch.shape[2] // patch_size, batch.shape[3] // patch_size).to(batch.device).expand(size, -1, 2)
+        patches, (rows, columns) = patchify(batch, patch_size), (side // patch_size for side in batch.shape[2:])
+        places = raster(rows, columns).to(batch.device).expand(size, -1, 2)
+        if valid_BN is None:
+            host = HostView((rows * columns,) * size + (0,), ((rows, columns),) * size)
     else:
         patches, places = batch[..., :-2], batch[..., -2:].to(torch.int32)
     valid = torch.ones(patches.shape[:2], dtype=torch.bool, device=batch.device) if valid_BN is None else valid_BN
     length_B = valid.sum(1)
     grid_B2 = (places * valid.unsqueeze(2)).amax(1) + 1
-    if not bool((length_B > 0).all()):
+    if valid_BN is not None and not bool((length_B > 0).all()):
         raise ValueError(f"image {int(length_B.argmin())} of the batch has no valid patch in valid_mask")
     if batch.ndim == 3:
         _check_places(places, valid, grid_B2)
@@ -109,6 +112,7 @@ def pack_batch(batch: Tensor, valid_BN: Tensor | None, patch_size: int, key_B: T
         grid_hw=grid_B2,
         key=key_B,
         weight=torch.ones(size, device=batch.device),
+        host=host,
     )
 
 

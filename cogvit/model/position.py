@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from cogvit.batch import sent
+
 _ROTARY_BASE = 10000.0
 
 
@@ -43,7 +45,7 @@ class PositionTable(nn.Module):
         # A pack of nothing but padding still reads the table, so that every rank has its (zero) gradient.
         tables = [self.on_grid(*grid) for grid in first] or [self.on_grid(*self.embed.shape[-2:])]
         place = [(first.get(grid, 0), grid[1]) for grid in grids] + [(0, 0)]
-        start_T, columns_T = torch.tensor(place, device=slot_T.device)[slot_T].unbind(1)
+        start_T, columns_T = sent(place, slot_T.device)[slot_T].unbind(1)
         index_T = start_T + row_col_T2[:, 0] * columns_T + row_col_T2[:, 1]
         return F.embedding(torch.where(slot_T < len(grids), index_T, 0), torch.cat(tables))
 

@@ -65,6 +65,7 @@ def add_pairs(sums: Sums, images: Side, texts: Side, d_text_mE: Tensor, logits: 
     paired: image i belongs to text i; otherwise all pairs are negatives.
     """
     size = logits.chunk
+    overlaps = _overlaps(images.identity_nK, texts.identity_nK, size)
     text_blocks = zip(texts.embed_nE.split(size), texts.identity_nK.split(size), d_text_mE.split(size), strict=True)
     for column, (text_cE, text_id_cK, d_text_cE) in enumerate(text_blocks):
         scaled_cE = logits.temperature * text_cE
@@ -74,7 +75,7 @@ def add_pairs(sums: Sums, images: Side, texts: Side, d_text_mE: Tensor, logits: 
         )
         for row, (image_rE, image_id_rK, d_image_rE) in enumerate(image_blocks):
             logit_rc = torch.addmm(logits.bias, image_rE, scaled_cE.T)
-            same_rc = _same(image_id_rK, text_id_cK)
+            same_rc = _same(image_id_rK, text_id_cK) if overlaps[row][column] else None
             loss, d_logit_rc = _block(logit_rc, same_rc, paired=paired and row == column)
             sums.loss.add_(loss)
             sums.d_bias.add_(d_logit_rc.sum())
@@ -96,11 +97,27 @@ def _block(logit_rc: Tensor, same_rc: Tensor | None, *, paired: bool) -> tuple[T
     return loss_rc.sum(), d_logit_rc
 
 
-def _same(image_id_rK: Tensor, text_id_cK: Tensor) -> Tensor | None:
-    """Say which pairs agree in one of the K identities; None, which is the rule and cheap to see, where none does."""
-    found = None
-    for image_id_r, text_id_c in zip(image_id_rK.unbind(1), text_id_cK.unbind(1), strict=True):
-        if torch.isin(image_id_r, text_id_c).any():
-            same_rc = image_id_r.unsqueeze(1) == text_id_c
-            found = same_rc if found is None else found | same_rc
+def _overlaps(image_id_nK: Tensor, text_id_mK: Tensor, size: int) -> list[list[bool]]:
+    """Say in which blocks an image and a text agree in one of the K identities: in few, and that is cheap to see.
+
+    On CUDA in all of them, unseen: to look would be to wait for the device.
+    """
+    images, texts = image_id_nK.split(size), text_id_mK.split(size)
+    if image_id_nK.is_cuda or not image_id_nK.shape[1]:
+        return [[bool(image_id_nK.shape[1])] * len(texts)] * len(images)
+    agree = [
+        torch.isin(image_id_r, text_id_c).any()
+        for image_id_rK in images
+        for text_id_cK in texts
+        for image_id_r, text_id_c in zip(image_id_rK.unbind(1), text_id_cK.unbind(1), strict=True)
+    ]
+    found: list[list[bool]] = torch.stack(agree).view(len(images), len(texts), -1).any(2).tolist()
     return found
+
+
+def _same(image_id_rK: Tensor, text_id_cK: Tensor) -> Tensor:
+    """Say which pairs agree in one of the K identities, [r, c]."""
+    same_rc = image_id_rK[:, None, 0] == text_id_cK[:, 0]
+    for image_id_r, text_id_c in zip(image_id_rK.unbind(1)[1:], text_id_cK.unbind(1)[1:], strict=True):
+        same_rc |= image_id_r.unsqueeze(1) == text_id_c
+    return same_rc

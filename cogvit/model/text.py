@@ -24,7 +24,7 @@ def text_layout(text: PackedText, key_N: Tensor | None = None) -> PackedLayout:
         key_N: the slots' keys (`PackedImages.key`), which seed stochastic depth; by default the captions' ids, whose
             draws never change.
     """
-    order = token_order(segments_of(text.cu_seqlens), cls=False)
+    order = token_order(segments_of(text.cu_seqlens, text.host), cls=False)
     index_L = torch.arange(len(text.ids), device=text.cu_seqlens.device, dtype=torch.int32)
     slot_L = torch.searchsorted(text.cu_seqlens[1:-1].contiguous(), index_L, right=True)
     key_N = text.caption_id if key_N is None else key_N

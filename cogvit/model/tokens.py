@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -62,8 +63,11 @@ class TokenOrder:
 def token_order(segments: Segments, *, cls: bool) -> TokenOrder:
     """Return the order of a pack's tokens, each image behind its CLS token if there is one.
 
-    CLS tokens of absent images lie behind the padding. Images stay as they lie where sorting makes no larger batches.
+    CLS tokens of absent images lie behind the padding. Images stay as they lie where sorting makes no larger batches,
+    and on CUDA, where attention takes them as they are and the order is made without the host.
     """
+    if segments.cu_seqlens.is_cuda:
+        return order_behind_cls(segments) if cls else TokenOrder(segments, None, None)
     lengths, bounds = segments.lengths[:-1], [0, *accumulate(segments.lengths)]
     num_tokens, slots = bounds[-1], list(range(len(lengths)))
     if len({*lengths} - {0}) < len(segments.runs):
@@ -84,6 +88,25 @@ def token_order(segments: Segments, *, cls: bool) -> TokenOrder:
         source_S.to(device),
         source_S.argsort().to(device),
     )
+
+
+def order_behind_cls(segments: Segments) -> TokenOrder:
+    """Return the order that puts each image's CLS token before its patches, computed on the segments' device."""
+    bounds, num_slots, num_tokens = segments.cu_seqlens.long(), segments.num_valid, sum(segments.lengths)
+    # How many CLS tokens lie before each slot, and before the padding.
+    ahead = F.pad((bounds.diff()[:-1] > 0).cumsum(0), (1, 0))
+    index_T = torch.arange(num_tokens, device=bounds.device)
+    slot_T = torch.searchsorted(bounds[1:-1].contiguous(), index_T, right=True)
+    patch_T = index_T + torch.cat([ahead[1:], ahead[-1:]])[slot_T]
+    index_N = torch.arange(num_slots, device=bounds.device)
+    absent_N = num_tokens + ahead[-1] + index_N - ahead[:-1]
+    cls_N = torch.where(bounds.diff()[:-1] > 0, bounds[:-2] + ahead[:-1], absent_N)
+    place_S = torch.cat([patch_T, cls_N])
+    source_S = torch.empty_like(place_S).scatter_(0, place_S, torch.arange(len(place_S), device=bounds.device))
+    ends = torch.cat([bounds[:-1] + ahead, bounds[-1:] + num_slots])
+    lengths = [length + 1 if length else 0 for length in segments.lengths[:-1]]
+    padding = num_tokens + num_slots - sum(lengths)
+    return TokenOrder(Segments(ends.to(torch.int32), (*lengths, padding), num_slots), source_S, place_S)
 
 
 @dataclass(frozen=True)
@@ -135,5 +158,5 @@ def pool_mean(x_TD: Tensor, slot_T: Tensor, num_slots: int) -> Tensor:
     """
     x_TD = x_TD.float()
     sum_ND = x_TD.new_zeros(num_slots + 1, x_TD.shape[1]).index_add(0, slot_T, x_TD)[:-1]
-    count_N = slot_T.bincount(minlength=num_slots + 1)[:num_slots]
+    count_N = x_TD.new_zeros(num_slots + 1).index_add(0, slot_T, torch.ones_like(x_TD[:, 0]))[:-1]
     return sum_ND / count_N.clamp(min=1).unsqueeze(1)

@@ -33,11 +33,18 @@ def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
         slot_N = torch.where(present_N, torch.arange(num_slots, device=slot_S.device), num_slots)
         slot_S = torch.cat([slot_S, slot_N])
         row_col_S2 = F.pad(row_col_S2, (0, 0, 0, num_slots))
-    order = token_order(segments_of(images.cu_seqlens), cls=cfg.use_cls_token)
+    order = token_order(segments_of(images.cu_seqlens, images.host), cls=cfg.use_cls_token)
     cos_SK = sin_SK = None
     if cfg.position == "rotary":
         cos_SK, sin_SK = rotary_2d(order.arrange(row_col_S2), cfg.head_dim)
     return PackedLayout(order, cos_SK, sin_SK, order.arrange(slot_S), images.key)
+
+
+def grids_of(images: PackedImages) -> tuple[Grid, ...]:
+    """Return rows and columns of each slot; waits for the device where the host does not know them."""
+    if images.host is not None:
+        return images.host.grids
+    return tuple((rows, columns) for rows, columns in images.grid_hw.tolist())
 
 
 def split_packed(x_SD: Tensor, layout: PackedLayout, num_tokens: int) -> PackedFeatures:
@@ -80,8 +87,7 @@ class VisionEmbedding(nn.Module):
         if mask_T is not None:
             x_SD = torch.where(mask_T.unsqueeze(1), self.mask_token[0], x_SD)
         if self.pos_embed is not None:
-            grids = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
-            x_SD = x_SD + self.pos_embed(grids, images.row_col, images.segment())
+            x_SD = x_SD + self.pos_embed(grids_of(images), images.row_col, images.segment())
         if self.cls_token is not None:
             x_SD = torch.cat([x_SD, self.cls_token[0].expand(images.num_slots, -1)])
         x_SD = layout.order.arrange(x_SD)
@@ -146,7 +152,7 @@ class CogViT(VisionEmbedding):
         Returns a dict: "patch_tokens" [B, N, D], zeros at padding; "cls_token" [B, D] or None; "grid", rows and columns
         of the batch, or a list of each image's for sequences.
 
-        Errors: ValueError when a shape is wrong, the input is not finite or an image has no valid patch.
+        Errors: ValueError when a shape is wrong or an image has no valid patch. What is not finite comes out so.
         """
         grid, num_patches = self._check_batch(x)
         for name, given in (("mask", mask), ("valid_mask", valid_mask)):
@@ -179,8 +185,6 @@ class CogViT(VisionEmbedding):
                 f"the input has shape {tuple(x.shape)}; expected images (B, {cfg.in_chans}, H, W), B at least 1, or"
                 f" sequences (B, N, {patch_dim + 2})"
             )
-        if x.is_floating_point() and not bool(torch.isfinite(x.sum(dtype=torch.float32))):
-            raise ValueError("the input holds NaN or infinite values")
         if not images:
             return None, x.shape[1]
         rows, columns = x.shape[2] // cfg.patch_size, x.shape[3] // cfg.patch_size

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cogvit.batch import Batch, PackedImages
 from cogvit.config import SUMMARY
 from cogvit.model.tokens import PackedFeatures, pool_mean
-from cogvit.objective.masking import mask_tokens
+from cogvit.objective.masking import mask_tokens, rows_of
 from cogvit.parallel.encoder import VisionStage
 from cogvit.parallel.schedule import Schedule
 
@@ -85,9 +85,10 @@ class Distill:
     ) -> dict[str, Tensor]:
         mesh = schedule.mesh
         masks = [mask_tokens(batch.images, self.mask_ratio) for batch in micro]
+        masked = [rows_of(m, b.images, self.mask_ratio) for b, m in zip(micro, masks, strict=True)]
         weights = [
-            torch.cat([b.images.weight, b.images.weight.new_zeros(1)])[b.images.segment()[m]]
-            for b, m in zip(micro, masks, strict=True)
+            torch.cat([b.images.weight, b.images.weight.new_zeros(1)])[b.images.segment()[rows_M]]
+            for b, rows_M in zip(micro, masked, strict=True)
         ]
         num_tokens = sum_over_data(torch.stack([weight_M.sum() for weight_M in weights]).sum(), schedule).clamp(min=1.0)
         num_images = num_tokens
@@ -101,14 +102,14 @@ class Distill:
         def loss(features: PackedFeatures, index: int) -> tuple[Tensor, dict[str, Tensor]]:
             targets = micro[index].targets
             assert targets is not None, "stage 1 needs teacher targets"
-            images, x_MD = micro[index].images, features.patch_TD[masks[index]].float()
-            present_N = images.grid_hw[:, 0] > 0
+            images, x_MD = micro[index].images, features.patch_TD[masked[index]].float()
             errors = {}
             for name, term in self.terms.items():
                 if name.endswith(SUMMARY):
-                    x_ND = summary(features, images)[present_N]
+                    present = present_slots(images)
+                    x_ND = summary(features, images)[present]
                     error_N = model.error(name, term.error, x_ND, targets.features[name])
-                    errors[name] = (error_N * images.weight[present_N]).sum() / num_images
+                    errors[name] = (error_N * images.weight[present]).sum() / num_images
                 else:
                     error_M = model.error(name, term.error, x_MD, targets.features[name])
                     errors[name] = (error_M * weights[index]).sum() / num_tokens
@@ -127,6 +128,14 @@ class Distill:
 
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.terms[name].weight * error for name, error in errors.items()]).sum()
+
+
+def present_slots(images: PackedImages) -> Tensor:
+    """Return the slots [n] int64 that hold an image."""
+    present_N = images.grid_hw[:, 0] > 0
+    if images.host is None:
+        return present_N.nonzero().squeeze(1)
+    return torch.nonzero_static(present_N, size=sum(rows > 0 for rows, _ in images.host.grids)).squeeze(1)
 
 
 def summary(features: PackedFeatures, images: PackedImages) -> Tensor:

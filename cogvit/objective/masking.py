@@ -36,6 +36,14 @@ def mask_tokens(images: PackedImages, ratio: float) -> Tensor:
     return rank_T < quota_S[slot_T]
 
 
+def rows_of(mask_T: Tensor, images: PackedImages, ratio: float) -> Tensor:
+    """Return the rows [M] int64 where a mask of `mask_tokens` is true; the host knows how many without asking."""
+    if images.host is None:
+        return mask_T.nonzero().squeeze(1)
+    count = sum(num_masked(length, ratio) for length in images.host.lengths[:-1])
+    return torch.nonzero_static(mask_T, size=count).squeeze(1)
+
+
 def mask_image(key: int, num_patches: int, ratio: float) -> Tensor:
     """Return the bool [num_patches] mask of one image, equal to its part of `mask_tokens`."""
     score = mix(torch.tensor(key, dtype=torch.int64), _MASK_SALT, torch.arange(num_patches))

@@ -57,13 +57,13 @@ def sigmoid_gradients(
     them are no negatives of each other, `config.leave_out` says. Collective over the dp ranks.
     """
     dtype = torch.promote_types(image_nE.dtype, torch.float32)
-    here = pairs.weight.nonzero().squeeze(1)
+    counts = _counts(pairs.weight, mesh)
+    here = torch.nonzero_static(pairs.weight, size=counts[mesh.dp_rank]).squeeze(1)
     identity_nK = pairs.identity(config.leave_out)[here]
     images = Side(_rows(image_nE.detach(), here).to(dtype), identity_nK)
     texts = Side(_rows(text_nE.detach(), here).to(dtype), identity_nK)
     limit = math.log(config.max_temperature)
     logits = Logits(log_t.detach().to(dtype).clamp(max=limit).exp(), bias.detach().to(dtype), config.chunk_pairs)
-    counts = _counts(len(here), mesh)
     num_pairs = max(sum(counts), 1)
     sums = no_sums(images)
     compare = _ring if config.loss == "ring" else _gather
@@ -188,13 +188,13 @@ class _Mail:
             work.wait()
 
 
-def _counts(own: int, mesh: Mesh) -> list[int]:
-    """Return how many pairs each dp rank brings."""
-    if mesh.dp_size == 1:
-        return [own]
-    counts = torch.zeros(mesh.dp_size, dtype=torch.int64, device=mesh.device)
-    dist.all_gather(list(counts.split(1)), counts.new_tensor([own]), group=mesh.dp_group)
-    return counts.tolist()
+def _counts(weight_n: Tensor, mesh: Mesh) -> list[int]:
+    """Return how many pairs each dp rank brings; the one place where the loss waits for the device."""
+    own = weight_n.count_nonzero().reshape(1)
+    counts = own.new_zeros(mesh.dp_size)
+    if mesh.dp_size > 1:
+        dist.all_gather(list(counts.split(1)), own, group=mesh.dp_group)
+    return (counts if mesh.dp_size > 1 else own).tolist()
 
 
 def _gathered(local: Tensor, counts: Sequence[int], mesh: Mesh) -> list[Tensor]:

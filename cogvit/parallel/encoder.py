@@ -20,6 +20,7 @@ from cogvit.model.text import TextEmbedding, text_layout
 from cogvit.model.tokens import PackedFeatures, PackedLayout, pool_mean
 from cogvit.model.vit import VisionEmbedding, split_packed, vision_layout
 from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.pieces import Fusion, pieces_on
 from cogvit.parallel.trunk import PackedStream, build_trunk, local_layout, megatron_config
 
 from megatron.core.tensor_parallel.mappings import (  # isort: skip
@@ -54,6 +55,7 @@ class TrunkStage(nn.Module):
         parallel: ParallelConfig,
         memory: ActivationConfig,
         num_tokens: int,
+        fusion: Fusion = "auto",
     ) -> None:
         super().__init__()
         self.mesh = mesh
@@ -61,7 +63,7 @@ class TrunkStage(nn.Module):
         self.offload = memory.offload
         self.config = megatron_config(cfg, mesh, memory, sequence=parallel.sequence)
         self.model_type = ModelType.encoder_or_decoder
-        self.layers = build_trunk(cfg, self.config, mesh)
+        self.layers = build_trunk(cfg, self.config, mesh, memory, pieces_on(mesh.device, fusion))
 
     def set_input_tensor(self, received: list[Tensor | None]) -> None:
         """Take the previous stage's output (the schedule calls it before each forward)."""
@@ -105,13 +107,15 @@ class VisionStage(VisionEmbedding):
         *,
         num_tokens: int,
         num_slots: int,
+        fusion: Fusion = "auto",
     ) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
             _disown(self, "patch_embed", "pos_embed", "mask_token", "cls_token")
         if not mesh.is_last_stage:
             _disown(self, "norm")
-        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens + (num_slots if cfg.use_cls_token else 0))
+        cls_tokens = num_slots if cfg.use_cls_token else 0
+        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens + cls_tokens, fusion)
 
     def forward(self, images: PackedImages, mask_T: Tensor | None = None) -> Tensor | PackedFeatures:
         """Return the features on the last stage, hidden states for the next one elsewhere."""
@@ -129,14 +133,21 @@ class TextStage(TextEmbedding):
     """This rank's stage of the text tower, for packs of num_tokens caption tokens."""
 
     def __init__(
-        self, cfg: TextConfig, mesh: Mesh, parallel: ParallelConfig, memory: ActivationConfig, *, num_tokens: int
+        self,
+        cfg: TextConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        memory: ActivationConfig,
+        *,
+        num_tokens: int,
+        fusion: Fusion = "auto",
     ) -> None:
         super().__init__(cfg)
         if not mesh.is_first_stage:
             _disown(self, "token_embed", "pos_embed")
         if not mesh.is_last_stage:
             _disown(self, "norm")
-        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens)
+        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens, fusion)
 
     @property
     def dim(self) -> int:

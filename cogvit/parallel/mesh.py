@@ -150,7 +150,12 @@ class Mesh:
 
     def agree_max(self, value: int) -> int:
         """Return the largest value any rank brings; the same answer everywhere."""
-        return int(self.all_reduce(torch.tensor([value], device=self.device), dist.ReduceOp.MAX))
+        return self.agree_all(value)[0]
+
+    def agree_all(self, *values: int) -> list[int]:
+        """Return the largest of each of some values; one message and one wait for the device for all of them."""
+        largest = torch.stack([torch.full((), value, device=self.device) for value in values])
+        return self.all_reduce(largest, dist.ReduceOp.MAX).tolist()
 
     def shorten_timeouts(self, timeout_s: float) -> None:
         """Let collectives wait this long from now on: start-up takes minutes, a step must not."""

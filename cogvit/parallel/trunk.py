@@ -22,9 +22,9 @@ from cogvit.config import ActivationConfig
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.position import apply_rotary
 from cogvit.model.tokens import PackedLayout
 from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.pieces import Pieces, Weights, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -56,6 +56,8 @@ class PackedStream(PackedSeqParams):
 class TensorSyncedNorm(nn.Module):
     """A norm whose replicated weight gets the tensor ranks' summed gradients where each sees a part of the input."""
 
+    pieces = Pieces()
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -69,69 +71,92 @@ class TensorSyncedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if kind == "layernorm" else None
         self.eps, self.sync = eps, sync
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dim."""
+    def synced(self) -> Weights:
+        """Return weight and bias as a forward uses them."""
         weight, bias = self.weight, self.bias
         if self.sync:
             weight = copy_to_tensor_model_parallel_region(weight)
             bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
-        if bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dim in fp32; gives autocast's dtype."""
+        return self.pieces.normalized(x, self.synced(), self.eps, compute_dtype(x))
 
 
-class PackedCoreAttention(nn.Module):
-    """Megatron's core-attention slot, filled with the plain model's rotary positions and packed attention."""
+class _Cast:
+    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-    ) -> None:
-        super().__init__()
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **megatron: Any) -> Tensor:
+        dtype = compute_dtype(input)
+        bias = None if bias is None else bias.to(dtype)
+        layer: Any = super()
+        return layer._forward_impl(input=input.to(dtype), weight=weight.to(dtype), bias=bias, **megatron)
+
+
+class ColumnLinear(_Cast, ColumnParallelLinear):
+    """Rows of the weight split over the tensor ranks."""
+
+
+class RowLinear(_Cast, RowParallelLinear):
+    """Columns of the weight split over the tensor ranks."""
+
+
+class PackedSelfAttention(SelfAttention):
+    """The plain model's attention on Megatron's linear layers: QK-norm, rotary positions, each image by itself."""
+
+    recompute = False  # do it again in backward, from the fused q, k, v
+    pieces = Pieces()
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedStream | None = None,
-    ) -> Tensor:
-        """Attend within each image: [S, H / tp, K] in and out."""
-        assert packed_seq_params is not None and packed_seq_params.layout is not None
+        self, hidden_states: Tensor, attention_mask: None, *, packed_seq_params: PackedStream, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within each image: [S, 1, D] in; output without its bias, and the bias."""
+        qkv_S1F, _ = self.linear_qkv(hidden_states)
         layout = packed_seq_params.layout
-        if layout.cos_SK is not None and layout.sin_SK is not None:
-            query = apply_rotary(query, layout.cos_SK, layout.sin_SK)
-            key = apply_rotary(key, layout.cos_SK, layout.sin_SK)
-        return packed_attention(query, key, value, layout.segments)
+        assert layout is not None
+        out_SF = checkpointed(self._attend, qkv_S1F, layout) if self.recompute else self._attend(qkv_S1F, layout)
+        return self.linear_proj(out_SF.unsqueeze(1))
+
+    def _attend(self, qkv_S1F: Tensor, layout: PackedLayout) -> Tensor:
+        by_head_SHF = qkv_S1F.view(len(qkv_S1F), self.num_attention_heads_per_partition, -1)
+        q_SHK, k_SHK, v_SHK = by_head_SHF.chunk(3, dim=-1)
+        norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
+        angles = None if layout.cos_SK is None or layout.sin_SK is None else (layout.cos_SK, layout.sin_SK)
+        q_SHK, k_SHK = self.pieces.heads(
+            q_SHK, k_SHK, norms, angles, self.config.layernorm_epsilon, compute_dtype(q_SHK)
+        )
+        return packed_attention(q_SHK, k_SHK, v_SHK, layout.segments).flatten(1)
 
 
-class RecomputedMLP(MLP):
-    """An MLP that is done again in backward; with the attention's own recompute this is the "selective" choice.
+class PackedMLP(MLP):
+    """The plain model's MLP on Megatron's linear layers."""
 
-    Megatron's recompute of the MLP returns the bias parameter through a custom autograd function, which gives the
-    parameter a history and makes backward recurse for ever.
-    """
+    recompute = False  # do it again in backward, from its input
+    pieces = Pieces()
 
-    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
         """Return the output without its bias, and the bias."""
+        out_S1D = checkpointed(self._output, hidden_states) if self.recompute else self._output(hidden_states)
+        return out_S1D, self.linear_fc2.bias
 
-        def output(x: Tensor) -> Tensor:
-            return MLP.forward(self, x)[0]
+    def _output(self, x_S1D: Tensor) -> Tensor:
+        h_S1F, bias_F = self.linear_fc1(x_S1D)
+        return self.linear_fc2(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
 
-        return checkpoint(output, hidden_states, use_reentrant=False), self.linear_fc2.bias
+
+def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a function of which backward keeps the inputs alone, and which it does again under the autocast of now.
+
+    No draw of ours comes from a generator, so none is wound back. Megatron's own checkpoint restores no autocast.
+    """
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class ResidualBranch(nn.Module):
     """Megatron's bias-dropout-add slot: bias, LayerScale and stateless stochastic depth of one residual branch."""
+
+    pieces = Pieces()
 
     def __init__(self, tower: TowerConfig, *, layer: int, branch: int, sync: bool) -> None:
         super().__init__()
@@ -150,13 +175,11 @@ class ResidualBranch(nn.Module):
             if self.sync:
                 bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
                 gamma = None if gamma is None else copy_to_tensor_model_parallel_region(gamma)
-            x = x if bias is None else x + bias
-            x = x if gamma is None else x * gamma
+            scale_S = None
             if training and self.rate > 0.0:
                 assert self.local is not None
                 scale_S = depth_scale(self.local, self.rate, self.layer, self.branch)
-                x = x * scale_S[:, None, None].to(x.dtype)
-            return residual + x
+            return self.pieces.with_branch(residual, x, bias, gamma, scale_S)
 
         return add
 
@@ -185,11 +208,18 @@ def local_layout(layout: PackedLayout, mesh: Mesh, sequence: bool) -> PackedLayo
     return replace(layout, slot_S=layout.slot_S.chunk(mesh.tp_size)[mesh.tp_rank]) if sequence else layout
 
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform"},
-}
+class CogViTBlock(TransformerBlock):
+    """Megatron's block; what it recomputes in full runs under the autocast of its first run."""
+
+    def _checkpointed_forward(self, hidden_states: Tensor, *, packed_seq_params: PackedStream, **unused: Any) -> Tensor:
+        def run(x_S1D: Tensor, first: int) -> Tensor:
+            for layer in self.layers[first : first + self.config.recompute_num_layers]:
+                x_S1D, _ = layer(hidden_states=x_S1D, attention_mask=None, packed_seq_params=packed_seq_params)
+            return x_S1D
+
+        for first in range(0, len(self.layers), self.config.recompute_num_layers):
+            hidden_states = checkpointed(run, hidden_states, first)
+        return hidden_states
 
 
 def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
@@ -222,12 +252,16 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=True,
+        # Megatron is told of full recompute alone, which `CogViTBlock` does.
+        recompute_granularity="full" if memory.recompute == "full" else None,
+        recompute_method="uniform" if memory.recompute == "full" else None,
         recompute_num_layers=memory.recompute_blocks if memory.recompute == "full" else None,
-        **_RECOMPUTE[memory.recompute],
     )
 
 
-def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> TransformerBlock:
+def build_trunk(
+    tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
+) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
     norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": config.sequence_parallel})
     # Each tensor rank normalizes its own heads with the shared weight: QK-norm is synced under any tensor parallelism.
@@ -239,24 +273,21 @@ def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> Tr
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                SelfAttention,
+                PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=ColumnLinear,
+                    core_attention=IdentityOp,
+                    linear_proj=RowLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                RecomputedMLP if config.recompute_granularity == "selective" else MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
         ),
     )
-    block = TransformerBlock(
+    block = CogViTBlock(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * (tower.depth // mesh.pp_size), layer_norm=IdentityOp),
         post_layer_norm=False,
@@ -264,6 +295,11 @@ def build_trunk(tower: TowerConfig, config: TransformerConfig, mesh: Mesh) -> Tr
         post_process=mesh.is_last_stage,
     )
     _mark_shards(block)
+    for module in block.modules():
+        if isinstance(module, (PackedSelfAttention, PackedMLP)):
+            module.recompute = memory.recompute == "selective"
+        if isinstance(module, (PackedSelfAttention, PackedMLP, TensorSyncedNorm, ResidualBranch)):
+            module.pieces = pieces
     return block
 
 

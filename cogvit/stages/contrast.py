@@ -108,7 +108,12 @@ class ContrastStage:
             whole_text_stage(config, mesh)
             if config.text_encoder.path
             else TextStage(
-                config.text, mesh, config.parallel, config.memory.text, num_tokens=config.data.text_tokens_per_pack
+                config.text,
+                mesh,
+                config.parallel,
+                config.memory.text,
+                num_tokens=config.data.text_tokens_per_pack,
+                fusion=config.fusion,
             )
         )
         recompute = config.memory.projection_recompute

@@ -29,6 +29,7 @@ def vision_stage(config: RunConfig, mesh: Mesh) -> VisionStage:
         config.memory.vision,
         num_tokens=data.tokens_per_pack,
         num_slots=data.images_per_pack,
+        fusion=config.fusion,
     )
 
 

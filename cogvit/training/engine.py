@@ -20,6 +20,7 @@ from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.schedule import Schedule
 from cogvit.training import zero
 from cogvit.training.blame import find_suspects
+from cogvit.training.clock import StepClock
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
 from cogvit.training.zero import Fragment, whole_tensors
@@ -38,6 +39,7 @@ class StepReport:
     forward_backward_s: float
     reduction_s: float  # of the gradients over dp, with the norms
     optimizer_s: float
+    beside: tuple[float, ...] = ()  # what else left the device with the step's scalars
 
 
 class Engine:
@@ -55,20 +57,23 @@ class Engine:
         qkv_heads = {t.parameter: t.num_heads // mesh.tp_size for t in self.tensors if t.split is Split.QKV}
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
 
-    def step(self, objective: Objective, micro: Sequence[Batch], step: int) -> StepReport:
+    def step(self, objective: Objective, micro: Sequence[Batch], step: int, beside: Tensor | None = None) -> StepReport:
         """Train on one global batch with the rates of `step`.
+
+        All scalars leave the device at once, between the reduction and the update, and with them `beside` [K].
 
         Where a loss or gradient is not finite, nothing is updated, on any rank. Errors: NonFiniteStep on every rank for
         such a step, or for one too many in a row where the guard lets them be skipped.
         """
-        start_s = time.perf_counter()
+        clock = StepClock(self.mesh.device)
         self.model.train()
         self.zero.set_lr(step)
         with self.zero.one_reduction():
             terms = objective.train(self.model, micro, self.schedule)
-            values = {name: float(term) for name, term in terms.items()}
-            trained_s = time.perf_counter()
-        reduced_s = time.perf_counter()
+            clock.mark()
+        clock.mark()
+        values, others = self._scalars(terms, beside)
+        forward_backward_s, reduction_s = clock.spans_s()
         report = StepReport(
             terms=values,
             grad_norm=self.zero.grad_norm(),
@@ -76,15 +81,28 @@ class Engine:
             lr=self.optim.lr * lr_at(self.lr_schedule, step),
             lrs=self.zero.lrs(),
             skipped="",
-            forward_backward_s=trained_s - start_s,
-            reduction_s=reduced_s - trained_s,
+            forward_backward_s=forward_backward_s,
+            reduction_s=reduction_s,
             optimizer_s=0.0,
+            beside=others,
         )
         if not math.isfinite(values["loss"]) or self.zero.has_non_finite_gradient():
             return replace(report, skipped=self._skip(objective, micro, step, values["loss"]))
         self.skips_in_a_row = 0
+        start_s = time.perf_counter()
         self.zero.step()
-        return replace(report, optimizer_s=time.perf_counter() - reduced_s)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()  # the next step begins with a message that would wait as long
+        return replace(report, optimizer_s=time.perf_counter() - start_s)
+
+    def _scalars(self, terms: dict[str, Tensor], beside: Tensor | None) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Read loss terms, what the reduction measured, and `beside`: one wait for the device."""
+        parts = [torch.stack(list(terms.values())), self.zero.measured]
+        parts += [] if beside is None else [beside]
+        values = torch.cat([part.to(torch.float64) for part in parts]).tolist()
+        measured = values[len(terms) : len(terms) + len(self.zero.measured)]
+        self.zero.read(measured)
+        return dict(zip(terms, values, strict=False)), tuple(values[len(terms) + len(measured) :])
 
     def _skip(self, objective: Objective, micro: Sequence[Batch], step: int, loss: float) -> str:
         """Give up the step's gradients and say who is to blame. Errors: NonFiniteStep where the guard wants it."""

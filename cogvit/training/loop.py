@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cogvit.batch import Batch, StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
@@ -117,8 +118,8 @@ def advance(
     start_s = time.perf_counter()
     batch = take(source, engine.mesh)
     data_s = time.perf_counter() - start_s
-    report = engine.step(objective, batch.micro, state.step)
-    work = measure(batch, engine.mesh)
+    report = engine.step(objective, batch.micro, state.step, counted(batch, engine.mesh))
+    work = Workload(*map(int, report.beside))
     seconds = time.perf_counter() - start_s
     spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
     skipped = bool(report.skipped)
@@ -143,9 +144,11 @@ def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
         batch = next(source)
     except CogViTError as error:
         failure = error
-    mesh.raise_together(failure)
+    failed, num_packs = mesh.agree_all(int(batch is None), 0 if batch is None else len(batch.micro))
+    if failed:
+        mesh.raise_together(failure)
     assert batch is not None
-    batch = pad_step(batch, mesh.agree_max(len(batch.micro)))
+    batch = pad_step(batch, num_packs)
     return replace(batch, micro=put_together([move(one, mesh.device) for one in batch.micro], mesh))
 
 
@@ -182,19 +185,17 @@ def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation, watch
     return {f"eval_{name}": value / evaluation.steps for name, value in sums.items()}
 
 
-def measure(step: StepBatch, mesh: Mesh) -> Workload:
-    """Count a step's images and tokens over the dp ranks."""
-    counts = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    for batch in step.micro:
-        images = batch.images
-        planned = sum(sample is not None for sample in batch.samples)
-        valid = images.weight.sum()
-        counts += torch.stack([valid, images.cu_seqlens[-2], valid.new_tensor(images.num_tokens), planned - valid]).to(
-            counts
-        )
-    counts = torch.cat([counts, counts.new_tensor([step.cut_captions, step.downsized])])
+def counted(step: StepBatch, mesh: Mesh) -> Tensor:
+    """Count a step's work over the dp ranks: the fields of `Workload` [6], float64 on the device."""
+    packs = [batch.images for batch in step.micro]
+    planned = sum(sample is not None for batch in step.micro for sample in batch.samples)
+    valid = torch.stack([images.weight.sum() for images in packs]).sum()
+    tokens = torch.stack([images.cu_seqlens[-2] for images in packs]).sum()
+    slots = sum(images.num_tokens for images in packs)
+    known = [torch.full_like(valid, count) for count in (slots, planned, step.cut_captions, step.downsized)]
+    counts = torch.stack([valid, tokens, known[0], known[1] - valid, *known[2:]]).to(torch.float64)
     dist.all_reduce(counts, group=mesh.dp_group)
-    return Workload(*(int(count) for count in counts))
+    return counts
 
 
 def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: float) -> dict[str, float]:

@@ -94,10 +94,11 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": dp_size,
-        "gradient_clipping": config.optim.clip_norm,
+        "gradient_clipping": 0.0,  # `ZeroEngine` measures and clips
         "zero_allow_untested_optimizer": True,  # InnerOptimizer
         "zero_optimization": {
             "stage": config.zero.stage,
+            "compute_grad_norm": False,
             "overlap_comm": config.zero.overlap,
             "reduce_bucket_size": config.zero.reduce_bucket_elements,
             "allgather_bucket_size": config.zero.gather_bucket_elements,
@@ -186,8 +187,9 @@ class ZeroEngine:
         self._zero = engine.optimizer
         self._groups = groups
         self._kinds = {param: (MASTER, *MOMENTS[group.kind]) for group in groups for param in group.params}
-        self._group_norms: list[float] = []
-        self._overflow = False
+        self._clip_norm = config.optim.clip_norm
+        self.measured = torch.zeros(len(groups) + 1)  # of the last reduction: norm of each group; ranks that overflow
+        self._known: list[float] | None = None  # the same on the host
 
     @contextmanager
     def one_reduction(self) -> Iterator[None]:
@@ -224,32 +226,52 @@ class ZeroEngine:
             self._zero.averaged_gradients[index] = None
 
     def _measure_gradients(self) -> None:
-        """Take every group's norm (DeepSpeed says -1 for one that is not finite) and look for NaN and infinity."""
+        """Take every group's norm over all ranks, and whether any rank holds NaN or infinity; waits for no device."""
+        found = [self._measure_group(index) for index in range(len(self._groups))]
+        measured = torch.stack([*(square for square, _ in found), torch.stack([bad for _, bad in found]).sum()])
+        dist.all_reduce(measured, group=self._zero.dp_process_group)
+        self._zero._model_parallel_all_reduce(measured, op=dist.ReduceOp.SUM)
+        self.measured = torch.cat([measured[:-1].pow(0.5), measured[-1:]])
+        self._known = None
+
+    def _measure_group(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return the squared norm of this rank's part of a group, and 1 where it is not finite; both 0-dim fp32.
+
+        A parameter that every tensor rank holds counts on one of them.
+        """
         zero = self._zero
-        norms = torch.stack(
-            [
-                zero.get_grad_norm_direct(zero.averaged_gradients[index], zero.params_in_partition[index])
-                for index in range(len(self._groups))
-            ]
-        ).tolist()
-        self._group_norms = [norm if norm >= 0.0 else math.inf for norm in norms]
-        self._overflow = zero.has_overflow()
+        gradients = [g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
+        norms = [torch.linalg.vector_norm(gradient.to(torch.float64)) for gradient in gradients]
+        counts = [_is_sharded(param) or zero.model_parallel_rank == 0 for param in zero.params_in_partition[index]]
+        counted = [norm for norm, counts in zip(norms, counts, strict=False) if counts]  # padding comes last
+        zero_0 = torch.zeros((), device=zero.device)
+        square = torch.stack(counted).pow(2.0).sum().float() if counted else zero_0
+        return square, (~torch.stack(norms).isfinite()).any().float() if norms else zero_0
+
+    def read(self, values: list[float]) -> None:
+        """Take `measured` as it left the device, so that nobody has to ask for it again."""
+        self._known = values
+
+    def _read(self) -> list[float]:
+        if self._known is None:
+            self._known = self.measured.tolist()
+        return self._known
 
     def has_non_finite_gradient(self) -> bool:
         """Say, after the reduction and before the update, whether any rank's gradients are NaN or infinite.
 
         The answer is the same on every rank.
         """
-        return self._overflow or not math.isfinite(self.grad_norm())
+        return self._read()[-1] > 0.0 or not math.isfinite(self.grad_norm())
 
     def grad_norm(self) -> float:
         """Return the global norm of the last reduced gradients, before clipping, over all parameters and ranks."""
-        return math.hypot(*self._group_norms)
+        return math.hypot(*self._read()[:-1])
 
     def grad_norms_by_module(self) -> dict[Module, float]:
         """Return the norm of each module's part of the same gradients."""
         norms: dict[Module, float] = {}
-        for group, norm in zip(self._groups, self._group_norms, strict=True):
+        for group, norm in zip(self._groups, self._read()[:-1], strict=True):
             norms[group.module] = math.hypot(norms.get(group.module, 0.0), norm)
         return norms
 
@@ -268,6 +290,10 @@ class ZeroEngine:
         """Clip, update, and gather the parameters. Errors: NonFiniteStep, before anything is changed."""
         if self.has_non_finite_gradient():
             raise NonFiniteStep(f"the gradient norm is {self.grad_norm()}; nothing was updated")
+        if self._clip_norm > 0.0:
+            excess = (torch.linalg.vector_norm(self.measured[:-1]) + 1e-6) / self._clip_norm
+            for gradients in self._zero.averaged_gradients.values():
+                torch._foreach_mul_(gradients, 1.0 / excess.clamp(min=1.0))
         self._engine.step()
 
     def kinds_of(self, param: Parameter) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from cogvit.config import RunConfig
 from cogvit.model.config import CogViTConfig
 from cogvit.objective.masking import num_masked
 from cogvit.stages.distill import MASK_COLOR, DistillStage
+from data_pipeline.assembly import assemble_images
 from data_pipeline.decode import decode_patches, read_image
-from data_pipeline.loader import assemble_images, pack_limits
+from data_pipeline.loader import pack_limits
 from tests.data.corpus import PATCH_PX, indexed, picture, run_config
 from tools.view_batch import GAP_PX, PADDING_GRAY, WIDTH_PX, draw_pack, main, unpatchify
 

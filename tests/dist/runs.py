@@ -64,6 +64,7 @@ class Case:
     depth: int = 4  # 5 makes the borders between dp partitions cut matrices
     precision: Literal["fp32", "bf16"] = "fp32"
     summary: bool = False  # a loss of a teacher's summary too
+    fusion: Literal["on", "off"] = "off"
 
     @property
     def teacher_dims(self) -> dict[str, int]:
@@ -132,18 +133,21 @@ def run_config(case: Case) -> RunConfig:
         ),
         zero=ZeroConfig(case.zero, overlap=case.overlap),
         precision=case.precision,
+        fusion=case.fusion,
     )
 
 
 def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
     """The engine with weights that depend on names alone, scaled up so that gradients are not tiny."""
     config = run_config(case)
-    vision = VisionStage(config.vision, mesh, config.parallel, memory=config.memory.vision, num_tokens=96, num_slots=8)
+    vision = VisionStage(
+        config.vision, mesh, config.parallel, config.memory.vision, num_tokens=96, num_slots=8, fusion=config.fusion
+    )
     if case.stage == "distill":
         model: torch.nn.Module = DistillModel(vision, case.teacher_dims, recompute=config.memory.projection_recompute)
         objective: Distill | Contrast = Distill(TERMS | SUMMARY_TERMS if case.summary else TERMS, MASK_RATIO)
     else:
-        text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80)
+        text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80, fusion=config.fusion)
         model, objective = (
             ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute),
             Contrast(config.contrast),

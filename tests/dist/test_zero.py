@@ -121,7 +121,6 @@ def params_of(toy: Toy) -> dict[str, Tensor]:
 def train_on_rank(rank: int, world: int, layout: ParallelConfig, config: RunConfig) -> Trace:
     mesh, toy, engine = start(config, layout)
     norms = [take_step(engine, toy, step, mesh.dp_rank) for step in range(STEPS)]
-    assert engine.grad_norm() == pytest.approx(float(engine._engine.get_global_grad_norm()), rel=1e-6)
     for placeholder in engine._engine.module.placeholders:
         assert placeholder.item() == 0.0
     return Trace(mesh.tp_rank, norms, params_of(toy), engine.inner.newton_schulz_calls)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cogvit.model.attention import packed_attention, segments_of, varlen_kernel_takes
+from cogvit.model.tokens import order_behind_cls, token_order
 
 
 def bounds(lengths: list[int], padding: int) -> Tensor:
@@ -85,3 +86,13 @@ def test_wrong_shapes_are_refused() -> None:
         packed_attention(x, x[:, :1], x, segments)
     with pytest.raises(ValueError, match=r"expected three of \(6, heads"):
         packed_attention(x[:5], x[:5], x[:5], segments)
+
+
+def test_the_order_that_a_device_makes_is_the_hosts() -> None:
+    """Of images that no sorting moves: absent slots lie in between and at the end."""
+    bounds = torch.tensor([0, 3, 3, 7, 12, 12, 12, 15], dtype=torch.int32)
+    host, device = token_order(segments_of(bounds), cls=True), order_behind_cls(segments_of(bounds))
+    for name in ("source_S", "place_S"):
+        assert torch.equal(getattr(device, name), getattr(host, name))
+    assert torch.equal(device.segments.cu_seqlens, host.segments.cu_seqlens)
+    assert device.segments.lengths == host.segments.lengths

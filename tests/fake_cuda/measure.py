@@ -1,0 +1,109 @@
+"""Runs the trunk on a CUDA device without data and prints what it did as JSON; in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.fake_cuda import fake
+
+TOKENS, SLOTS = 16_384, 64
+# Images of a NaFlex pack: patches of each; what is left is padding.
+LENGTHS = (*range(200, 1000, 40), 1024, 1024, 576, 576, 256)
+
+
+def mesh_of(tp: int) -> Any:
+    """Rank 0 of tp ranks."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    from cogvit.parallel.mesh import Mesh
+
+    parallel_state.destroy_model_parallel()
+    fake.world_of(tp)
+    parallel_state.initialize_model_parallel(tp, 1, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
+    return Mesh(0, tp, 0, tp, 0, 1, 0, 1, torch.device(fake.DEVICE))
+
+
+@contextmanager
+def count_saved(trace: fake.Trace, parameters: set[int]) -> Iterator[None]:
+    """Count the bytes that autograd keeps of what runs inside, parameters left out."""
+    import torch
+
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if tensor.is_cuda and storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+    trace.saved_bytes = sum(storage.nbytes() for storage in kept.values())
+
+
+def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
+    """One forward and backward of cogvit_l in bf16 on one pack."""
+    import torch
+
+    from cogvit.batch import HostView, PackedImages
+    from cogvit.config import ActivationConfig, ParallelConfig
+    from cogvit.parallel.encoder import VisionStage
+    from configs.models import cogvit_l_vision
+
+    mesh, trace = mesh_of(tp), fake.Trace()
+    parallel = ParallelConfig(tp=tp, sequence=tp > 1)
+    with fake.on_fake_cuda(trace), torch.device(fake.DEVICE):
+        stage = VisionStage(
+            replace(cogvit_l_vision(), depth=depth),
+            mesh,
+            parallel,
+            ActivationConfig(recompute),
+            num_tokens=TOKENS,
+            num_slots=SLOTS,
+            fusion="off",
+        )
+        images = PackedImages(
+            patches=torch.empty(TOKENS, 588, dtype=torch.uint8),
+            row_col=torch.empty(TOKENS, 2, dtype=torch.int32),
+            cu_seqlens=torch.empty(SLOTS + 2, dtype=torch.int32),
+            grid_hw=torch.empty(SLOTS, 2, dtype=torch.int32),
+            key=torch.empty(SLOTS, dtype=torch.int64),
+            weight=torch.empty(SLOTS),
+            host=HostView((*LENGTHS, *[0] * (SLOTS - len(LENGTHS)), TOKENS - sum(LENGTHS))),
+        )
+        parameters = {parameter.untyped_storage()._cdata for parameter in stage.parameters()}
+        trace.clear()
+        with count_saved(trace, parameters), torch.autocast("cuda", torch.bfloat16):
+            features = stage(images, torch.empty(TOKENS, dtype=torch.bool))
+            loss = features.patch_TD.sum()
+        forward = dict(trace.calls)
+        loss.backward()
+    return {
+        "forward": forward,
+        "calls": dict(trace.calls),
+        "products": dict(trace.products),
+        "waits": dict(trace.waits),
+        "collectives": trace.collectives,
+        "saved_gib": trace.saved_bytes / 2**30,
+        "out": str(features.patch_TD.dtype),
+        "gradients": sorted({str(parameter.grad.dtype) for parameter in stage.parameters()}),
+    }
+
+
+def main(library: str) -> None:
+    """Print the figures of every case."""
+    fake.pretend(Path(library))
+    cases = {"none": (1, "none", 24), "full": (1, "full", 24), "sequence": (2, "none", 2)}
+    json.dump({name: step(*case) for name, case in cases.items()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

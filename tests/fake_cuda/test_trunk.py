@@ -1,0 +1,62 @@
+"""cogvit_l on a CUDA device without data: which kernels run, in which dtypes, and what is kept for backward."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_cuda.fake import build_guard
+
+Figures = dict[str, Any]
+VARLEN = "torch_attn._varlen_attn.default"
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
+    """What `tests.fake_cuda.measure` prints; skips where nothing compiles the guard."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler for the device guard (tests/fake_cuda/guard.cpp): none of c++, g++, clang++")
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    build_guard(compiler, library)
+    command = [sys.executable, "-m", "tests.fake_cuda.measure", str(library)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_every_layer_calls_the_varlen_kernel_once(figures: dict[str, Figures]) -> None:
+    forward = figures["none"]["forward"]
+    assert forward[VARLEN] == 24
+    assert not [name for name in forward if "scaled_dot_product" in name or "softmax" in name]
+
+
+def test_every_product_is_bf16_and_what_it_gives_to_the_outside_fp32(figures: dict[str, Figures]) -> None:
+    for name in ("none", "full", "sequence"):
+        assert list(figures[name]["products"]) == ["torch.bfloat16"], name
+        assert figures[name]["out"] == "torch.float32"
+        assert figures[name]["gradients"] == ["torch.float32"]
+
+
+def test_bytes_kept_for_backward(figures: dict[str, Figures]) -> None:
+    """One pack of 16,384 tokens through 24 layers."""
+    assert 10.0 < figures["none"]["saved_gib"] <= 36.0
+    assert figures["full"]["saved_gib"] <= 8.0
+
+
+def test_a_message_goes_out_in_the_dtype_in_which_it_comes_in(figures: dict[str, Figures]) -> None:
+    """NCCL takes no other; gloo, under the tests on CPU, does."""
+    messages = figures["sequence"]["collectives"]
+    kinds = [name.split(".")[1] for name, _ in messages]
+    assert {"_allgather_base_", "_reduce_scatter_base_"} <= set(kinds)
+    assert not [message for message in messages if len(set(message[1])) > 1]
