@@ -162,7 +162,7 @@ def _run_in_group(call: Call) -> Any:
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(call.rank), "LOCAL_RANK": str(call.rank), "WORLD_SIZE": str(call.world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for, though the ranks meet in a file
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the ranks meet in a file
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a container's host name need not resolve
     with call.stack_file.open("w") as stack_file:
         faulthandler.register(signal.SIGUSR2, stack_file)

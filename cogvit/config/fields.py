@@ -106,6 +106,11 @@ class TeachersConfig:
     )
     store: str = option("", "directory of tools/precompute_features")
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
+    visible_weight: float = option(
+        0.0,
+        "weight of the loss at the patches that the student sees, beside 1 at those that are masked; 0: as the paper,"
+        " which says nothing of what the encoder gives where nothing is masked, and a third of the features to send",
+    )
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher, spread over the nodes of the cluster")
     actor_cpus: float = option(1.0, "CPUs that an actor takes, and its threads, which may change features' last bits")
     actor_gpus: float = option(0.0, "GPUs that it takes: a fraction shares one, 0 is the CPU, with other last bits")
@@ -125,6 +130,11 @@ class TeachersConfig:
     ray_address: str = option(
         "", "Ray cluster to join, for data.loading server too; starts one on this machine if empty"
     )
+
+    @property
+    def asked_ratio(self) -> float:
+        """The share of the patches whose features are asked for."""
+        return self.mask_ratio if self.visible_weight == 0.0 else 1.0
 
     @property
     def num_actors(self) -> int:
@@ -180,7 +190,9 @@ class OptimConfig:
     name: Literal["muon", "adamw", "sgd"] = option("muon", "muon: Muon for matrices of blocks, AdamW for the rest")
     lr: float = option(1e-3, "rate of matrices (muon), or of everything (adamw, sgd)")
     adamw_lr: float = option(1e-3, "muon: rate of what Muon does not handle")
-    weight_decay: float = option(0.05, "of every matrix; vectors, norms, biases and temperature have none")
+    weight_decay: float = option(
+        0.05, "of every matrix; vectors, norms, biases, tables of embeddings and scalars have none"
+    )
     momentum: float = option(0.95, "muon and sgd")
     muon_qkv: Literal["split", "heads", "fused"] = option(
         "split", "what of the fused q, k, v matrix Muon makes orthogonal: each of the three, each head's, or the whole"
@@ -307,7 +319,9 @@ class RunConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
-    init_bias: float = option(-10.0, "bias of the sigmoid loss at the start (stage 2)")
+    init_bias: float | None = option(
+        None, "bias of the sigmoid loss at the start (stage 2); minus the logarithm of the global batch if none"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)

@@ -18,7 +18,7 @@ from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model import glm_ocr
 from cogvit.model.config import CogViTConfig
 from cogvit.model.glm_ocr import GlmOcrShape
-from cogvit.model.layouts.files import CONFIG, read_json, read_weights, write_files, write_json
+from cogvit.model.layouts.files import CONFIG, WEIGHTS, read_json, read_weights, write_files, write_json
 from cogvit.model.layouts.parts import check_shapes
 
 _MODEL_TYPE = "cogvit"
@@ -42,14 +42,10 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the configuration is of another model, or a weight of
     GLM-OCR is missing, extra or misshaped.
     """
-    values = _read_config(directory)
+    values, cfg = _read_config(directory), read_model_config(directory)
     if values["model_type"] == _MODEL_TYPE:
-        return _read_own_config(directory, values), read_weights(directory, "")
+        return cfg, read_weights(directory, "")
     shape = _read_shape(directory, values)
-    try:
-        cfg = glm_ocr.cogvit_config(shape)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
     weights = glm_ocr.tower_from_glm_ocr(read_weights(directory, *_prefixes(values)), shape)
     mean, std = _read_normalization(directory)
     if (mean, std) != _OURS:
@@ -57,6 +53,19 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
             raise CheckpointError(f"{directory / _PROCESSOR}: image_mean and image_std need {cfg.in_chans} values each")
         weights = glm_ocr.fold_normalization(weights, mean, std)
     return cfg, weights
+
+
+def read_model_config(directory: Path) -> CogViTConfig:
+    """Read the shape of what `read_model` reads, and no weights; they are looked for. Errors: as `read_model`."""
+    values = _read_config(directory)
+    if not (directory / WEIGHTS).exists() and not (directory / f"{WEIGHTS}.index.json").exists():
+        raise CheckpointError(f"{directory / WEIGHTS} does not exist; is {directory} an export?")
+    if values["model_type"] == _MODEL_TYPE:
+        return _read_own_config(directory, values)
+    try:
+        return glm_ocr.cogvit_config(_read_shape(directory, values))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
 
 
 def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Tensor]) -> None:
@@ -96,10 +105,13 @@ def read_text_side(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] 
 def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Set every parameter of a module from full tensors of the same names.
 
-    Errors: CheckpointError names every missing, extra and misshaped weight.
+    Errors: CheckpointError names every missing, extra and misshaped weight, and the first that is not finite.
     """
     own = dict(module.named_parameters())
     check_shapes(weights, {name: parameter.shape for name, parameter in own.items()})
+    for name in own:
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise CheckpointError(f"the weight {name} holds NaN or infinite values: the checkpoint is damaged")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

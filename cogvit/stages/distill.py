@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ class DistillStage:
     title: str = "Stage 1: distillation"
     fields: tuple[str, ...] = (
         "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
+        "teachers.visible_weight",
         "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.in_flight_steps",
         "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision", "teachers.compile",
         "teachers.stats", "teachers.standardize",
@@ -57,7 +59,8 @@ class DistillStage:
         _check_teachers(config)
 
     def completed(self, config: RunConfig) -> RunConfig:
-        """Nothing is left open."""
+        """Nothing is left open; looks for the teachers, their store and --init."""
+        check_files(config)
         return config
 
     def asks_actors(self, config: RunConfig) -> bool:
@@ -83,8 +86,10 @@ class DistillStage:
         recompute = config.memory.projection_recompute
         model = DistillModel(vision_stage(config, mesh), target_dims, recompute=recompute)
         given = started_from(config) if config.init else {}
-        fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
-        return model, Distill(terms, config.teachers.mask_ratio)
+        # Heads guess the mean at first, which the targets were standardized to. A cosine has no slope at 0.
+        zeros = {f"heads.{name}.weight": 0.0 for name, term in terms.items() if term.error != "cosine"}
+        fill_on_device(model, mesh, initial_weights(config, given, zeros, {}))
+        return model, Distill(terms, config.teachers.mask_ratio, config.teachers.visible_weight)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """The student; teachers count with nothing."""
@@ -105,6 +110,25 @@ class DistillStage:
         mask_T = mask_image(key, rows * columns, config.teachers.mask_ratio)
         masked = repeat(mask_T, "(rows columns) -> (rows p) (columns q) 1", rows=rows, p=patch_px, q=patch_px).numpy()
         return np.where(masked, pixels // 3 + np.array(MASK_COLOR) // 3 * 2, pixels).astype(np.uint8)
+
+
+def check_files(config: RunConfig) -> None:
+    """Look for the files that stage 1 needs before it trains. Errors: ConfigError or CheckpointError."""
+    from cogvit.model.pretrained import check_location
+    from cogvit.teacher.own import is_own
+    from cogvit.training.restore import check_init
+
+    for member in config.teachers.members:
+        if not is_own(member.path):
+            check_location(member.path, "teacher")
+    if config.teachers.source != "online":
+        from cogvit.teacher.store import read_manifest
+
+        for name in (member.name + part for member in config.teachers.members for part in member.parts):
+            manifest = Path(config.teachers.store) / name / "manifest.json"
+            read_manifest(manifest, "pass another --teachers.store")
+    if config.init:
+        check_init(config)
 
 
 def started_from(config: RunConfig) -> dict[str, Tensor]:
@@ -137,6 +161,7 @@ def _check_teachers(config: RunConfig) -> None:
         f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",
     )
     require(0.0 < teachers.max_wait_s < math.inf, f"teachers.max_wait_s={teachers.max_wait_s} must be positive")
+    require(is_rate(teachers.visible_weight), f"teachers.visible_weight={teachers.visible_weight} must not be negative")
     require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
     require(
         teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogvit.errors import CheckpointError
 
-CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,7 +23,7 @@ def write_files(directory: Path, values: Mapping[str, Any], weights: Mapping[str
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, values)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -52,8 +52,8 @@ def read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, Tensor] = {}
-    files = [directory / _WEIGHTS]
-    index = directory / f"{_WEIGHTS}.index.json"  # of a checkpoint that is split over files
+    files = [directory / WEIGHTS]
+    index = directory / f"{WEIGHTS}.index.json"  # of a checkpoint that is split over files
     if index.exists():
         files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
     for path in files:
