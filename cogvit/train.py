@@ -10,17 +10,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cogvit.config import RunConfig, from_json, load_config, to_json
+from cogvit.config import to_json
 from cogvit.config.arguments import asks_for_help
-from cogvit.config.environment import speaks, this_process
+from cogvit.config.environment import Process, speaks, this_process
 from cogvit.config.flags import help_text, load_preset
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.config.recipe import differences
+from cogvit.errors import CogViTError
 from cogvit.stages import check_run, read_run, recipe_differences, stage_of
 from cogvit.training.feed import (
     Corpus,
@@ -34,18 +35,22 @@ from cogvit.training.feed import (
     ray_cluster,
     take_seat,
 )
-from cogvit.training.folder import Folder
-from cogvit.training.lock import check_free, run_lock
 from cogvit.training.slurm import place_line
+
+if TYPE_CHECKING:
+    from cogvit.training.claim import Start
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
 
 Trains a stage. PRESET names a file of configs/ (demo_stage1, stage1_cogvit_l, ...) or is a path to a config.json.
 Run it bare, under torchrun, or under srun; the same command in the same --out resumes.
---dry-run prints the resolved configuration and stops; it refuses what a start would refuse of it and of --out.
+--dry-run prints the resolved configuration and stops; it opens the shards, looks at --init, --teachers.store and --out,
+and refuses what a start would refuse of them. Beside it, on stderr: the data, and what differs from PRESET.
+--begin-anew moves what a run has left in --out aside, into --out/before_1, and begins at step 1.
 --help after a PRESET shows its defaults.
 """
+_OWN_FLAGS = ("--dry-run", "--begin-anew")
 
 
 def main(argv: list[str]) -> int:
@@ -55,107 +60,45 @@ def main(argv: list[str]) -> int:
             if speaks():
                 print(USAGE + "\n" + help_text(load_preset(argv[0]) if argv and argv[0][0] != "-" else None))
             return 0 if argv else 2
-        process = this_process()
-        config = read_run(argv[0], [word for word in argv[1:] if word != "--dry-run"])
-        stage = stage_of(config)
-        check_run(config, process.world_size)
-        config = stage.completed(config)
-        if "--dry-run" in argv:
-            if config.out:
-                check_recipe(config)
-                check_free(Path(config.out))
-            print(json.dumps(to_json(config), indent=1))
-            return 0
-        process.check_meeting()
-        if "SLURM_STEP_NUM_TASKS" in os.environ:
-            print(place_line(config, process.rank), flush=True)
-        corpus = open_corpus(config, stage.reads)
-        with claimed_directory(config, writer=process.rank == 0):
-            return run(config, corpus)
+        return start(argv, this_process())
     except CogViTError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
 
 
-def check_recipe(config: RunConfig) -> None:
-    """Compare the run with the one in its directory. Errors: ConfigError when that is another."""
-    path = Path(config.out) / "config.json"
-    if path.exists():
-        differences = recipe_differences(load_config(path), config)
-        if differences:
-            raise ConfigError(f"{config.out} holds another run ({'; '.join(differences[:3])}); choose another --out")
+def start(argv: list[str], process: Process) -> int:
+    """Check everything that can be checked alone, claim the run's directory, and train. Errors: CogViTError."""
+    preset, words = argv[0], [word for word in argv[1:] if word not in _OWN_FLAGS]
+    config = read_run(preset, words)
+    stage = stage_of(config)
+    check_run(config, process.world_size)
+    from cogvit.training.claim import Start, check_claim, claimed_directory, placed
+
+    config = placed(stage.completed(config))
+    corpus = open_corpus(config, stage.reads)
+    plan_hash = first_position(config, corpus).plan_hash
+    asked = Start(config, recipe_differences, plan_hash, begin_anew="--begin-anew" in argv)
+    if "--dry-run" in argv:
+        check_claim(asked)
+        print(json.dumps(to_json(config), indent=1))
+        changed = ", ".join(map(str, differences(load_preset(preset), config))) or "nothing"
+        print(f"{describe(config, corpus)}\ndiffers from {preset}: {changed}", file=sys.stderr)
+        return 0
+    process.check_meeting()
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        print(place_line(config, process.rank), flush=True)
+    with claimed_directory(asked, writer=process.rank == 0):
+        return run(asked, corpus)
 
 
-@contextmanager
-def claimed_directory(config: RunConfig, *, writer: bool) -> Iterator[None]:
-    """Make the run directory, or accept it as the same run's; the writer locks it for the length of the block.
-
-    Errors: ConfigError when it is another run's, is in use, or cannot be written.
-    """
-    if not config.out:
-        raise ConfigError("--out DIR is needed: the run directory")
-    out = Path(config.out)
-    check_recipe(config)
-    with ExitStack() as stack:
-        if writer:
-            try:
-                (out / "logs").mkdir(parents=True, exist_ok=True)
-                stack.enter_context(run_lock(out))
-                # In one move, for other ranks may be reading it.
-                Folder(str(out)).write("config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
-            except OSError as error:
-                raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
-        yield
-
-
-@contextmanager
-def claimed_checkpoints(config: RunConfig) -> Iterator[None]:
-    """Leave the configuration in --checkpoint.dir, if there is one, or accept what lies there as the same run's.
-
-    On a disk it is locked for the length of the block; an object store has no locks. Errors: ConfigError when it is
-    another run's, by its recipe or its --out, or in use: its checkpoints would be resumed from and removed.
-    """
-    from cogvit.training.checkpoint import folder_in
-
-    if not config.checkpoint.dir:
-        yield
-        return
-    folder = folder_in(Path(config.out), config.checkpoint)
-    # One file must not be locked twice: the kernel would free it at the end of either.
-    lockable = folder.is_local and os.path.realpath(folder.path) != os.path.realpath(config.out)
-    with run_lock(Path(folder.path), flag="--checkpoint.dir") if lockable else nullcontext():
-        check_owner(folder, config)
-        yield
-
-
-def check_owner(folder: Folder, config: RunConfig) -> None:
-    """Compare the run with the configuration in its --checkpoint.dir, or leave it there if there is none."""
-    mine = replace(config, out=os.path.abspath(config.out))
-    try:
-        owner = from_json(RunConfig, json.loads(folder.read("config.json")))
-    except FileNotFoundError:
-        folder.write("config.json", (json.dumps(to_json(mine), indent=1) + "\n").encode())
-        return
-    except ValueError as error:
-        raise ConfigError(
-            f"{folder}/config.json is not JSON: {error}; remove it if the checkpoints are yours"
-        ) from None
-    if differences := recipe_differences(owner, mine):
-        raise ConfigError(f"{folder} holds another run ({'; '.join(differences[:3])}); choose another --checkpoint.dir")
-    if os.path.realpath(owner.out) != os.path.realpath(mine.out):
-        raise ConfigError(
-            f"{folder} holds the checkpoints of --out {owner.out}, and this is --out {mine.out}; choose another "
-            f"--checkpoint.dir, or remove {folder}/config.json if it is the same run, moved or renamed"
-        )
-
-
-def run(config: RunConfig, corpus: Corpus) -> int:
+def run(start: Start, corpus: Corpus) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
-    launched_s = time.monotonic()
+    launched_s, config = time.monotonic(), start.config
     from cogvit.parallel.mesh import start_mesh, stop_mesh
     from cogvit.training.checkpoint import Checkpoints, folder_in
     from cogvit.training.chrono import after_restart
+    from cogvit.training.claim import claimed_checkpoints
     from cogvit.training.engine import Engine
     from cogvit.training.loop import Evaluation, train
     from cogvit.training.meter import Meter
@@ -169,7 +112,6 @@ def run(config: RunConfig, corpus: Corpus) -> int:
     with ExitStack() as resources:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
-        start = first_position(config, corpus)
         if mesh.is_writer:
             print(describe(config, corpus), flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
@@ -182,9 +124,14 @@ def run(config: RunConfig, corpus: Corpus) -> int:
         checkpoints = resources.enter_context(
             Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
         )
-        mesh.from_writer(lambda: resources.enter_context(claimed_checkpoints(config)))
-        state = checkpoints.resume(engine) or TrainState(step=0, position=start, images=0, tokens=0)
+        mesh.from_writer(lambda: resources.enter_context(claimed_checkpoints(start)))
+        first = TrainState(step=0, position=first_position(config, corpus), images=0, tokens=0)
+        state = checkpoints.resume(engine) or first
         if mesh.is_writer:
+            if state.step:
+                print(
+                    f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}", flush=True
+                )
             elapsed_s = time.monotonic() - launched_s
             state = replace(state, chrono=after_restart(state.chrono, Path(config.out), state.step, elapsed_s))
         meter = resources.enter_context(Meter(Path(config.out), config, mesh.is_writer, state.step))

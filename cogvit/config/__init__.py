@@ -23,7 +23,7 @@ from cogvit.config.fields import (
     TextEncoderConfig,
     ZeroConfig,
 )
-from cogvit.config.tree import from_json, load_config, to_json
+from cogvit.config.tree import from_json, load_config, read_config, to_json
 
 __all__ = [
     "SUMMARY",
@@ -46,5 +46,6 @@ __all__ = [
     "ZeroConfig",
     "from_json",
     "load_config",
+    "read_config",
     "to_json",
 ]

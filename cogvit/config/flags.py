@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import os
 import re
 import runpy
 import types
@@ -92,6 +93,11 @@ def load_preset(name: str) -> RunConfig:
 
     Errors: ConfigError when there is none, with the names of those that exist.
     """
+    if name.startswith("-"):
+        raise ConfigError(
+            f"the preset is missing before {name}: python -m cogvit.train PRESET {name} ...; "
+            f"presets: {', '.join(preset_names())}"
+        )
     if name.endswith(".json"):
         return load_config(Path(name))
     if name.endswith(".py"):
@@ -185,5 +191,7 @@ def _syntax(hint: Any) -> Syntax:
         return Syntax(json.loads, "JSON", "a JSON list")
     if hint is bool:
         return Syntax(lambda text: _TRUTH[text.lower()], "[true|false]", "true or false")
-    word, expects = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "text")}[hint]
+    if hint is str:  # a shell expands ~ where it begins a word, and in --out=~/x it does not
+        return Syntax(lambda text: os.path.expanduser(text) if text.startswith("~/") else text, "TEXT", "text")
+    word, expects = {int: ("N", "a whole number"), float: ("X", "a number")}[hint]
     return Syntax(hint, word, expects)

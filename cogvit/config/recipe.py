@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cogvit.config.fields import RunConfig
@@ -19,18 +20,44 @@ EXECUTION = (
 )  # fmt: skip
 
 
-def differences(old: RunConfig, new: RunConfig, *, ignored: Sequence[str]) -> list[str]:
-    """Return "field: old -> new" for each difference but those of the ignored fields and parts."""
+@dataclass(frozen=True)
+class Difference:
+    """A field that two configurations have other values in."""
+
+    field: str  # dotted; a member of a list goes by its name
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before!r} -> {self.after!r}"
+
+
+def differences(old: RunConfig, new: RunConfig, *, ignored: Sequence[str] = ()) -> list[Difference]:
+    """Return the differences in the order of their names, but those of the ignored fields and parts."""
     before, after = _flatten(to_json(old)), _flatten(to_json(new))
     return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        Difference(name, before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not name.startswith(tuple(ignored))
     ]
 
 
+def files_of(config: RunConfig) -> dict[str, str]:
+    """Return the files and directories that decide what a run computes, by their fields; shards are not among them."""
+    members = {f"teachers.members.{member.name}.path": member.path for member in config.teachers.members}
+    named = {
+        "init": config.init,
+        "data.tokenizer": config.data.tokenizer,
+        "text_encoder.path": config.text_encoder.path,
+        "teachers.stats": config.teachers.stats,
+    }
+    return {field: path for field, path in (named | members).items() if path}
+
+
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) and one.get("name") for one in value):
+            value = {one["name"]: one for one in value}
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -26,13 +26,23 @@ def from_json(kind: type[Node], values: dict[str, Any]) -> Node:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read config.json of a run. Errors: ConfigError when it is missing or not JSON."""
+    """Read config.json of a run. Errors: ConfigError, with the path, when it is missing or no run's configuration."""
     try:
-        return from_json(RunConfig, json.loads(path.read_text()))
-    except FileNotFoundError:
+        return read_config(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not of a run of this version: {error}") from None
+
+
+def read_config(content: bytes) -> RunConfig:
+    """Return the configuration that a config.json holds. Errors: ConfigError says what else it is."""
+    try:
+        return from_json(RunConfig, json.loads(content))
+    except (ValueError, RecursionError) as error:  # no UTF-8 either
+        raise ConfigError(f"it is not JSON ({error})") from None
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

@@ -42,14 +42,10 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the configuration is of another model, or a weight of
     GLM-OCR is missing, extra or misshaped.
     """
-    values = _read_config(directory)
+    values, cfg = _read_config(directory), read_model_config(directory)
     if values["model_type"] == _MODEL_TYPE:
-        return _read_own_config(directory, values), read_weights(directory, "")
+        return cfg, read_weights(directory, "")
     shape = _read_shape(directory, values)
-    try:
-        cfg = glm_ocr.cogvit_config(shape)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
     weights = glm_ocr.tower_from_glm_ocr(read_weights(directory, *_prefixes(values)), shape)
     mean, std = _read_normalization(directory)
     if (mean, std) != _OURS:
@@ -57,6 +53,19 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
             raise CheckpointError(f"{directory / _PROCESSOR}: image_mean and image_std need {cfg.in_chans} values each")
         weights = glm_ocr.fold_normalization(weights, mean, std)
     return cfg, weights
+
+
+def read_model_config(directory: Path) -> CogViTConfig:
+    """Read the shape of what `read_model` reads, and no weights; they are looked for. Errors: as `read_model`."""
+    values = _read_config(directory)
+    if not (directory / WEIGHTS).exists() and not (directory / f"{_WEIGHTS}.index.json").exists():
+        raise CheckpointError(f"{directory / WEIGHTS} does not exist; is {directory} an export?")
+    if values["model_type"] == _MODEL_TYPE:
+        return _read_own_config(directory, values)
+    try:
+        return glm_ocr.cogvit_config(_read_shape(directory, values))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
 
 
 def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Tensor]) -> None:

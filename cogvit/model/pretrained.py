@@ -197,10 +197,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 def resolve(path: str, what: str) -> Path:
     """Return the directory of a checkpoint, downloading it when it is a hub name; `what` names it in errors."""
+    check_location(path, what)
     if path and Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ConfigError(f"{what} {path!r} does not exist; pass a checkpoint directory or a hub name")
     from huggingface_hub import snapshot_download  # a network client that local runs need not load
 
     try:
@@ -208,6 +207,12 @@ def resolve(path: str, what: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{what} {path} is no directory here, and the hub did not give it: {reason}") from error
+
+
+def check_location(path: str, what: str) -> None:
+    """Look, without the network, whether a path is a directory or may be a hub name. Errors: ConfigError."""
+    if not (path and Path(path).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ConfigError(f"{what} {path!r} does not exist; pass a checkpoint directory or a hub name")
 
 
 def weight_files(directory: Path, what: str) -> list[Path]:

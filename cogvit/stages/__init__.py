@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
 from cogvit.config.flags import flags_given, load_preset, parse
-from cogvit.config.recipe import EXECUTION, differences
+from cogvit.config.recipe import EXECUTION, Difference, differences
 from cogvit.config.rules import check_data, check_layout, check_training
 from cogvit.errors import ConfigError
 from cogvit.stages.contrast import ContrastStage
@@ -68,8 +68,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     check_recipe(config)
 
 
-def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return "field: old -> new" for each difference that makes `new` another run than `old`.
+def recipe_differences(old: RunConfig, new: RunConfig) -> list[Difference]:
+    """Return the differences that make `new` another run than `old`, unless the files that they name are the same.
 
     What only says how a run is executed does not count.
     """

@@ -81,12 +81,16 @@ class ContrastStage:
 
     def completed(self, config: RunConfig) -> RunConfig:
         """The shape of a text encoder of transformers; loads the tokenizer too, for the errors that it may have."""
+        from cogvit.training.restore import check_init
         from data_pipeline.caption import load_tokenizer
 
         if config.text_encoder.path:
             from cogvit.model.pretrained import with_encoder_shape
 
             config = with_encoder_shape(config)
+        there = check_init(config) if config.init else None
+        if there is not None and there.objective == config.objective:
+            _check_text_tower(there, config)
         load_tokenizer(config.data.tokenizer, config.text.vocab_size)
         return config
 

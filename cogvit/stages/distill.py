@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +58,8 @@ class DistillStage:
         _check_teachers(config)
 
     def completed(self, config: RunConfig) -> RunConfig:
-        """Nothing is left open."""
+        """Nothing is left open; looks for the teachers, their store and --init."""
+        check_files(config)
         return config
 
     def asks_actors(self, config: RunConfig) -> bool:
@@ -105,6 +107,25 @@ class DistillStage:
         mask_T = mask_image(key, rows * columns, config.teachers.mask_ratio)
         masked = repeat(mask_T, "(rows columns) -> (rows p) (columns q) 1", rows=rows, p=patch_px, q=patch_px).numpy()
         return np.where(masked, pixels // 3 + np.array(MASK_COLOR) // 3 * 2, pixels).astype(np.uint8)
+
+
+def check_files(config: RunConfig) -> None:
+    """Look for the files that stage 1 needs before it trains. Errors: ConfigError or CheckpointError."""
+    from cogvit.model.pretrained import check_location
+    from cogvit.teacher.own import is_own
+    from cogvit.training.restore import check_init
+
+    for member in config.teachers.members:
+        if not is_own(member.path):
+            check_location(member.path, "teacher")
+    if config.teachers.source != "online":
+        from cogvit.teacher.store import read_manifest
+
+        for name in (member.name + part for member in config.teachers.members for part in member.parts):
+            manifest = Path(config.teachers.store) / name / "manifest.json"
+            read_manifest(manifest, "pass another --teachers.store")
+    if config.init:
+        check_init(config)
 
 
 def started_from(config: RunConfig) -> dict[str, Tensor]:

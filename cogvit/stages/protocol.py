@@ -55,7 +55,10 @@ class Stage(Protocol):
         ...
 
     def completed(self, config: RunConfig) -> RunConfig:
-        """Return the configuration with what only the files that it names can say. Errors: ConfigError."""
+        """Return the configuration with what only the files that it names can say, all of which are looked for.
+
+        No weights are read. Errors: ConfigError, DataError or CheckpointError.
+        """
         ...
 
     def asks_actors(self, config: RunConfig) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cogvit.training.folder import Folder
-from cogvit.training.meter import read_metrics
+from cogvit.training.meter import read_lines
 
 _FILE = "chrono.json"  # in RUN/logs: the losses known to the last start, in case it ends before its first save
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def after_restart(chrono: Chrono, out: Path, step: int, since_launch_s: float) -
     known = _known(logs)
     lost_s, pause_s = 0.0, since_launch_s
     if metrics.exists():
-        lost_s = sum(row["seconds"] for row in read_metrics(metrics) if row["step"] > step)
+        lost_s = sum(row.get("seconds", 0.0) for _, row in read_lines(metrics).steps if row["step"] > step)
         pause_s = max(pause_s, time.time() - metrics.stat().st_mtime)
     chrono = replace(
         chrono,

@@ -12,6 +12,7 @@ import secrets
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -37,7 +38,8 @@ class Meter:
     """Records steps.
 
     Opening rewinds metrics.jsonl to start_step, the last step of the checkpoint that the run resumes from, so that the
-    file has every step once. A value that is not finite is left out: JSON cannot say it.
+    file has every step once; what it held of a start that saved nothing is kept beside it.
+    A value that is not finite is left out: JSON cannot say it.
     """
 
     def __init__(self, out: Path, config: RunConfig, writer: bool, start_step: int) -> None:
@@ -73,18 +75,76 @@ class Meter:
         self.close()
 
 
+@dataclass(frozen=True)
+class MetricsLines:
+    """What a metrics.jsonl holds; a last line that was cut off by a kill does not count."""
+
+    steps: tuple[tuple[bytes, dict[str, float]], ...]  # lines with what they say
+    damaged: tuple[bytes, ...]  # lines that say no step: a crash of the machine leaves such
+
+
+def read_lines(path: Path) -> MetricsLines:
+    """Sort the lines of a metrics.jsonl, in which a crash may have left anything. Errors: OSError."""
+    steps, damaged = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        row = _parsed(line)
+        if row is not None and line.endswith(b"\n"):
+            steps.append((line, row))
+        elif line.endswith(b"\n") or b"\0" in line:
+            damaged.append(line)
+    return MetricsLines(tuple(steps), tuple(damaged))
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the steps of a metrics.jsonl in order; a last line that was cut off by a kill does not count.
 
-    Errors: DataError when the file is missing or a complete line is not JSON.
+    Errors: DataError when the file is missing or a complete line says no step; the next start moves such lines aside.
     """
     try:
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except FileNotFoundError:
+        lines = read_lines(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} does not exist; is {path.parent} a run directory?") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} has a line that is not JSON: {error.doc.strip()[:80]!r}") from None
+    for line in lines.damaged:
+        if line.endswith(b"\n"):
+            told = line.decode(errors="replace").strip()[:80]
+            raise DataError(f"{path} has a line that is not JSON of a step: {told!r}; the next start moves it aside")
+    return [row for _, row in lines.steps]
+
+
+def _parsed(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_step = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_step and all(isinstance(value, int | float) for value in row.values()) else None
+
+
+def rewind(path: Path, start_step: int) -> None:
+    """Leave the steps up to start_step in a metrics.jsonl, and nothing else.
+
+    Those of a start that saved nothing move to metrics_before_N.jsonl, and damaged lines to metrics_damaged.jsonl.
+    """
+    lines = read_lines(path)
+    if start_step == 0 and lines.steps:
+        number = 1
+        while (aside := path.with_name(f"metrics_before_{number}.jsonl")).exists():
+            number += 1
+        path.rename(aside)
+        print(
+            f"no checkpoint was saved before: begins at step 1; the metrics until now are in {aside}", file=sys.stderr
+        )
+        return
+    if lines.damaged:
+        aside = path.with_name("metrics_damaged.jsonl")
+        print(f"{path}: {len(lines.damaged)} damaged lines were moved to {aside}", file=sys.stderr, flush=True)
+        with aside.open("ab") as file:
+            file.writelines(lines.damaged)
+    kept = b"".join(line for line, row in lines.steps if row["step"] <= start_step)
+    if path.read_bytes().startswith(kept):
+        os.truncate(path, len(kept))  # in place: a full disk has no room for a copy
+    else:
+        Folder(str(path.parent)).write(path.name, kept)
 
 
 class MetricsFile:
@@ -96,9 +156,7 @@ class MetricsFile:
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            # Cut in place: a full disk has no room for a copy, and a kill leaves the one length or the other.
-            num_kept = sum(row["step"] <= start_step for row in read_metrics(path))
-            os.truncate(path, sum(map(len, path.read_bytes().splitlines(keepends=True)[:num_kept])))
+            rewind(path, start_step)
         self._file = path.open("ab", buffering=0)
         self._waiting, self._told = b"", False
 

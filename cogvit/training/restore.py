@@ -12,12 +12,12 @@ from cogvit.config import RunConfig, TextEncoderConfig, from_json, load_config
 from cogvit.errors import CheckpointError
 from cogvit.model.config import TextConfig
 from cogvit.model.init import init_tensor
-from cogvit.model.interop import load_checked, read_model, read_text_side
+from cogvit.model.interop import load_checked, read_model, read_model_config, read_text_side
 from cogvit.model.position import resized_table
 from cogvit.model.pretrained import PretrainedTextTower, new_text_encoder
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
-from cogvit.training.checkpoint import folder_of, latest, weights
+from cogvit.training.checkpoint import folder_of, latest, list_checkpoints, weights
 from cogvit.training.folder import Folder
 from data_pipeline.caption import load_tokenizer
 
@@ -95,12 +95,27 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     Errors: CheckpointError when the vision tower of --init has another shape than this run's.
     """
     path = Path(config.init)
-    if not is_run(path):
-        cfg, vision = read_model(path)
-        given = {f"vision.{name}": tensor for name, tensor in vision.items()}
+    if check_init(config) is None:
+        given = {f"vision.{name}": tensor for name, tensor in read_model(path)[1].items()}
     else:
-        cfg = load_config(path / "config.json").vision
         given = weights(latest_of_run(path), "")
+    if _POSITIONS in given:
+        given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
+    return given
+
+
+def check_init(config: RunConfig) -> RunConfig | None:
+    """Look whether --init holds a vision tower of this run's shape, reading no weights; returns a run's configuration.
+
+    Errors: CheckpointError or ConfigError when it does not.
+    """
+    path = Path(config.init)
+    if not path.is_dir():
+        raise CheckpointError(f"--init {path} does not exist; pass a run directory or an export")
+    run = load_config(path / "config.json") if is_run(path) else None
+    if run is not None and not list_checkpoints(folder_of(path)):
+        raise CheckpointError(f"--init {path} has no complete checkpoint in {folder_of(path)}")
+    cfg = read_model_config(path) if run is None else run.vision
     shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
@@ -109,9 +124,7 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     ]
     if differences:
         raise CheckpointError(f"--init {path} is another vision tower ({'; '.join(differences)})")
-    if _POSITIONS in given:
-        given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
-    return given
+    return run
 
 
 def is_run(path: Path) -> bool:

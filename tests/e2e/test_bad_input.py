@@ -63,13 +63,19 @@ def test_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
     refuse(capsys, ["demo_stage2", "--data.shard", "x"], "--data.shard", "--data.shards")
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    """This process is the first of so many."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", world_size), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+
+
 def test_world_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    launched(monkeypatch, 6)
     refuse(capsys, ["demo_stage2", "--parallel.tp", "4", "--out", "x"], "6 processes", "tp=4")
 
 
 def test_heads_that_tp_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched(monkeypatch, 3)
     refuse(capsys, ["demo_stage2", "--parallel.tp", "3", "--out", "x"], "num_heads=4", "--parallel.tp 3")
 
 
@@ -126,9 +132,13 @@ def test_tokenizers_are_tried_before_anything_is_built(
 def test_directory_of_another_run(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(out)]
-    out.mkdir()
     assert main([*argv, "--dry-run", "--seed", "1"]) == 0
-    (out / "config.json").write_text(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("data: 8 images in 1 shards") and "seed: 0 -> 1" in printed.err
+    assert not out.exists()
+    out.mkdir()
+    (out / "config.json").write_text(printed.out)
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     before = (out / "config.json").read_bytes()
     refuse(capsys, [*argv, "--seed", "2"], "another run", "seed: 1 -> 2")
     refuse(capsys, [*argv, "--dry-run", "--seed", "2"], "another run", "seed: 1 -> 2")

@@ -86,7 +86,7 @@ def test_damaged_or_missing_metrics_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is .* a run directory\?"):
         read_metrics(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnoise\n')
-    with pytest.raises(DataError, match="has a line that is not JSON: 'noise'"):
+    with pytest.raises(DataError, match="has a line that is not JSON of a step: 'noise'"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
