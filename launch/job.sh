@@ -13,6 +13,9 @@ fi
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
+# What a launcher leaves in the environment of sbatch would reach every rank, and each would take itself for that one.
+unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR
+
 asked=     # what asked the job to stop
 step_pid=  # of the srun that does the work
 ray_pids=() # of the sruns that hold Ray; the head's first
@@ -58,14 +61,24 @@ read_flags() {
         word=${word//\{task\}/${SLURM_ARRAY_TASK_ID:-0}}
         if [[ $previous == --out ]]; then OUT=$word; fi
         if [[ $word == --out=* ]]; then OUT=${word#--out=}; fi
-        FLAGS+=("$word")
         previous=$word
+        # What was asked of the first start would begin a job anew each time that it is requeued.
+        if [[ $word == --begin-anew ]] && ((${SLURM_RESTART_COUNT:-0} > 0)); then continue; fi
+        FLAGS+=("$word")
     done
+    OUT=${OUT/#\~\//$HOME/}
     FLAGS+=(--out "$OUT")
     LOGS=$OUT/logs
     TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
     NODES=$SLURM_JOB_NUM_NODES
     WORLD=$((NODES * TASKS_PER_NODE))
+    if [[ -n ${SLURM_NTASKS:-} ]] && ((SLURM_NTASKS != WORLD)); then
+        die "sbatch was given $SLURM_NTASKS tasks, and $NODES nodes of $TASKS_PER_NODE are $WORLD; pass --ntasks-per-node, not --ntasks"
+    fi
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    if ((gpus > 0 && TASKS_PER_NODE > gpus)); then
+        die "$TASKS_PER_NODE tasks a node share $gpus GPUs; pass as many of the one (--ntasks-per-node) as of the other"
+    fi
     unset SLURM_NTASKS_PER_NODE # or every step below would have to obey it
     AT_START=$(progress)
     trap 'ask_to_stop "the time limit is near"' USR1
@@ -173,7 +186,7 @@ train() {
     # Since Slurm 22.05 srun does not take the job's --cpus-per-task over: a bound rank would have one CPU.
     SLURM_HOSTFILE=$HOSTS run_step --ntasks="$WORLD" --distribution=arbitrary --kill-on-bad-exit=1 \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-        --output="$LOGS/rank_%5t.log" --open-mode=append "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}"
+        --output="${LOGS//%/%%}/rank_%5t.log" --open-mode=append "$PYTHON" -m cogvit.train "$PRESET" "${FLAGS[@]}"
 }
 
 # Runs the step that does the job's work and waits for its end; sets STATUS. Ray's end asks the step to save and stop.

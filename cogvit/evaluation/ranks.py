@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvit.config.environment import this_process
+from cogvit.config.environment import device_index, this_process
 from cogvit.errors import CogViTError
 
 Item = TypeVar("Item")
@@ -84,7 +84,7 @@ def joined() -> Iterator[Ranks]:
         return
     process.check_meeting()
     if torch.cuda.is_available():
-        torch.cuda.set_device(process.local_rank)
+        torch.cuda.set_device(device_index(process, torch.cuda.device_count()))
     dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), size)

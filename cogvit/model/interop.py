@@ -58,7 +58,7 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
 def read_model_config(directory: Path) -> CogViTConfig:
     """Read the shape of what `read_model` reads, and no weights; they are looked for. Errors: as `read_model`."""
     values = _read_config(directory)
-    if not (directory / WEIGHTS).exists() and not (directory / f"{_WEIGHTS}.index.json").exists():
+    if not (directory / WEIGHTS).exists() and not (directory / f"{WEIGHTS}.index.json").exists():
         raise CheckpointError(f"{directory / WEIGHTS} does not exist; is {directory} an export?")
     if values["model_type"] == _MODEL_TYPE:
         return _read_own_config(directory, values)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
-from cogvit.config.environment import Process, this_process
+from cogvit.config.environment import Process, device_index, this_process
 from cogvit.errors import CogViTError
 from cogvit.parallel.cpu import prepare_process
 
@@ -227,8 +227,9 @@ def stop_mesh() -> None:
 def _local_device(process: Process) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(process.local_rank)
-    return torch.device("cuda", process.local_rank)
+    index = device_index(process, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _join_world(process: Process, device: torch.device, timeout_s: float) -> None:

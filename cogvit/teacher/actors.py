@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
 _HEALTH = "health"  # the thread of an actor that says how it does
+_SOCKET_BYTES, _RAY_BYTES = 107, 62  # the longest name of a Unix socket, and what Ray puts behind its directory
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,9 +89,22 @@ def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[C
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """Make a directory for Ray's files. Not in TMPDIR: a Unix socket's name has at most 107 bytes and Ray needs 62."""
+    """Make a directory for Ray's files. Not in TMPDIR, which may be long.
+
+    Errors: ConfigError when there is none, or its path is too long.
+    """
     base = os.environ.get("RAY_TMPDIR", "/tmp")
-    return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
+    room = _SOCKET_BYTES - _RAY_BYTES - len("/cogvit-ray-12345678")
+    if len(os.fsencode(base)) > room:
+        raise ConfigError(
+            f"RAY_TMPDIR={base} has {len(os.fsencode(base))} bytes; sockets are made in it: at most {room}"
+        )
+    try:
+        return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_TMPDIR={base} cannot be written: {error.strerror}; set it to a short directory"
+        ) from None
 
 
 def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, directory: str) -> str:
@@ -100,21 +114,28 @@ def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, directory: str) ->
     """
     import ray
 
-    try:
-        context = ray.init(
-            address="local",
-            namespace=cluster.namespace,
-            num_cpus=num_cpus,
-            object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=directory,
-        )
-    except Exception as error:  # Ray has no narrower one for processes that do not start in its 15 or 30 s
-        reason = str(error).partition("\n")[0]
-        raise TeacherUnavailable(f"Ray did not start here: {reason}; start again when it is less busy") from error
-    return context.address_info["gcs_address"]
+    for more_tries in (1, 0):  # Ray gives itself 15 or 30 s, which is short on a busy machine
+        try:
+            context = ray.init(
+                address="local",
+                namespace=cluster.namespace,
+                num_cpus=num_cpus,
+                object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=directory,
+            )
+            return context.address_info["gcs_address"]
+        except Exception as error:  # it has no narrower one for processes that do not start in time
+            reason = str(error).partition("\n")[0]
+            ray.shutdown()
+            if not more_tries:
+                raise TeacherUnavailable(
+                    f"Ray did not start here: {reason}; start again when it is less busy"
+                ) from error
+            _LOG.warning("Ray did not start (%s); once more", reason)
+    raise AssertionError("unreachable")
 
 
 def _join(cluster: Cluster) -> str:

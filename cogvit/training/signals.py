@@ -11,8 +11,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 REQUEUE_STATUS = 75
-# SIGUSR1 comes from Slurm before the time limit, SIGTERM at it or on preemption, SIGINT from a terminal.
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# SIGUSR1 comes from Slurm before the time limit, SIGTERM at it or on preemption, SIGINT from a terminal, SIGHUP from one
+# that is closed.
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # One request reaches a rank more than once: the terminal or Slurm signals every process, and torchrun passes it on.
 _SAME_REQUEST_S = 2.0
 _NO_MORE = b"\0"  # the number of no signal
@@ -37,7 +38,9 @@ class StopRequest:
         self._thread = threading.Thread(target=_end_at_the_second, args=(self._arrivals,), daemon=True)
         self._thread.start()
         self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # nohup has SIGHUP ignored, and that stays so.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

@@ -9,10 +9,11 @@ from statistics import median
 
 _WINDOW_STEPS = 64
 _FEWEST_STEPS = 8  # before them there is no recent past to compare with
+_LEAST_RISE = 0.1  # of a loss that is nearly 0 any noise is a multiple
 
 
 class SpikeLog:
-    """Appends a line to logs/spikes.jsonl for each loss above `factor` times the median of the last 64."""
+    """Appends a line to logs/spikes.jsonl for each loss well above `factor` times the median of the last 64."""
 
     def __init__(self, path: Path, factor: float) -> None:
         self._path, self._factor = path, factor
@@ -23,7 +24,7 @@ class SpikeLog:
         loss, usual = values["loss"], median(self._recent) if self._recent else 0.0
         enough = len(self._recent) >= _FEWEST_STEPS and usual > 0
         self._recent.append(loss)
-        if not (self._factor > 0 and enough and loss > self._factor * usual):
+        if not (self._factor > 0 and enough and loss > max(self._factor * usual, usual + _LEAST_RISE)):
             return None
         row = {"step": step, "loss": loss, "median": usual}
         row |= {name: value for name, value in values.items() if name.startswith(("grad_norm", "loss_", "lr"))}

@@ -35,3 +35,10 @@ def test_a_full_disk_puts_the_line_where_it_can_be_read(tmp_path: Path) -> None:
     with files_of_at_most(4):
         line = log.record(20, {"loss": 3.0, "grad_norm": 9.0})
     assert line is not None and 'cannot be written (File too large): {"step": 20' in line and '"grad_norm": 9.0' in line
+
+
+def test_noise_of_a_loss_near_zero_is_no_spike(tmp_path: Path) -> None:
+    log = SpikeLog(tmp_path / "spikes.jsonl", factor=2.0)
+    for step in range(100):
+        assert log.record(step, {"loss": 0.005 if step % 5 == 0 else 1e-5}) is None
+    assert log.record(100, {"loss": 0.5}) is not None
