@@ -19,6 +19,8 @@ LANGUAGES = ("en", "zh")
 NO_LABEL = -1
 _LANGUAGE_SALT = 0x6C616E67  # "lang"
 _NUMBER_SALT = 0x63617074  # "capt"
+_CAPTION_FIELDS = ("captions", "caption")  # ours and img2dataset's
+_TEXT_KEYS = ("raw", "caption")  # of COCO's entries
 _CACHED_CAPTIONS = 1 << 16
 _LONGEST_TOKEN = 128  # characters
 _MOST_ADDED = 4  # tokens that a tokenizer puts around and before a caption's own
@@ -72,12 +74,12 @@ def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
     """
     if extension == "cls":
         try:
-            return {"label": int(data)}
+            return {"label": int(data.decode("utf-8-sig"))}
         except ValueError:
             raise DataError("a cls is no whole number") from None
     if extension != "json":
         try:
-            return {"caption": data.decode()}
+            return {"caption": data.decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise DataError(f"a caption is not UTF-8: {error.reason}") from None
     try:
@@ -89,23 +91,53 @@ def parse_metadata(data: bytes, extension: str) -> dict[str, Any]:
     return metadata
 
 
-def captions_of(metadata: dict[str, Any]) -> Captions:
-    """Return the captions in every language of LANGUAGES, stripped, none empty.
+def captions_of(metadata: dict[str, Any], field: str = "") -> Captions:
+    """Return the captions in every language of LANGUAGES, stripped, none empty, none twice.
 
-    They are {"captions": {"en": [...], "zh": [...]}} or, as img2dataset writes it, {"caption": ...}, which counts as
-    English.
+    They lie in the field, or in `captions` and `caption` where none is named: a text, a list of texts, COCO's list of
+    {"raw": TEXT} or {"caption": TEXT}, all of which count as English, or any of these by language, {"en": ...,
+    "zh": ...}. Anything else is not read (`not_understood`).
     """
-    by_language = metadata.get("captions")
-    if not isinstance(by_language, dict):
-        by_language = {"en": metadata.get("caption")}
-    captions = {}
-    for language in LANGUAGES:
-        texts = by_language.get(language)
-        texts = texts if isinstance(texts, list) else [texts]
-        captions[language] = tuple(
-            text.strip() for text in texts if isinstance(text, str) and text.strip() and _is_encodable(text)
-        )
-    return captions
+    captions: dict[str, dict[str, None]] = {language: {} for language in LANGUAGES}
+    for value in _caption_values(metadata, field):
+        by_language = value if isinstance(value, dict) and value.keys().isdisjoint(_TEXT_KEYS) else {"en": value}
+        for language in LANGUAGES:
+            captions[language].update(dict.fromkeys(_texts(by_language.get(language))))
+    return {language: tuple(texts) for language, texts in captions.items()}
+
+
+def not_understood(metadata: dict[str, Any], field: str = "") -> bool:
+    """Whether a sample says something where captions lie, and none of it is a caption in a language we have."""
+    return not any(captions_of(metadata, field).values()) and any(map(_says_more, _caption_values(metadata, field)))
+
+
+def source_of(metadata: dict[str, Any], field: str = "source") -> str | None:
+    """Return what a sample's json calls its source; None where that is no text that can be written down."""
+    source = metadata.get(field)
+    return source if isinstance(source, str) and source and _is_encodable(source) else None
+
+
+def _caption_values(metadata: dict[str, Any], field: str) -> list[Any]:
+    return [metadata[name] for name in ((field,) if field else _CAPTION_FIELDS) if name in metadata]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the captions of one language, whatever a json holds there."""
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        text = next((one[key] for key in _TEXT_KEYS if key in one), None) if isinstance(one, dict) else one
+        if isinstance(text, str) and text.strip() and _is_encodable(text):
+            found.append(text.strip())
+    return found
+
+
+def _says_more(value: Any) -> bool:
+    """Whether a value is more than an empty place."""
+    if isinstance(value, dict):
+        return any(map(_says_more, value.values()))
+    if isinstance(value, list):
+        return any(map(_says_more, value))
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 def label_of(metadata: dict[str, Any]) -> int:
@@ -176,12 +208,16 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """A transformers tokenizer; captions repeat over epochs, so their ids are kept."""
+    """A transformers tokenizer; captions repeat over epochs, so their ids are kept.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Text that spells a control token (`<eos>`) stays text, as in `ByteTokenizer`. lower: captions become lower case, as
+    SigLIP2's text towers were trained.
+    """
+
+    def __init__(self, tokenizer: Any, *, lower: bool = False) -> None:
         self.num_ids = len(tokenizer)
         self.pad_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lower = tokenizer, lower
         self._lock = Lock()  # transformers switches truncation on and off inside the tokenizer
         self._encode = lru_cache(_CACHED_CAPTIONS)(self._encode_anew)
 
@@ -192,19 +228,29 @@ class PretrainedTokenizer:
         return tokens if len(reached) == len(text) else CaptionTokens(tokens.ids, cut=True)
 
     def _encode_anew(self, text: str, max_tokens: int) -> CaptionTokens:
+        text = text.lower() if self._lower else text
         with self._lock:
-            ids = self._tokenizer(text)["input_ids"] or [self.pad_id]  # no caption is without a token
+            # No caption is without a token.
+            ids = self._tokenizer(text, split_special_tokens=True)["input_ids"] or [self.pad_id]
             cut = len(ids) > max_tokens
             if cut:
-                ids = self._tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
+                shorter = self._tokenizer(text, split_special_tokens=True, truncation=True, max_length=max_tokens)
+                ids = shorter["input_ids"]
         return CaptionTokens(np.array(ids, np.int64), cut)
 
 
 def _load_pretrained(name: str) -> PretrainedTokenizer:
-    from transformers import AutoTokenizer  # here, because it takes seconds and `byt5` needs none of it
+    from transformers import AutoTokenizer, PreTrainedConfig  # here: it takes seconds and `byt5` needs none of it
 
     try:
-        return PretrainedTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            tower = PreTrainedConfig.get_config_dict(name)[0].get("model_type", "")
+        except OSError:  # a tokenizer alone
+            tower = ""
+        # SigLIP2 of a fixed size is called siglip, whose own tokenizer lowers by itself; Gemma's is SigLIP2's.
+        lower = tower.startswith("siglip") and type(tokenizer).__name__.startswith("Gemma")
+        return PretrainedTokenizer(tokenizer, lower=lower)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"--data.tokenizer {name} does not load: {reason}; pass byt5, a directory or a name") from None

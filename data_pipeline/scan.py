@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, parse_metadata
+from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, not_understood, parse_metadata, source_of
 from data_pipeline.decode import read_header
 from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
@@ -86,8 +86,10 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
         except DataError as error:
             problems[str(error)] += 1
             continue
-        if isinstance(source := metadata.get("source"), str) and source:
+        if (source := source_of(metadata)) is not None:
             columns["source"] = source
+        elif metadata.get("source") is not None:
+            problems["a source that is no text (the default stands for it)"] += 1
         if columns["label"] == NO_LABEL:
             columns["label"] = label_of(metadata)
         captions = captions_of(metadata)
@@ -98,6 +100,10 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             columns["caption_member"] = number
             columns["caption_offset_bytes"] = member.offset_bytes
             columns["caption_size_bytes"] = len(member.data)
+        elif not_understood(metadata):
+            problems[
+                "captions of a form that is not understood: no text, list of texts, COCO's list, or these by en, zh"
+            ] += 1
     if members and columns["caption_member"] < 0 and columns["label"] == NO_LABEL:
         problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] += 1
     return columns

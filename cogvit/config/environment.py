@@ -67,7 +67,7 @@ def this_process() -> Process:
 
 
 def device_index(process: Process, num_visible: int) -> int:
-    """Return which of the visible GPUs is this process's: its own alone, as Slurm's --gpus-per-task shows it, or by rank.
+    """Return which of the visible GPUs is this process's: the only one (Slurm's --gpus-per-task), or that of its rank.
 
     Errors: ConfigError when there are fewer than the machine's processes need.
     """
@@ -75,7 +75,7 @@ def device_index(process: Process, num_visible: int) -> int:
         return 0
     if process.local_rank >= num_visible:
         raise ConfigError(
-            f"LOCAL_RANK={process.local_rank} finds {num_visible} GPUs; start as many processes a machine as it has GPUs"
+            f"LOCAL_RANK={process.local_rank} finds {num_visible} GPUs; start one process a GPU of a machine"
         )
     return process.local_rank
 

@@ -219,7 +219,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """Return the last line of an error that says something: a stream that ended early has a place in torch's sources."""
+    """Return the last line of an error, unless it is a place in torch's sources, as of a stream that ended early."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     told = [line for line in lines if "[enforce fail" not in line and "unexpected pos" not in line]
     return told[-1] if told and lines[-1] in told else ""

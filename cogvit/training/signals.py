@@ -11,8 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 REQUEUE_STATUS = 75
-# SIGUSR1 comes from Slurm before the time limit, SIGTERM at it or on preemption, SIGINT from a terminal, SIGHUP from one
-# that is closed.
+# SIGUSR1 comes from Slurm before the time limit, SIGTERM at it or on preemption, SIGINT from a terminal, SIGHUP from
+# one that is closed.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # One request reaches a rank more than once: the terminal or Slurm signals every process, and torchrun passes it on.
 _SAME_REQUEST_S = 2.0

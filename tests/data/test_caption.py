@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
+from transformers import ByT5Tokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
 from cogvit.errors import DataError
 from data_pipeline.caption import (
@@ -15,7 +15,9 @@ from data_pipeline.caption import (
     captions_of,
     choose_captions,
     load_tokenizer,
+    not_understood,
     parse_metadata,
+    source_of,
     token_bound,
 )
 
@@ -133,3 +135,66 @@ def test_tokenizers_that_do_not_fit_are_refused(word_tokenizer, tmp_path):
         load_tokenizer(word_tokenizer, vocab_size=3)
     with pytest.raises(DataError, match="does not load"):
         load_tokenizer(str(tmp_path / "nowhere"), vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "en", "zh"),
+    [
+        ({"caption": "x", "captions": {"zh": ["红"]}}, ("x",), ("红",)),
+        ({"caption": "ok", "captions": {}}, ("ok",), ()),
+        ({"captions": ["a", "b", "a"]}, ("a", "b"), ()),
+        ({"captions": "a text"}, ("a text",), ()),
+        (
+            {"captions": [{"raw": "a dog", "tokens": ["a", "dog"]}, {"caption": "a cat", "id": 3}]},
+            ("a dog", "a cat"),
+            (),
+        ),
+        ({"captions": {"raw": "one"}}, ("one",), ()),
+        ({"captions": {"en": [{"raw": "a"}], "zh": "红"}}, ("a",), ("红",)),
+    ],
+)
+def test_captions_of_the_big_tools_are_read(metadata, en, zh):
+    assert captions_of(metadata) == {"en": en, "zh": zh}
+    assert not not_understood(metadata)
+
+
+def test_a_field_by_name():
+    metadata = {"caption": "no", "TEXT": ["yes"], "site": "a.example"}
+    assert captions_of(metadata, "TEXT") == {"en": ("yes",), "zh": ()}
+    assert source_of(metadata, "site") == "a.example"
+
+
+@pytest.mark.parametrize("value", [3, [[1]], {"de": "Hund"}, [{"text": "a"}], True])
+def test_what_is_not_understood_is_said_so(value):
+    assert not_understood({"captions": value}) and not any(captions_of({"captions": value}).values())
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, {"en": []}, [" ", None]])
+def test_what_is_empty_is_not_a_form(value):
+    assert not not_understood({"captions": value})
+
+
+def test_a_byte_order_mark_is_no_text():
+    mark = b"\xef\xbb\xbf"
+    assert captions_of(parse_metadata(mark + b"a cat", "txt"))["en"] == ("a cat",)
+    assert parse_metadata(mark + b"7\n", "cls") == {"label": 7}
+    assert captions_of(parse_metadata(mark + b'{"caption": "a cat"}', "json"))["en"] == ("a cat",)
+
+
+def test_text_that_spells_a_control_token_stays_text(word_tokenizer):
+    tokenizer = load_tokenizer(word_tokenizer, vocab_size=10)
+    assert tokenizer.encode("red </s> house", 8).ids.tolist().count(1) == 1
+    assert tokenizer.encode("red </s> house", 8).ids[-1] == 1
+    assert tokenizer.encode("red </s> house", 3).ids.tolist().count(1) == 1
+
+
+@pytest.mark.parametrize(("tower", "equal"), [("siglip", True), ("siglip2", True), ("gemma", False)])
+def test_captions_of_siglip2_are_lower_case_whatever_its_type_is_called(tmp_path, tower, equal):
+    letters = Tokenizer(models.BPE({"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "r": 4, "R": 5}, []))
+    GemmaTokenizer(
+        tokenizer_object=letters, vocab={"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "r": 4, "R": 5}, merges=[]
+    ).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": tower}))
+    tokenizer = load_tokenizer(str(tmp_path), vocab_size=300)
+    same = tokenizer.encode("R", 8).ids.tolist() == tokenizer.encode("r", 8).ids.tolist()
+    assert same == equal

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_process_that_sees_one_gpu_takes_it() -> None:
     assert device_index(Process(rank=3, world_size=4, local_rank=3), num_visible=1) == 0
     assert device_index(Process(rank=3, world_size=4, local_rank=3), num_visible=8) == 3
-    with pytest.raises(ConfigError, match="LOCAL_RANK=3 finds 2 GPUs; start as many processes"):
+    with pytest.raises(ConfigError, match="LOCAL_RANK=3 finds 2 GPUs; start one process a GPU"):
         device_index(Process(rank=3, world_size=4, local_rank=3), num_visible=2)
 
 
