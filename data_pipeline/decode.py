@@ -66,7 +66,7 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
     """
     try:
         pixels = _read_jpeg(data, at_least_hw_px or (0, 0)) if data.startswith(_JPEG_MARK) else None
-        return _read_with_pillow(data) if pixels is None else pixels
+        return upright_pixels(_open(data)) if pixels is None else pixels
     except DataError:
         raise
     except Exception as error:  # as above
@@ -123,8 +123,8 @@ def _read_jpeg(data: bytes, at_least_hw_px: tuple[int, int]) -> Pixels | None:
     return _turn_upright(pixels, orientation)
 
 
-def _read_with_pillow(data: bytes) -> Pixels:
-    image = _open(data)
+def upright_pixels(image: Image.Image) -> Pixels:
+    """Decode uint8 [H, W, 3]: first frame, orientation applied, transparency on white, deep samples cut to 8 bits."""
     orientation = _orientation(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)

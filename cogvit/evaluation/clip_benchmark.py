@@ -13,17 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cogvit.errors import ConfigError
+from cogvit.errors import ConfigError, DataError
 from cogvit.model.naflex import resize_to_grid
 from cogvit.training.restore import Towers, load_towers
 from data_pipeline.caption import Tokenizer, load_tokenizer
+from data_pipeline.decode import upright_pixels
 
 _NO_TOKEN = -1  # fills the rows of shorter captions; no tokenizer has it
 
@@ -49,13 +49,13 @@ class EmbeddingModel(nn.Module):
 
 @dataclass(frozen=True)
 class SquareTransform:
-    """A Pillow image to [3, side, side] in [-1, 1]."""
+    """A Pillow image to [3, side, side] in [-1, 1], as training decodes it: upright, on white, deep gray cut to 8 bits."""
 
     side_px: int
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Resize one image, bilinear and antialiased, whatever its shape."""
-        pixels = rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
+        pixels = rearrange(torch.from_numpy(upright_pixels(image)), "h w c -> c h w")
         return resize_to_grid(pixels, (self.side_px, self.side_px), patch_size=1) / 127.5 - 1.0
 
 
@@ -66,8 +66,11 @@ class PaddedTokenizer:
     tokenizer: Tokenizer
     max_tokens: int
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Return [B, L] int64; longer texts lose their end."""
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        """Return [B, L] int64, one row for one text; longer texts lose their end. Errors: DataError for no text."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise DataError("there are no texts to tokenize; pass at least one")
         ids = [torch.from_numpy(self.tokenizer.encode(text, self.max_tokens).ids) for text in texts]
         return pad_sequence(ids, batch_first=True, padding_value=_NO_TOKEN)
 

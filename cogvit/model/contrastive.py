@@ -110,10 +110,12 @@ class SigLIPLoss(nn.Module):
                 " of a rank whose shapes are wrong"
             )
         with torch.autocast(image_embed.device.type, enabled=False):
-            image_BE = F.normalize(image_embed.float(), dim=-1)
-            text_BE = F.normalize(text_embed.float(), dim=-1)
+            # fp64 stays fp64; whatever is narrower than fp32 is widened to it.
+            dtype = torch.promote_types(torch.promote_types(image_embed.dtype, text_embed.dtype), torch.float32)
+            image_BE = F.normalize(image_embed.to(dtype), dim=-1)
+            text_BE = F.normalize(text_embed.to(dtype), dim=-1)
             total: Tensor = _SigmoidLoss.apply(  # type: ignore[no-untyped-call]
-                image_BE, text_BE, self.log_t.float(), self.bias.float()
+                image_BE, text_BE, self.log_t.to(dtype), self.bias.to(dtype)
             )
         num_images = sum(sizes)
         return total / (num_images if self.normalization == "images" else num_images**2)

@@ -105,10 +105,13 @@ def read_text_side(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]] 
 def load_checked(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Set every parameter of a module from full tensors of the same names.
 
-    Errors: CheckpointError names every missing, extra and misshaped weight.
+    Errors: CheckpointError names every missing, extra and misshaped weight, and the first that is not finite.
     """
     own = dict(module.named_parameters())
     check_shapes(weights, {name: parameter.shape for name, parameter in own.items()})
+    for name in own:
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise CheckpointError(f"the weight {name} holds NaN or infinite values: the checkpoint is damaged")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

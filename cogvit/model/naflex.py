@@ -85,6 +85,9 @@ def naflex_target_size(h: int, w: int, patch_size: int, max_tokens: int) -> tupl
     return rows * patch_size, columns * patch_size
 
 
+_LARGEST_VALUE = 16.0  # of a float; those of images in [-1, 1], or of any usual mean and deviation, stay far below
+
+
 def _check_images(images: Sequence[Tensor]) -> None:
     """Refuse what is no list of images of one kind, before anything is computed from it."""
     if not len(images):
@@ -96,6 +99,10 @@ def _check_images(images: Sequence[Tensor]) -> None:
             raise ValueError(f"image {number} has shape {tuple(image.shape)}; expected (C, H, W)")
         if image.is_floating_point() and not bool(torch.isfinite(image.sum(dtype=torch.float64))):
             raise ValueError(f"image {number} holds NaN or infinite values; expected finite ones")
+        if image.is_floating_point() and image.numel() and float(image.abs().max()) > _LARGEST_VALUE:
+            raise ValueError(
+                f"image {number} holds floats up to {float(image.abs().max()):.4g}; expected [-1, 1], or torch.uint8"
+            )
     channels, dtypes = {image.shape[0] for image in images}, {image.dtype for image in images}
     if len(channels) > 1:
         raise ValueError(f"images of one batch have {sorted(channels)} channels; expected one number")
@@ -118,13 +125,17 @@ def resize_to_grid(image: Tensor, grid: Grid, patch_size: int) -> Tensor:
 
 
 def naflex_resize(image: Tensor, patch_size: int, max_tokens: int) -> Tensor:
-    """Resize one image [C, H, W] to its `naflex_target_size`, bilinear and antialiased; fp32 comes out.
+    """Resize one image [C, H, W] to its `naflex_target_size`, bilinear and antialiased; fp32 in [-1, 1] comes out.
 
-    Errors: ValueError when the image is not [C, H, W], has no pixels, is not finite or is too thin for the budget.
+    uint8 is normalized, as the model does it in a pack; floats are in [-1, 1] already.
+
+    Errors: ValueError when the image is not [C, H, W], has no pixels, is not finite, holds floats far beyond [-1, 1] or
+    is too thin for the budget.
     """
     _check_images([image])
     grid = _kept_grid(image.shape[1], image.shape[2], patch_size, max_tokens)
-    return resize_to_grid(image.float(), grid, patch_size)
+    resized = resize_to_grid(image, grid, patch_size).float()
+    return resized / 127.5 - 1.0 if image.dtype == torch.uint8 else resized
 
 
 def naflex_collate(images: Sequence[Tensor], patch_size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +146,7 @@ def naflex_collate(images: Sequence[Tensor], patch_size: int, max_tokens: int) -
     tall one), it is sequences [B, N, C * P * P + 2] of patches followed by their row and column, N <= max_tokens.
 
     Args:
-        images: each [C, H, W].
+        images: each [C, H, W]; uint8, which is normalized, or floats in [-1, 1].
         patch_size: P, in px.
         max_tokens: the budget of each image, padding included.
 
@@ -180,7 +191,7 @@ def naflex_pack(
     An image gets the largest grid that fits its budget (`naflex_target_size`), resized bilinear and antialiased.
 
     Args:
-        images: each [C, H, W]; uint8 is normalized by the model, floats are taken as they are.
+        images: each [C, H, W]; uint8 is normalized by the model, floats are in [-1, 1].
         patch_size: P, in px.
         max_tokens: the budget of each image.
         tokens_per_pack: T; the images' own sum if None.

@@ -61,10 +61,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(cfg.in_chans, cfg.embed_dim, kernel_size=cfg.patch_size, stride=cfg.patch_size)
 
     def forward(self, patches_TE: Tensor) -> Tensor:
-        """Embed channel-major patches [T, C * P * P] to [T, D]; uint8 is normalized to [-1, 1] first."""
+        """Embed channel-major patches [T, C * P * P] to [T, D]; uint8 is normalized to [-1, 1] first.
+
+        Floats may be of any precision; they become the weights'.
+        """
+        x_TE = patches_TE.to(self.proj.weight.dtype)
         if patches_TE.dtype == torch.uint8:
-            patches_TE = patches_TE.to(self.proj.weight.dtype) / 127.5 - 1.0
-        return F.linear(patches_TE, self.proj.weight.flatten(1), self.proj.bias)
+            x_TE = x_TE / 127.5 - 1.0
+        return F.linear(x_TE, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionEmbedding(nn.Module):
