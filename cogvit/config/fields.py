@@ -106,6 +106,11 @@ class TeachersConfig:
     )
     store: str = option("", "directory of tools/precompute_features")
     mask_ratio: float = option(0.35, "share of each image's patches that is masked, exact per image")
+    visible_weight: float = option(
+        0.0,
+        "weight of the loss at the patches that the student sees, beside 1 at those that are masked; 0: as the paper,"
+        " which says nothing of what the encoder gives where nothing is masked, and a third of the features to send",
+    )
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher, spread over the nodes of the cluster")
     actor_cpus: float = option(1.0, "CPUs that an actor takes, and its threads, which may change features' last bits")
     actor_gpus: float = option(0.0, "GPUs that it takes: a fraction shares one, 0 is the CPU, with other last bits")
@@ -125,6 +130,11 @@ class TeachersConfig:
     ray_address: str = option(
         "", "Ray cluster to join, for data.loading server too; starts one on this machine if empty"
     )
+
+    @property
+    def asked_ratio(self) -> float:
+        """The share of the patches whose features are asked for."""
+        return self.mask_ratio if self.visible_weight == 0.0 else 1.0
 
     @property
     def num_actors(self) -> int:

@@ -49,7 +49,7 @@ class EmbeddingModel(nn.Module):
 
 @dataclass(frozen=True)
 class SquareTransform:
-    """A Pillow image to [3, side, side] in [-1, 1], as training decodes it: upright, on white, deep gray cut to 8 bits."""
+    """A Pillow image to [3, side, side] in [-1, 1], decoded as in training: upright, on white, 8 bits."""
 
     side_px: int
 

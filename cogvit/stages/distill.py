@@ -35,7 +35,7 @@ class DistillStage:
 
     title: str = "Stage 1: distillation"
     fields: tuple[str, ...] = (
-        "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
+        "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio", "teachers.visible_weight",
         "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.in_flight_steps",
         "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision", "teachers.compile",
         "teachers.stats", "teachers.standardize",
@@ -86,7 +86,7 @@ class DistillStage:
         model = DistillModel(vision_stage(config, mesh), target_dims, recompute=recompute)
         given = started_from(config) if config.init else {}
         fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
-        return model, Distill(terms, config.teachers.mask_ratio)
+        return model, Distill(terms, config.teachers.mask_ratio, config.teachers.visible_weight)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """The student; teachers count with nothing."""
@@ -158,6 +158,7 @@ def _check_teachers(config: RunConfig) -> None:
         f"teachers.max_in_flight_bytes={teachers.max_in_flight_bytes} must be at least 1",
     )
     require(0.0 < teachers.max_wait_s < math.inf, f"teachers.max_wait_s={teachers.max_wait_s} must be positive")
+    require(is_rate(teachers.visible_weight), f"teachers.visible_weight={teachers.visible_weight} must not be negative")
     require(0.0 < teachers.mask_ratio < 1.0, f"teachers.mask_ratio={teachers.mask_ratio} must be in (0, 1)")
     require(
         teachers.source == "store" or not 0.0 < config.parallel.step_timeout_s <= teachers.max_wait_s,

@@ -173,7 +173,7 @@ def rank_batches(
             yield from attach_targets(
                 batches,
                 source,
-                mask_ratio=teachers.mask_ratio,
+                mask_ratio=teachers.asked_ratio,
                 in_flight_steps=teachers.in_flight_steps,
                 augmented=augmentation_of(config.data) != AS_IT_IS,
             )
