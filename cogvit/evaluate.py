@@ -5,7 +5,9 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 
 --tasks NAME,...      any of the tasks below; by default all that RUN_OR_EXPORT can do
 --data PATTERN        indexed held-out shards; by default the run's data.eval_shards
---train-data PATTERN  indexed shards that knn and linear learn from; by default the run's data.shards
+--train-data PATTERN  indexed shards that knn and linear learn from; by default the run's data.shards. Held-out images
+                      that are among them, by their bytes, are left out of every task
+--train-images N      let knn and linear learn from N images of a source, evenly spread; by default from all
 --index-dir DIR       where the indexes of both lie; by default as in the run, or beside the shards
 --prompts FILE        names of zeroshot's classes, by label, {"en": {"classes": ["cat", ["dog", "pup"]],
                       "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some. By default
@@ -17,14 +19,17 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
 zeroshot      classes by the nearest caption, in each language; needs the same
-retrieval     captions of images and images of captions among all of a source, in each language: the share of queries
-              that find one of their own first (r1) or among the first five (r5); every caption of a sample counts,
-              equal ones are one; needs a stage-2 run, or its export with --layout two_towers
+retrieval     captions of images and images of captions among all of a source, and among all sources, in each
+              language: the share of queries that find one of their own among the first 1, 5 and 10 (r1, r5, r10); every
+              caption of a sample counts, equal ones are one. Beside it, as other programs count (r1_usual): equal
+              captions are apart, and only a sample's own are right. Needs a stage-2 run, or its export with --layout
+              two_towers
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
 Tasks run on each source of the held-out shards that has what they need: classes are whole numbers, `label` in the
-samples' json or alone in a `.cls`. Every figure comes with what guessing gives.
+samples' json or alone in a `.cls`. Every figure comes with what guessing gives. Images that do not decode are counted
+and left out; more than one in a hundred stop the evaluation.
 """
 
 from __future__ import annotations
@@ -43,21 +48,21 @@ from cogvit.config.arguments import run_command
 from cogvit.config.environment import speaks
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
-from cogvit.evaluation.features import embed_images, embed_texts, image_features, pixel_features
+from cogvit.evaluation.features import decoded, embed_images, embed_texts, image_features, pixel_features
 from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
 from cogvit.evaluation.prompts import Prompts, read_prompts
 from cogvit.evaluation.ranks import joined
-from cogvit.evaluation.results import Evaluation, read_evaluation, score, table, write_evaluation
-from cogvit.evaluation.samples import Samples, read_samples, rows_of, spread
+from cogvit.evaluation.results import Evaluation, Score, read_evaluation, score, table, write_evaluation
+from cogvit.evaluation.samples import Samples, joined_sources, read_samples, rows_of, spread, unseen
 from cogvit.evaluation.subject import Subject, load_subject
 from cogvit.training.restore import untrained_towers
 from data_pipeline.index import Index, load_index
 
 TASKS = ("knn", "linear", "zeroshot", "retrieval", "distill")
 CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
-RECALL_AT = (1, 5)
+RECALL_AT = (1, 5, 10)
+MAX_SOURCES = 20  # that retrieval looks at one by one: a json may call each page a source
 RESOLUTIONS: dict[str, Literal["naflex", "square"]] = {"native": "naflex", "square": "square"}
-MAX_TRAIN_IMAGES = 20_000  # of one source, evenly spread
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Arguments:
     tasks: str = ""
     data: str = ""
     train_data: str = ""
+    train_images: str = ""
     index_dir: str = ""
     prompts: str = ""
     resolution: str = ""
@@ -83,6 +89,7 @@ def evaluate(arguments: Arguments) -> int:
         asked, earlier = check_arguments(arguments)
         path = Path(arguments.run_or_export)
         subject = ranks.together(partial(load_subject, path, arguments.data, arguments.index_dir, ranks))
+        subject = apart_from_training(subject, arguments)
         if arguments.resolution:
             subject = shown_at(subject, RESOLUTIONS[arguments.resolution])
         tasks = asked or possible_tasks(subject, named=bool(arguments.prompts))
@@ -108,8 +115,34 @@ def check_arguments(arguments: Arguments) -> tuple[list[str], Evaluation]:
             raise ConfigError(f"unknown task {name!r} in --tasks; tasks are {', '.join(TASKS)}")
     if arguments.resolution not in ("", *RESOLUTIONS):
         raise ConfigError(f"--resolution {arguments.resolution} must be one of {', '.join(RESOLUTIONS)}")
+    if arguments.train_images and not (arguments.train_images.isdecimal() and int(arguments.train_images) > 0):
+        raise ConfigError(f"--train-images {arguments.train_images} must be a whole number of at least 1")
     found = bool(arguments.out) and Path(arguments.out).exists()
     return asked, read_evaluation(Path(arguments.out)) if found else {}
+
+
+def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
+    """Return the subject without held-out images that are training images, which say nothing of other images.
+
+    Errors: DataError when none is left.
+    """
+    try:
+        train = _train_index(subject, arguments)
+    except (ConfigError, DataError) as error:
+        _note(f"held-out images are not compared with the training images: {error}")
+        return subject
+    samples = []
+    for held_out in subject.samples:
+        left = unseen(held_out, train)
+        if len(left) < len(held_out):
+            _note(
+                f"{len(held_out) - len(left)} of {len(held_out)} held-out {held_out.source} are training images too:"
+                " left out"
+            )
+        samples += [left] if len(left) else []
+    if not samples:
+        raise DataError("every held-out image is a training image too, byte for byte; hold out others (--data PATTERN)")
+    return replace(subject, samples=tuple(samples))
 
 
 def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
@@ -138,7 +171,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
         raise ConfigError(f"{subject.path} has no teachers; distill needs the run of a stage 1")
     results: Evaluation = {}
     if learned := [name for name in CLASSIFIERS if name in tasks]:
-        results |= probe_results(subject, _train_index(subject, arguments), learned)
+        results |= probe_results(subject, _train_index(subject, arguments), learned, arguments)
     if "zeroshot" in tasks:
         results |= zeroshot_results(subject, read_prompts(Path(arguments.prompts)) if arguments.prompts else {})
     if "retrieval" in tasks:
@@ -149,18 +182,25 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
     return results
 
 
-def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str]) -> Evaluation:
+def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str], arguments: Arguments) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
     for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
-        train = read_samples(train_index, test.source, spread(rows_of(train_index, test.source), MAX_TRAIN_IMAGES))
+        rows = rows_of(train_index, test.source)
+        train = read_samples(train_index, test.source, spread(rows, int(arguments.train_images or len(rows))))
         if not len(train) or train.label is None or test.label is None:
             raise DataError(f"the training shards have no labeled {test.source!r} samples; pass --train-data PATTERN")
         _note(f"{', '.join(classifiers)}: {len(train):,} training and {len(test):,} held-out {test.source}")
         chance = 1 / len(train.label.unique())
-        for suffix, (train_features, test_features) in _feature_kinds(subject, train, test):
+        for suffix, features in _feature_kinds(subject, train, test):
+            kept = [decoded(x, samples) for x, samples in zip(features, (train, test), strict=True)]
+            (learn, learn_label), (ask, ask_label) = (
+                (x[places], samples.select(places).label)
+                for x, samples, places in zip(features, (train, test), kept, strict=True)
+            )
             for name in classifiers:
-                accuracy = CLASSIFIERS[name](train_features, train.label, test_features, test.label)
+                assert learn_label is not None and ask_label is not None
+                accuracy = CLASSIFIERS[name](learn, learn_label, ask, ask_label)
                 results.setdefault(f"{name}_{test.source}", {})[f"accuracy{suffix}"] = score(accuracy, chance)
     return results
 
@@ -181,7 +221,8 @@ def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evalua
     for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
-        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
+        samples, image = _embedded(subject, samples)
+        assert samples.label is not None
         by_language = {language: one.texts() for language, one in prompts.items()} or _captions_as_prompts(samples)
         for language, (texts, labels) in by_language.items():
             if int(samples.label.max()) > max(labels):
@@ -207,26 +248,49 @@ def _captions_as_prompts(samples: Samples) -> dict[str, tuple[list[str], list[in
 
 
 def retrieval_results(subject: Subject) -> Evaluation:
-    """Find any caption of an image and any image of a caption among all of a source; equal captions count once."""
+    """Find any caption of an image and any image of a caption, among those of a source and among those of all."""
     results: Evaluation = {}
-    for samples in _needed(subject.captioned, "retrieval needs", "captions"):
-        _note(f"retrieval: {len(samples):,} {samples.source}")
-        image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing, subject.ranks))
+    parts = _needed(subject.captioned, "retrieval needs", "captions")
+    whole = [joined_sources(parts, "all")] if len(parts) > 1 else []
+    if len(parts) > MAX_SOURCES:
+        _note(f"retrieval: {len(parts):,} sources are more than {MAX_SOURCES}; among all of them alone")
+        parts = []
+    for samples in [*parts, *whole]:
+        _note("\n".join([f"retrieval: {len(samples):,} {samples.source}", *samples.lacking]))
+        samples, image = _embedded(subject, samples)
         for language, captions in samples.captions.items():
             place = {caption: n for n, caption in enumerate(dict.fromkeys(text for own in captions for text in own))}
-            right = torch.tensor([(n, place[text]) for n, own in enumerate(captions) for text in dict.fromkeys(own)])
             text = embed_texts(subject, list(place))
-            results[f"retrieval_{samples.source}_{language}"] = {
-                f"{direction}_r{k}": score(
-                    recall(query, gallery, pairs, k), recall_chance(pairs, len(query), len(gallery), k)
-                )
-                for direction, query, gallery, pairs in (
-                    ("image_to_text", image, text, right),
-                    ("text_to_image", text, image, right.flip(1)),
-                )
-                for k in RECALL_AT
-            }
+            own = [[place[caption] for caption in dict.fromkeys(texts)] for texts in captions]
+            right = torch.tensor([(n, caption) for n, texts in enumerate(own) for caption in texts])
+            apart = torch.tensor([(n, at) for at, n in enumerate(n for n, texts in enumerate(own) for _ in texts)])
+            results[f"retrieval_{samples.source}_{language}"] = _recalls(image, text, right, "") | _recalls(
+                image, text[right[:, 1]], apart, "_usual"
+            )
     return results
+
+
+def _embedded(subject: Subject, samples: Samples) -> tuple[Samples, Tensor]:
+    """Return the samples whose images decode, and these in the shared space."""
+    features = image_features(subject.towers.vision, samples, subject.sizing, subject.ranks)
+    places = decoded(features, samples)
+    if len(places) < len(samples):
+        _note(f"{len(samples) - len(places)} of {len(samples)} {samples.source} do not decode: left out")
+    return samples.select(places), embed_images(subject, features[places])
+
+
+def _recalls(image: Tensor, text: Tensor, right: Tensor, suffix: str) -> dict[str, Score]:
+    """Return the recalls in both directions; right holds pairs of an image and a text."""
+    return {
+        f"{direction}_r{k}{suffix}": score(
+            recall(query, gallery, pairs, k), recall_chance(pairs, len(query), len(gallery), k)
+        )
+        for direction, query, gallery, pairs in (
+            ("image_to_text", image, text, right),
+            ("text_to_image", text, image, right.flip(1)),
+        )
+        for k in RECALL_AT
+    }
 
 
 def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:

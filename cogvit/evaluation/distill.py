@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cogvit.batch import to_device
 from cogvit.evaluation.metrics import Explained, explain
+from cogvit.evaluation.places import PlaceSums, place_sums
 from cogvit.evaluation.results import Evaluation, score
 from cogvit.evaluation.samples import Pack, pack_rows, spread
 from cogvit.evaluation.subject import Subject
@@ -27,13 +28,22 @@ class Fit:
 
     masked: Explained  # where the student does not see the patch, as in training
     everywhere: Explained  # at all patches of images without a mask
+    masked_place: PlaceSums  # the same patches, guessed from their place in the image alone
+    everywhere_place: PlaceSums
 
     def __add__(self, other: Fit) -> Fit:
-        return Fit(self.masked + other.masked, self.everywhere + other.everywhere)
+        return Fit(
+            self.masked + other.masked,
+            self.everywhere + other.everywhere,
+            self.masked_place + other.masked_place,
+            self.everywhere_place + other.everywhere_place,
+        )
 
 
 def distill_results(subject: Subject) -> Evaluation:
     """Return the explained share of each teacher's variance around its per-channel mean; guessing the mean gives 0.
+
+    Beside it (`_place`) what a patch's place alone explains: the mean over that place in other images.
 
     For stage 1. Errors: ConfigError when a teacher is gone or has changed.
     """
@@ -52,7 +62,7 @@ def distill_results(subject: Subject) -> Evaluation:
         member.name: load_teacher(member.path, config.teachers.precision, layer=member.layer) for member in members
     }
     source = Standardized(LocalFeatures(teachers, image_of), stats)
-    rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
+    rows = spread(np.sort(np.concatenate([samples.rows for samples in subject.samples])), _MAX_IMAGES)
 
     def part() -> list[dict[str, Fit]]:
         fits = []
@@ -71,6 +81,8 @@ def distill_results(subject: Subject) -> Evaluation:
         f"distill_{name}": {
             "explained_masked": score(fit.masked.share(), 0.0),
             "explained_all": score(fit.everywhere.share(), 0.0),
+            "explained_masked_place": score(fit.masked_place.share(), 0.0),
+            "explained_all_place": score(fit.everywhere_place.share(), 0.0),
         }
         for name, fit in sums.items()
     }
@@ -80,12 +92,19 @@ def distill_results(subject: Subject) -> Evaluation:
 def compare(towers: Towers, pack: Pack, target: dict[str, Tensor], mask_ratio: float) -> dict[str, Fit]:
     """Compare the student's predictions for one pack with its teachers' standardized features of all tokens, [T, C]."""
     images = to_device(pack.images, towers.vision.mask_token.device)
-    mask_T = mask_tokens(images, mask_ratio)
-    blind_MD = towers.vision.forward_packed(images, mask_T).patch_TD[mask_T]
+    mask_T, good_T = mask_tokens(images, mask_ratio), images.weight[images.segment()] > 0
+    blind_TD = towers.vision.forward_packed(images, mask_T).patch_TD
     seen_TD = towers.vision.forward_packed(images).patch_TD
-    chosen = mask_T.cpu()
-    return {
-        name: Fit(explain(target[name][chosen], head(blind_MD).cpu()), explain(target[name], head(seen_TD).cpu()))
-        for name, head in towers.heads.items()
-        if name in target
-    }
+    chosen_T, good_T = (mask_T & good_T).cpu(), good_T.cpu()
+    fits = {}
+    for name, head in towers.heads.items():
+        if name in target:
+            x_TC = target[name]
+            masked, everywhere = head(blind_TD).cpu()[chosen_T], head(seen_TD).cpu()[good_T]
+            fits[name] = Fit(
+                explain(x_TC[chosen_T], masked),
+                explain(x_TC[good_T], everywhere),
+                place_sums(x_TC, pack.images, chosen_T),
+                place_sums(x_TC, pack.images, good_T),
+            )
+    return fits

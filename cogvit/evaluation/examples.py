@@ -56,7 +56,9 @@ def feature_picture(subject: Subject) -> bytes:
     patches = [features[place] for place in range(len(rows))]
     colors = principal_colors(torch.cat(patches)).split([len(x) for x in patches])
     grid_hw = subject.sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
-    images = read_images(index, rows, grid_hw * subject.sizing.patch_size_px)
+    size_hw_px = grid_hw * subject.sizing.patch_size_px
+    found = read_images(index, rows, size_hw_px)
+    images = [_gray(size) if image is None else image for image, size in zip(found, size_hw_px.tolist(), strict=True)]
     fields = [color.unflatten(0, grid).numpy() for color, grid in zip(colors, grid_hw.tolist(), strict=True)]
     return _png(_columns([(_cell(image), _cell(field)) for image, field in zip(images, fields, strict=True)]))
 
@@ -119,7 +121,13 @@ def _tiles(samples: Samples, places: list[int]) -> list[bytes]:
     size_hw_px = np.stack([entries["height_px"], entries["width_px"]], axis=1).astype(np.int64)
     shrink = np.minimum(1.0, _TILE_PX / size_hw_px.max(axis=1, keepdims=True))
     size_hw_px = np.maximum(1, (size_hw_px * shrink).round().astype(np.int64))
-    return [_png(Image.fromarray(image)) for image in read_images(samples.index, rows, size_hw_px)]
+    images = zip(read_images(samples.index, rows, size_hw_px), size_hw_px.tolist(), strict=True)
+    return [_png(Image.fromarray(_gray(size) if image is None else image)) for image, size in images]
+
+
+def _gray(size_hw_px: list[int]) -> Pixels:
+    """What stands for an image that does not decode."""
+    return np.full((*size_hw_px, 3), 128, np.uint8)
 
 
 def _cell(pixels: Pixels) -> Image.Image:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cogvit.batch import to_device
+from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
-from cogvit.evaluation.samples import Samples, pack_rows, read_images
+from cogvit.evaluation.samples import Ints, Samples, pack_rows, read_images
 from cogvit.evaluation.subject import Subject
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
@@ -21,11 +22,15 @@ from data_pipeline.sizing import Sizing
 
 _PIXELS_SIDE_PX = 32
 _CAPTIONS_PER_BATCH = 256
+_MAX_DAMAGED = 0.01  # of a set of images, beyond one
 
 
 @torch.inference_mode()
 def image_features(vision: CogViT, samples: Samples, sizing: Sizing, ranks: Ranks = ALONE) -> Tensor:
-    """Return the mean over each image's patch features, [n, D] fp32 on the CPU; collective over the ranks."""
+    """Return the mean over each image's patch features, [n, D] fp32 on the CPU; collective over the ranks.
+
+    The features of an image that does not decode are NaN: see `decoded`.
+    """
     device = vision.mask_token.device
 
     def part() -> Tensor:
@@ -33,7 +38,8 @@ def image_features(vision: CogViT, samples: Samples, sizing: Sizing, ranks: Rank
         for pack in pack_rows(samples.index, samples.rows, sizing, ranks):
             images = to_device(pack.images, device)
             patch_TD = vision.forward_packed(images).patch_TD
-            features[pack.places] = pool_mean(patch_TD, images.segment(), images.num_slots).cpu()
+            pooled_ND = pool_mean(patch_TD, images.segment(), images.num_slots).cpu()
+            features[pack.places] = torch.where(pack.decoded[:, None], pooled_ND, torch.nan)
         return features
 
     return ranks.whole(part)
@@ -47,10 +53,26 @@ def pixel_features(samples: Samples, ranks: Ranks = ALONE) -> Tensor:
         places = list(ranks.mine(range(len(samples))))
         size_hw_px = np.full((len(places), 2), _PIXELS_SIDE_PX)
         for place, image in zip(places, read_images(samples.index, samples.rows[places], size_hw_px), strict=True):
-            features[place] = torch.from_numpy(image).flatten() / 255
+            features[place] = torch.nan if image is None else torch.from_numpy(image).flatten() / 255
         return features
 
     return ranks.whole(part)
+
+
+def decoded(features: Tensor, samples: Samples) -> Ints:
+    """Return the places of the samples whose images decode.
+
+    Errors: DataError, which names the first that does not, when they are more than one in a hundred.
+    """
+    good = torch.isfinite(features[:, 0])
+    damaged = np.flatnonzero(~good.numpy())
+    if len(damaged) > max(1, _MAX_DAMAGED * len(samples)):
+        first = samples.index.name(int(samples.rows[damaged[0]]))
+        raise DataError(
+            f"{len(damaged)} of {len(samples)} images of {samples.source} do not decode ({first} first), which is more"
+            f" than {_MAX_DAMAGED:.0%}; repair or remove them"
+        )
+    return np.flatnonzero(good.numpy())
 
 
 @torch.inference_mode()

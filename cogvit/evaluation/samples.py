@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +36,7 @@ class Samples:
     rows: Ints  # [n], into the index
     label: Tensor | None  # [n] int64; None unless every sample has one
     captions: dict[str, tuple[tuple[str, ...], ...]]  # of each sample, for the languages that all of them have
+    lacking: tuple[str, ...] = ()  # of the other languages that some have: what is missing where
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,6 +58,7 @@ class Pack:
     images: PackedImages
     places: Tensor  # [N] int64, of the images among the rows that were packed
     samples: tuple[SampleRef, ...]
+    decoded: Tensor  # [N] bool; the patches of the others are zeros, and their weight is 0
 
 
 def spread(rows: Ints, limit: int) -> Ints:
@@ -71,11 +73,30 @@ def rows_of(index: Index, source: str) -> Ints:
     return np.flatnonzero(index.rows["source"] == index.sources.index(source))
 
 
+def unseen(samples: Samples, train: Index) -> Samples:
+    """Return the samples whose images are not among the training images, by a hash of their bytes."""
+    seen = np.isin(samples.index.rows["content_hash"][samples.rows], train.rows["content_hash"])
+    return samples.select(np.flatnonzero(~seen)) if seen.any() else samples
+
+
+def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
+    """Return the samples of several sources of one index as those of one, with the languages that all of them have."""
+    languages = [language for language in LANGUAGES if all(language in part.captions for part in parts)]
+    return Samples(
+        name,
+        parts[0].index,
+        np.concatenate([part.rows for part in parts]),
+        None,
+        {language: sum((part.captions[language] for part in parts), ()) for language in languages},
+    )
+
+
 def read_samples(index: Index, source: str, rows: Ints) -> Samples:
     """Read labels and captions of some rows of a source."""
     reader, labels = ShardReader(), index.rows["label"][rows]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
-    for entry in index.rows[rows]:
+    without: dict[str, int] = {}  # the first row of each language that lacks a caption
+    for row, entry in zip(rows.tolist(), index.rows[rows], strict=True):
         metadata = {}
         if entry["caption_member"] >= 0:
             shard = index.shards[entry["shard"]]
@@ -83,25 +104,34 @@ def read_samples(index: Index, source: str, rows: Ints) -> Samples:
             metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
         for language, texts in captions_of(metadata).items():
             captions[language] += [texts] if texts else []
+            if not texts:
+                without.setdefault(language, row)
+    lacking = []
+    for language, spoken in captions.items():
+        if 0 < len(spoken) < len(rows):
+            missing = f"{len(rows) - len(spoken)} of {len(rows)} {source} have no caption in {language}"
+            lacking.append(f"{missing} ({index.name(int(without[language]))} first); that language is left out")
     return Samples(
         source,
         index,
         rows,
         None if (labels == NO_LABEL).any() else torch.from_numpy(labels.astype(np.int64)),
         {language: tuple(texts) for language, texts in captions.items() if len(texts) == len(rows)},
+        tuple(lacking),
     )
 
 
-def read_images(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Pixels]:
-    """Decode some rows, each at its own (height, width) of size_hw_px [n, 2]. Errors: as `read_patches`."""
+def read_images(index: Index, rows: Ints, size_hw_px: Ints) -> Iterator[Pixels | None]:
+    """Decode some rows, each at its own (height, width) of size_hw_px [n, 2]; None for one that does not decode."""
     pixels = read_patches(index, rows, size_hw_px, patch_size_px=1)
-    return (image.unflatten(0, size).numpy() for image, size in zip(pixels, size_hw_px.tolist(), strict=True))
+    for image, size in zip(pixels, size_hw_px.tolist(), strict=True):
+        yield None if image is None else image.unflatten(0, size).numpy()
 
 
-def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) -> Iterator[Tensor]:
+def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) -> Iterator[Tensor | None]:
     """Decode some rows to patches, uint8 [rows * columns, 3 * P * P], each on its own grid of grid_hw [n, 2].
 
-    Errors: DataError, which names the sample, where one does not decode.
+    None stands for an image that does not decode. Errors: DataError when a shard cannot be read.
     """
     reader = ShardReader()
     for row, (grid_rows, columns) in zip(rows, grid_hw.tolist(), strict=True):
@@ -109,8 +139,8 @@ def read_patches(index: Index, rows: Ints, grid_hw: Ints, patch_size_px: int) ->
         data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
         try:
             yield decode_patches(data, (grid_rows, columns), patch_size_px)
-        except DataError as error:
-            raise DataError(f"{index.name(row)}: {error}; evaluation takes whole shards: remove or repair it") from None
+        except DataError:
+            yield None
 
 
 def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) -> Iterator[Pack]:
@@ -126,11 +156,18 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) ->
     bar = tqdm(total=sum(map(len, mine)), unit=" images", disable=quiet, leave=False)
     for places in mine:
         chosen, grids = rows[places], grid_hw[places]
+        found = list(read_patches(index, chosen, grids, sizing.patch_size_px))
+        decoded = torch.tensor([image is not None for image in found])
         images = pack_images(
-            list(read_patches(index, chosen, grids, sizing.patch_size_px)),
+            [_blank(grid, sizing.patch_size_px) if x is None else x for x, grid in zip(found, grids, strict=True)],
             [(rows, columns) for rows, columns in grids.tolist()],
             key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
         )
-        yield Pack(images, torch.from_numpy(places), tuple(index.ref(row) for row in chosen))
+        images = replace(images, weight=images.weight * decoded)
+        yield Pack(images, torch.from_numpy(places), tuple(index.ref(row) for row in chosen), decoded)
         bar.update(len(places))
     bar.close()
+
+
+def _blank(grid: Ints, patch_size_px: int) -> Tensor:
+    return torch.zeros(int(grid.prod()), 3 * patch_size_px**2, dtype=torch.uint8)

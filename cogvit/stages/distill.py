@@ -35,7 +35,8 @@ class DistillStage:
 
     title: str = "Stage 1: distillation"
     fields: tuple[str, ...] = (
-        "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio", "teachers.visible_weight",
+        "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
+        "teachers.visible_weight",
         "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.in_flight_steps",
         "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision", "teachers.compile",
         "teachers.stats", "teachers.standardize",

@@ -218,7 +218,7 @@ class Checkpoints:
         return [folder for folder in folders if _step_of(folder) not in kept]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the last line of an error, unless it is a place in torch's sources, as of a stream that ended early."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     told = [line for line in lines if "[enforce fail" not in line and "unexpected pos" not in line]

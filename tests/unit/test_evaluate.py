@@ -21,7 +21,7 @@ from cogvit.evaluate import Arguments, evaluate
 from cogvit.evaluation.distill import compare
 from cogvit.evaluation.features import embed_images, embed_texts, image_features
 from cogvit.evaluation.results import Evaluation, read_evaluation
-from cogvit.evaluation.samples import pack_rows, spread
+from cogvit.evaluation.samples import pack_rows, rows_of, spread
 from cogvit.evaluation.subject import load_subject
 from cogvit.model.naflex import naflex_pack
 from cogvit.model.tokens import pool_mean
@@ -96,7 +96,7 @@ def test_every_task_of_stage_2(command: Callable[..., str], stage2: Path, tmp_pa
     assert figures.pop("earlier") == {"metric": {"value": 0.25, "chance": 0.5}}
     assert list(figures) == [
         "knn_colors", "linear_colors", "zeroshot_colors_en", "zeroshot_colors_zh",
-        "retrieval_colors_en", "retrieval_colors_zh", "retrieval_things_en",
+        "retrieval_colors_en", "retrieval_colors_zh", "retrieval_things_en", "retrieval_all_en",
     ]  # fmt: skip
     assert figures["knn_colors"].keys() == {"accuracy", "accuracy_untrained", "accuracy_pixels"}
     assert figures["linear_colors"]["accuracy_pixels"] == {"value": 1.0, "chance": pytest.approx(1 / 3)}
@@ -263,14 +263,16 @@ def test_sources_without_classes_or_captions_are_told(
     assert "needs" in command(str(stage2), "--data", str(tmp_path), status=2)
 
 
-def test_image_that_does_not_decode_is_named(command: Callable[..., str], stage2: Path, tmp_path: Path) -> None:
+def test_images_that_do_not_decode_are_named(command: Callable[..., str], stage2: Path, tmp_path: Path) -> None:
     subject, shard = load_subject(stage2), tmp_path / "shard-00000.tar"
     shutil.copy(subject.heldout.shards[0], shard)
     list(build_index(str(tmp_path)))
-    stat, ref = shard.stat(), subject.heldout.ref(0)
+    stat, rows = shard.stat(), rows_of(subject.heldout, "colors")
     with shard.open("r+b") as file:
-        file.seek(ref.offset_bytes)
-        file.write(bytes(ref.size_bytes))
+        for row in rows[:2].tolist():
+            ref = subject.heldout.ref(row)
+            file.seek(ref.offset_bytes)
+            file.write(bytes(ref.size_bytes))
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the index still fits
     message = command(str(stage2), "--tasks", "retrieval", "--data", str(tmp_path), status=2)
     assert "shard-00000.tar:c0" in message

@@ -198,7 +198,8 @@ def teacher_knn(work: Path) -> float:
     def features(samples: Samples) -> torch.Tensor:
         size_hw_px = np.tile(teacher.input_px(grid), (len(samples), 1))
         images = read_images(samples.index, samples.rows, size_hw_px)
-        return torch.stack([teacher.features([image], [grid])[0].mean(dim=0) for image in images])
+        # The corpus was made here: every image of it decodes.
+        return torch.stack([teacher.features([x], [grid])[0].mean(dim=0) for x in images if x is not None])
 
     folds = []
     for fold in range(FOLDS):
