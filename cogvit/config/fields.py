@@ -190,7 +190,9 @@ class OptimConfig:
     name: Literal["muon", "adamw", "sgd"] = option("muon", "muon: Muon for matrices of blocks, AdamW for the rest")
     lr: float = option(1e-3, "rate of matrices (muon), or of everything (adamw, sgd)")
     adamw_lr: float = option(1e-3, "muon: rate of what Muon does not handle")
-    weight_decay: float = option(0.05, "of every matrix; vectors, norms, biases and temperature have none")
+    weight_decay: float = option(
+        0.05, "of every matrix; vectors, norms, biases, tables of embeddings and scalars have none"
+    )
     momentum: float = option(0.95, "muon and sgd")
     muon_qkv: Literal["split", "heads", "fused"] = option(
         "split", "what of the fused q, k, v matrix Muon makes orthogonal: each of the three, each head's, or the whole"
@@ -317,7 +319,9 @@ class RunConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
-    init_bias: float = option(-10.0, "bias of the sigmoid loss at the start (stage 2)")
+    init_bias: float | None = option(
+        None, "bias of the sigmoid loss at the start (stage 2); minus the logarithm of the global batch if none"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)

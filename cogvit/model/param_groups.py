@@ -24,9 +24,9 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Return a decayed and an undecayed group for each (name, module, learning-rate multiplier).
 
-    Parameters of fewer than two dims are never decayed. Patch and token embeddings are; position tables are not. The
-    temperature and bias of the sigmoid loss get a group "loss.nodecay" where the parts hold a projection of
-    `CogViTForContrastive` but not the loss itself.
+    Parameters of fewer than two dims are never decayed, nor are token embeddings (nn.Embedding) and position tables;
+    patch embeddings are. The temperature and bias of the sigmoid loss get a group "loss.nodecay" where the parts hold a
+    projection of `CogViTForContrastive` but not the loss itself.
 
     Args:
         named_parts: disjoint modules.
@@ -38,9 +38,10 @@ def build_param_groups(
     companions: dict[nn.Parameter, None] = {}
     for part, module, lr_mult in named_parts:
         split: dict[str, list[nn.Parameter]] = {"decay": [], "nodecay": []}
+        tables = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                exempt = parameter.ndim < 2 or any(tag in name for tag in no_decay_names)
+                exempt = parameter.ndim < 2 or parameter in tables or any(tag in name for tag in no_decay_names)
                 split["nodecay" if exempt else "decay"].append(parameter)
                 taken.add(parameter)
         for child in module.modules():

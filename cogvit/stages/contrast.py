@@ -56,7 +56,7 @@ class ContrastStage:
         contrast = config.contrast
         require(config.proj_dim >= 1, f"--proj-dim {config.proj_dim} must be at least 1")
         for flag, start in (("--init-log-t", config.init_log_t), ("--init-bias", config.init_bias)):
-            require(math.isfinite(start), f"{flag} {start} must be finite")
+            require(start is None or math.isfinite(start), f"{flag} {start} must be finite")
         require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
         require(
             0.0 < contrast.max_temperature < math.inf,
@@ -122,7 +122,7 @@ class ContrastStage:
         )
         recompute = config.memory.projection_recompute
         model = ContrastModel(vision_stage(config, mesh), text, config.proj_dim, recompute=recompute)
-        constants = {"log_t": config.init_log_t, "bias": config.init_bias}
+        constants = {"log_t": config.init_log_t, "bias": first_bias(config)}
         weights = initial_weights(config, given_weights(config, model), constants, {"text.": config.text})
         fill_on_device(model, mesh, weights)
         return model, Contrast(config.contrast, locked_towers(config))
@@ -147,6 +147,17 @@ class ContrastStage:
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """The image as it is."""
         return pixels
+
+
+def first_bias(config: RunConfig) -> float:
+    """Return the bias of the loss at the start: by default such that pairs match as often as they do, one in a batch.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343), section 3.2: -10 for a batch of 32K, whose logarithm is 10.4.
+    """
+    if config.init_bias is not None:
+        return config.init_bias
+    at_start = [images for step, images in config.data.batch_schedule if step == 0]
+    return -math.log((at_start or [config.data.global_batch_images])[0])
 
 
 def whole_text_stage(config: RunConfig, mesh: Mesh) -> WholeTextStage | None:

@@ -86,7 +86,9 @@ class DistillStage:
         recompute = config.memory.projection_recompute
         model = DistillModel(vision_stage(config, mesh), target_dims, recompute=recompute)
         given = started_from(config) if config.init else {}
-        fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
+        # Heads guess the mean at first, which the targets were standardized to. A cosine has no slope at 0.
+        zeros = {f"heads.{name}.weight": 0.0 for name, term in terms.items() if term.error != "cosine"}
+        fill_on_device(model, mesh, initial_weights(config, given, zeros, {}))
         return model, Distill(terms, config.teachers.mask_ratio, config.teachers.visible_weight)
 
     def loads(self, config: RunConfig) -> list[Load]:

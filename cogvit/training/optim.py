@@ -47,13 +47,21 @@ class ParamGroup:
 def role_of(name: str, param: Parameter) -> Role:
     """Say what a parameter is to the optimizer, from its name and rank alone, so that every layout agrees.
 
-    A block matrix is a 2-D weight inside a transformer block. Other matrices are embeddings, the position table, the
-    patch embedding, heads and projections. Vectors are norms, biases, LayerScale, the CLS and mask tokens and scalars.
+    A block matrix is a 2-D weight inside a transformer block. Other matrices are the patch embedding, heads and
+    projections. Vectors are what is never decayed: norms, biases, LayerScale, the CLS and mask tokens, scalars, and the
+    tables of token and position embeddings, whose rows are looked up one by one: decay would pull at rows that a batch
+    does not show.
     """
-    if param.ndim < 2 or name.endswith(("cls_token", "mask_token")):
+    if param.ndim < 2 or name.endswith(("cls_token", "mask_token")) or is_table(name):
         return "vector"
     in_block = any(part in ("blocks", "layers", "layer") for part in name.split("."))
     return "block_matrix" if in_block and param.ndim == 2 else "matrix"
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is a table of embeddings, by its name: ours, Megatron's and transformers' end alike."""
+    *_, owner, leaf = ("", *name.split("."))
+    return leaf == "embed" or (leaf == "weight" and "embed" in owner)
 
 
 def param_groups(
