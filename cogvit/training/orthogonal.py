@@ -13,7 +13,7 @@ from torch import Tensor
 NEWTON_SCHULZ_STEPS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _RMS_OF_ADAMW = 0.2
-_MODERATE_EXPONENT = 10
+_MODERATE_EXPONENT = 20  # where the 1e-7 below is small beside a norm
 
 
 @dataclass(frozen=True)

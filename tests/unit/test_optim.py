@@ -73,7 +73,7 @@ def test_newton_schulz_is_free_of_scale(scale: float) -> None:
     """Over all of fp32, subnormal numbers but for their lost digits."""
     matrix = rand(12, 20)
     expected, actual = newton_schulz(matrix), newton_schulz(matrix * scale)
-    assert (actual - expected).norm() < (0.5 if scale < 1e-40 else 1e-3) * expected.norm()
+    assert (actual - expected).norm() < (0.5 if scale < 1e-40 else 1e-2) * expected.norm()
 
 
 def test_newton_schulz_of_zeros_is_zeros() -> None:
