@@ -1,8 +1,8 @@
 """The update rules: SGD, AdamW and Muon in one optimizer that stays exact when its parameters are flat ZeRO partitions.
 
 SGD and AdamW are elementwise, so a partition is updated like any tensor. Muon needs whole matrices: its momentum lives
-on the partition, and only the matrices that meet the partition are put together, over dp where a border cuts them, then
-over tp. Each rank keeps its slice of the result; a matrix that several ranks share is orthogonalized by each of them.
+on the partition; each matrix is put together by one rank, over dp where a border between partitions cuts it, then over
+tp, and orthogonalized there once, and every rank gets its slice of the result.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor
 from cogvit.config import OptimConfig
 from cogvit.training.optim import Kind, ParamGroup, lr_at
 from cogvit.training.orthogonal import Shards, newton_schulz, parts_of_qkv, qkv_of_parts, rms_matched_scale
+from cogvit.training.partition import Mail, MatrixSpan, Partition, exchange, from_owners, matrices_of, to_owners, whole
 
 Item = TypeVar("Item")
+Held = tuple[MatrixSpan, Tensor]  # a matrix, and this tp rank's part of it
 
 MOMENTS: dict[Kind, tuple[str, ...]] = {
     "muon": ("momentum",),
@@ -30,61 +32,13 @@ _BUCKET_ELEMENTS = 25_000_000  # 100 MB: matrices that travel together
 
 
 @dataclass(frozen=True)
-class MatrixSpan:
-    """Where one matrix, as this tp rank holds it, lies in the flat buffer of its group."""
+class Deal:
+    """Matrices on their way to the tp ranks that make them orthogonal."""
 
-    start: int
-    shape: tuple[int, int]
-    tp_dim: int | None = None  # dim that tp splits; None where every tp rank holds the whole matrix
-    qkv_heads: int | None = None  # of this tp rank, where the rows are Megatron's [H, 3, K]; None for other matrices
-
-    @property
-    def stop(self) -> int:
-        """One past its last element."""
-        return self.start + self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The slice [start, start + size) of a group's flat buffer that one dp rank owns; all ranks have one size."""
-
-    start: int
-    size: int
-    matrices: tuple[MatrixSpan, ...]  # of the whole group, in buffer order
-
-    def overlap(self, span: MatrixSpan) -> slice:
-        """The elements of a matrix in this partition, counted from its start; empty where there are none."""
-        first, last = max(span.start, self.start), min(span.stop, self.start + self.size)
-        return slice(first - self.start, max(first, last) - self.start)
-
-    def is_cut(self, span: MatrixSpan) -> bool:
-        """Whether a border between partitions runs through a matrix; the same answer on every dp rank."""
-        return span.start // self.size != (span.stop - 1) // self.size
-
-
-def _whole(matrix_RC: Tensor) -> Partition:
-    """Describe a parameter that is one matrix and not partitioned."""
-    rows, columns = matrix_RC.shape
-    return Partition(0, matrix_RC.numel(), (MatrixSpan(0, (rows, columns)),))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A matrix that meets this rank's partition, as this tp rank holds it."""
-
-    span: MatrixSpan
-    mine: slice  # of the partition: the elements of the matrix that this dp rank owns
-    start: int  # of those, inside the matrix
-    matrix_RC: Tensor
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Matrices on their way: each tp rank's shards end to end, complete when `work` is."""
-
-    pieces: tuple[Piece, ...]
-    shards_F: tuple[Tensor, ...]  # one flat tensor per tp rank
-    work: dist.Work | None
+    bucket: tuple[Held, ...]  # with this rank's part of each
+    owners: tuple[int, ...]  # tp rank that each is dealt to
+    loads: tuple[int, ...]  # elements, per tp rank, of the parts that are dealt to it
+    mail: Mail
 
 
 class InnerOptimizer(torch.optim.Optimizer):
@@ -166,62 +120,68 @@ class InnerOptimizer(torch.optim.Optimizer):
         param.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / correction1)
 
     def _muon_direction(self, param: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
-        """Nesterov momentum, orthogonalized matrix by matrix; elements outside every matrix stay 0."""
+        """Nesterov momentum, orthogonalized matrix by matrix; elements outside every matrix stay 0.
+
+        Cut matrices are on their way to their owners while the others are made orthogonal.
+        """
         momentum.lerp_(grad, 1.0 - self._config.momentum)
-        update = grad.lerp(momentum, self._config.momentum)
-        partition = self._partitions.get(param) or _whole(param)
-        direction_F = torch.zeros_like(update).reshape(-1)
-        pieces = self._over_dp(update.reshape(-1), partition)
-        for gather in _one_ahead(self._over_tp(pieces)):
-            if gather.work is not None:
-                gather.work.wait()
-            offset = 0
-            for piece in gather.pieces:
-                size = piece.matrix_RC.numel()
-                shards = [flat_F[offset : offset + size].view(piece.span.shape) for flat_F in gather.shards_F]
-                offset += size
-                shard_F = self._orthogonal_shard(piece.span, shards).reshape(-1)
-                owned = piece.mine.stop - piece.mine.start
-                direction_F[piece.mine] = shard_F[piece.start : piece.start + owned]
+        update_F = grad.lerp(momentum, self._config.momentum).reshape(-1)
+        partition = self._partitions.get(param) or whole(param)
+        direction_F = torch.zeros_like(update_F)
+        mail = None if self._dp_group is None else to_owners(update_F, partition, self._dp_group)
+        places = {span: partition.overlap(span, partition.rank) for span in partition.inside()}
+        inside = [(span, update_F[place].view(span.shape)) for span, place in places.items()]
+        for span, direction_RC in self._orthogonal(inside):
+            direction_F[places[span]] = direction_RC.reshape(-1)
+        if mail is not None:
+            assert self._dp_group is not None
+            results = list(self._orthogonal(matrices_of(mail, partition)))
+            from_owners(results, direction_F, partition, self._dp_group)
         return direction_F.view_as(param)
 
-    def _over_dp(self, update_F: Tensor, partition: Partition) -> Iterator[Piece]:
-        """Yield the matrices that meet this rank's partition, put together from the dp ranks that own pieces.
+    def _orthogonal(self, held: Sequence[Held]) -> Iterator[Held]:
+        """Yield this tp rank's part of each matrix made orthogonal, given its parts: the same matrices on all tp ranks.
 
-        A matrix inside one partition needs no communication. Those that a border cuts are summed from the pieces by all
-        dp ranks, a bucket at a time and one after the other. With many more dp ranks than matrices nearly all are cut,
-        which costs a second reduction of the gradients and the memory of the matrices that meet the partition.
+        Matrices that tp splits are dealt out over the tp ranks, which put theirs together, a bucket at a time.
         """
-        cut = [span for span in partition.matrices if partition.is_cut(span)]
-        for span in partition.matrices:
-            mine = partition.overlap(span)
-            if mine.start < mine.stop and not partition.is_cut(span):
-                yield Piece(span, mine, 0, update_F[mine].view(span.shape))
-        for bucket in _buckets(cut, [span.stop - span.start for span in cut]):
-            wholes = [update_F.new_zeros(span.stop - span.start) for span in bucket]
-            for span, whole_F in zip(bucket, wholes, strict=True):
-                mine = partition.overlap(span)
-                start = partition.start + mine.start - span.start
-                whole_F[start : start + mine.stop - mine.start] = update_F[mine]
-            flat_F = torch.cat(wholes)
-            dist.all_reduce(flat_F, group=self._dp_group)
-            for span, whole_F in zip(bucket, flat_F.split([len(whole) for whole in wholes]), strict=True):
-                mine = partition.overlap(span)
-                if mine.start < mine.stop:
-                    yield Piece(span, mine, partition.start + mine.start - span.start, whole_F.view(span.shape))
+        here = [(span, shard_RC) for span, shard_RC in held if not self._gathers(span)]
+        dealt = [(span, shard_RC) for span, shard_RC in held if self._gathers(span)]
+        for span, shard_RC in here:
+            yield span, self._orthogonal_shard(span, shard_RC)
+        buckets = _buckets(dealt, [shard_RC.numel() for _, shard_RC in dealt])
+        for deal in _one_ahead(self._dealt(bucket) for bucket in buckets):
+            yield from self._returned(deal)
 
-    def _over_tp(self, pieces: Iterator[Piece]) -> Iterator[Gather]:
-        """Start to gather the matrices that tp splits, a bucket at a time; the others are there already."""
-        held = list(pieces)
-        gathered = [piece for piece in held if self._gathers(piece.span)]
-        for piece in held:
-            if not self._gathers(piece.span):
-                yield Gather((piece,), (piece.matrix_RC.reshape(-1),), None)
-        for bucket in _buckets(gathered, [piece.matrix_RC.numel() for piece in gathered]):
-            flat_F = torch.cat([piece.matrix_RC.reshape(-1) for piece in bucket])
-            shards = [torch.empty_like(flat_F) for _ in range(dist.get_world_size(self._tp_group))]
-            work = dist.all_gather(shards, flat_F, group=self._tp_group, async_op=True)
-            yield Gather(tuple(bucket), tuple(shards), work)
+    def _dealt(self, bucket: Sequence[Held]) -> Deal:
+        """Start to bring the parts of some matrices to the tp ranks that they are dealt to, by size."""
+        assert self._tp_group is not None
+        size, me = self._tp_group.size(), dist.get_rank(self._tp_group)
+        loads, owners = [0] * size, []
+        for _, shard_RC in bucket:
+            owners.append(loads.index(min(loads)))
+            loads[owners[-1]] += shard_RC.numel()
+        to_rank = [
+            [held[1] for held, owner in zip(bucket, owners, strict=True) if owner == rank] for rank in range(size)
+        ]
+        mail = exchange(to_rank, [loads[me]] * size, bucket[0][1], self._tp_group)
+        return Deal(tuple(bucket), tuple(owners), tuple(loads), mail)
+
+    def _returned(self, deal: Deal) -> Iterator[Held]:
+        """Make this tp rank's matrices orthogonal and exchange the parts of all."""
+        assert self._tp_group is not None
+        size, me = self._tp_group.size(), dist.get_rank(self._tp_group)
+        to_rank: list[list[Tensor]] = [[] for _ in range(size)]
+        rests = deal.mail.arrived()
+        for (span, shard_RC), owner in zip(deal.bucket, deal.owners, strict=True):
+            if owner == me:
+                shards = [rest[: shard_RC.numel()].view(span.shape) for rest in rests]
+                rests = [rest[shard_RC.numel() :] for rest in rests]
+                for parts, part_RC in zip(to_rank, self._orthogonal_whole(span, shards), strict=True):
+                    parts.append(part_RC)
+        rests = exchange(to_rank, deal.loads, deal.bucket[0][1], self._tp_group).arrived()
+        for (span, shard_RC), owner in zip(deal.bucket, deal.owners, strict=True):
+            yield span, rests[owner][: shard_RC.numel()].view(span.shape)
+            rests[owner] = rests[owner][shard_RC.numel() :]
 
     def _keeps_heads(self, span: MatrixSpan) -> bool:
         """Whether each head's part is orthogonal by itself: heads are whole on their tensor rank."""
@@ -231,17 +191,19 @@ class InnerOptimizer(torch.optim.Optimizer):
         """Whether the tensor ranks put the whole matrix together."""
         return span.tp_dim is not None and self._config.muon_tp == "gather" and not self._keeps_heads(span)
 
-    def _orthogonal_shard(self, span: MatrixSpan, shards: list[Tensor]) -> Tensor:
-        """Return this tp rank's part of the orthogonalized matrix, given all parts or its own alone."""
-        if len(shards) > 1:
-            assert span.tp_dim is not None
-            whole = replace(span, qkv_heads=None if span.qkv_heads is None else span.qkv_heads * len(shards))
-            orthogonal = self._orthogonalize(whole, torch.cat(shards, dim=span.tp_dim), None)
-            return orthogonal.chunk(len(shards), dim=span.tp_dim)[dist.get_rank(self._tp_group)]
-        if span.tp_dim is None or self._config.muon_tp == "gather" or self._keeps_heads(span):
-            return self._orthogonalize(span, shards[0], None)
+    def _orthogonal_whole(self, span: MatrixSpan, shards: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return all tp ranks' parts of a matrix made orthogonal, given all its parts."""
+        assert span.tp_dim is not None
+        heads = None if span.qkv_heads is None else span.qkv_heads * len(shards)
+        matrix_RC = torch.cat(list(shards), dim=span.tp_dim)
+        return self._orthogonalize(replace(span, qkv_heads=heads), matrix_RC, None).chunk(len(shards), dim=span.tp_dim)
+
+    def _orthogonal_shard(self, span: MatrixSpan, shard_RC: Tensor) -> Tensor:
+        """Return this tp rank's part of a matrix made orthogonal, given that part: alone, or with the others'."""
+        if span.tp_dim is None or self._keeps_heads(span):
+            return self._orthogonalize(span, shard_RC, None)
         assert self._tp_group is not None
-        return self._orthogonalize(span, shards[0], Shards(self._tp_group, span.tp_dim))
+        return self._orthogonalize(span, shard_RC, Shards(self._tp_group, span.tp_dim))
 
     def _orthogonalize(self, span: MatrixSpan, matrix_RC: Tensor, shards: Shards | None) -> Tensor:
         kind = self._config.muon_qkv

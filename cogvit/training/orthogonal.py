@@ -13,6 +13,7 @@ from torch import Tensor
 NEWTON_SCHULZ_STEPS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _RMS_OF_ADAMW = 0.2
+_MODERATE_EXPONENT = 20  # where the 1e-7 below is small beside a norm
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def newton_schulz(matrix_RC: Tensor, shards: Shards | None = None) -> Tensor:
     the matrix and gets its part of the result: products over the split dim are summed over the group.
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
-    x = matrix_RC.to(torch.bfloat16) if matrix_RC.is_cuda else matrix_RC
+    x = _in_range(matrix_RC, shards)
+    x = x.to(torch.bfloat16) if x.is_cuda else x
     transposed = x.shape[-2] > x.shape[-1] if shards is None else shards.dim == 0
     x = x.mT if transposed else x
     square = _summed(x.float().square().sum(dim=(-2, -1), keepdim=True), shards)
@@ -41,6 +43,21 @@ def newton_schulz(matrix_RC: Tensor, shards: Shards | None = None) -> Tensor:
         gram = _summed(x @ x.mT, shards)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if transposed else x).to(matrix_RC.dtype)
+
+
+def _in_range(matrix_RC: Tensor, shards: Shards | None) -> Tensor:
+    """Return matrices whose norm fp32 can square, by a power of two: those as they are whose values are moderate.
+
+    The result of the iterations does not change with it, and of 0 and of 1e-30 is what it is of 1.
+    """
+    largest = matrix_RC.abs().amax(dim=(-2, -1), keepdim=True)
+    if shards is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=shards.group)
+    exponent = torch.frexp(largest).exponent
+    far = exponent.abs() > _MODERATE_EXPONENT
+    # In two steps, each of which fp32 can express: 2 ** 140 is none of its numbers.
+    half = torch.where(far, exponent, 0) // 2
+    return torch.ldexp(torch.ldexp(matrix_RC, -half), half - torch.where(far, exponent, 0))
 
 
 def _summed(partial: Tensor, shards: Shards | None) -> Tensor:

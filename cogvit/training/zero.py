@@ -22,8 +22,9 @@ from cogvit.config import RunConfig
 from cogvit.errors import CheckpointError, NonFiniteStep
 from cogvit.parallel.cpu import prepare_process
 from cogvit.parallel.mesh import MegatronGroups
-from cogvit.training.muon import MOMENTS, InnerOptimizer, MatrixSpan, Partition
+from cogvit.training.muon import MOMENTS, InnerOptimizer
 from cogvit.training.optim import MASTER, Module, ParamGroup
+from cogvit.training.partition import MatrixSpan, Partition
 
 prepare_process()
 import deepspeed  # noqa: E402

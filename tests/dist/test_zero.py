@@ -166,7 +166,8 @@ def test_dp2_equals_one_process(pool: Pool, optimizer: str, stage: int) -> None:
     assert_same_run(traces, reference)
     if optimizer == "muon":
         assert reference.newton_schulz_calls == STEPS * MATRICES
-        assert [t.newton_schulz_calls for t in traces] == [STEPS * 2, STEPS * 2], "both ranks do the matrix that is cut"
+        calls = [trace.newton_schulz_calls for trace in traces]
+        assert sum(calls) == STEPS * MATRICES and all(calls), "one rank does the matrix that is cut"
 
 
 def test_no_clipping(pool: Pool) -> None:

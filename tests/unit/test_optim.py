@@ -68,6 +68,14 @@ def test_a_batch_of_matrices_is_orthogonalized_one_by_one() -> None:
     torch.testing.assert_close(newton_schulz(batch), torch.stack([newton_schulz(one) for one in batch]))
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-20, 1e-10, 1e-5, 1e5, 1e20, 1e37])
+def test_newton_schulz_is_free_of_scale(scale: float) -> None:
+    """Over all of fp32, subnormal numbers but for their lost digits."""
+    matrix = rand(12, 20)
+    expected, actual = newton_schulz(matrix), newton_schulz(matrix * scale)
+    assert (actual - expected).norm() < (0.5 if scale < 1e-40 else 1e-2) * expected.norm()
+
+
 def test_newton_schulz_of_zeros_is_zeros() -> None:
     assert not newton_schulz(torch.zeros(4, 3)).any()
 
