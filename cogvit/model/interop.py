@@ -58,14 +58,16 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
 def read_model_config(directory: Path) -> CogViTConfig:
     """Read the shape of what `read_model` reads, and no weights; they are looked for. Errors: as `read_model`."""
     values = _read_config(directory)
+    if values["model_type"] == _MODEL_TYPE:
+        cfg = _read_own_config(directory, values)
+    else:
+        try:
+            cfg = glm_ocr.cogvit_config(_read_shape(directory, values))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{directory / CONFIG}: {error}") from None
     if not (directory / WEIGHTS).exists() and not (directory / f"{WEIGHTS}.index.json").exists():
         raise CheckpointError(f"{directory / WEIGHTS} does not exist; is {directory} an export?")
-    if values["model_type"] == _MODEL_TYPE:
-        return _read_own_config(directory, values)
-    try:
-        return glm_ocr.cogvit_config(_read_shape(directory, values))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
+    return cfg
 
 
 def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Tensor]) -> None:
