@@ -23,7 +23,7 @@ from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice
 from data_pipeline.rules import Rules, read_rule
 from data_pipeline.scan import scan_shard
-from data_pipeline.shards import expand_shards, stat_shard, whole_shard
+from data_pipeline.shards import expand_shards, shard_name, stat_shard, whole_shard
 from data_pipeline.table import ROW, STORED, VERSION, index_path, read_table, table_exists, write_table
 
 DEFAULT_SOURCE = "default"
@@ -156,8 +156,8 @@ def load_index(
 ) -> Index:
     """Load the index of a pattern's shards: the samples that a rule keeps, and of equal images the first or all.
 
-    Errors: DataError, which names the command to run, when a shard has no index or changed since; when two samples
-    share an id; when there is no sample at all. ConfigError for a rule that is not understood.
+    Errors: DataError, which names the command to run, when a shard has no index or changed since; when two shards
+    share name and source; when there is no sample at all. ConfigError for a rule that is not understood.
     """
     shards = expand_shards(pattern)
     rule = read_rule(where, RULE_COLUMNS) if where else None
@@ -189,7 +189,7 @@ def load_index(
     if not len(index):
         why = f"--data.where {where!r} leaves none" if left_out.get("data.where") else "the indexing printed why"
         raise DataError(f"the {len(shards)} shards of {pattern!r} hold no usable image; {why}")
-    _check_ids(index)
+    _check_names(index)
     return index
 
 
@@ -209,20 +209,23 @@ def _apply(rule: pc.Expression, where: str, table: pa.Table) -> tuple[pa.Table, 
 def _first_of_each(table: pa.Table) -> tuple[pa.Table, int]:
     """Return one row for equal images, the first that has a caption or else the first, and how many go."""
     order = np.argsort(table["caption_member"].to_numpy() < 0, kind="stable")
-    _, first = np.unique(table["content_hash"].to_numpy()[order], return_index=True)
+    both = np.stack([table[name].to_numpy()[order] for name in ("content_hash", "content_check")], axis=1)
+    _, first = np.unique(both, axis=0, return_index=True)
     return (table, 0) if len(first) == len(order) else (table.take(np.sort(order[first])), len(order) - len(first))
 
 
-def _check_ids(index: Index) -> None:
-    ids = np.sort(index.rows["sample_id"])
-    if (ids[1:] != ids[:-1]).all():
-        return
-    _, first = np.unique(index.rows["sample_id"], return_index=True)
-    twin = int(np.setdiff1d(np.arange(len(index)), first)[0])
-    raise DataError(
-        f"{index.name(twin)} has the source, shard name and key of another sample; rename the shard, or index its"
-        " directory with another --source"
-    )
+def _check_names(index: Index) -> None:
+    """Keys differ inside a shard, so samples do where no two shards share both name and source."""
+    names = np.array([shard_name(shard) for shard in index.shards])
+    _, named = np.unique(names, return_inverse=True)
+    pairs = np.unique(np.stack([index.rows["shard"], index.rows["source"]], axis=1), axis=0)
+    _, first = np.unique(np.stack([named[pairs[:, 0]], pairs[:, 1]], axis=1), axis=0, return_index=True)
+    if len(first) < len(pairs):
+        shard, source = pairs[np.setdiff1d(np.arange(len(pairs)), first)[0]]
+        raise DataError(
+            f"{index.shards[shard]} has the name of another shard, and both have samples of source"
+            f" {index.sources[source]!r}; rename the shard, or index its directory with another --source"
+        )
 
 
 def _join(

@@ -153,11 +153,16 @@ class _Stream:
         before, upto = self.before, self.upto
         return images * upto.numerator // upto.denominator - images * before.numerator // before.denominator
 
-    def drawn_by_shares(self, draws: Ints) -> Ints:
-        """Return, for each number of draws [W], how many of them fell to the shares before share 0 .. C: [W, C + 1]."""
+    def drawn_before(self, draws: int, share: int) -> int:
+        """Return how many of the first draws fell to the shares before one, 0 .. C."""
         assert self.bounds is not None
-        epoch, at = np.divmod(draws, len(self.rows))
-        return epoch[:, None] * self.bounds + self.bounds * at[:, None] // len(self.rows)
+        epoch, at = divmod(draws, len(self.rows))
+        bound = int(self.bounds[share])  # without a limit: the product passes 2^63 at 3.04e9 samples
+        return epoch * bound + bound * at // len(self.rows)
+
+    def drawn_by(self, draws: int, share: int) -> int:
+        """Return how many of the first draws fell to a share."""
+        return self.drawn_before(draws, share + 1) - self.drawn_before(draws, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +259,7 @@ class Planner:
             common, owner = self._common_draws(stream.number, window)
             mine = owner == share
             return _Draws(stream, common.member[mine], common.epoch[mine]), int((owner < share).sum())
-        drawn = stream.drawn_by_shares(np.array([first, last]))
-        start, stop = np.diff(drawn[:, share : share + 2], axis=1)[:, 0].tolist()
+        start, stop = (stream.drawn_by(draws, share) for draws in (first, last))
         size = int(stream.bounds[share + 1] - stream.bounds[share])
         parts, epochs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for epoch in range(start // size, -(-stop // size)):
@@ -263,7 +267,9 @@ class Planner:
             parts.append(np.arange(size) if whole else self._members(stream, share, epoch, window))
             epochs.append(np.full(len(parts[-1]), epoch))
         member = stream.bounds[share] + np.concatenate(parts)
-        return _Draws(stream, member, np.concatenate(epochs)), int(drawn[1, share] - drawn[0, share])
+        return _Draws(stream, member, np.concatenate(epochs)), (
+            stream.drawn_before(last, share) - stream.drawn_before(first, share)
+        )
 
     def _members(self, stream: _Stream, share: int, epoch: int, window: int) -> Ints:
         """Return which samples of its stretch a share draws in one window of an epoch."""
@@ -282,8 +288,7 @@ class Planner:
         start, stop = epoch * (high - low), (epoch + 1) * (high - low)
 
         def reached(windows: range) -> Ints:
-            draws = np.array([stream.drawn(self._spec.images_before(window)) for window in windows])
-            return np.diff(stream.drawn_by_shares(draws)[:, share : share + 2], axis=1)[:, 0]
+            return np.array([stream.drawn_by(stream.drawn(self._spec.images_before(one)), share) for one in windows])
 
         # The mixture's share says where the epoch lies to within a few windows; the counts say where exactly.
         length = len(stream.rows) / (stream.upto - stream.before)  # of an epoch, in images of the run

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import IO, Any
 
 import pyarrow as pa
+import xxhash
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
@@ -51,10 +52,15 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
     for key, row in images.items():
         row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
         row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name(shard)}/{key}")
-    rows = list(images.values())
+    distinct: dict[int, dict[str, Any]] = {}
+    for row in images.values():
+        distinct.setdefault(row["sample_id"], row)
+    rows = list(distinct.values())
+    problems["its key hashes to the number of another key of the shard"] += len(images) - len(rows)
     if rules.captions == "required":
-        rows = [row for row in rows if row["caption_member"] >= 0]
-        problems["no caption"] += len(images) - len(rows)
+        captioned = [row for row in rows if row["caption_member"] >= 0]
+        problems["no caption"] += len(rows) - len(captioned)
+        rows = captioned
     problems += Counter()  # drops what was counted zero times
     return pa.Table.from_pylist(rows, schema=SCHEMA), dict(problems)
 
@@ -65,6 +71,7 @@ def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
     return {
         "format": header.format,
         "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
+        "content_check": int.from_bytes(xxhash.xxh3_64_digest(member.data), "little", signed=True),
         "offset_bytes": member.offset_bytes,
         "size_bytes": len(member.data),
         "height_px": header.height_px,

@@ -17,7 +17,7 @@ from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.shards import is_pipe, retry, shard_name
 
-VERSION = 4
+VERSION = 5
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
 METADATA_EXTENSIONS = (*CAPTION_EXTENSIONS, "cls")  # and labels
 _METADATA_KEY = b"cogvit.index"
@@ -27,6 +27,7 @@ ROW = np.dtype(
     [
         ("sample_id", np.int64),
         ("content_hash", np.int64),  # of the encoded image
+        ("content_check", np.int64),  # another hash of it: images are equal where both are
         ("offset_bytes", np.int64),
         ("size_bytes", np.int64),
         ("height_px", np.int32),  # upright

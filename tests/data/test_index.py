@@ -5,6 +5,7 @@ import os
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cogvit.draws import name_to_int64
@@ -295,6 +296,24 @@ def test_samples_of_one_identity_are_refused(tmp_path):
         indexed(tmp_path / name)
     with pytest.raises(DataError, match="--source"):
         load_index(f"{tmp_path}/*/*.tar")
+
+
+def test_images_are_equal_by_both_of_their_hashes(tmp_path):
+    write_tar(tmp_path / "s.tar", [(f"{n}.png", picture(8, 8, n % 3)) for n in range(6)])
+    build(tmp_path)
+    path = str(tmp_path / "s.tar.parquet")
+    table, facts = read_table(path)
+    collided = table.set_column(table.schema.get_field_index("content_hash"), "content_hash", pa.array([7] * 6))
+    write_table(path, collided, facts)
+    assert load_index(str(tmp_path), duplicates="drop").keys.to_pylist() == ["0", "1", "2"]
+
+
+def test_keys_that_hash_to_one_number_are_counted_not_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.scan.name_to_int64", lambda name: len(name))
+    write_tar(tmp_path / "s.tar", [(f"{key}.png", picture(8, 8, 1)) for key in ("a", "bb", "c")])
+    (report,) = build(tmp_path)
+    assert report.problems["its key hashes to the number of another key of the shard"] == 1
+    assert load_index(str(tmp_path)).keys.to_pylist() == ["a", "bb"]
 
 
 def test_foreign_parquet_is_not_taken_for_an_index(tmp_path):

@@ -1,6 +1,7 @@
 """The plan: a pure function of the step, exact in its epochs and its mixture, balanced in its shares."""
 
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from cogvit.errors import DataError
 from cogvit.model.naflex import naflex_grid
 from data_pipeline.loader import lay_out
 from data_pipeline.permutation import permute
-from data_pipeline.plan import Planner, plan_hash, plan_spec
+from data_pipeline.plan import Planner, _Stream, plan_hash, plan_spec
 from data_pipeline.sizing import Sizing
 from data_pipeline.topology import topology_of
 from tests.data.corpus import PATCH_PX, bare_index, run_config
@@ -188,6 +189,21 @@ def test_a_schedule_raises_the_resolution_and_the_batch():
     for step in (11, 6, 7):  # a resumed run, on other nodes
         parts = [again.batch(step, [share]).rows for share in range(4)]
         assert np.array_equal(np.concatenate(parts), batches[step].rows)
+
+
+@pytest.mark.parametrize("size", [3_000_000_000, 3_100_000_000, 8_000_000_000])
+def test_draws_of_billions_are_counted_exactly(size):
+    """64-bit products overflow above 3.04e9 samples of a source."""
+    shares = 64
+    bounds = (np.arange(shares + 1) * size // shares).astype(np.int64)
+    stream = _Stream(0, np.broadcast_to(np.int64(0), size), bounds, Fraction(0), Fraction(1))
+    before = [0] * shares
+    for step in range(0, 2 * size // 65536, 4099):
+        drawn = [stream.drawn_by(step * 65536, share) for share in range(shares)]
+        assert sum(drawn) == step * 65536
+        assert max(drawn) - min(drawn) <= 2
+        assert all(one >= other for one, other in zip(drawn, before, strict=True))
+        before = drawn
 
 
 @settings(max_examples=20)
