@@ -34,14 +34,12 @@ from data_pipeline.caption import (
     captions_of,
     choose_captions,
     load_tokenizer,
-    parse_metadata,
     token_bound,
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
 from data_pipeline.index import Index
 from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
 from data_pipeline.shards import ShardReader
-from data_pipeline.table import CAPTION_EXTENSIONS
 from data_pipeline.topology import Seat, Slice
 
 Ints = NDArray[np.int64]
@@ -206,7 +204,8 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
     num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
     choice, text_tokens = None, np.zeros_like(num_tokens)
     if reads == "captions":
-        choice = choose_captions(index.rows["num_captions"][batch.rows], batch.key, config.data.zh_fraction)
+        num_captions = index.take(batch.rows)["num_captions"].astype(np.int64)
+        choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
         spelt_bytes = index.chosen_bytes(batch.rows, choice)
         text_tokens = token_bound(spelt_bytes, config.text.max_tokens, config.data.tokenizer)
         cost = cost + caption_cost(text_tokens, config)
@@ -245,6 +244,8 @@ class StepLoader:
         """Plan, place, read, decode and pack a step. Threads may share the loader."""
         limits = pack_limits(self.config)
         batch = self.planner.batch(step, seat.shares)
+        if seat.span is not None:
+            batch = batch.within(seat.span)
         layout = lay_out(batch, self.index, self.config, seat.num_ranks, reads=self.reads)
         num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
         micro, failures = [], list[str]()
@@ -281,12 +282,8 @@ class StepLoader:
 
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
-        for row, tongue, which in zip(rows, language, number, strict=True):
-            entry = self.index.rows[row]
-            shard, version = self.index.shards[entry["shard"]], self.index.versions[entry["shard"]]
-            place = int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"])
-            data = self.reader.read(shard, *place, version)
-            found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
+        for row, tongue, which in zip(rows.tolist(), language, number, strict=True):
+            found = captions_of(self.index.corpus.metadata(row, self.reader))
             captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions
 

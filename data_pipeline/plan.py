@@ -2,22 +2,22 @@
 
 It knows nothing of ranks, so the sequence of global batches is the same on any number of them, and a step can be
 replayed anywhere. The samples of a source belong to C canonical shares: stretches of neighbors that cost the same.
-Every share walks through its own stretch, epoch after epoch; whoever trains on a share plans it alone and reads nothing
-of the others. A window of some steps takes its exact part of every source; inside an epoch the windows of a share, and
-inside a window its steps, cost the same.
+Every share walks through its own stretch, epoch after epoch and block by block (`order.py`); whoever trains on a share
+plans it alone and reads nothing of the others. A window of some steps takes its exact part of every source; inside a
+block the windows of a share, and inside a window its steps, cost the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,17 +28,25 @@ from cogvit.draws import mix
 from cogvit.errors import DataError
 from cogvit.model.config import CogViTConfig, TextConfig
 from data_pipeline.balance import attention_cost, spread
+from data_pipeline.cells import open_cells
 from data_pipeline.index import Index
+from data_pipeline.order import Blocks, Stream, blocks_of, cut_shares, rows_of_block
 from data_pipeline.permutation import permute
 from data_pipeline.sizing import Sizing, sizing_of
+from data_pipeline.topology import Span
 
 Ints = NDArray[np.int64]
 
-VERSION = 3  # of the sequence: the same spec gives other batches in another version
+VERSION = 4  # of the sequence: the same spec gives other batches in another version
 FEWEST_SAMPLES = 64  # of a source in each share; a smaller source belongs to all shares
 FEWEST_DRAWS = 4  # of a source in each share and window; likewise (at 2 or less, rounding could ask for less than none)
+BLOCK_WINDOWS = 16  # that a block of a share lasts for, inside these bounds
+FEWEST_BLOCK_IMAGES = 1 << 16
+MOST_BLOCK_IMAGES = 1 << 18
+_NAMES_TOLD = 20
 _WINDOW_SALT = 0x77696E64  # "wind"
 _STEP_SALT = 0x73746570  # "step"
+_SPAN_SALT = 0x7370616E  # "span"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +80,6 @@ class PlanSpec:
             total, images, since = total + images * (start - since), later, start
         return total + images * (end - since)
 
-    def window_of(self, images: int) -> int:
-        """Return the look-ahead window that holds an image, by its number in the run."""
-        left, size, since = images, self.global_batch_images, 0
-        for start, later in self.batch_schedule:
-            if left < size * (start - since):
-                break
-            left, size, since = left - size * (start - since), later, start
-        return (since + left // size) // self.lookahead_steps
-
     def sizing_at(self, step: int) -> Sizing:
         """Return how the images of a step are sized."""
         return replace(self.sizing, budgets=_in_force(self.budget_schedule, step, self.sizing.budgets))
@@ -98,6 +97,22 @@ class GlobalBatch:
     grid_hw: Ints  # [B, 2]
     cost: Ints  # [B]
     downsized: NDArray[np.bool_]  # [B], the image has more patches than its budget
+
+    def within(self, span: Span) -> GlobalBatch:
+        """Return the images of a span: where groups meet inside a share, its images are divided in parts of equal cost.
+
+        Whoever divides a share gets the same parts.
+        """
+        mine = np.ones(len(self.rows), np.bool_)
+        key = mix(torch.from_numpy(self.key), _SPAN_SALT).numpy()
+        for share in np.unique(self.share).tolist():
+            cuts = [cut for cut in span.cuts if share < cut < share + 1]
+            here = np.flatnonzero(self.share == share)
+            ends = [round((cut - share) * len(here)) for cut in (*cuts, share + 1)]
+            part = spread(self.cost[here], np.diff(ends, prepend=0), key[here])
+            mine[here] = np.array([span.begin <= begin < span.end for begin in (share, *cuts)])[part]
+        fields = ("rows", "epoch", "share", "key", "grid_hw", "cost", "downsized")
+        return replace(self, **{name: getattr(self, name)[mine] for name in fields})
 
 
 Value = TypeVar("Value")
@@ -138,40 +153,42 @@ def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """One source, epoch after epoch. Draw number p of the stream falls into epoch p // S."""
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Samples of a source."""
 
-    number: int
-    rows: Ints  # [S], into the index
-    bounds: Ints | None  # [C + 1]: share c owns rows[bounds[c] : bounds[c + 1]]; None where every share draws from all
-    before: Fraction  # share of the mixture before this source, and up to and with it
-    upto: Fraction
-
-    def drawn(self, images: int) -> int:
-        """Return how many of the run's first images are this source's; with no drift, the sources' sum is exact."""
-        before, upto = self.before, self.upto
-        return images * upto.numerator // upto.denominator - images * before.numerator // before.denominator
-
-    def drawn_before(self, draws: int, share: int) -> int:
-        """Return how many of the first draws fell to the shares before one, 0 .. C."""
-        assert self.bounds is not None
-        epoch, at = divmod(draws, len(self.rows))
-        bound = int(self.bounds[share])  # without a limit: the product passes 2^63 at 3.04e9 samples
-        return epoch * bound + bound * at // len(self.rows)
-
-    def drawn_by(self, draws: int, share: int) -> int:
-        """Return how many of the first draws fell to a share."""
-        return self.drawn_before(draws, share + 1) - self.drawn_before(draws, share)
+    rows: Ints
+    epoch: Ints
 
 
 @dataclass(frozen=True, slots=True)
-class _Draws:
-    """Samples of a source: row and epoch of each."""
+class _Block:
+    """A block of a share, dealt to the windows that it meets."""
 
-    stream: _Stream
-    member: Ints  # into stream.rows
-    epoch: Ints
+    first_window: int
+    bounds: Ints  # of each window's rows
+    rows: Ints
+
+    def of_window(self, window: int) -> Ints:
+        """Return what a window draws of it."""
+        start, stop = self.bounds[window - self.first_window : window - self.first_window + 2].tolist()
+        return self.rows[start:stop]
+
+
+class _Latest(Generic[Value]):
+    """Remembers the latest two values of each kind: what a share walks through and what comes next."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], dict[tuple[int, ...], Value]] = {}
+
+    def get(self, kind: tuple[int, ...], name: tuple[int, ...], make: Callable[[], Value]) -> Value:
+        """Return what is remembered, or make it."""
+        found = self._found.setdefault(kind, {})
+        value = found.pop(name) if name in found else make()
+        found[name] = value
+        if len(found) > 2:
+            del found[next(iter(found))]
+        return value
 
 
 class Planner:
@@ -185,10 +202,11 @@ class Planner:
         self._index, self._spec, self._seed = index, spec, seed
         self._streams = tuple(_streams(index, spec))
         self._lock = Lock()
-        kept = 2 * len(self._streams) * spec.canonical_shares  # an epoch or window and the next one
-        self._epoch_windows = lru_cache(kept)(self._epoch_windows_anew)
-        self._common_draws = lru_cache(kept)(self._common_draws_anew)
-        self._share_window = lru_cache(kept)(self._share_window_anew)
+        self._windows = _Latest[list[tuple[Ints, Ints]]]()
+        self._orders = _Latest[Blocks]()
+        self._blocks = _Latest[_Block]()
+        self._common = _Latest[tuple[_Draws, Ints]]()
+        self._uneven_turns = lru_cache(2)(self._turns_anew)
 
     def batch(self, step: int, shares: Iterable[int] | None = None) -> GlobalBatch:
         """Return some shares of a step's global batch, or all of it.
@@ -202,9 +220,9 @@ class Planner:
         with self._lock:
             found = [self._share_window(window, share)[inside] for share in shares]
         rows, epoch = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        sizes, key = self._index.rows[rows], self._keys(rows, epoch)
-        sizing = spec.sizing_at(step)
-        grid_hw = sizing.grids(sizes["height_px"], sizes["width_px"], key)
+        entries = self._index.take(rows)
+        key, sizing = self._keys(entries, epoch), spec.sizing_at(step)
+        grid_hw = sizing.grids(entries["height_px"], entries["width_px"], key)
         return GlobalBatch(
             step=step,
             rows=rows,
@@ -213,18 +231,20 @@ class Planner:
             key=key,
             grid_hw=grid_hw,
             cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
-            downsized=sizing.exceeds(sizes["height_px"], sizes["width_px"], key),
+            downsized=sizing.exceeds(entries["height_px"], entries["width_px"], key),
         )
 
-    def _keys(self, rows: Ints, epoch: Ints, *salts: int) -> Ints:
-        sample_id = torch.from_numpy(self._index.rows["sample_id"][rows])
+    def _keys(self, entries: NDArray[Any], epoch: Ints, *salts: int) -> Ints:
+        sample_id = torch.from_numpy(entries["sample_id"].copy())
         return mix(sample_id, self._seed, torch.from_numpy(epoch), *salts).numpy()
 
-    def _cost(self, rows: Ints, epoch: Ints, sizing: Sizing) -> Ints:
+    def _cost(self, entries: NDArray[Any], epoch: Ints, sizing: Sizing) -> Ints:
         """Return the cost of images, which in another epoch may have another budget."""
-        sizes = self._index.rows[rows]
-        grid_hw = sizing.grids(sizes["height_px"], sizes["width_px"], self._keys(rows, epoch))
+        grid_hw = sizing.grids(entries["height_px"], entries["width_px"], self._keys(entries, epoch))
         return attention_cost(grid_hw.prod(axis=1), self._spec.attention_tokens)
+
+    def _share_window(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
+        return self._windows.get((share,), (window,), lambda: self._share_window_anew(window, share))
 
     def _share_window_anew(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
         """Return (rows, epochs) of a share for each step of a window.
@@ -237,126 +257,162 @@ class Planner:
             mine, others = self._draws(stream, window, share)
             draws.append(mine)
             before += others
-        rows = np.concatenate([one.stream.rows[one.member] for one in draws])
+        rows = np.concatenate([one.rows for one in draws])
         epoch = np.concatenate([one.epoch for one in draws])
-        cost = self._cost(rows, epoch, spec.sizing_at(window * spec.lookahead_steps))
-        turns = self._turns(window)[before : before + len(rows)]
+        entries = self._index.take(rows)
+        cost = self._cost(entries, epoch, spec.sizing_at(window * spec.lookahead_steps))
+        turns = self._turns(window, before, len(rows))
         sizes = np.bincount(turns, minlength=spec.lookahead_steps)
-        step = spread(cost, sizes, self._keys(rows, epoch, _STEP_SALT))
+        step = spread(cost, sizes, self._keys(entries, epoch, _STEP_SALT))
         return [(rows[step == one], epoch[step == one]) for one in range(spec.lookahead_steps)]
 
-    def _turns(self, window: int) -> Ints:
-        """Return the step of each slot of a window: they go round the steps, each of which gets exactly its images."""
-        first, steps = window * self._spec.lookahead_steps, np.arange(self._spec.lookahead_steps)
-        sizes = np.array([self._spec.batch_images(first + step) for step in steps.tolist()])
-        turn = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist()])
-        return np.repeat(steps, sizes)[np.argsort(turn, kind="stable")]
+    def _turns(self, window: int, start: int, count: int) -> Ints:
+        """Return the step of some slots of a window: they go round the steps, each of which gets its exact images."""
+        first, steps = window * self._spec.lookahead_steps, self._spec.lookahead_steps
+        sizes = tuple(self._spec.batch_images(first + step) for step in range(steps))
+        if len(set(sizes)) == 1:
+            return (start + np.arange(count)) % steps
+        return self._uneven_turns(sizes)[start : start + count]
 
-    def _draws(self, stream: _Stream, window: int, share: int) -> tuple[_Draws, int]:
+    @staticmethod
+    def _turns_anew(sizes: tuple[int, ...]) -> Ints:
+        turn = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        return np.repeat(np.arange(len(sizes)), sizes)[np.argsort(turn, kind="stable")]
+
+    def _draws(self, stream: Stream, window: int, share: int) -> tuple[_Draws, int]:
         """Return what a share draws from a source in a window, and how much the shares before it draw."""
         first, last = (stream.drawn(self._spec.images_before(edge)) for edge in (window, window + 1))
         if stream.bounds is None:
-            common, owner = self._common_draws(stream.number, window)
+            common, owner = self._common.get(
+                (stream.number,), (window,), lambda: self._common_draws_anew(stream, window)
+            )
             mine = owner == share
-            return _Draws(stream, common.member[mine], common.epoch[mine]), int((owner < share).sum())
+            return _Draws(common.rows[mine], common.epoch[mine]), int((owner < share).sum())
         start, stop = (stream.drawn_by(draws, share) for draws in (first, last))
-        size = int(stream.bounds[share + 1] - stream.bounds[share])
+        size, position = stream.size_of(share), start
         parts, epochs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for epoch in range(start // size, -(-stop // size)):
-            whole = start <= epoch * size and (epoch + 1) * size <= stop
-            parts.append(np.arange(size) if whole else self._members(stream, share, epoch, window))
+        while position < stop:
+            epoch, at = divmod(position, size)
+            blocks = self._blocks_of(stream, share, epoch)
+            block = int(np.searchsorted(blocks.bounds, at, "right")) - 1
+            begin, end = (epoch * size + int(edge) for edge in blocks.bounds[block : block + 2])
+            if start <= begin and end <= stop:
+                parts.append(rows_of_block(stream, blocks, block))
+            else:
+                parts.append(self._dealt(stream, share, epoch, block).of_window(window))
             epochs.append(np.full(len(parts[-1]), epoch))
-        member = stream.bounds[share] + np.concatenate(parts)
-        return _Draws(stream, member, np.concatenate(epochs)), (
-            stream.drawn_before(last, share) - stream.drawn_before(first, share)
+            position = min(stop, end)
+        others = stream.drawn_before(last, share) - stream.drawn_before(first, share)
+        return _Draws(np.concatenate(parts), np.concatenate(epochs)), others
+
+    def _blocks_of(self, stream: Stream, share: int, epoch: int) -> Blocks:
+        assert stream.bounds is not None
+        a_window = self._spec.smallest_window_images * (stream.upto - stream.before) / self._spec.canonical_shares
+        images = int(min(max(BLOCK_WINDOWS * a_window, FEWEST_BLOCK_IMAGES), MOST_BLOCK_IMAGES))
+        return self._orders.get(
+            (stream.number, share), (epoch,), lambda: blocks_of(stream, share, epoch, self._seed, images)
         )
 
-    def _members(self, stream: _Stream, share: int, epoch: int, window: int) -> Ints:
-        """Return which samples of its stretch a share draws in one window of an epoch."""
-        first_window, bounds, order = self._epoch_windows(stream.number, share, epoch)
-        start, stop = bounds[window - first_window : window - first_window + 2].tolist()
-        return order[start:stop]
+    def _dealt(self, stream: Stream, share: int, epoch: int, block: int) -> _Block:
+        return self._blocks.get(
+            (stream.number, share), (epoch, block), lambda: self._dealt_anew(stream, share, epoch, block)
+        )
 
-    def _epoch_windows_anew(self, number: int, share: int, epoch: int) -> tuple[int, Ints, Ints]:
-        """Split a share's epoch into the windows that it meets, which cost in proportion to their sizes.
+    def _dealt_anew(self, stream: Stream, share: int, epoch: int, block: int) -> _Block:
+        """Split a block of a share into the windows that it meets, which cost in proportion to their sizes."""
+        blocks = self._blocks_of(stream, share, epoch)
+        begin = epoch * stream.size_of(share)
+        start, stop = (begin + int(edge) for edge in blocks.bounds[block : block + 2])
 
-        Returns the first window, and the bounds of each in the order of samples that comes last.
-        """
-        stream = self._streams[number]
-        assert stream.bounds is not None
-        low, high = stream.bounds[share : share + 2].tolist()
-        start, stop = epoch * (high - low), (epoch + 1) * (high - low)
+        def reached(window: int) -> int:
+            return stream.drawn_by(stream.drawn(self._spec.images_before(window)), share)
 
-        def reached(windows: range) -> Ints:
-            return np.array([stream.drawn_by(stream.drawn(self._spec.images_before(one)), share) for one in windows])
+        first, beyond = 0, 1
+        while reached(beyond) <= start:
+            first, beyond = beyond, 2 * beyond
+        while beyond - first > 1:
+            middle = (first + beyond) // 2
+            first, beyond = (middle, beyond) if reached(middle) <= start else (first, middle)
+        edges = [start]
+        while edges[-1] < stop:
+            edges.append(reached(first + len(edges)))
+        bounds = np.clip(np.array(edges, np.int64), start, stop) - start
+        rows = rows_of_block(stream, blocks, block)
+        entries, epochs = self._index.take(rows), np.full(len(rows), epoch)
+        cost = self._cost(entries, epochs, self._spec.sizing_at(first * self._spec.lookahead_steps))
+        part = spread(cost, np.diff(bounds), self._keys(entries, epochs, _WINDOW_SALT))
+        return _Block(first, bounds, rows[np.argsort(part, kind="stable")])
 
-        # The mixture's share says where the epoch lies to within a few windows; the counts say where exactly.
-        length = len(stream.rows) / (stream.upto - stream.before)  # of an epoch, in images of the run
-        first = max(self._spec.window_of(int(epoch * length)) - 2, 0)
-        edges = reached(range(first, self._spec.window_of(int((epoch + 1) * length)) + 4))
-        skipped = int((edges <= start).sum()) - 1
-        bounds = edges[skipped : skipped + 1 + int((edges[skipped + 1 :] < stop).sum()) + 1]
-        bounds = np.clip(bounds, start, stop) - start
-        rows, epochs = stream.rows[low:high], np.full(high - low, epoch)
-        cost = self._cost(rows, epochs, self._spec.sizing_at((first + skipped) * self._spec.lookahead_steps))
-        part = spread(cost, np.diff(bounds), self._keys(rows, epochs, _WINDOW_SALT))
-        return first + skipped, bounds, np.argsort(part, kind="stable")
-
-    def _common_draws_anew(self, number: int, window: int) -> tuple[_Draws, Ints]:
+    def _common_draws_anew(self, stream: Stream, window: int) -> tuple[_Draws, Ints]:
         """Return what all shares draw in a window from a source that none owns, and the share of each draw."""
-        stream, shares = self._streams[number], self._spec.canonical_shares
+        shares = self._spec.canonical_shares
         first, last = (stream.drawn(self._spec.images_before(edge)) for edge in (window, window + 1))
-        epoch, at = np.divmod(np.arange(first, last), len(stream.rows))
+        epoch, at = np.divmod(np.arange(first, last), len(stream))
         for one in np.unique(epoch).tolist():
             mine = epoch == one
-            at[mine] = permute(at[mine], len(stream.rows), "epoch", self._seed, number, one)
+            at[mine] = permute(at[mine], len(stream), "epoch", self._seed, stream.number, one)
         sizes = np.diff(np.arange(shares + 1) * len(at) // shares)
-        cost = self._cost(stream.rows[at], epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
-        owner = spread(cost, sizes, self._keys(stream.rows[at], epoch, _WINDOW_SALT))
-        return _Draws(stream, at, epoch), owner
+        rows = stream.rows_at(at)
+        entries = self._index.take(rows)
+        cost = self._cost(entries, epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
+        owner = spread(cost, sizes, self._keys(entries, epoch, _WINDOW_SALT))
+        return _Draws(rows, epoch), owner
 
 
-def _streams(index: Index, spec: PlanSpec) -> Iterator[_Stream]:
+def _streams(index: Index, spec: PlanSpec) -> Iterator[Stream]:
     """Yield the sources of the mixture, or all samples as one."""
-    if not spec.mixture:
-        yield _stream(index, spec, np.arange(len(index)), 0, Fraction(0), Fraction(1))
-        return
     for name, weight in spec.mixture:
         if not 0.0 < weight < float("inf"):
             raise DataError(f"data.mixture gives {name!r} the weight {weight}; weights are positive")
+    known = dict(index.selection.by_source)
+    for name, _ in spec.mixture:
+        if name not in known:
+            raise DataError(f"data.mixture names {name!r}; the shards' sources are {_told(index.sources)}")
     total = sum((Fraction(weight) for _, weight in spec.mixture), Fraction(0))
-    upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
-    for number, (name, weight) in enumerate(spec.mixture):
-        if name not in index.sources:
-            raise DataError(f"data.mixture names {name!r}; the shards' sources are {', '.join(index.sources)}")
+    for name, weight in spec.mixture:
         if weight * spec.smallest_window_images < total:
             images = spec.smallest_window_images
             raise DataError(
                 f"data.mixture gives {name!r} less than one of the {images} images of a window; raise its weight"
                 f" from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
             )
-        rows = np.flatnonzero(index.rows["source"] == index.sources.index(name))
-        if not len(rows):
-            raise DataError(f"data.mixture names {name!r}, which has no usable sample")
-        yield _stream(index, spec, rows, number, upto[number], upto[number + 1])
+    names: list[str | None] = [name for name, _ in spec.mixture] or [None]
+    upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
+    upto = upto if spec.mixture else [Fraction(0), Fraction(1)]
+    costing = json.dumps([asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens])
+    found = open_cells(index, names, costing, lambda entries: _cost_at_all_budgets(entries, spec))
+    for number, (source, cells) in enumerate(zip(names, found, strict=True)):
+        yield _stream(index, spec, Stream(number, source, index, cells, None, upto[number], upto[number + 1]))
 
 
-def _stream(index: Index, spec: PlanSpec, rows: Ints, number: int, before: Fraction, upto: Fraction) -> _Stream:
-    shares, total = spec.canonical_shares, np.cumsum(_cost_at_all_budgets(index, spec, rows))
-    cuts = np.searchsorted(total, total[-1] / shares * np.arange(1, shares))
-    bounds = np.array([0, *cuts, len(rows)], np.int64)
+def _told(names: tuple[str, ...]) -> str:
+    more = len(names) - _NAMES_TOLD
+    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
+    """Return a source with the stretches of the shares, where it is large enough for them."""
+
+    def costs_of(position: Ints) -> NDArray[np.float64]:
+        return _cost_at_all_budgets(index.take(stream.rows_at(position)), spec).astype(np.float64)
+
+    shares = spec.canonical_shares
+    if shares > 1 and len(stream) < shares * FEWEST_SAMPLES:
+        return stream
+    bounds = cut_shares(stream.cells, shares, costs_of)
     smallest = int(np.diff(bounds).min())
-    draws = spec.smallest_window_images * (upto - before) * smallest / len(rows)  # of the smallest share in a window
+    weight = stream.upto - stream.before
+    draws = spec.smallest_window_images * weight * smallest / max(len(stream), 1)  # of the smallest share in a window
     owned = shares == 1 or (smallest >= FEWEST_SAMPLES and draws >= FEWEST_DRAWS)
-    return _Stream(number, rows, bounds if owned else None, before, upto)
+    return replace(stream, bounds=bounds) if owned else stream
 
 
-def _cost_at_all_budgets(index: Index, spec: PlanSpec, rows: Ints) -> Ints:
+def _cost_at_all_budgets(entries: NDArray[Any], spec: PlanSpec) -> Ints:
     """Return the sum of what samples cost at each budget of the run: in proportion to what a draw costs on average."""
-    sizes, sizing = index.rows[["height_px", "width_px"]][rows], spec.sizing
+    sizing = spec.sizing
     in_turn = dict([(0, sizing.budgets), *spec.budget_schedule]).values()
-    total = np.zeros(len(rows), np.int64)
+    total = np.zeros(len(entries), np.int64)
     for budget in (one for budgets in in_turn for one in budgets or (sizing.max_patches,)):
-        grid_hw = replace(sizing, max_patches=budget).grids(sizes["height_px"], sizes["width_px"])
+        grid_hw = replace(sizing, max_patches=budget).grids(entries["height_px"], entries["width_px"])
         total += attention_cost(grid_hw.prod(axis=1), spec.attention_tokens)
     return total

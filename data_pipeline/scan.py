@@ -17,6 +17,9 @@ from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
 
+MAX_SIDE_PX = 2**16 - 1  # what the corpus file's rows hold
+MAX_MEMBER_BYTES = 2**32 - 1
+MAX_CAPTIONS = 2**8 - 1  # of a language that a sample draws from, the first
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
 
 
@@ -68,6 +71,8 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
 def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
     header = read_header(member.data)
     rules.check_size(header.height_px, header.width_px)
+    if max(header.height_px, header.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
+        raise DataError(f"a side is longer than {MAX_SIDE_PX:,} px, or the file than {MAX_MEMBER_BYTES:,} bytes")
     return {
         "format": header.format,
         "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
@@ -97,7 +102,7 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             columns["source"] = source
         if columns["label"] == NO_LABEL:
             columns["label"] = label_of(metadata)
-        captions = captions_of(metadata)
+        captions = {language: texts[:MAX_CAPTIONS] for language, texts in captions_of(metadata).items()}
         if any(captions.values()) and columns["caption_member"] < 0:
             columns |= {
                 f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ def distill_results(subject: Subject) -> Evaluation:
         member.name: load_teacher(member.path, config.teachers.precision, layer=member.layer) for member in members
     }
     source = Standardized(LocalFeatures(teachers, image_of), stats)
-    rows = spread(np.arange(len(subject.heldout)), _MAX_IMAGES)
+    rows = spread(subject.heldout.rows_of(), _MAX_IMAGES)
 
     def part() -> list[dict[str, Fit]]:
         fits = []

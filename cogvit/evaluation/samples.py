@@ -15,12 +15,11 @@ from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
-from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, parse_metadata
+from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of
 from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
 from data_pipeline.sizing import Sizing
-from data_pipeline.table import CAPTION_EXTENSIONS
 
 Ints = NDArray[np.int64]
 
@@ -66,22 +65,15 @@ def spread(rows: Ints, limit: int) -> Ints:
 
 def rows_of(index: Index, source: str) -> Ints:
     """Return the rows of a source; none where the index does not have it."""
-    if source not in index.sources:
-        return np.zeros(0, np.int64)
-    return np.flatnonzero(index.rows["source"] == index.sources.index(source))
+    return index.rows_of(source) if source in index.sources else np.zeros(0, np.int64)
 
 
 def read_samples(index: Index, source: str, rows: Ints) -> Samples:
     """Read labels and captions of some rows of a source."""
-    reader, labels = ShardReader(), index.rows["label"][rows]
+    reader, labels = ShardReader(), index.take(rows)["label"]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
-    for entry in index.rows[rows]:
-        metadata = {}
-        if entry["caption_member"] >= 0:
-            shard = index.shards[entry["shard"]]
-            data = reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
-            metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
-        for language, texts in captions_of(metadata).items():
+    for row in rows.tolist():
+        for language, texts in captions_of(index.corpus.metadata(row, reader)).items():
             captions[language] += [texts] if texts else []
     return Samples(
         source,
@@ -118,7 +110,8 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) ->
 
     ranks: who shares the packs; only this process's are read.
     """
-    grid_hw = sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
+    entries = index.take(rows)
+    grid_hw = sizing.grids(entries["height_px"], entries["width_px"])
     order = np.lexsort(grid_hw.T)
     pack = (np.cumsum(grid_hw.prod(axis=1)[order]) - 1) // _TOKENS_PER_PACK
     mine = list(ranks.mine(np.split(order, np.flatnonzero(np.diff(pack)) + 1)))
@@ -129,7 +122,7 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) ->
         images = pack_images(
             list(read_patches(index, chosen, grids, sizing.patch_size_px)),
             [(rows, columns) for rows, columns in grids.tolist()],
-            key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
+            key_N=torch.from_numpy(entries["sample_id"][places].copy()),
         )
         yield Pack(images, torch.from_numpy(places), tuple(index.ref(row) for row in chosen))
         bar.update(len(places))

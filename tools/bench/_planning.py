@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cogvit.batch import ShardVersion
 from data_pipeline.balance import PackLimits, Placement, place
 from data_pipeline.index import Index
+from data_pipeline.merge import Entry, temporary_corpus
 from data_pipeline.plan import GlobalBatch, Planner, PlanSpec
+from data_pipeline.select import Choice, select
 from data_pipeline.sizing import Sizing
-from data_pipeline.table import ROW
+from data_pipeline.table import SCHEMA
 
 Ints = NDArray[np.int64]
 
@@ -67,13 +69,30 @@ def synthetic_index(lengths: Lengths, size: int, seed: int = 0) -> Index:
     """Return an index without files whose images have about such lengths."""
     rng = np.random.default_rng(seed)
     patches = np.clip(lengths.draw(rng, size), 16, lengths.longest)
-    rows = np.zeros(size, ROW)
     aspect = np.exp(rng.normal(0, 0.35, size))
-    rows["height_px"] = PATCH_PX * np.maximum(1, np.sqrt(patches * aspect).astype(np.int32))
-    rows["width_px"] = PATCH_PX * np.maximum(1, (patches / (rows["height_px"] // PATCH_PX)).astype(np.int32))
-    rows["sample_id"] = np.arange(size)
-    keys = pa.chunked_array([pa.nulls(size, pa.string())])
-    return Index(("shard.tar",), (ShardVersion(0, ""),), ("default",), keys, rows, (np.zeros(0, np.int32),) * 2)
+    height = np.maximum(1, np.sqrt(patches * aspect).astype(np.int32))
+    width = np.maximum(1, (patches / height).astype(np.int32))
+    return index_of_sizes(PATCH_PX * height, PATCH_PX * width)
+
+
+def index_of_sizes(height_px: Ints, width_px: Ints, images_a_shard: int = 10_000) -> Index:
+    """Return an index without files of images of some sizes, without captions."""
+
+    def shards() -> Iterator[tuple[Entry, pa.Table, dict[str, Any]]]:
+        for start in range(0, len(height_px), images_a_shard):
+            part = slice(start, start + images_a_shard)
+            count = len(height_px[part])
+            columns = {name: np.zeros(count, np.int64) for name in SCHEMA.names}
+            columns |= {"sample_id": start + np.arange(count), "height_px": height_px[part], "width_px": width_px[part]}
+            columns["caption_member"] -= 1
+            lists = {name: pa.array([[]] * count, pa.list_(pa.int32())) for name in ("en_bytes", "zh_bytes")}
+            texts = {name: pa.array([""] * count) for name in ("key", "source", "format")}
+            table = pa.table({name: pa.array(columns[name]) for name in SCHEMA.names} | lists | texts)
+            facts = {"version": {"size_bytes": 0, "mark": ""}}
+            yield Entry(f"{start // images_a_shard:06d}.tar", 0), table.select(SCHEMA.names).cast(SCHEMA), facts
+
+    corpus = temporary_corpus("", shards())
+    return Index(corpus, select(corpus, Choice()))
 
 
 def simulate(lengths: Lengths, num_ranks: int) -> Balance:
@@ -180,7 +199,8 @@ def methods() -> Iterator[str]:
     yield "|---|---|---|---|"
     for lengths in distributions():
         index = synthetic_index(lengths, 20 * RANKS_PER_NODE * IMAGES_PER_RANK)
-        tokens = index.rows["height_px"].astype(np.int64) * index.rows["width_px"] // PATCH_PX**2
+        sizes = index.take(index.rows_of())
+        tokens = sizes["height_px"].astype(np.int64) * sizes["width_px"] // PATCH_PX**2
         batches = [part * (ATTENTION_TOKENS + part) for part in np.split(tokens, 20)]
         for name, loads_of in (
             ("as it comes", lambda cost: cost.reshape(RANKS_PER_NODE, -1).sum(axis=1)),
