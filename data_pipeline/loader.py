@@ -38,8 +38,9 @@ from data_pipeline.caption import (
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
 from data_pipeline.index import Index
-from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
+from data_pipeline.plan import GlobalBatch, Planner, plan_hash
 from data_pipeline.shards import ShardReader
+from data_pipeline.spec import attention_tokens, plan_spec
 from data_pipeline.topology import Seat, Slice
 
 Ints = NDArray[np.int64]

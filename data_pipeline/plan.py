@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -23,66 +21,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cogvit.config import RunConfig
 from cogvit.draws import mix
-from cogvit.errors import DataError
-from cogvit.model.config import CogViTConfig, TextConfig
 from data_pipeline.balance import attention_cost, spread
-from data_pipeline.cells import open_cells
 from data_pipeline.index import Index
-from data_pipeline.order import Blocks, Stream, blocks_of, cut_shares, rows_of_block
+from data_pipeline.mixture import open_streams
+from data_pipeline.order import Blocks, Stream, blocks_of, rows_of_block
 from data_pipeline.permutation import permute
-from data_pipeline.sizing import Sizing, sizing_of
+from data_pipeline.sizing import Sizing
+from data_pipeline.spec import PlanSpec
 from data_pipeline.topology import Span
 
 Ints = NDArray[np.int64]
 
 VERSION = 4  # of the sequence: the same spec gives other batches in another version
-FEWEST_SAMPLES = 64  # of a source in each share; a smaller source belongs to all shares
-FEWEST_DRAWS = 4  # of a source in each share and window; likewise (at 2 or less, rounding could ask for less than none)
 BLOCK_WINDOWS = 16  # that a block of a share lasts for, inside these bounds
 FEWEST_BLOCK_IMAGES = 1 << 16
 MOST_BLOCK_IMAGES = 1 << 18
-_NAMES_TOLD = 20
 _WINDOW_SALT = 0x77696E64  # "wind"
 _STEP_SALT = 0x73746570  # "step"
 _SPAN_SALT = 0x7370616E  # "span"
-
-
-@dataclass(frozen=True, slots=True)
-class PlanSpec:
-    """Everything besides index and seed that defines the sequence of global batches."""
-
-    mixture: tuple[tuple[str, float], ...]  # source, weight; all samples are one pool where it is empty
-    global_batch_images: int
-    canonical_shares: int
-    lookahead_steps: int
-    sizing: Sizing
-    attention_tokens: int  # n0: the length at which attention costs as much as everything else
-    batch_schedule: tuple[tuple[int, int], ...] = ()  # step, global_batch_images from it on
-    budget_schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step, sizing.budgets from it on
-
-    @property
-    def smallest_window_images(self) -> int:
-        """Images that every look-ahead window has at least."""
-        return self.lookahead_steps * min([self.global_batch_images, *(images for _, images in self.batch_schedule)])
-
-    def batch_images(self, step: int) -> int:
-        """Return the images of a step's global batch."""
-        return _in_force(self.batch_schedule, step, self.global_batch_images)
-
-    def images_before(self, window: int) -> int:
-        """Return the images of all look-ahead windows before one."""
-        end, total, images, since = window * self.lookahead_steps, 0, self.global_batch_images, 0
-        for start, later in self.batch_schedule:
-            if start >= end:
-                break
-            total, images, since = total + images * (start - since), later, start
-        return total + images * (end - since)
-
-    def sizing_at(self, step: int) -> Sizing:
-        """Return how the images of a step are sized."""
-        return replace(self.sizing, budgets=_in_force(self.budget_schedule, step, self.sizing.budgets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,36 +72,6 @@ class GlobalBatch:
         return replace(self, **{name: getattr(self, name)[mine] for name in fields})
 
 
-Value = TypeVar("Value")
-
-
-def _in_force(schedule: Sequence[tuple[int, Value]], step: int, before: Value) -> Value:
-    """Return the value of the last entry that has begun, or what holds before the first."""
-    return next((value for start, value in reversed(schedule) if start <= step), before)
-
-
-def attention_tokens(tower: CogViTConfig | TextConfig) -> int:
-    """Return n0 of a tower: the length at which attention costs as much as everything else."""
-    branches = 3 if tower.mlp == "swiglu" else 2
-    # Per token and layer: 8 D^2 + 2 * branches * D * F of matrix products, 4 n D of attention.
-    return 2 * tower.embed_dim + branches * tower.mlp_dim // 2
-
-
-def plan_spec(config: RunConfig) -> PlanSpec:
-    """Return the part of a configuration that the plan depends on."""
-    data = config.data
-    return PlanSpec(
-        mixture=data.mixture,
-        global_batch_images=data.global_batch_images,
-        canonical_shares=data.canonical_shares,
-        lookahead_steps=data.lookahead_steps,
-        sizing=sizing_of(config),
-        attention_tokens=attention_tokens(config.vision),
-        batch_schedule=data.batch_schedule,
-        budget_schedule=data.budget_schedule,
-    )
-
-
 def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     """Return the hash that names a sequence of global batches."""
     schedules = ("batch_schedule", "budget_schedule")  # runs without them are older than these
@@ -175,6 +102,9 @@ class _Block:
         return self.rows[start:stop]
 
 
+Value = TypeVar("Value")
+
+
 class _Latest(Generic[Value]):
     """Remembers the latest two values of each kind: what a share walks through and what comes next."""
 
@@ -200,7 +130,7 @@ class Planner:
 
     def __init__(self, index: Index, spec: PlanSpec, seed: int) -> None:
         self._index, self._spec, self._seed = index, spec, seed
-        self._streams = tuple(_streams(index, spec))
+        self._streams = tuple(open_streams(index, spec))
         self._lock = Lock()
         self._windows = _Latest[list[tuple[Ints, Ints]]]()
         self._orders = _Latest[Blocks]()
@@ -308,7 +238,7 @@ class Planner:
     def _blocks_of(self, stream: Stream, share: int, epoch: int) -> Blocks:
         assert stream.bounds is not None
         a_window = self._spec.smallest_window_images * (stream.upto - stream.before) / self._spec.canonical_shares
-        images = int(min(max(BLOCK_WINDOWS * a_window, FEWEST_BLOCK_IMAGES), MOST_BLOCK_IMAGES))
+        images = min(max(int(BLOCK_WINDOWS * a_window), FEWEST_BLOCK_IMAGES), MOST_BLOCK_IMAGES)
         return self._orders.get(
             (stream.number, share), (epoch,), lambda: blocks_of(stream, share, epoch, self._seed, images)
         )
@@ -357,62 +287,3 @@ class Planner:
         cost = self._cost(entries, epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
         owner = spread(cost, sizes, self._keys(entries, epoch, _WINDOW_SALT))
         return _Draws(rows, epoch), owner
-
-
-def _streams(index: Index, spec: PlanSpec) -> Iterator[Stream]:
-    """Yield the sources of the mixture, or all samples as one."""
-    for name, weight in spec.mixture:
-        if not 0.0 < weight < float("inf"):
-            raise DataError(f"data.mixture gives {name!r} the weight {weight}; weights are positive")
-    known = dict(index.selection.by_source)
-    for name, _ in spec.mixture:
-        if name not in known:
-            raise DataError(f"data.mixture names {name!r}; the shards' sources are {_told(index.sources)}")
-    total = sum((Fraction(weight) for _, weight in spec.mixture), Fraction(0))
-    for name, weight in spec.mixture:
-        if weight * spec.smallest_window_images < total:
-            images = spec.smallest_window_images
-            raise DataError(
-                f"data.mixture gives {name!r} less than one of the {images} images of a window; raise its weight"
-                f" from {weight} or data.lookahead_steps from {spec.lookahead_steps}"
-            )
-    names: list[str | None] = [name for name, _ in spec.mixture] or [None]
-    upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
-    upto = upto if spec.mixture else [Fraction(0), Fraction(1)]
-    costing = json.dumps([asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens])
-    found = open_cells(index, names, costing, lambda entries: _cost_at_all_budgets(entries, spec))
-    for number, (source, cells) in enumerate(zip(names, found, strict=True)):
-        yield _stream(index, spec, Stream(number, source, index, cells, None, upto[number], upto[number + 1]))
-
-
-def _told(names: tuple[str, ...]) -> str:
-    more = len(names) - _NAMES_TOLD
-    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
-    """Return a source with the stretches of the shares, where it is large enough for them."""
-
-    def costs_of(position: Ints) -> NDArray[np.float64]:
-        return _cost_at_all_budgets(index.take(stream.rows_at(position)), spec).astype(np.float64)
-
-    shares = spec.canonical_shares
-    if shares > 1 and len(stream) < shares * FEWEST_SAMPLES:
-        return stream
-    bounds = cut_shares(stream.cells, shares, costs_of)
-    smallest = int(np.diff(bounds).min())
-    weight = stream.upto - stream.before
-    draws = spec.smallest_window_images * weight * smallest / max(len(stream), 1)  # of the smallest share in a window
-    owned = shares == 1 or (smallest >= FEWEST_SAMPLES and draws >= FEWEST_DRAWS)
-    return replace(stream, bounds=bounds) if owned else stream
-
-
-def _cost_at_all_budgets(entries: NDArray[Any], spec: PlanSpec) -> Ints:
-    """Return the sum of what samples cost at each budget of the run: in proportion to what a draw costs on average."""
-    sizing = spec.sizing
-    in_turn = dict([(0, sizing.budgets), *spec.budget_schedule]).values()
-    total = np.zeros(len(entries), np.int64)
-    for budget in (one for budgets in in_turn for one in budgets or (sizing.max_patches,)):
-        grid_hw = replace(sizing, max_patches=budget).grids(entries["height_px"], entries["width_px"])
-        total += attention_cost(grid_hw.prod(axis=1), spec.attention_tokens)
-    return total

@@ -20,8 +20,9 @@ from data_pipeline.caption import ByteTokenizer, captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
-from data_pipeline.plan import Planner, plan_spec
+from data_pipeline.plan import Planner
 from data_pipeline.shards import ShardReader, read_members
+from data_pipeline.spec import plan_spec
 from data_pipeline.topology import Slice, topology_of
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, table_of, write_tar
 

@@ -15,8 +15,9 @@ from data_pipeline.cells import Cells
 from data_pipeline.loader import lay_out
 from data_pipeline.order import Stream
 from data_pipeline.permutation import permute
-from data_pipeline.plan import Planner, plan_hash, plan_spec
+from data_pipeline.plan import Planner, plan_hash
 from data_pipeline.sizing import Sizing
+from data_pipeline.spec import plan_spec
 from data_pipeline.topology import topology_of
 from tests.data.corpus import PATCH_PX, bare_index, run_config, source_of
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from data_pipeline.balance import PackLimits, Placement, place
 from data_pipeline.index import Index
 from data_pipeline.merge import Entry, temporary_corpus
-from data_pipeline.plan import GlobalBatch, Planner, PlanSpec
+from data_pipeline.plan import GlobalBatch, Planner
 from data_pipeline.select import Choice, select
 from data_pipeline.sizing import Sizing
+from data_pipeline.spec import PlanSpec
 from data_pipeline.table import SCHEMA
 
 Ints = NDArray[np.int64]
