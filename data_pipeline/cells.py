@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from data_pipeline.stored import stored
 Ints = NDArray[np.int64]
 
 VERSION = 1
+KIND = "cells"
 CELL_IMAGES = 1024
 _STARTS = b"cogvit.cells"
 
@@ -45,33 +46,45 @@ def open_cells(
 
     costing names what cost_of works out: from rows of corpus.ROW, what each costs.
     """
-    question = json.dumps([VERSION, index.selection.content, index.corpus.content, list(sources), costing])
-    table = stored(index.corpus.path, "cells", question, lambda: _make(index, sources, cost_of))
-    shard, images, cost = (table[name].combine_chunks().to_numpy() for name in ("shard", "images", "cost"))
+    question = cells_question(index, sources, costing)
+    table = stored(index.corpus.path, KIND, question, lambda: _make(index, sources, cost_of))
+    (batch,) = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
+    shard, images, cost = (batch[name].to_numpy() for name in ("shard", "images", "cost"))  # not a copy
     starts = json.loads(table.schema.metadata[_STARTS])
     slices = [slice(start, stop) for start, stop in pairwise(starts)]
     return [Cells(shard[one], images[one], cost[one]) for one in slices]
 
 
+def cells_question(index: Index, sources: Sequence[str | None], costing: str) -> str:
+    """Return what the stored cells of some sources answer."""
+    return json.dumps([VERSION, index.selection.content, index.corpus.content, list(sources), costing])
+
+
+def cells_table(found: Sequence[Cells]) -> pa.Table:
+    """Return cells as they are stored."""
+    columns = {name: np.concatenate([getattr(one, name) for one in found]) for name in ("shard", "images", "cost")}
+    starts = [0, *accumulate(map(len, found))]
+    return pa.table(columns).replace_schema_metadata({_STARTS: json.dumps(starts)})
+
+
 def _make(index: Index, sources: Sequence[str | None], cost_of: Callable[[NDArray[Any]], Ints]) -> pa.Table:
     corpus = index.corpus
-    found: list[list[tuple[Ints, Ints, NDArray[np.float64]]]] = [[] for _ in sources]
+    found: list[list[tuple[int, Ints, Ints]]] = [[] for _ in sources]  # shard, images and costs of its cells
     for shard in range(corpus.num_shards):
         for own, source in zip(found, sources, strict=True):
             rows = index.rows_of_shard(shard, source)
             if len(rows):
                 starts = np.arange(0, len(rows), CELL_IMAGES)
                 cost = np.add.reduceat(cost_of(corpus.rows_of(shard)[rows - corpus.first[shard]]), starts)
-                images = np.diff(np.append(starts, len(rows)))
-                own.append((np.full(len(starts), shard), images, cost.astype(np.float64)))
-    columns: list[list[NDArray[Any]]] = [[], [], []]
-    for own in found:
-        parts = [
-            np.concatenate([np.zeros(0, kind), *(one[n] for one in own)]) for n, kind in enumerate((int, int, float))
+                own.append((shard, np.diff(np.append(starts, len(rows))), cost))
+    none: Ints = np.zeros(0, np.int64)
+    return cells_table(
+        [
+            Cells(
+                np.repeat([shard for shard, _, _ in own], [len(cost) for _, _, cost in own]).astype(np.uint32),
+                np.cumsum(np.concatenate([none, *(images for _, images, _ in own)])),
+                np.cumsum(np.concatenate([none, *(cost for _, _, cost in own)]).astype(np.float64)),
+            )
+            for own in found
         ]
-        for column, values in zip(columns, (parts[0], np.cumsum(parts[1]), np.cumsum(parts[2])), strict=True):
-            column.append(values)
-    shard_, images_, cost_ = (np.concatenate(column) for column in columns)
-    starts_ = [0, *np.cumsum([len(one) for one in columns[0]]).tolist()]
-    table = pa.table({"shard": shard_.astype(np.uint32), "images": images_.astype(np.int64), "cost": cost_})
-    return table.replace_schema_metadata({_STARTS: json.dumps(starts_)})
+    )

@@ -49,10 +49,14 @@ def open_streams(index: Index, spec: PlanSpec) -> Iterator[Stream]:
     names: list[str | None] = [name for name, _ in spec.mixture] or [None]
     upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
     upto = upto if spec.mixture else [Fraction(0), Fraction(1)]
-    costing = json.dumps([asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens])
-    found = open_cells(index, names, costing, lambda entries: _cost_at_all_budgets(entries, spec))
+    found = open_cells(index, names, costing_of(spec), lambda entries: cost_at_all_budgets(entries, spec))
     for number, (source, cells) in enumerate(zip(names, found, strict=True)):
         yield _stream(index, spec, Stream(number, source, index, cells, None, upto[number], upto[number + 1]))
+
+
+def costing_of(spec: PlanSpec) -> str:
+    """Return what `cost_at_all_budgets` depends on."""
+    return json.dumps([asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens])
 
 
 def _told(names: tuple[str, ...]) -> str:
@@ -64,7 +68,7 @@ def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
     """Return a source with the stretches of the shares, where it is large enough for them."""
 
     def costs_of(position: Ints) -> NDArray[np.float64]:
-        return _cost_at_all_budgets(index.take(stream.rows_at(position)), spec).astype(np.float64)
+        return cost_at_all_budgets(index.take(stream.rows_at(position)), spec).astype(np.float64)
 
     shares = spec.canonical_shares
     if shares > 1 and len(stream) < shares * FEWEST_SAMPLES:
@@ -77,7 +81,7 @@ def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
     return replace(stream, bounds=bounds) if owned else stream
 
 
-def _cost_at_all_budgets(entries: NDArray[Any], spec: PlanSpec) -> Ints:
+def cost_at_all_budgets(entries: NDArray[Any], spec: PlanSpec) -> Ints:
     """Return the sum of what samples cost at each budget of the run: in proportion to what a draw costs on average."""
     sizing = spec.sizing
     in_turn = dict([(0, sizing.budgets), *spec.budget_schedule]).values()

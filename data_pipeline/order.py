@@ -71,7 +71,7 @@ class Stream:
     def _shards(self) -> tuple[Ints, Ints]:
         """The shards that have samples [K], and the position of the first of each, then S [K + 1]."""
         shard = self.cells.shard
-        first = np.flatnonzero(np.diff(shard, prepend=shard[:1] + 1)) if len(shard) else np.zeros(0, np.int64)
+        first = np.append(0, 1 + np.flatnonzero(shard[1:] != shard[:-1]))[: len(shard)]
         ends = self.cells.images[np.maximum(first - 1, 0)] * (first > 0)
         return shard[first].astype(np.int64), np.append(ends, len(self))
 

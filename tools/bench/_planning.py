@@ -7,20 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.balance import PackLimits, Placement, place
 from data_pipeline.index import Index
-from data_pipeline.merge import Entry, temporary_corpus
+from data_pipeline.merge import temporary_corpus
 from data_pipeline.plan import GlobalBatch, Planner
 from data_pipeline.select import Choice, select
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import PlanSpec
-from data_pipeline.table import SCHEMA
+from tools.bench._corpora import indexed
 
 Ints = NDArray[np.int64]
 
@@ -66,33 +64,14 @@ class Balance:
     foreign: int  # images inside the stretch of the index that another node reads
 
 
-def synthetic_index(lengths: Lengths, size: int, seed: int = 0) -> Index:
+def synthetic_index(lengths: Lengths, size: int, images_a_shard: int = 10_000, seed: int = 0) -> Index:
     """Return an index without files whose images have about such lengths."""
     rng = np.random.default_rng(seed)
     patches = np.clip(lengths.draw(rng, size), 16, lengths.longest)
     aspect = np.exp(rng.normal(0, 0.35, size))
     height = np.maximum(1, np.sqrt(patches * aspect).astype(np.int32))
     width = np.maximum(1, (patches / height).astype(np.int32))
-    return index_of_sizes(PATCH_PX * height, PATCH_PX * width)
-
-
-def index_of_sizes(height_px: Ints, width_px: Ints, images_a_shard: int = 10_000) -> Index:
-    """Return an index without files of images of some sizes, without captions."""
-
-    def shards() -> Iterator[tuple[Entry, pa.Table, dict[str, Any]]]:
-        for start in range(0, len(height_px), images_a_shard):
-            part = slice(start, start + images_a_shard)
-            count = len(height_px[part])
-            columns = {name: np.zeros(count, np.int64) for name in SCHEMA.names}
-            columns |= {"sample_id": start + np.arange(count), "height_px": height_px[part], "width_px": width_px[part]}
-            columns["caption_member"] -= 1
-            lists = {name: pa.array([[]] * count, pa.list_(pa.int32())) for name in ("en_bytes", "zh_bytes")}
-            texts = {name: pa.array([""] * count) for name in ("key", "source", "format")}
-            table = pa.table({name: pa.array(columns[name]) for name in SCHEMA.names} | lists | texts)
-            facts = {"version": {"size_bytes": 0, "mark": ""}}
-            yield Entry(f"{start // images_a_shard:06d}.tar", 0), table.select(SCHEMA.names).cast(SCHEMA), facts
-
-    corpus = temporary_corpus("", shards())
+    corpus = temporary_corpus("", indexed(PATCH_PX * height, PATCH_PX * width, images_a_shard))
     return Index(corpus, select(corpus, Choice()))
 
 
