@@ -43,7 +43,7 @@ from data_pipeline.shards import is_remote, shard_name
 from data_pipeline.table import index_path, read_table
 
 _COPIED = tuple(name for name in ROW.names or () if name in ("sample_id", "size_bytes", "caption_size_bytes", "label"))
-_DEAD_SHARE = 0.5  # of a file in blocks of no shard, from which on it is written anew
+_DEAD_SHARE = 0.5  # of a file in blocks of no shard and older lists, beyond which it is written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def merge_parts(place: Place, num_parts: int) -> str:
     for entry in entries:
         if entry.path in seen:
             raise DataError(
-                f"two parts of {num_parts} have {entry.path}; its directory changed between them: index again"
+                f"two of {num_parts} parts have {entry.path}: its directory changed between them; index them again"
             )
         seen.add(entry.path)
     present = _present(place, place.path)
@@ -227,7 +227,9 @@ def _write(
     own = donors[0] if donors and donors[0].path == path and not is_remote(path) else None
     if own is not None:
         live = sum(_block_bytes(own, place_[1]) for place_ in found if place_ is not None and place_[0] is own)
-        own = own if live >= _DEAD_SHARE * len(own.buffer) - 4 * BLOCKS_AT else None
+        own = own if live + own.shards.nbytes >= (1.0 - _DEAD_SHARE) * len(own.buffer) else None
+    if own is not None and found == [(own, shard) for shard in range(own.num_shards)]:
+        return
     try:
         with _opened(path, own) as file:
             writer = _Writer(file, place.head, _Codes.of([]), _Codes.of([]))
@@ -246,7 +248,7 @@ def _write(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "make room" if full else "let this user write there"
         raise ConfigError(
-            f"cannot write {path} ({error.strerror or error}); {way_out} or pass --index-dir DIR"
+            f"cannot write {path} ({error.strerror or error}); {way_out}, or pass --index-dir DIR"
         ) from None
 
 
