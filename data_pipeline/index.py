@@ -184,6 +184,12 @@ def _joined(pattern: str, place: Place, index_dir: str, command: str) -> Corpus:
     return temporary_corpus(place.head, indexes())
 
 
+def checked_at_start(num_shards: int) -> list[int]:
+    """Return the shards that are compared with a corpus file when it is opened: all of a few."""
+    chosen: list[int] = np.unique(np.linspace(0, num_shards - 1, CHECKED_AT_START).astype(np.int64)).tolist()
+    return chosen
+
+
 def load_index(
     pattern: str, index_dir: str = "", *, where: str = "", duplicates: Literal["keep", "drop"] = "keep"
 ) -> Index:
@@ -200,7 +206,7 @@ def load_index(
         corpus = open_corpus(place)
     except FileNotFoundError:
         corpus = _joined(pattern, place, index_dir, command)
-    for shard in np.unique(np.linspace(0, corpus.num_shards - 1, CHECKED_AT_START).astype(int)).tolist():
+    for shard in checked_at_start(corpus.num_shards):
         path = corpus.shard_path(shard)
         if not is_remote(path) and stat_shard(path) != corpus.version(shard):
             raise DataError(f"{path} changed after it was indexed ({stat_shard(path)} now); {command}")

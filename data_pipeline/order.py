@@ -24,6 +24,8 @@ Ints = NDArray[np.int64]
 Costs = NDArray[np.float64]
 
 PIECE_IMAGES = 1 << 16  # of one shard that stay together at most
+FEWEST_BLOCK_PIECES = 8  # so that shards that differ add up to blocks that do not
+MOST_BLOCK_IMAGES = 1 << 18
 _CELLS_A_SHARE = 32  # from which on a cut inside a cell need not look at its samples
 _PIECE_SALT = 0x70696563  # "piec"
 
@@ -150,11 +152,13 @@ def blocks_of(stream: Stream, share: int, epoch: int, seed: int, block_images: i
     edges = stream.edges(*stream.bounds[share : share + 2].tolist())
     start, stop = edges[:-1], edges[1:]
     key = mix(torch.from_numpy(start.copy()), seed, stream.number, epoch, _PIECE_SALT)
-    ends = _block_ends(len(start), (edges[-1] - edges[0]) / block_images, float(uniform(key[:1], share)))
+    size = stream.size_of(share)
+    images = min(max(block_images, FEWEST_BLOCK_PIECES * size / len(start)), MOST_BLOCK_IMAGES)
+    ends = _block_ends(len(start), size / images, float(uniform(key[:1], share)))
     part = np.zeros(len(start), np.int64)
     if len(ends) > 1:
         cost = np.diff(stream.cost_before(edges))
-        mean = cost.sum() / (edges[-1] - edges[0])
+        mean = cost.sum() / size
         # What a piece costs beyond its images, on top of what the mean piece costs.
         value = cost - mean * (stop - start) + cost.mean()
         part = spread(np.rint(value).astype(np.int64), np.diff(ends, prepend=0), key.numpy())

@@ -34,9 +34,8 @@ from data_pipeline.topology import Span
 Ints = NDArray[np.int64]
 
 VERSION = 4  # of the sequence: the same spec gives other batches in another version
-BLOCK_WINDOWS = 16  # that a block of a share lasts for, inside these bounds
-FEWEST_BLOCK_IMAGES = 1 << 16
-MOST_BLOCK_IMAGES = 1 << 18
+BLOCK_WINDOWS = 16  # that a block of a share lasts for at least
+FEWEST_BLOCK_IMAGES = 1 << 15
 _WINDOW_SALT = 0x77696E64  # "wind"
 _STEP_SALT = 0x73746570  # "step"
 _SPAN_SALT = 0x7370616E  # "span"
@@ -238,7 +237,7 @@ class Planner:
     def _blocks_of(self, stream: Stream, share: int, epoch: int) -> Blocks:
         assert stream.bounds is not None
         a_window = self._spec.smallest_window_images * (stream.upto - stream.before) / self._spec.canonical_shares
-        images = min(max(int(BLOCK_WINDOWS * a_window), FEWEST_BLOCK_IMAGES), MOST_BLOCK_IMAGES)
+        images = max(int(BLOCK_WINDOWS * a_window), FEWEST_BLOCK_IMAGES)
         return self._orders.get(
             (stream.number, share), (epoch,), lambda: blocks_of(stream, share, epoch, self._seed, images)
         )
