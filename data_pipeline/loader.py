@@ -38,7 +38,7 @@ from data_pipeline.caption import (
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
 from data_pipeline.index import Index
-from data_pipeline.plan import GlobalBatch, Planner, plan_hash
+from data_pipeline.plan import GlobalBatch, Planner, check_plan, plan_hash
 from data_pipeline.shards import ShardReader
 from data_pipeline.spec import attention_tokens, plan_spec
 from data_pipeline.topology import Seat, Slice
@@ -73,11 +73,8 @@ def first_position(index: Index, config: RunConfig, position: DataPosition | Non
     Errors: DataError when the position belongs to another plan, or no sample has a caption although they are read.
     """
     start = start_position(index, config, reads=reads)
-    if position is not None and position.plan_hash != start.plan_hash:
-        raise DataError(
-            f"the checkpoint's data plan {position.plan_hash} is not this run's {start.plan_hash}: shards, mixture,"
-            " batch size, sizing or seed changed; restore them or start a new run in another --out"
-        )
+    if position is not None:
+        check_plan(position.plan_hash, start.plan_hash)
     return position or start
 
 

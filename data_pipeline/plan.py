@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from cogvit.draws import mix
+from cogvit.errors import DataError
 from data_pipeline.balance import attention_cost, spread
 from data_pipeline.index import Index
 from data_pipeline.mixture import open_streams
@@ -76,7 +77,23 @@ def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     schedules = ("batch_schedule", "budget_schedule")  # runs without them are older than these
     fields = {name: value for name, value in asdict(spec).items() if value or name not in schedules}
     text = json.dumps([VERSION, index.content_hash(), fields, seed], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f"{VERSION}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def check_plan(checkpoint: str, own: str) -> None:
+    """Compare the hash of a checkpoint's plan with that of a run. Errors: DataError says what to do."""
+    if checkpoint == own:
+        return
+    if not checkpoint.startswith(f"{VERSION}-"):
+        raise DataError(
+            f"the checkpoint's data plan {checkpoint} has the order of an older version, and this program's is"
+            f" {VERSION}; finish that run with the version that began it, or go on from its weights: --init RUN and"
+            " another --out"
+        )
+    raise DataError(
+        f"the checkpoint's data plan {checkpoint} is not this run's {own}: shards, mixture, batch size, sizing or seed"
+        " changed; restore them or start a new run in another --out"
+    )
 
 
 @dataclass(frozen=True, slots=True)

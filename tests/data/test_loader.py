@@ -318,6 +318,8 @@ def test_position_of_another_plan_is_refused(corpus):
     assert take(corpus, config, 1, position=position)[0].position == replace(position, step=1)
     with pytest.raises(DataError, match="seed changed"):
         step_batches(corpus, replace(config, seed=8), seat_of(config), position, reads="captions")
+    with pytest.raises(DataError, match=r"order of an older version.*--init RUN"):
+        take(corpus, run_config(), 1, position=DataPosition("0123456789abcdef", 3))
 
 
 def test_closing_stops_the_threads(corpus):
