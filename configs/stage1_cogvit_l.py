@@ -29,7 +29,7 @@ def config() -> RunConfig:
             tokens_per_pack=8192,
             images_per_pack=32,
             sizing="square",
-            canonical_shares=64,
+            canonical_shares=120,
             decode_threads=4,
         ),
         teachers=TeachersConfig(

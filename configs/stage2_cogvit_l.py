@@ -22,7 +22,7 @@ def config() -> RunConfig:
             text_tokens_per_pack=4_096,
             max_patches=1024,
             budgets_patches=(128, 256, 576, 784, 1024),
-            canonical_shares=64,
+            canonical_shares=240,
             tokenizer="google/siglip2-so400m-patch16-naflex",
             decode_threads=4,
         ),

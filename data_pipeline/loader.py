@@ -34,14 +34,13 @@ from data_pipeline.caption import (
     captions_of,
     choose_captions,
     load_tokenizer,
-    parse_metadata,
     token_bound,
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at
 from data_pipeline.index import Index
-from data_pipeline.plan import GlobalBatch, Planner, attention_tokens, plan_hash, plan_spec
+from data_pipeline.plan import GlobalBatch, Planner, check_plan, plan_hash
 from data_pipeline.shards import ShardReader
-from data_pipeline.table import CAPTION_EXTENSIONS
+from data_pipeline.spec import attention_tokens, plan_spec
 from data_pipeline.topology import Seat, Slice
 
 Ints = NDArray[np.int64]
@@ -74,11 +73,8 @@ def first_position(index: Index, config: RunConfig, position: DataPosition | Non
     Errors: DataError when the position belongs to another plan, or no sample has a caption although they are read.
     """
     start = start_position(index, config, reads=reads)
-    if position is not None and position.plan_hash != start.plan_hash:
-        raise DataError(
-            f"the checkpoint's data plan {position.plan_hash} is not this run's {start.plan_hash}: shards, mixture,"
-            " batch size, sizing or seed changed; restore them or start a new run in another --out"
-        )
+    if position is not None:
+        check_plan(position.plan_hash, start.plan_hash)
     return position or start
 
 
@@ -206,7 +202,8 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
     num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
     choice, text_tokens = None, np.zeros_like(num_tokens)
     if reads == "captions":
-        choice = choose_captions(index.rows["num_captions"][batch.rows], batch.key, config.data.zh_fraction)
+        num_captions = index.take(batch.rows)["num_captions"].astype(np.int64)
+        choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
         spelt_bytes = index.chosen_bytes(batch.rows, choice)
         text_tokens = token_bound(spelt_bytes, config.text.max_tokens, config.data.tokenizer)
         cost = cost + caption_cost(text_tokens, config)
@@ -245,6 +242,8 @@ class StepLoader:
         """Plan, place, read, decode and pack a step. Threads may share the loader."""
         limits = pack_limits(self.config)
         batch = self.planner.batch(step, seat.shares)
+        if seat.span is not None:
+            batch = batch.within(seat.span)
         layout = lay_out(batch, self.index, self.config, seat.num_ranks, reads=self.reads)
         num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
         micro, failures = [], list[str]()
@@ -281,12 +280,8 @@ class StepLoader:
 
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
-        for row, tongue, which in zip(rows, language, number, strict=True):
-            entry = self.index.rows[row]
-            shard, version = self.index.shards[entry["shard"]], self.index.versions[entry["shard"]]
-            place = int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"])
-            data = self.reader.read(shard, *place, version)
-            found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
+        for row, tongue, which in zip(rows.tolist(), language, number, strict=True):
+            found = captions_of(self.index.corpus.metadata(row, self.reader))
             captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
         return captions
 

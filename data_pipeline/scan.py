@@ -7,6 +7,7 @@ from collections import Counter
 from typing import IO, Any
 
 import pyarrow as pa
+import xxhash
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
@@ -16,6 +17,9 @@ from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
 
+MAX_SIDE_PX = 2**16 - 1  # what the corpus file's rows hold
+MAX_MEMBER_BYTES = 2**32 - 1
+MAX_CAPTIONS = 2**8 - 1  # of a language that a sample draws from, the first
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
 
 
@@ -51,10 +55,15 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
     for key, row in images.items():
         row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
         row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name(shard)}/{key}")
-    rows = list(images.values())
+    distinct: dict[int, dict[str, Any]] = {}
+    for row in images.values():
+        distinct.setdefault(row["sample_id"], row)
+    rows = list(distinct.values())
+    problems["its key hashes to the number of another key of the shard"] += len(images) - len(rows)
     if rules.captions == "required":
-        rows = [row for row in rows if row["caption_member"] >= 0]
-        problems["no caption"] += len(images) - len(rows)
+        captioned = [row for row in rows if row["caption_member"] >= 0]
+        problems["no caption"] += len(rows) - len(captioned)
+        rows = captioned
     problems += Counter()  # drops what was counted zero times
     return pa.Table.from_pylist(rows, schema=SCHEMA), dict(problems)
 
@@ -62,9 +71,12 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
 def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
     header = read_header(member.data)
     rules.check_size(header.height_px, header.width_px)
+    if max(header.height_px, header.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
+        raise DataError(f"a side is longer than {MAX_SIDE_PX:,} px, or the file than {MAX_MEMBER_BYTES:,} bytes")
     return {
         "format": header.format,
         "content_hash": int.from_bytes(hashlib.blake2b(member.data, digest_size=8).digest(), "little", signed=True),
+        "content_check": int.from_bytes(xxhash.xxh3_64_digest(member.data), "little", signed=True),
         "offset_bytes": member.offset_bytes,
         "size_bytes": len(member.data),
         "height_px": header.height_px,
@@ -92,7 +104,7 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             problems["a source that is no text (the default stands for it)"] += 1
         if columns["label"] == NO_LABEL:
             columns["label"] = label_of(metadata)
-        captions = captions_of(metadata)
+        captions = {language: texts[:MAX_CAPTIONS] for language, texts in captions_of(metadata).items()}
         if any(captions.values()) and columns["caption_member"] < 0:
             columns |= {
                 f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions

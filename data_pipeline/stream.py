@@ -46,11 +46,11 @@ from data_pipeline.decode import read_header
 from data_pipeline.index import DEFAULT_SOURCE
 from data_pipeline.loader import Decoded, caption_cost, decode_pack, in_order, pack_limits
 from data_pipeline.permutation import permute
-from data_pipeline.plan import attention_tokens
 from data_pipeline.rules import Rules
 from data_pipeline.scan import IMAGE_EXTENSIONS
 from data_pipeline.shards import expand_shards, open_stream, shard_name
 from data_pipeline.sizing import sizing_of
+from data_pipeline.spec import attention_tokens
 from data_pipeline.table import CAPTION_EXTENSIONS
 from data_pipeline.topology import Seat
 

@@ -9,45 +9,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
-from data_pipeline.shards import is_pipe, retry, shard_name
+from data_pipeline.shards import is_pipe, is_remote, retry, shard_name
 
 VERSION = 5
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
 METADATA_EXTENSIONS = (*CAPTION_EXTENSIONS, "cls")  # and labels
 _METADATA_KEY = b"cogvit.index"
 
-# One row per sample; its key and the lengths of its captions lie beside it.
-ROW = np.dtype(
-    [
-        ("sample_id", np.int64),
-        ("content_hash", np.int64),  # of the encoded image
-        ("offset_bytes", np.int64),
-        ("size_bytes", np.int64),
-        ("height_px", np.int32),  # upright
-        ("width_px", np.int32),
-        ("caption_offset_bytes", np.int64),
-        ("caption_size_bytes", np.int32),
-        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
-        ("label", np.int32),  # class for evaluation; NO_LABEL where there is none
-        ("num_captions", np.int64, (len(LANGUAGES),)),
-        ("caption_start", np.int64, (len(LANGUAGES),)),  # of its entries in Index.caption_bytes[language]
-        ("shard", np.int32),
-        ("source", np.int32),
-    ]
-)
-STORED = tuple(name for name in ROW.names or () if name not in ("num_captions", "caption_start", "shard", "source"))
-SCHEMA = pa.schema(
+SCHEMA = pa.schema(  # a row a sample
     [
         ("key", pa.string()),
         ("source", pa.string()),
         ("format", pa.string()),  # as its bytes say, lower case: jpeg, png, webp, ...
-        *((name, pa.from_numpy_dtype(ROW[name])) for name in STORED),
+        ("sample_id", pa.int64()),
+        ("content_hash", pa.int64()),  # of the encoded image
+        ("content_check", pa.int64()),  # another hash of it: images are equal where both are
+        ("offset_bytes", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("height_px", pa.int32()),  # upright
+        ("width_px", pa.int32()),
+        ("caption_offset_bytes", pa.int64()),
+        ("caption_size_bytes", pa.int32()),
+        ("caption_member", pa.int8()),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
+        ("label", pa.int32()),  # class for evaluation; NO_LABEL where there is none
         *((f"{language}_bytes", pa.list_(pa.int32())) for language in LANGUAGES),
     ]
 )
@@ -69,6 +58,27 @@ def table_exists(path: str) -> bool:
     return retry(lambda: bool(fs.exists(bare)), path)
 
 
+def read_facts(path: str) -> tuple[int, dict[str, Any]]:
+    """Return the number of rows and the facts of an index, without its rows where it lies on a disk.
+
+    Errors: DataError when it is no index.
+    """
+    if is_remote(path):
+        table, facts = read_table(path)
+        return table.num_rows, facts
+    try:
+        metadata = retry(lambda: pq.read_metadata(path), path)
+    except pa.ArrowInvalid:
+        raise _foreign(path) from None
+    if _METADATA_KEY not in (metadata.metadata or {}):
+        raise _foreign(path)
+    return metadata.num_rows, json.loads(metadata.metadata[_METADATA_KEY])
+
+
+def _foreign(path: str) -> DataError:
+    return DataError(f"{path} is no index of this version; remove it and run python -m tools.index_shards again")
+
+
 def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
     """Return the rows and the facts that were written with them, of an older version as they are.
 
@@ -79,17 +89,16 @@ def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
         with fsspec.open(path, "rb") as file:
             return bytes(file.read())
 
-    foreign = DataError(f"{path} is no index of this version; remove it and run python -m tools.index_shards again")
     try:
         # Not pq.read_table, whose reading threads now and then abort a process that ends soon (arrow issue 34314).
         table = pq.ParquetFile(pa.BufferReader(retry(read, path))).read(use_threads=False)
     except pa.ArrowInvalid:
-        raise foreign from None
+        raise _foreign(path) from None
     if _METADATA_KEY not in (table.schema.metadata or {}):
-        raise foreign
+        raise _foreign(path)
     facts = json.loads(table.schema.metadata[_METADATA_KEY])
     if facts["made_from"]["version"] == VERSION and table.schema.names != SCHEMA.names:
-        raise foreign
+        raise _foreign(path)
     return table, facts
 
 

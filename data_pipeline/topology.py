@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from fractions import Fraction
+from itertools import accumulate, groupby
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,15 @@ WHOLE = Slice(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of the line of all shares that begins or ends inside a share: its group has a part of that."""
+
+    begin: Fraction
+    end: Fraction
+    cuts: tuple[Fraction, ...]  # where groups meet inside the shares that it touches
+
+
+@dataclass(frozen=True, slots=True)
 class Seat:
     """One rank's place: the group that it balances with, the shares that are the group's, and what it decodes."""
 
@@ -42,38 +52,40 @@ class Seat:
     num_ranks: int
     shares: range
     decodes: Slice | None = WHOLE  # of its packs, the images that begin there; None: no image
+    span: Span | None = None  # None: the shares are the group's as a whole
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Groups of data-parallel ranks; each takes an equal number of neighboring shares and balances within itself.
+    """The data-parallel ranks of each node, which balance among themselves, and what of the shares is theirs.
 
-    A group is a node where the nodes divide the shares, and otherwise the fewest neighboring nodes that do: exact and
-    balanced all the same, only less local.
+    Nodes lie on the line of all shares one after the other, as long as they have ranks. A share in which two meet is
+    planned by both and divided between them.
     """
 
     groups: tuple[tuple[int, ...], ...]  # dp ranks
-    shares_per_group: int
+    edges: tuple[Fraction, ...]  # [groups + 1], in shares
 
     def seat(self, dp_rank: int) -> Seat:
         """Return a rank's place."""
         number, group = next((number, group) for number, group in enumerate(self.groups) if dp_rank in group)
-        first = number * self.shares_per_group
-        return Seat(group.index(dp_rank), len(group), range(first, first + self.shares_per_group))
+        begin, end = self.edges[number : number + 2]
+        shares = range(floor(begin), ceil(end))
+        cuts = tuple(edge for edge in self.edges if shares.start < edge < shares.stop and edge.denominator > 1)
+        span = Span(begin, end, cuts) if cuts else None
+        return Seat(group.index(dp_rank), len(group), shares, span=span)
 
 
 def topology_of(addresses: Sequence[str], canonical_shares: int) -> Topology:
-    """Return the finest grouping by whole nodes whose groups take whole shares.
+    """Return the nodes of all dp ranks and their shares.
 
     addresses are those of the dp ranks, from the network's root down (spine.leaf1.node3, or a host's name alone), so
-    that neighbors in their order share a switch. Nodes of unequal numbers of ranks make one group.
+    that neighbors in their order share a switch.
     """
     order = sorted(range(len(addresses)), key=lambda rank: addresses[rank])  # stable: neighbors share a node
-    nodes = Counter(addresses)
-    num_groups = gcd(len(nodes), canonical_shares) if len(set(nodes.values())) == 1 else 1
-    size = len(order) // num_groups
-    groups = tuple(tuple(order[start : start + size]) for start in range(0, len(order), size))
-    return Topology(groups, canonical_shares // num_groups)
+    groups = tuple(tuple(ranks) for _, ranks in groupby(order, key=lambda rank: addresses[rank]))
+    ends = accumulate(map(len, groups), initial=0)
+    return Topology(groups, tuple(Fraction(end * canonical_shares, len(addresses)) for end in ends))
 
 
 def local_address(path: str) -> str:

@@ -17,7 +17,13 @@ or, as img2dataset writes it, {"caption": ...}) or in KEY.txt.
 --workers N          index N shards at a time, in Ray workers (1: in this process)
 --ray-address H:P    the Ray cluster of the workers; one of its own on this machine if not given
 
-A shard whose index fits is left alone, so the same command goes on after an interruption and after new shards.
+--part I/N           index the I-th of N parts of the shards, I from 0 to N - 1, on a machine of its own
+--merge N            put N parts together, without a look at the shards
+
+At the end the indexes of all shards become one corpus file, which is what a run opens: corpus-*.cogvit in the directory
+that all shards are below, or in --index-dir. It belongs to the pattern: another pattern over the same shards has one of
+its own, which takes a moment. A shard whose index fits is left alone and a corpus file is appended to, so the same
+command goes on after an interruption and after new shards.
 What is left out is counted and printed, with the reason. A shard that is damaged or cannot be read is named, and the
 others are indexed. Exit status: 0, or 2 for shards that cannot be indexed.
 """
@@ -34,8 +40,10 @@ from tqdm import tqdm
 
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError, DataError
+from data_pipeline.corpus import corpus_place
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.index import DEFAULT_SOURCE, ShardReport, index_shard, load_index, shards_to_index
+from data_pipeline.merge import Entry, merge, merge_parts
 from data_pipeline.rules import Rules
 from data_pipeline.server import run_tasks
 
@@ -51,6 +59,8 @@ class Arguments:
     max_aspect: str = str(Rules.max_aspect)
     max_pixels: str = str(Rules.max_pixels)
     captions: str = Rules.captions
+    part: str = ""
+    merge: str = ""
     workers: str = "1"
     ray_address: str = ""
 
@@ -80,7 +90,7 @@ def index_or_tell(shard: str, index_dir: str, source: str, rules: Rules) -> Shar
     try:
         return index_shard(shard, index_dir, source, rules)
     except DataError as error:
-        return ShardReport(shard, 0, {}, reused=False, failure=str(error))
+        return ShardReport(shard, 0, {}, reused=False, made_from=0, failure=str(error))
 
 
 def index_all(arguments: Arguments, shards: tuple[str, ...]) -> Iterator[ShardReport]:
@@ -100,13 +110,24 @@ def index_all(arguments: Arguments, shards: tuple[str, ...]) -> Iterator[ShardRe
 
 def index_shards(arguments: Arguments) -> int:
     """Index the shards with a line of progress for each, or a bar on a terminal, then print what they hold."""
+    place = corpus_place(arguments.pattern, arguments.index_dir)
+    if arguments.merge:
+        if not arguments.merge.isdecimal() or int(arguments.merge) < 1 or arguments.part:
+            raise ConfigError(f"--merge {arguments.merge} must be the number of parts, and goes without --part")
+        print(merge_parts(place, int(arguments.merge)))
+        return _tell(arguments)
     shards = shards_to_index(arguments.pattern, arguments.index_dir)
+    part = read_part(arguments.part)
+    if part is not None:
+        shards = shards[len(shards) * part[0] // part[1] : len(shards) * (part[0] + 1) // part[1]]
     problems: Counter[str] = Counter()
     failures: list[str] = []
+    made_from: dict[str, int] = {}
     on_terminal = sys.stderr.isatty()
     reports = index_all(arguments, shards)
     for done, report in enumerate(tqdm(reports, total=len(shards), unit="shard", disable=not on_terminal), start=1):
         problems.update(report.problems)
+        made_from[report.shard] = report.made_from
         if report.failure:
             failures.append(report.failure)
             tqdm.write(f"[{done}/{len(shards)}] {report.failure}")
@@ -118,8 +139,23 @@ def index_shards(arguments: Arguments) -> int:
         print(f"left out: {count:,} x {reason}")
     if failures:
         raise DataError(f"{len(failures)} of {len(shards)} shards cannot be indexed: {failures[0]}")
+    print(merge(place, [Entry(shard, made_from[shard]) for shard in shards], arguments.index_dir, part))
+    return _tell(arguments) if part is None else 0
+
+
+def _tell(arguments: Arguments) -> int:
     print(load_index(arguments.pattern, arguments.index_dir, duplicates="drop").describe())
     return 0
+
+
+def read_part(text: str) -> tuple[int, int] | None:
+    """Return which of how many parts `I/N` is; None for all. Errors: ConfigError."""
+    if not text:
+        return None
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+        raise ConfigError(f"--part {text} must be I/N with I from 0 to N - 1")
+    return int(number), int(parts)
 
 
 def main(argv: list[str]) -> int:

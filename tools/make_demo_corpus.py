@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -100,7 +101,8 @@ def check_replaceable(out: Path) -> None:
         raise ConfigError(f"--out {out} is a file; choose a new directory")
     ours = _files_of_corpus(out)
     for path in sorted(out.rglob("*")):
-        if not path.is_dir() and path not in ours and path.with_suffix("") not in ours:
+        index = path.with_suffix("") in ours or (ours and re.match(r"corpus-[0-9a-f]{12}\.cogvit", path.name))
+        if not path.is_dir() and path not in ours and not index:
             raise ConfigError(
                 f"--out {out} holds {path.relative_to(out)}, which is not of a demo corpus; choose another"
             )

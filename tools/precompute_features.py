@@ -36,20 +36,18 @@ from cogvit.config import RunConfig, TeachersConfig
 from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_recipe, read_run
-from cogvit.stages.distill_targets import makers_of
+from cogvit.stages.distill_targets import makers_of, stored_shards
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.room import cpus_of
 from cogvit.teacher.shard import shard_writer
 from cogvit.teacher.store import (
     Maker,
-    contents_of,
     dtype_of,
     header_of,
     is_complete,
     joined,
     path_of,
-    places_of,
     writing,
 )
 from cogvit.teacher.stream import (
@@ -153,13 +151,12 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
     shards: dict[tuple[str, str], Shard] = {}
     patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
     for index in [open_index(config.data, pattern) for pattern in patterns]:
-        grid_hw = sizing_of(config).grids(index.rows["height_px"], index.rows["width_px"])
-        contents = contents_of(index.shards, index.rows, grid_hw)
-        found = joined(found, contents)
-        for path, rows in zip(index.shards, places_of(index.rows["shard"], len(index.shards)), strict=True):
-            if len(rows) and (lacking := job.lacking_of(path, contents[path])):
-                shard = Shard(path, contents[path], index, rows, grid_hw[rows], lacking)
-                shards[path.rpartition("/")[2], contents[path]] = shard
+        held = list(stored_shards(index, sizing_of(config)))
+        found = joined(found, {one.path: one.contents for one in held})
+        for one in held:
+            if lacking := job.lacking_of(one.path, one.contents):
+                shard = Shard(one.path, one.contents, index, one.rows, one.grid_hw, lacking)
+                shards[one.path.rpartition("/")[2], one.contents] = shard
     return replace(job, contents=found, shards=tuple(shards.values()))
 
 
@@ -196,7 +193,7 @@ def run_job(job: Job, source: FeatureSource, in_flight: int = 2) -> None:
 def _store_shard(job: Job, shard: Shard, answers: Iterable[tuple[FeatureRequest, Features]]) -> int:
     """Write the features of one shard, for every teacher whose it lacks, as they come; returns their bytes."""
     num_tokens = shard.grid_hw.prod(axis=1).tolist()
-    sample_ids = shard.index.rows["sample_id"][shard.rows].tolist()
+    sample_ids = shard.index.take(shard.rows)["sample_id"].tolist()
     paths = {name: path_of(job.out, name, shard.path, shard.contents) for name in shard.lacking}
     with ExitStack() as stack:
         appends = {

@@ -27,7 +27,8 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import read_run, stage_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import lay_out, start_position, step_batches, usable_index
-from data_pipeline.plan import Planner, plan_spec
+from data_pipeline.plan import Planner
+from data_pipeline.spec import plan_spec
 from data_pipeline.topology import topology_of
 
 WIDTH_PX = 1200

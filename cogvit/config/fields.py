@@ -49,7 +49,9 @@ class DataConfig:
     enlarge: bool = option(False, "naflex: enlarge images that are smaller than max_patches")
     grid_multiple: int = option(1, "naflex: rows and columns are multiples of it (2: a language model's 2 x 2 groups)")
     topology: str = option("", "file of 'HOST ADDRESS' lines; SLURM_TOPOLOGY_ADDR or the host's name if empty")
-    canonical_shares: int = option(8, "C: equal-cost shares of a global batch; fixed for the life of a run")
+    canonical_shares: int = option(
+        24, "C: equal-cost shares of a global batch, fixed for the life of a run; best where the nodes divide it"
+    )
     lookahead_steps: int = option(16, "shuffle window of the plan, in steps")
     flip: bool = option(False, "mirror half of the images, seeded by sample and epoch")
     crop: float = option(1.0, "cut out a drawn share of each image's area, of its aspect, from this up to 1; 1: off")

@@ -47,7 +47,7 @@ class Example:
 def feature_picture(subject: Subject) -> bytes:
     """Draw some held-out images above their patch features, whose first three principal components are the color."""
     index, vision = subject.heldout, subject.towers.vision
-    rows = spread(np.arange(len(index)), _NUM_MAPPED)
+    rows = spread(index.rows_of(), _NUM_MAPPED)
     features: dict[int, Tensor] = {}
     for pack in pack_rows(index, rows, subject.sizing):
         patch_TD = vision.forward_packed(to_device(pack.images, vision.mask_token.device)).patch_TD.cpu()
@@ -55,7 +55,8 @@ def feature_picture(subject: Subject) -> bytes:
         features |= dict(zip(pack.places.tolist(), patch_TD.split(lengths), strict=True))
     patches = [features[place] for place in range(len(rows))]
     colors = principal_colors(torch.cat(patches)).split([len(x) for x in patches])
-    grid_hw = subject.sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
+    entries = index.take(rows)
+    grid_hw = subject.sizing.grids(entries["height_px"], entries["width_px"])
     size_hw_px = grid_hw * subject.sizing.patch_size_px
     found = read_images(index, rows, size_hw_px)
     images = [_gray(size) if image is None else image for image, size in zip(found, size_hw_px.tolist(), strict=True)]
@@ -117,7 +118,7 @@ def _best(query: Tensor, gallery: Tensor) -> list[int]:
 
 def _tiles(samples: Samples, places: list[int]) -> list[bytes]:
     rows = samples.rows[places]
-    entries = samples.index.rows[rows]
+    entries = samples.index.take(rows)
     size_hw_px = np.stack([entries["height_px"], entries["width_px"]], axis=1).astype(np.int64)
     shrink = np.minimum(1.0, _TILE_PX / size_hw_px.max(axis=1, keepdims=True))
     size_hw_px = np.maximum(1, (size_hw_px * shrink).round().astype(np.int64))

@@ -15,12 +15,11 @@ from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
-from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, parse_metadata
+from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of
 from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
 from data_pipeline.sizing import Sizing
-from data_pipeline.table import CAPTION_EXTENSIONS
 
 Ints = NDArray[np.int64]
 
@@ -68,15 +67,18 @@ def spread(rows: Ints, limit: int) -> Ints:
 
 def rows_of(index: Index, source: str) -> Ints:
     """Return the rows of a source; none where the index does not have it."""
-    if source not in index.sources:
-        return np.zeros(0, np.int64)
-    return np.flatnonzero(index.rows["source"] == index.sources.index(source))
+    return index.rows_of(source) if source in index.sources else np.zeros(0, np.int64)
 
 
 def unseen(samples: Samples, train: Index) -> Samples:
-    """Return the samples whose images are not among the training images, by a hash of their bytes."""
-    seen = np.isin(samples.index.rows["content_hash"][samples.rows], train.rows["content_hash"])
-    return samples.select(np.flatnonzero(~seen)) if seen.any() else samples
+    """Return the samples whose images are not among the training images, by 128 bits of a hash of their bytes."""
+    mine = samples.index.hashes(samples.rows)
+    known: set[tuple[int, int]] = set()
+    for shard in range(train.corpus.num_shards):
+        theirs = train.hashes(train.rows_of_shard(shard))
+        known |= set(theirs[np.isin(theirs["content_hash"], mine["content_hash"])].tolist())
+    fresh = [number for number, one in enumerate(mine.tolist()) if one not in known]
+    return samples if len(fresh) == len(samples) else samples.select(np.array(fresh, np.int64))
 
 
 def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
@@ -93,16 +95,11 @@ def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
 
 def read_samples(index: Index, source: str, rows: Ints) -> Samples:
     """Read labels and captions of some rows of a source."""
-    reader, labels = ShardReader(), index.rows["label"][rows]
+    reader, labels = ShardReader(), index.take(rows)["label"]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
     without: dict[str, int] = {}  # the first row of each language that lacks a caption
-    for row, entry in zip(rows.tolist(), index.rows[rows], strict=True):
-        metadata = {}
-        if entry["caption_member"] >= 0:
-            shard = index.shards[entry["shard"]]
-            data = reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
-            metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
-        for language, texts in captions_of(metadata).items():
+    for row in rows.tolist():
+        for language, texts in captions_of(index.corpus.metadata(row, reader)).items():
             captions[language] += [texts] if texts else []
             if not texts:
                 without.setdefault(language, row)
@@ -148,7 +145,8 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) ->
 
     ranks: who shares the packs; only this process's are read.
     """
-    grid_hw = sizing.grids(index.rows["height_px"][rows], index.rows["width_px"][rows])
+    entries = index.take(rows)
+    grid_hw = sizing.grids(entries["height_px"], entries["width_px"])
     order = np.lexsort(grid_hw.T)
     pack = (np.cumsum(grid_hw.prod(axis=1)[order]) - 1) // _TOKENS_PER_PACK
     mine = list(ranks.mine(np.split(order, np.flatnonzero(np.diff(pack)) + 1)))
@@ -161,7 +159,7 @@ def pack_rows(index: Index, rows: Ints, sizing: Sizing, ranks: Ranks = ALONE) ->
         images = pack_images(
             [_blank(grid, sizing.patch_size_px) if x is None else x for x, grid in zip(found, grids, strict=True)],
             [(rows, columns) for rows, columns in grids.tolist()],
-            key_N=torch.from_numpy(index.rows["sample_id"][chosen].copy()),
+            key_N=torch.from_numpy(entries["sample_id"][places].copy()),
         )
         images = replace(images, weight=images.weight * decoded)
         yield Pack(images, torch.from_numpy(places), tuple(index.ref(row) for row in chosen), decoded)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError
@@ -21,7 +24,7 @@ from data_pipeline.augment import augmentation_of
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index
 from data_pipeline.loader import image_of, step_batches
-from data_pipeline.sizing import sizing_of
+from data_pipeline.sizing import Sizing, sizing_of
 from data_pipeline.stream import stream_batches
 from data_pipeline.topology import topology_of
 
@@ -81,9 +84,32 @@ def stored_features(config: RunConfig, makers: dict[str, Maker], indexes: Sequen
     sizing = sizing_of(config)
     contents: dict[str, str] = {}
     for index in indexes:
-        grids = sizing.grids(index.rows["height_px"], index.rows["width_px"])
-        contents = joined(contents, contents_of(index.shards, index.rows, grids))
+        contents = joined(contents, {shard.path: shard.contents for shard in stored_shards(index, sizing)})
     return StoreFeatures(Path(config.teachers.store), makers, contents)
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A data shard of an index, as a store has its features."""
+
+    path: str
+    contents: str  # hash of what its features depend on
+    rows: NDArray[np.int64]
+    grid_hw: NDArray[np.int64]  # [len(rows), 2]
+
+
+def stored_shards(index: Index, sizing: Sizing) -> Iterator[StoredShard]:
+    """Yield the shards of an index that have images."""
+    corpus = index.corpus
+    for shard in range(corpus.num_shards):
+        rows = index.rows_of_shard(shard)
+        if len(rows):
+            entries, path = index.take(rows), corpus.shard_path(shard)
+            grid_hw = sizing.grids(entries["height_px"], entries["width_px"])
+            named = np.zeros(len(rows), [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
+            named["sample_id"] = entries["sample_id"]
+            named["content_hash"] = corpus.hashes(shard)["content_hash"][rows - corpus.first[shard]]
+            yield StoredShard(path, contents_of([path], named, grid_hw)[path], rows, grid_hw)
 
 
 def sample_requests(config: RunConfig, index: Index | None) -> Generator[FeatureRequest]:

@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cogvit.batch import ShardVersion
 from cogvit.config import DataConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from data_pipeline.index import Index, build_index, load_index
+from data_pipeline.merge import Entry, temporary_corpus
 from data_pipeline.rules import Rules
-from data_pipeline.table import ROW
+from data_pipeline.select import Choice, select
+from data_pipeline.table import SCHEMA
 
 PATCH_PX = 4
 ANY_SIZE = Rules(min_side_px=1, max_aspect=1e9)
@@ -91,17 +92,45 @@ def run_config(**data):
     )
 
 
-def bare_index(source_sizes):
+def bare_index(source_sizes, images_a_shard=1 << 30, sort=False):
     """An index without files: so many samples of each source, sizes drawn, two English captions each."""
     size = sum(source_sizes)
     rng = np.random.default_rng(size)
-    rows = np.zeros(size, ROW)
-    rows["sample_id"] = rng.integers(-(2**63), 2**63, size)
-    rows["height_px"], rows["width_px"] = rng.integers(1, 40, (2, size))
-    rows["source"] = rng.permutation(np.repeat(np.arange(len(source_sizes)), source_sizes))
-    rows["num_captions"][:, 0] = 2
-    rows["caption_start"][:, 0] = 2 * np.arange(size)
-    lengths = rng.integers(1, 40, 2 * size).astype(np.int32)
-    keys = pa.chunked_array([pa.array([str(number) for number in range(size)], pa.string())])
-    sources = tuple(f"source{number}" for number in range(len(source_sizes)))
-    return Index(("shard.tar",), (ShardVersion(0, ""),), sources, keys, rows, (lengths, np.zeros(0, np.int32)))
+    columns = {name: np.zeros(size, np.int64) for name in SCHEMA.names}
+    columns["sample_id"] = rng.integers(-(2**63), 2**63, size)
+    columns["height_px"], columns["width_px"] = rng.integers(1, 40, (2, size))
+    source = rng.permutation(np.repeat(np.arange(len(source_sizes)), source_sizes))
+    if sort:
+        columns["height_px"].sort()
+    columns["key"] = np.arange(size).astype(str)
+    columns["source"] = np.char.add("source", source.astype(str))
+    columns["format"] = np.full(size, "png")
+    every_other = pa.array(np.arange(0, 2 * size + 1, 2, dtype=np.int32))
+    columns["en_bytes"] = pa.ListArray.from_arrays(
+        every_other, pa.array(rng.integers(1, 40, 2 * size).astype(np.int32))
+    )
+    columns["zh_bytes"] = pa.array([[]] * size, pa.list_(pa.int32()))
+    table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
+    facts = {"version": {"size_bytes": 0, "mark": ""}}
+    shards = (
+        (Entry(f"{start:09d}.tar", 0), table.slice(start, images_a_shard).combine_chunks(), facts)
+        for start in range(0, size, images_a_shard)
+    )
+    corpus = temporary_corpus("", shards)
+    return Index(corpus, select(corpus, Choice()))
+
+
+def table_of(index):
+    """The rows of an index, all of them."""
+    return index.take(index.rows_of())
+
+
+def source_of(index):
+    """The number of each used row's source, by the names' order."""
+    names = np.array(index.corpus.sources["name"].to_pylist())[table_of(index)["source"]]
+    return np.searchsorted(np.array(index.sources), names)
+
+
+def keys_of(index):
+    """The keys of an index."""
+    return [index.name(row).rpartition(":")[2] for row in index.rows_of()]

@@ -15,7 +15,7 @@ from cogvit.errors import DataError
 from data_pipeline.decode import MAX_PIXELS, read_header
 from data_pipeline.index import load_index
 from data_pipeline.loader import step_batches
-from tests.data.corpus import members, picture, run_config
+from tests.data.corpus import keys_of, members, picture, run_config, table_of
 from tests.data.test_decode import bomb, encoded
 from tests.data.test_loader import refs, seat_of, take
 from tools.index_shards import main
@@ -86,7 +86,7 @@ def zoo(tmp_path, capsys):
 
 def test_everything_is_indexed_or_counted(zoo):
     index, printed = zoo
-    found = set(index.keys.to_pylist())
+    found = set(keys_of(index))
     assert found >= odd_but_sound().keys() | {"jpeg_half", "png_cut", "latin", "broken", "blank", "mute"}
     assert found >= {"../../etc/passwd", "/absolute"}
     assert not found & {"empty", "jpeg_header", "bomb", "sliver", "banner", "link0", "link1", "link2", "link3"}
@@ -108,7 +108,7 @@ def test_everything_is_indexed_or_counted(zoo):
     assert printed.count("left out: 1 x a sample's json does not parse") == 1
     # Keys that look like paths are names and nothing else.
     assert not Path("/absolute.png").exists()
-    rotated = index.rows[index.keys.to_pylist().index("rotated")]
+    rotated = table_of(index)[keys_of(index).index("rotated")]
     assert (rotated["height_px"], rotated["width_px"]) == (24, 16)
 
 
@@ -123,7 +123,7 @@ def test_damaged_pixels_weigh_nothing_and_everything_else_trains(zoo):
         for slot, sample in enumerate(micro.samples)
         if sample is not None
     }
-    names = dict(zip(index.rows["sample_id"].tolist(), index.keys.to_pylist(), strict=True))
+    names = dict(zip(table_of(index)["sample_id"].tolist(), keys_of(index), strict=True))
     assert {names[sample] for sample, one in weight.items() if one == 0.0} == {"jpeg_half", "png_cut"}
     assert sorted(failure.partition(" ")[0].rpartition(":")[2] for failure in step.failures) == [
         "jpeg_half", "png_cut",

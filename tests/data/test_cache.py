@@ -20,7 +20,7 @@ from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of
 from data_pipeline.shards import RETRY_DELAYS_S, ShardReader, copy_shard, expand_shards, shard_name
 from data_pipeline.table import index_path
-from tests.data.corpus import ANY_SIZE, members, picture, run_config, write_corpus, write_tar
+from tests.data.corpus import ANY_SIZE, members, picture, run_config, table_of, write_corpus, write_tar
 from tests.data.remote import serving
 from tests.data.test_loader import contents, take
 from tests.disk import files_of_at_most
@@ -57,7 +57,7 @@ def test_remote_shards_train_as_local_ones_do(tmp_path, kind):
     local = index_of(str(tmp_path / "shards"), str(tmp_path / "local"))
     with remote(kind, tmp_path / "shards") as pattern:
         index = index_of(pattern, str(tmp_path / "index"))
-        assert index.rows.tobytes() == local.rows.tobytes() and index.content_hash() == local.content_hash()
+        assert table_of(index).tobytes() == table_of(local).tobytes() and index.content_hash() == local.content_hash()
         (expected,), (found,) = (take(one, config, 1) for one in (local, index))
 
         def seen(step):

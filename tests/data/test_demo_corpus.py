@@ -133,9 +133,10 @@ def test_replaces_its_own_corpus_with_its_indexes(tmp_path: Path):
     out = tmp_path / "demo"
     corpus.make(out, cut_plan(0), seed=0)
     (out / "train" / "digits-00000.tar.parquet").write_bytes(b"index")
+    (out / "train" / "corpus-0123456789ab.cogvit").write_bytes(b"index of all")
     corpus.make(out, cut_plan(1), seed=1)
     assert json.loads((out / "corpus.json").read_text())["seed"] == 1
-    assert not list(out.rglob("*.parquet"))
+    assert not [*out.rglob("*.parquet"), *out.rglob("*.cogvit")]
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -20,10 +20,11 @@ from data_pipeline.caption import ByteTokenizer, captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
-from data_pipeline.plan import Planner, plan_spec
+from data_pipeline.plan import Planner
 from data_pipeline.shards import ShardReader, read_members
+from data_pipeline.spec import plan_spec
 from data_pipeline.topology import Slice, topology_of
-from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
+from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, table_of, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_resume_on_another_layout_continues_each_epoch_exactly_once(corpus, firs
         position = ranks[0][-1].position
         seen += [[ref.sample_id for rank in ranks for ref in refs(rank[step])] for step in range(steps)]
     assert position.step == 12
-    everything = sorted(corpus.rows["sample_id"].tolist())
+    everything = sorted(table_of(corpus)["sample_id"].tolist())
     assert sorted(sample for ids in seen for sample in ids) == sorted(everything * 2)
     straight = [sorted(ref.sample_id for ref in refs(step_batch)) for step_batch in take(corpus, config, 12)]
     assert [sorted(ids) for ids in seen] == straight
@@ -121,14 +122,11 @@ def test_packs_keep_every_cap_and_the_pipelines_minimum(corpus):
 def test_packed_content_equals_a_direct_decode(corpus):
     config, byt5 = run_config(), ByT5Tokenizer()
     captions = {}
-    for shard in corpus.shards:
+    for shard in map(corpus.corpus.shard_path, range(corpus.corpus.num_shards)):
         for member in read_members(shard):
             if member.extension == "json":
                 captions[shard, member.key] = captions_of(parse_metadata(member.data, "json"))
-    key_of = {
-        int(row["sample_id"]): (corpus.shards[row["shard"]], key.as_py())
-        for row, key in zip(corpus.rows, corpus.keys, strict=True)
-    }
+    key_of = {corpus.ref(row).sample_id: tuple(corpus.name(row).split(":")) for row in corpus.rows_of()}
     spoken, tokens_of = set(), {}
     for step_batch in take(corpus, config, 10):
         for sample, grid, patches, row_col, ids, number, weight in contents(step_batch).values():
@@ -291,7 +289,7 @@ def test_image_that_does_not_decode_keeps_its_slot_with_weight_0(damaged, caplog
                 weights[sample.sample_id] = float(micro.images.weight[slot])
                 start, stop = micro.images.cu_seqlens[slot : slot + 2].tolist()
                 assert stop - start == 9
-    bad = int(damaged.rows["sample_id"][7])
+    bad = int(table_of(damaged)["sample_id"][7])
     assert len(weights) == 20
     assert {sample for sample, weight in weights.items() if weight == 0} == {bad}
     assert "s.tar:07 counts with weight 0: does not decode" in caplog.text
@@ -320,6 +318,8 @@ def test_position_of_another_plan_is_refused(corpus):
     assert take(corpus, config, 1, position=position)[0].position == replace(position, step=1)
     with pytest.raises(DataError, match="seed changed"):
         step_batches(corpus, replace(config, seed=8), seat_of(config), position, reads="captions")
+    with pytest.raises(DataError, match=r"order of an older version.*--init RUN"):
+        take(corpus, run_config(), 1, position=DataPosition("0123456789abcdef", 3))
 
 
 def test_closing_stops_the_threads(corpus):

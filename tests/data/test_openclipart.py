@@ -13,6 +13,7 @@ from PIL import Image
 from cogvit.train import main
 from cogvit.training.meter import read_metrics
 from data_pipeline.index import build_index, load_index
+from tests.data.corpus import keys_of, table_of
 from tests.pool import Pool
 
 PICTURES = Path("/usr/share/openclipart/png")
@@ -39,7 +40,7 @@ def test_sizes_are_pillows_and_links_and_slivers_are_left_out(shard: Path) -> No
     files = sorted(PICTURES.rglob("*.png"))[::EVERY]
     index = load_index(str(shard), duplicates="drop")
     links = {number for number, picture in enumerate(files) if picture.is_symlink()}
-    keys = [int(key.as_py()) for key in index.keys]
+    keys, sizes = [int(key) for key in keys_of(index)], table_of(index)
     assert links and links.isdisjoint(keys)
     assert report.problems["captions without an image"] >= len(links)
     assert report.problems["the aspect ratio is beyond 6"] > 0
@@ -50,8 +51,8 @@ def test_sizes_are_pillows_and_links_and_slivers_are_left_out(shard: Path) -> No
     assert len(index) > 0.7 * (len(files) - len(links))
     for row in range(0, len(index), 40):
         with Image.open(files[keys[row]]) as image:
-            assert image.size == (index.rows["width_px"][row], index.rows["height_px"][row])
-    sides = np.stack([index.rows["height_px"], index.rows["width_px"]])
+            assert image.size == (sizes["width_px"][row], sizes["height_px"][row])
+    sides = np.stack([sizes["height_px"], sizes["width_px"]])
     assert (sides.max(0) <= 6 * sides.min(0)).all()
 
 

@@ -1,6 +1,7 @@
 """The plan: a pure function of the step, exact in its epochs and its mixture, balanced in its shares."""
 
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -10,12 +11,15 @@ from hypothesis import strategies as st
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import naflex_grid
+from data_pipeline.cells import Cells
 from data_pipeline.loader import lay_out
+from data_pipeline.order import Stream
 from data_pipeline.permutation import permute
-from data_pipeline.plan import Planner, plan_hash, plan_spec
+from data_pipeline.plan import Planner, plan_hash
 from data_pipeline.sizing import Sizing
+from data_pipeline.spec import plan_spec
 from data_pipeline.topology import topology_of
-from tests.data.corpus import PATCH_PX, bare_index, run_config
+from tests.data.corpus import PATCH_PX, bare_index, run_config, source_of
 
 
 def spec_of(**data):
@@ -63,7 +67,7 @@ def test_every_sample_once_in_each_epoch_of_its_source(sizes, batch, lookahead, 
     batches = [planner.batch(step) for step in range(steps)]
     assert {len(one.rows) for one in batches} == {batch}
     rows, epoch = (np.concatenate([getattr(one, name) for one in batches]) for name in ("rows", "epoch"))
-    source = index.rows["source"] if mixture else np.zeros(len(index), int)
+    source = source_of(index) if mixture else np.zeros(len(index), int)
     for number in np.unique(source):
         mine = source[rows] == number
         size = (source == number).sum()
@@ -97,7 +101,7 @@ def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_
     )  # fmt: skip
     steps = 2 * -(-len(sizes) * max(sizes) // 48) + 2  # an epoch of the largest source and more
     alone = Planner(index, plan_spec(config), seed)
-    counts, epochs = np.zeros(len(index), int), [set() for _ in index.rows]
+    counts, epochs = np.zeros(len(index), int), [set() for _ in range(len(index))]
     for first, last, num_ranks in ((0, min(stop, steps), before), (min(stop, steps), steps, after)):
         planner = Planner(index, plan_spec(config), seed)  # a process that starts knows nothing of the others
         topology = topology_of([f"node{rank // per_node:02d}" for rank in range(num_ranks)], shares)
@@ -106,6 +110,7 @@ def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_
             for group in topology.groups:
                 seats = [topology.seat(rank) for rank in group]
                 batch = planner.batch(step, seats[0].shares)
+                batch = batch if seats[0].span is None else batch.within(seats[0].span)
                 placement = lay_out(batch, index, config, len(group), reads="captions").placement
                 mine = [np.concatenate(placement.packs_of(seat.rank)) for seat in seats]
                 assert {seat.shares for seat in seats} == {seats[0].shares}
@@ -117,7 +122,7 @@ def test_ranks_meet_the_same_batches_and_a_resumption_goes_on_with_what_was_not_
             for row, number in zip(rows.tolist(), epoch.tolist(), strict=True):
                 epochs[row].add(number)
     for number in range(len(sizes)):
-        mine = index.rows["source"] == number
+        mine = source_of(index) == number
         assert counts[mine].sum() == 24 * steps * (number + 1) // len(sizes) - 24 * steps * number // len(sizes)
         assert counts[mine].max() - counts[mine].min() <= 1  # every sample once before any comes again
         assert all(epochs[row] == set(range(counts[row])) for row in np.flatnonzero(mine))
@@ -142,7 +147,7 @@ def test_every_sample_once_in_each_epoch_when_the_batch_changes(size, schedule, 
         begun = [images for start, images in schedule if start <= batch.step]
         assert len(batch.rows) == (begun[-1] if begun else 8)
     rows, epoch = (np.concatenate([getattr(one, name) for one in batches]) for name in ("rows", "epoch"))
-    source = index.rows["source"] if mixture else np.zeros(len(index), int)
+    source = source_of(index) if mixture else np.zeros(len(index), int)
     for number in np.unique(source):
         mine = source[rows] == number
         whole = mine.sum() // (source == number).sum()
@@ -175,7 +180,7 @@ def test_a_schedule_raises_the_resolution_and_the_batch():
     batches = [planner.batch(step) for step in range(12)]
     for batch in batches:
         budgets = (20,) if batch.step < 6 else (20, 60) if batch.step < 10 else (60,)
-        sizes = index.rows[batch.rows]
+        sizes = index.take(batch.rows)
         legal = [replace(alone, max_patches=n).grids(sizes["height_px"], sizes["width_px"]) for n in budgets]
         assert np.any([(batch.grid_hw == grids).all(axis=1) for grids in legal], axis=0).all()
         assert all((batch.grid_hw == grids).all(axis=1).any() for grids in legal)
@@ -190,6 +195,22 @@ def test_a_schedule_raises_the_resolution_and_the_batch():
         assert np.array_equal(np.concatenate(parts), batches[step].rows)
 
 
+@pytest.mark.parametrize("size", [3_000_000_000, 3_100_000_000, 8_000_000_000])
+def test_draws_of_billions_are_counted_exactly(size):
+    """64-bit products overflow above 3.04e9 samples of a source."""
+    shares = 64
+    bounds = (np.arange(shares + 1) * size // shares).astype(np.int64)
+    cells = Cells(np.zeros(1, np.uint32), np.array([size]), np.array([float(size)]))
+    stream = Stream(0, None, bare_index([1]), cells, bounds, Fraction(0), Fraction(1))
+    before = [0] * shares
+    for step in range(0, 2 * size // 65536, 4099):
+        drawn = [stream.drawn_by(step * 65536, share) for share in range(shares)]
+        assert sum(drawn) == step * 65536
+        assert max(drawn) - min(drawn) <= 2
+        assert all(one >= other for one, other in zip(drawn, before, strict=True))
+        before = drawn
+
+
 @settings(max_examples=20)
 @given(weights=st.lists(st.floats(1, 10), min_size=2, max_size=4), batch=st.integers(12, 64))
 def test_every_window_holds_the_exact_mixture(weights, batch):
@@ -200,7 +221,7 @@ def test_every_window_holds_the_exact_mixture(weights, batch):
     planner, so_far = Planner(index, spec, 3), np.zeros(len(weights))
     for window in range(12):
         for step in range(4 * window, 4 * window + 4):
-            so_far += np.bincount(index.rows["source"][planner.batch(step).rows], minlength=len(weights))
+            so_far += np.bincount(source_of(index)[planner.batch(step).rows], minlength=len(weights))
         assert np.abs(so_far - wanted * so_far.sum()).max() < 1 + 1e-6
 
 
@@ -250,16 +271,18 @@ def test_shares_cost_the_same(samples, owned):
 
 @pytest.mark.parametrize(("samples", "owned"), [(400, False), (160_000, True)])
 def test_shares_cost_the_same_whatever_budgets_are_drawn(samples, owned):
-    """In shards of large images as in those of small ones, which the same budgets bring closer together."""
-    index = bare_index([samples])
-    index.rows[:] = np.sort(index.rows, order="height_px")
+    """In shards of large images as in those of small ones, which the same budgets bring closer together.
+
+    A share of 11,683 images draws budgets whose costs add up to within one part in their root of what is expected.
+    """
+    index = bare_index([samples], sort=True)
     data = {"global_batch_images": 1024, "canonical_shares": 8, "max_patches": 100, "lookahead_steps": 4}
     planner = Planner(index, spec_of(**data, budgets_patches=(8, 30, 100)), 0)
     sizes = set()
     for step in range(0, 60, 7):
         batch = planner.batch(step)
         loads = np.bincount(batch.share, weights=batch.cost, minlength=8)
-        assert loads.max() <= 1.01 * loads.mean()
+        assert loads.max() <= (1.02 if owned else 1.01) * loads.mean()
         sizes.add(np.ptp(np.bincount(batch.share, minlength=8)) > 100)
     assert sizes == {owned}  # shares of small images have more of them
 
@@ -277,8 +300,9 @@ def test_each_share_is_planned_alone():
 def test_downsized_images_are_counted():
     index = bare_index([300])
     batch = Planner(index, spec_of(global_batch_images=64, max_patches=20), 0).batch(0)
-    found = index.rows[batch.rows]
-    wanted = -(-found["height_px"] // PATCH_PX) * -(-found["width_px"] // PATCH_PX) > 20
+    found = index.take(batch.rows)
+    height_px, width_px = (found[name].astype(int) for name in ("height_px", "width_px"))
+    wanted = -(-height_px // PATCH_PX) * -(-width_px // PATCH_PX) > 20
     assert wanted.any() and np.array_equal(batch.downsized, wanted)
 
 
@@ -299,7 +323,7 @@ def test_naflex_keeps_small_images_unless_told_to_enlarge():
     index = bare_index([300])
     for enlarge in (False, True):
         batch = Planner(index, spec_of(global_batch_images=64, max_patches=20, enlarge=enlarge), 0).batch(0)
-        found = index.rows[batch.rows]
+        found = index.take(batch.rows)
         expected = [naflex_grid(int(row["height_px"]), int(row["width_px"]), 4, 20, enlarge=enlarge) for row in found]
         assert [tuple(grid) for grid in batch.grid_hw.tolist()] == expected
         assert batch.grid_hw.prod(axis=1).max() <= 20
@@ -344,7 +368,7 @@ def test_budgets_are_drawn_for_each_image_and_epoch_and_steps_cost_the_same():
     rows, key, grid_hw = (
         np.concatenate([getattr(batch, name) for batch in batches]) for name in ("rows", "key", "grid_hw")
     )
-    sizes = index.rows[rows]
+    sizes = index.take(rows)
     at = {n: Sizing("naflex", PATCH_PX, (1, 1), n, True).grids(sizes["height_px"], sizes["width_px"]) for n in budgets}
     fits = np.stack([(grid_hw == at[budget]).all(axis=1) for budget in budgets], axis=1)
     assert fits.any(axis=1).all()

@@ -21,7 +21,7 @@ from data_pipeline.decode import decode_patches
 from data_pipeline.loader import image_of
 from data_pipeline.stream import stream_batches, stream_position
 from data_pipeline.topology import Seat
-from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, write_tar
+from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, table_of, write_tar
 from tests.data.test_loader import contents, refs
 from tests.data.test_loader import take as take_planned
 
@@ -73,10 +73,12 @@ def test_samples_are_those_that_an_index_finds_and_packs_hold_a_direct_decode(tm
     planned = indexed(tmp_path)
     config = config_of(f"{tmp_path}/train-*.tar", global_batch_images=10, flip=True, crop=0.5)
     # The rules of an index leave out small pictures, and shapes beyond 6.
-    sizes = planned.rows[["height_px", "width_px"]]
+    sizes = table_of(planned)[["height_px", "width_px"]]
     fit = np.array([min(size) >= 8 and max(size) <= 6 * min(size) for size in sizes.tolist()])
     steps = take(config, 8)
-    assert {sample.sample_id for step in steps for sample in refs(step)} == set(planned.rows["sample_id"][fit].tolist())
+    assert {sample.sample_id for step in steps for sample in refs(step)} == set(
+        table_of(planned)["sample_id"][fit].tolist()
+    )
     augmentation = augmentation_of(config.data)
     for step in steps:
         for key, (sample, grid, patches, row_col, *_, weight) in contents(step).items():

@@ -266,7 +266,7 @@ def test_sources_without_classes_or_captions_are_told(
 
 def test_images_that_do_not_decode_are_named(command: Callable[..., str], stage2: Path, tmp_path: Path) -> None:
     subject, shard = load_subject(stage2), tmp_path / "shard-00000.tar"
-    shutil.copy(subject.heldout.shards[0], shard)
+    shutil.copy(subject.heldout.corpus.shard_path(0), shard)
     list(build_index(str(tmp_path)))
     stat, rows = shard.stat(), rows_of(subject.heldout, "colors")
     with shard.open("r+b") as file:

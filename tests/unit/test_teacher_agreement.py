@@ -126,8 +126,8 @@ def test_a_store_of_squares_has_the_teachers_bits_where_the_batch_is_the_same(ba
     run = replace(config, teachers=replace(config.teachers, source="store", store=config.out))
     index = open_index(run.data, run.data.shards)
     store = open_source(run, job.makers, [index])
-    for number in range(len(index.shards)):
-        rows = np.flatnonzero(index.rows["shard"] == number)
+    for number in range(index.corpus.num_shards):
+        rows = index.rows_of_shard(number)
         for request in shard_requests(index, rows, np.full((len(rows), 2), 16), config.data.tokens_per_pack):
             assert len(request.samples) == 4
             stored, computed = store.result(store.submit(request)), local.result(request)

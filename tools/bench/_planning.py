@@ -9,15 +9,16 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from cogvit.batch import ShardVersion
 from data_pipeline.balance import PackLimits, Placement, place
 from data_pipeline.index import Index
-from data_pipeline.plan import GlobalBatch, Planner, PlanSpec
+from data_pipeline.merge import temporary_corpus
+from data_pipeline.plan import GlobalBatch, Planner
+from data_pipeline.select import Choice, select
 from data_pipeline.sizing import Sizing
-from data_pipeline.table import ROW
+from data_pipeline.spec import PlanSpec
+from tools.bench._corpora import indexed
 
 Ints = NDArray[np.int64]
 
@@ -63,17 +64,15 @@ class Balance:
     foreign: int  # images inside the stretch of the index that another node reads
 
 
-def synthetic_index(lengths: Lengths, size: int, seed: int = 0) -> Index:
+def synthetic_index(lengths: Lengths, size: int, images_a_shard: int = 10_000, seed: int = 0) -> Index:
     """Return an index without files whose images have about such lengths."""
     rng = np.random.default_rng(seed)
     patches = np.clip(lengths.draw(rng, size), 16, lengths.longest)
-    rows = np.zeros(size, ROW)
     aspect = np.exp(rng.normal(0, 0.35, size))
-    rows["height_px"] = PATCH_PX * np.maximum(1, np.sqrt(patches * aspect).astype(np.int32))
-    rows["width_px"] = PATCH_PX * np.maximum(1, (patches / (rows["height_px"] // PATCH_PX)).astype(np.int32))
-    rows["sample_id"] = np.arange(size)
-    keys = pa.chunked_array([pa.nulls(size, pa.string())])
-    return Index(("shard.tar",), (ShardVersion(0, ""),), ("default",), keys, rows, (np.zeros(0, np.int32),) * 2)
+    height = np.maximum(1, np.sqrt(patches * aspect).astype(np.int32))
+    width = np.maximum(1, (patches / height).astype(np.int32))
+    corpus = temporary_corpus("", indexed(PATCH_PX * height, PATCH_PX * width, images_a_shard))
+    return Index(corpus, select(corpus, Choice()))
 
 
 def simulate(lengths: Lengths, num_ranks: int) -> Balance:
@@ -180,7 +179,8 @@ def methods() -> Iterator[str]:
     yield "|---|---|---|---|"
     for lengths in distributions():
         index = synthetic_index(lengths, 20 * RANKS_PER_NODE * IMAGES_PER_RANK)
-        tokens = index.rows["height_px"].astype(np.int64) * index.rows["width_px"] // PATCH_PX**2
+        sizes = index.take(index.rows_of())
+        tokens = sizes["height_px"].astype(np.int64) * sizes["width_px"] // PATCH_PX**2
         batches = [part * (ATTENTION_TOKENS + part) for part in np.split(tokens, 20)]
         for name, loads_of in (
             ("as it comes", lambda cost: cost.reshape(RANKS_PER_NODE, -1).sum(axis=1)),

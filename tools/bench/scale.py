@@ -1,0 +1,128 @@
+"""Measures what a corpus of 1e5 to 8e9 samples costs a process to open, to plan and in memory.
+
+Usage: python -m tools.bench.scale [flags]
+
+--out FILE      write the record there too
+--samples LIST  sizes of the corpora, in shards of 10,000 ("1e5,1e6,1e7,1e8,8e9")
+--peer LIST     sizes at which streaming is measured, 10.5 bytes of memory a sample ("1e6,1e7"); none: it is left out
+
+Every figure is of a process that has just started, in CPU seconds of it and private memory beyond its imports. The
+corpora have a line for every shard and rows of 64 real ones, to which the lines point in turn; plans are of 64 shares
+and batches of 65,536 images. The peer gets an index.json of as many samples. Disk: 330 MB at 8e9.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cogvit.errors import ConfigError
+from data_pipeline.sizing import Sizing
+from data_pipeline.spec import PlanSpec
+from tools.bench._corpora import write_long_corpus
+from tools.bench._record import flags_of, run_benchmark
+
+IMAGES_A_SHARD = 10_000
+PROCESSES = 8
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    out: str = ""
+    samples: str = "1e5,1e6,1e7,1e8,8e9"
+    peer: str = "1e6,1e7"
+
+
+def spec_of_runs() -> PlanSpec:
+    """Return the plan that is measured."""
+    sizing = Sizing("naflex", 14, (1, 1), 1024, enlarge=False)
+    return PlanSpec((), 65536, 64, 16, sizing, attention_tokens=7168)
+
+
+def read_sizes(text: str) -> list[int]:
+    """Return the sizes of a list. Errors: ConfigError for what is none."""
+    try:
+        sizes = [int(float(word)) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--samples and --peer take numbers like 1e6,1e7, not {text!r}") from None
+    return [max(1, size // IMAGES_A_SHARD) for size in sizes]
+
+
+def measured(module: str, *words: object) -> dict[str, Any]:
+    """Return what a module prints as JSON in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    figures: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return figures
+
+
+def report(arguments: Arguments) -> Iterator[str]:
+    """Yield the record line by line."""
+    yield "# What a corpus costs a process"
+    yield ""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    yield f"{date.today()}, `python -m tools.bench.scale {flags_of(arguments)}`; {cores} cores, load {load:.0f}."
+    yield "CPU of one process that just started, and private memory (RssAnon) beyond its imports."
+    yield ""
+    yield "| samples | shards | open ms | planner ms | first batch of a share s | next step ms | next window ms |"
+    yield "|---|---|---|---|---|---|---|"
+    memory = ["| samples | private MB after opening | after the first batch | PSS of 8 processes over one |"]
+    memory.append("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for shards in read_sizes(arguments.samples):
+            directory = Path(scratch, str(shards))
+            directory.mkdir()
+            pattern = write_long_corpus(directory, shards, IMAGES_A_SHARD, spec_of_runs())
+            one = measured("tools.bench._start", pattern)
+            together = measured("tools.bench._start", pattern, PROCESSES)
+            samples = f"{shards * IMAGES_A_SHARD:,}"
+            yield (
+                f"| {samples} | {shards:,} | {one['open_ms']:.1f} | {one['planner_ms']:.1f} | {one['batch_s']:.2f} |"
+                f" {one['step_ms']:.1f} | {one['window_ms']:.1f} |"
+            )
+            pss = together["pss_over_one"]
+            memory.append(f"| {samples} | {one['opened_mb']:.1f} | {one['planned_mb']:.1f} | {pss:.2f} |")
+        yield ""
+        yield from memory
+        yield ""
+        yield from peers(arguments.peer, Path(scratch))
+    yield f"Load {os.getloadavg()[0]:.0f} at the end."
+
+
+def peers(sizes: str, scratch: Path) -> Iterator[str]:
+    """Yield the table of the peer."""
+    if sizes == "none" or find_spec("streaming") is None:
+        yield "MosaicML streaming was not measured: `make bench` installs it."
+        return
+    yield "MosaicML streaming beside it: the dataset object is its start, its epoch's order the first batch."
+    yield ""
+    yield "| samples | streaming: start s | order s | MB | ours: open + planner s | first batch s | MB |"
+    yield "|---|---|---|---|---|---|---|"
+    for shards in read_sizes(sizes):
+        directory = scratch / f"peer{shards}"
+        directory.mkdir()
+        pattern = write_long_corpus(directory, shards, IMAGES_A_SHARD, spec_of_runs())
+        peer = measured("tools.bench._streaming", directory / "peer", shards, IMAGES_A_SHARD)
+        ours = measured("tools.bench._start", pattern)
+        start_s = (ours["open_ms"] + ours["planner_ms"]) / 1e3
+        yield (
+            f"| {shards * IMAGES_A_SHARD:,} | {peer['start_s']:.2f} | {peer['order_s']:.2f} | {peer['mb']:.1f} |"
+            f" {start_s:.3f} | {ours['batch_s']:.2f} | {ours['planned_mb']:.1f} |"
+        )
+    yield ""
+
+
+if __name__ == "__main__":
+    sys.exit(run_benchmark(sys.argv[1:], __doc__ or "", Arguments, report))
