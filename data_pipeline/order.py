@@ -24,8 +24,8 @@ Ints = NDArray[np.int64]
 Costs = NDArray[np.float64]
 
 PIECE_IMAGES = 1 << 16  # of one shard that stay together at most
-FEWEST_BLOCK_PIECES = 8  # so that shards that differ add up to blocks that do not
-MOST_BLOCK_IMAGES = 1 << 18
+BLOCK_PIECES = (8, 16)  # shards that differ add up to blocks that do not; a node keeps the files of its shares open
+BLOCK_IMAGES = (1 << 13, 1 << 18)  # whatever the pieces
 _CELLS_A_SHARE = 32  # from which on a cut inside a cell need not look at its samples
 _PIECE_SALT = 0x70696563  # "piec"
 
@@ -153,7 +153,8 @@ def blocks_of(stream: Stream, share: int, epoch: int, seed: int, block_images: i
     start, stop = edges[:-1], edges[1:]
     key = mix(torch.from_numpy(start.copy()), seed, stream.number, epoch, _PIECE_SALT)
     size = stream.size_of(share)
-    images = min(max(block_images, FEWEST_BLOCK_PIECES * size / len(start)), MOST_BLOCK_IMAGES)
+    fewest, most = (pieces * size / len(start) for pieces in BLOCK_PIECES)
+    images = min(max(min(max(block_images, fewest), most), BLOCK_IMAGES[0]), BLOCK_IMAGES[1])
     ends = _block_ends(len(start), size / images, float(uniform(key[:1], share)))
     part = np.zeros(len(start), np.int64)
     if len(ends) > 1:

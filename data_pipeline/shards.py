@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 import subprocess
 import tarfile
 import tempfile
@@ -32,7 +33,8 @@ from cogvit.errors import DataError
 Result = TypeVar("Result")
 
 RETRY_DELAYS_S = (0.05, 0.2, 0.8)
-MAX_OPEN_SHARDS = 256  # of one process; the usual limit of file descriptors is 1024
+# Of one process: half of what it may have open, or the blocks of a few hundred shares.
+MAX_OPEN_SHARDS = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096)
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PIPE = "pipe:"
 _COPY_BYTES = 1 << 20

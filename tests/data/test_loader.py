@@ -21,7 +21,7 @@ from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches
 from data_pipeline.plan import Planner
-from data_pipeline.shards import ShardReader, read_members
+from data_pipeline.shards import ShardReader, _LocalFile, read_members
 from data_pipeline.spec import plan_spec
 from data_pipeline.topology import Slice, topology_of
 from tests.data.corpus import PATCH_PX, indexed, members, picture, run_config, table_of, write_tar
@@ -339,3 +339,25 @@ def test_batches_are_those_of_the_plan(corpus):
 
 def test_image_of_is_what_the_teachers_decode(corpus):
     assert image_of(corpus.ref(0), 1, (10, 14)).shape == (10, 14, 3)
+
+
+def test_an_epoch_opens_each_shard_about_once(tmp_path, monkeypatch):
+    """Where far more shards are there than may be open."""
+    monkeypatch.setattr("data_pipeline.order.BLOCK_IMAGES", (64, 64))
+    monkeypatch.setattr("data_pipeline.plan.FEWEST_BLOCK_IMAGES", 64)
+    monkeypatch.setattr("data_pipeline.shards.MAX_OPEN_SHARDS", 64)
+    for shard in range(120):
+        entries = [(f"{number}.png", picture(8, 8, 8 * shard + number)) for number in range(8)]
+        write_tar(tmp_path / f"{shard:03d}.tar", entries)
+    list(build_index(str(tmp_path)))
+    config, opened = run_config(global_batch_images=16, canonical_shares=2), []
+    plain = _LocalFile.__init__
+
+    def noted(self, path):
+        opened.append(path)
+        plain(self, path)
+
+    monkeypatch.setattr(_LocalFile, "__init__", noted)
+    steps = take(load_index(str(tmp_path)), config, 60, reads="images")
+    assert len({ref.sample_id for step in steps for ref in refs(step)}) == 960
+    assert len(set(opened)) == 120 and len(opened) <= 1.2 * 120

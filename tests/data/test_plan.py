@@ -1,7 +1,6 @@
 """The plan: a pure function of the step, exact in its epochs and its mixture, balanced in its shares."""
 
 from dataclasses import replace
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +10,7 @@ from hypothesis import strategies as st
 
 from cogvit.errors import DataError
 from cogvit.model.naflex import naflex_grid
-from data_pipeline.cells import Cells
 from data_pipeline.loader import lay_out
-from data_pipeline.order import Stream
-from data_pipeline.permutation import permute
 from data_pipeline.plan import Planner, plan_hash
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import plan_spec
@@ -24,27 +20,6 @@ from tests.data.corpus import PATCH_PX, bare_index, run_config, source_of
 
 def spec_of(**data):
     return plan_spec(run_config(**data))
-
-
-@given(size=st.integers(1, 3000), counters=st.tuples(st.integers(0, 2**40), st.integers(0, 9)))
-def test_permute_is_a_permutation(size, counters):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, *counters)), np.arange(size))
-
-
-@pytest.mark.parametrize("size", [8, 64, 250])
-def test_permute_sends_every_position_everywhere(size):
-    """Over many names, a position's images are uniform (a chi-square far beyond chance would show a pattern)."""
-    images = np.array([permute(np.array([0, size // 3]), size, name) for name in range(40 * size)])
-    for image in images.T:
-        counts = np.bincount(image, minlength=size)
-        chi_square = ((counts - 40) ** 2 / 40).sum()
-        assert abs(chi_square - size) < 6 * np.sqrt(2 * size)
-
-
-def test_permute_differs_by_its_names():
-    one, two = (permute(np.arange(1000), 1000, 5, number) for number in (0, 1))
-    assert (one == two).sum() < 10
-    assert (one == np.arange(1000)).sum() < 10
 
 
 @settings(max_examples=30)
@@ -193,22 +168,6 @@ def test_a_schedule_raises_the_resolution_and_the_batch():
     for step in (11, 6, 7):  # a resumed run, on other nodes
         parts = [again.batch(step, [share]).rows for share in range(4)]
         assert np.array_equal(np.concatenate(parts), batches[step].rows)
-
-
-@pytest.mark.parametrize("size", [3_000_000_000, 3_100_000_000, 8_000_000_000])
-def test_draws_of_billions_are_counted_exactly(size):
-    """64-bit products overflow above 3.04e9 samples of a source."""
-    shares = 64
-    bounds = (np.arange(shares + 1) * size // shares).astype(np.int64)
-    cells = Cells(np.zeros(1, np.uint32), np.array([size]), np.array([float(size)]))
-    stream = Stream(0, None, bare_index([1]), cells, bounds, Fraction(0), Fraction(1))
-    before = [0] * shares
-    for step in range(0, 2 * size // 65536, 4099):
-        drawn = [stream.drawn_by(step * 65536, share) for share in range(shares)]
-        assert sum(drawn) == step * 65536
-        assert max(drawn) - min(drawn) <= 2
-        assert all(one >= other for one, other in zip(drawn, before, strict=True))
-        before = drawn
 
 
 @settings(max_examples=20)
