@@ -264,7 +264,8 @@ def _gathered(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup | Non
     most = max(counts)
     everyone = own.new_empty(len(counts) * most, own.shape[1])
     if everyone.numel():
-        dist.all_gather_single(everyone, F.pad(own, (0, 0, 0, most - len(own))), group=group)
+        padded = own.contiguous() if len(own) == most else F.pad(own, (0, 0, 0, most - len(own)))
+        dist.all_gather_single(everyone, padded, group=group)
     return everyone if min(counts) == most else everyone[_filled(counts, own.device)]
 
 
