@@ -149,7 +149,10 @@ class ContrastConfig:
     """The sigmoid loss of stage 2."""
 
     loss: Literal["ring", "gather"] = option(
-        "ring", "how ranks meet each other's texts: passed around, or all gathered"
+        "ring", "how ranks meet each other's texts: passed around by groups of ranks, or all gathered"
+    )
+    group_ranks: int = option(
+        0, "dp ranks that gather their texts and pass them on together (loss=ring); 0: enough for 1,024 texts"
     )
     chunk_pairs: int = option(1024, "rows and columns of the largest block of logits; bounds the memory of the loss")
     leave_out: Literal["concepts", "captions", "none"] = option(

@@ -60,6 +60,11 @@ def check_layout(config: RunConfig, world_size: int, towers: Sequence[Tower]) ->
         config.data.order == "planned" or dp <= images,
         f"--data.order sequential deals data.global_batch_images={images} to {dp} ranks; raise it",
     )
+    group = config.contrast.group_ranks
+    require(
+        group < 1 or dp % group == 0,
+        f"contrast.group_ranks={group} does not divide the {dp} dp ranks; 0 lets us choose",
+    )
     require(
         config.zero.stage in (1, 2),
         f"--zero.stage {config.zero.stage} is refused: 0 skips the reduction that the pipeline schedule needs and 3"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cogvit.model.sigmoid import Logits, Side, add_pairs, no_sums
+from cogvit.model.sigmoid import Logits, Side, add_pairs, agreements, block_edges, no_sums
 from cogvit.model.vit import CogViT
 
 _CHUNK_PAIRS = 1024  # rows and columns of the largest block of logits
@@ -47,8 +47,10 @@ class _SigmoidLoss(torch.autograd.Function):
         no_identity_nK = torch.empty(len(image_nE), 0, dtype=torch.int64, device=image_nE.device)
         images, logits = Side(image_nE, no_identity_nK), Logits(log_t.exp(), bias, _CHUNK_PAIRS)
         sums, d_texts_RnE = no_sums(images), torch.zeros_like(all_texts_RnE)
+        agree = agreements(no_identity_nK, no_identity_nK, _CHUNK_PAIRS, block_edges(len(text_nE), _CHUNK_PAIRS))
         for owner, (texts_nE, d_texts_nE) in enumerate(zip(all_texts_RnE, d_texts_RnE, strict=True)):
-            add_pairs(sums, images, Side(texts_nE, no_identity_nK), d_texts_nE, logits, paired=owner == rank)
+            own = 0 if owner == rank else None
+            add_pairs(sums, images, Side(texts_nE, no_identity_nK), d_texts_nE, logits, agree, own=own)
         scalars = (sums.d_log_t(images, _CHUNK_PAIRS).to(log_t), sums.d_bias.to(bias))
         gradients = (sums.d_image_nE, _all_reduce(d_texts_RnE)[rank], *scalars)
         ctx.save_for_backward(*(g * num_ranks for g in gradients))

@@ -1,7 +1,9 @@
 """The sigmoid loss over the pairs of all data-parallel ranks, with its gradients.
 
-A rank compares its own images with everybody's texts. `gather` brings all texts to all ranks; `ring` passes them
-around in both directions while the ranks compute, so that a rank holds the texts of a few neighbors at a time.
+A rank compares its own images with everybody's texts, in two levels: neighbors gather their texts, and groups of them
+stand in a ring and pass what they gathered around in both directions while the ranks compute. So a rank holds a few
+groups' texts at a time, and the number of messages and blocks does not grow with the ranks. A group of one rank is a
+ring of ranks; a group of all gathers everything.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 from typing import Literal
 
 import torch
@@ -17,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvit.config import ContrastConfig
-from cogvit.model.sigmoid import Logits, Side, Sums, add_pairs, no_sums
+from cogvit.model.sigmoid import Logits, Side, Sums, add_pairs, agreements, block_edges, no_sums
 from cogvit.parallel.mesh import Mesh
+
+_WORTH = 1024  # texts of a block whose products take longer than its messages and the operations around them
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,40 @@ class SigmoidGradients:
     bias: Tensor  # [1], this rank's share
 
 
+@dataclass(frozen=True)
+class Groups:
+    """How the dp ranks stand in the ring: so many neighbors gather their texts and pass them on together."""
+
+    ranks: int  # of every group
+    inside: dist.ProcessGroup | None  # this rank's own; None where it is alone in it
+
+
+def start_groups(config: ContrastConfig, pairs: int, mesh: Mesh) -> Groups:
+    """Make the groups for a global batch of so many pairs; collective over all ranks."""
+    ranks = group_ranks(config, pairs, mesh.dp_size)
+    return Groups(ranks, None if ranks == 1 else mesh.new_dp_neighbors(ranks))
+
+
+def group_ranks(config: ContrastConfig, pairs: int, dp_size: int) -> int:
+    """Return how many ranks gather their texts: as few as make a block of texts that is worth a message.
+
+    Each of the ring's groups costs the same few operations and messages, however few its texts are.
+    """
+    if config.loss == "gather":
+        return dp_size
+    fits = (ranks for ranks in range(1, dp_size) if dp_size % ranks == 0 and ranks * pairs >= _WORTH * dp_size)
+    return config.group_ranks or next(fits, dp_size)
+
+
 def sigmoid_gradients(
-    image_nE: Tensor, text_nE: Tensor, pairs: Pairs, log_t: Tensor, bias: Tensor, mesh: Mesh, config: ContrastConfig
+    image_nE: Tensor,
+    text_nE: Tensor,
+    pairs: Pairs,
+    log_t: Tensor,
+    bias: Tensor,
+    mesh: Mesh,
+    groups: Groups,
+    config: ContrastConfig,
 ) -> SigmoidGradients:
     """Return the exact loss and gradients over the global batch, in fp32 (fp64 for fp64 embeddings).
 
@@ -61,15 +98,15 @@ def sigmoid_gradients(
     here = torch.nonzero_static(pairs.weight, size=counts[mesh.dp_rank]).squeeze(1)
     identity_nK = pairs.identity(config.leave_out)[here]
     images = Side(_rows(image_nE.detach(), here).to(dtype), identity_nK)
-    texts = Side(_rows(text_nE.detach(), here).to(dtype), identity_nK)
+    own_text_nE = _rows(text_nE.detach(), here).to(dtype)
     limit = math.log(config.max_temperature)
     logits = Logits(log_t.detach().to(dtype).clamp(max=limit).exp(), bias.detach().to(dtype), config.chunk_pairs)
     num_pairs = max(sum(counts), 1)
     sums = no_sums(images)
-    compare = _ring if config.loss == "ring" else _gather
-    d_text = compare(sums, images, texts, logits, counts, mesh).div_(num_pairs)
+    known = _known(counts, identity_nK, logits.chunk, groups, mesh)
+    d_text = _compare(sums, images, own_text_nE, logits, known, groups, mesh).div_(num_pairs)
     d_log_t = sums.d_log_t(images, logits.chunk) / num_pairs
-    del images, texts  # where some pairs are absent these are copies, and so is what `_in_slots` makes
+    del images, own_text_nE  # where some pairs are absent these are copies, and so is what `_in_slots` makes
     return SigmoidGradients(
         loss=(sums.loss / num_pairs).to(dtype),
         image=_in_slots(sums.d_image_nE.div_(num_pairs), here, len(image_nE)),
@@ -99,81 +136,103 @@ def _held(d_log_t: Tensor, at_limit: Tensor, mesh: Mesh) -> Tensor:
     return torch.where(at_limit & (total < 0.0), 0.0, d_log_t)
 
 
-def _gather(sums: Sums, images: Side, texts: Side, logits: Logits, counts: Sequence[int], mesh: Mesh) -> Tensor:
-    """Compare with all texts, gathered; returns the gradient of this rank's texts."""
-    d_padded = images.embed_nE.new_zeros(mesh.dp_size, max(counts), texts.embed_nE.shape[1])
-    all_texts = zip(_gathered(texts.embed_nE, counts, mesh), _gathered(texts.identity_nK, counts, mesh), strict=True)
-    for rank, (text_mE, identity_mK) in enumerate(all_texts):
-        block = Side(text_mE, identity_mK)
-        add_pairs(sums, images, block, d_padded[rank, : counts[rank]], logits, paired=rank == mesh.dp_rank)
-    if mesh.dp_size > 1:
-        dist.all_reduce(d_padded, group=mesh.dp_group)
-    return d_padded[mesh.dp_rank, : counts[mesh.dp_rank]]
+@dataclass(frozen=True)
+class _Texts:
+    """What is known of a group's texts before they arrive."""
+
+    counts: list[int]  # of each rank of the group
+    identity_mK: Tensor
+    agree: Sequence[Sequence[bool]]  # with this rank's images, block by block
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+def _known(counts: Sequence[int], own_nK: Tensor, chunk: int, groups: Groups, mesh: Mesh) -> list[_Texts]:
+    """Gather everybody's identities and find, once, which blocks of the loss have equal captions."""
+    everyone_mK = _gathered(own_nK, counts, None if mesh.dp_size == 1 else mesh.dp_group)
+    by_group = [list(counts[first : first + groups.ranks]) for first in range(0, mesh.dp_size, groups.ranks)]
+    ends = list(accumulate(map(sum, by_group), initial=0))
+    blocks = [block_edges(sum(one), chunk)[:-1] for one in by_group]
+    edges = [start + edge for start, own in zip(ends, blocks, strict=False) for edge in own]
+    columns = iter(agreements(own_nK, everyone_mK, chunk, [*edges, ends[-1]]))
+    return [
+        _Texts(one, everyone_mK[start:end], list(islice(columns, len(own))))
+        for one, own, (start, end) in zip(by_group, blocks, pairwise(ends), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """One direction of the ring: where texts go next, and over how many hops."""
+    """One direction of the ring: where texts go next, and over how many hops; both in groups."""
 
     step: int
     hops: int
 
 
-def _ring(sums: Sums, images: Side, texts: Side, logits: Logits, counts: Sequence[int], mesh: Mesh) -> Tensor:
+def _compare(
+    sums: Sums, images: Side, text_nE: Tensor, logits: Logits, known: Sequence[_Texts], groups: Groups, mesh: Mesh
+) -> Tensor:
     """Compare with all texts as they pass; returns the gradient of this rank's texts.
 
-    Texts travel both ways around, half of the ranks each, and their gradients follow one turn behind, collecting each
-    rank's part. While a rank compares what it holds, the next texts and the gradients so far are under way; only the
-    last message, a gradient's way home, is waited for.
+    The texts of a group are gathered by its ranks and travel both ways around, half of the groups each; every rank
+    passes them to its like in the next group, and the gradients follow one turn behind, collecting its and its likes'
+    part. While a rank compares what it holds, the next texts and the gradients so far are under way; only the last
+    message, a gradient's way home, is waited for. There the group adds up its ranks' parts.
     """
-    rank, size = mesh.dp_rank, mesh.dp_size
-    identities = _gathered(texts.identity_nK, counts, mesh)
+    number, place = divmod(mesh.dp_rank, groups.ranks)
+    size, home = len(known), known[number]
+    own = _gathered(text_nE, home.counts, groups.inside)
+    d_own = torch.zeros_like(own)
     lanes = (_Lane(1, size // 2), _Lane(-1, (size - 1) // 2))
-    held, part = [texts.embed_nE] * 2, [texts.embed_nE] * 2
-    d_own = torch.zeros_like(texts.embed_nE)
+    held, part = [own] * 2, [own] * 2
     for turn in range(lanes[0].hops + 1):
-        mail = _Mail(mesh)
+        mail = _Mail(mesh, groups.ranks)
         arriving, behind = list(held), {}
-        for number, lane in enumerate(lanes):
+        for which, lane in enumerate(lanes):
             if turn < lane.hops:
-                source = (rank - (turn + 1) * lane.step) % size
-                arriving[number] = mail.exchange(held[number], lane.step, counts[source])
+                source = known[(number - (turn + 1) * lane.step) % size]
+                arriving[which] = mail.exchange(held[which], lane.step, source.total)
             if 1 < turn <= lane.hops:
-                behind[number] = mail.exchange(part[number], lane.step, len(held[number]))
+                behind[which] = mail.exchange(part[which], lane.step, len(held[which]))
         mail.post()
         if turn == 0:
-            add_pairs(sums, images, texts, d_own, logits, paired=True)
-        for number, lane in enumerate(lanes):
+            first = sum(home.counts[:place])
+            add_pairs(sums, images, Side(own, home.identity_mK), d_own, logits, home.agree, own=first)
+        for which, lane in enumerate(lanes):
             if 0 < turn <= lane.hops:
-                block = Side(held[number], identities[(rank - turn * lane.step) % size])
-                part[number] = torch.zeros_like(block.embed_nE)
-                add_pairs(sums, images, block, part[number], logits, paired=False)
+                met = known[(number - turn * lane.step) % size]
+                part[which] = torch.zeros_like(held[which])
+                add_pairs(sums, images, Side(held[which], met.identity_mK), part[which], logits, met.agree, own=None)
         mail.wait()
-        for number, passed in behind.items():
-            part[number] += passed
+        for which, passed in behind.items():
+            part[which] += passed
         held = arriving
-    mail = _Mail(mesh)
-    home = [mail.exchange(part[n], -lane.step * lane.hops, len(d_own)) for n, lane in enumerate(lanes) if lane.hops]
+    mail = _Mail(mesh, groups.ranks)
+    back = [mail.exchange(part[n], -lane.step * lane.hops, len(d_own)) for n, lane in enumerate(lanes) if lane.hops]
     mail.post()
     mail.wait()
-    for passed in home:
+    for passed in back:
         d_own += passed
-    return d_own
+    del own, held, part, back, arriving
+    return _scattered(d_own, home.counts, place, groups.inside)
 
 
 class _Mail:
     """Messages between ranks of the ring that are sent and received together, in one order everywhere."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, group_ranks: int) -> None:
+        self._mesh, self._group_ranks = mesh, group_ranks
         self._messages: list[dist.P2POp] = []
         self._pending: list[dist.Work] = []
 
     def exchange(self, outgoing: Tensor, step: int, rows: int) -> Tensor:
-        """Send rows `step` ranks on; returns where as many steps behind the given number of rows will arrive."""
+        """Send rows `step` groups on; returns where as many steps behind the given number of rows will arrive."""
         group, rank, size = self._mesh.dp_group, self._mesh.dp_rank, self._mesh.dp_size
+        hop = step * self._group_ranks
         incoming = outgoing.new_empty(rows, outgoing.shape[1])
-        for operation, tensor, peer in ((dist.isend, outgoing, rank + step), (dist.irecv, incoming, rank - step)):
+        for operation, tensor, peer in ((dist.isend, outgoing, rank + hop), (dist.irecv, incoming, rank - hop)):
             if len(tensor):
                 self._messages.append(dist.P2POp(operation, tensor, group=group, group_peer=peer % size))
         return incoming
@@ -191,19 +250,40 @@ class _Mail:
 def _counts(weight_n: Tensor, mesh: Mesh) -> list[int]:
     """Return how many pairs each dp rank brings; the one place where the loss waits for the device."""
     own = weight_n.count_nonzero().reshape(1)
-    counts = own.new_zeros(mesh.dp_size)
-    if mesh.dp_size > 1:
-        dist.all_gather(list(counts.split(1)), own, group=mesh.dp_group)
-    return (counts if mesh.dp_size > 1 else own).tolist()
-
-
-def _gathered(local: Tensor, counts: Sequence[int], mesh: Mesh) -> list[Tensor]:
-    """Return every dp rank's rows."""
     if mesh.dp_size == 1:
-        return [local]
-    if not max(counts) * local.shape[1]:
-        return [local.new_empty(count, local.shape[1]) for count in counts]
-    padded = F.pad(local, (0, 0, 0, max(counts) - len(local)))
-    everyone = padded.new_empty(mesh.dp_size, *padded.shape)
-    dist.all_gather(list(everyone.unbind()), padded, group=mesh.dp_group)
-    return [rows[:count] for rows, count in zip(everyone, counts, strict=True)]
+        return own.tolist()
+    counts = own.new_empty(mesh.dp_size)
+    dist.all_gather_single(counts, own, group=mesh.dp_group)
+    return counts.tolist()
+
+
+def _gathered(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows of all ranks of a group end to end; None: of this rank alone."""
+    if group is None:
+        return own
+    most = max(counts)
+    everyone = own.new_empty(len(counts) * most, own.shape[1])
+    if everyone.numel():
+        padded = own.contiguous() if len(own) == most else F.pad(own, (0, 0, 0, most - len(own)))
+        dist.all_gather_single(everyone, padded, group=group)
+    return everyone if min(counts) == most else everyone[_filled(counts, own.device)]
+
+
+def _scattered(everyone: Tensor, counts: Sequence[int], place: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the sum over a group's ranks of one rank's rows, given every rank's end to end: `_gathered`'s reverse."""
+    if group is None:
+        return everyone
+    most = max(counts)
+    own = everyone.new_empty(most, everyone.shape[1])
+    if min(counts) != most:
+        padded = everyone.new_zeros(len(counts) * most, everyone.shape[1])
+        everyone = padded.index_copy_(0, _filled(counts, own.device), everyone)
+    if everyone.numel():
+        dist.reduce_scatter_single(own, everyone, group=group)
+    return own[: counts[place]]
+
+
+def _filled(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return which rows hold something when each rank's are followed by others up to the same number."""
+    columns = torch.arange(max(counts))
+    return (columns < torch.tensor(counts).unsqueeze(1)).flatten().nonzero().squeeze(1).to(device)

@@ -20,7 +20,7 @@ from cogvit.batch import Batch
 from cogvit.config import ContrastConfig
 from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.distill import reduce_terms
-from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients
+from cogvit.objective.pairwise import Groups, Pairs, SigmoidGradients, sigmoid_gradients
 from cogvit.parallel.encoder import TextStage, TrunkStage, VisionStage, WholeTextStage
 from cogvit.parallel.schedule import Schedule
 
@@ -84,6 +84,7 @@ class Contrast:
     """
 
     config: ContrastConfig
+    groups: Groups
     locked: tuple[Literal["vision", "text"], ...] = ()
 
     def train(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
@@ -107,7 +108,9 @@ class Contrast:
     def _compare(
         self, model: ContrastModel, image_nE: Tensor, text_nE: Tensor, micro: Sequence[Batch], schedule: Schedule
     ) -> SigmoidGradients:
-        return sigmoid_gradients(image_nE, text_nE, _pairs(micro), model.log_t, model.bias, schedule.mesh, self.config)
+        return sigmoid_gradients(
+            image_nE, text_nE, _pairs(micro), model.log_t, model.bias, schedule.mesh, self.groups, self.config
+        )
 
     def _one_pass(self, model: ContrastModel, micro: Sequence[Batch], schedule: Schedule) -> Tensor:
         towers = _towers(model, micro).values()

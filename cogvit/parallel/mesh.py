@@ -128,6 +128,15 @@ class Mesh:
         assert group is not None
         return group
 
+    def new_dp_neighbors(self, ranks: int) -> dist.ProcessGroup:
+        """Make the group of so many neighbors on the dp axis, which must divide it. Collective over the dp ranks."""
+        if ranks == self.dp_size:
+            return self.dp_group
+        first = self.dp_rank - self.dp_rank % ranks
+        neighbors = dist.get_process_group_ranks(self.dp_group)[first : first + ranks]
+        group: dist.ProcessGroup = dist.new_group(neighbors, use_local_synchronization=True)
+        return group
+
     def new_target_group(self) -> dist.ProcessGroup | None:
         """Make the group of each replica's first rank, which asks the teachers, and its last stage, which needs them.
 
@@ -201,7 +210,9 @@ def start_mesh(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Mesh:
     device = _local_device(process)
     if not dist.is_initialized():
         _join_world(process, device, timeout_s)
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, order="tp-cp-ep-pp-dp")
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False
+    )
     # Recompute saves and restores Megatron's tracked RNG states, so they must exist; no draw of ours uses them.
     tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
     return Mesh(

@@ -39,7 +39,7 @@ class ContrastStage:
         "optim.text.", "optim.temperature.", "optim.bias.",
         "data.text_tokens_per_pack", "data.tokenizer", "data.zh_fraction",
     )  # fmt: skip
-    execution: tuple[str, ...] = ("contrast.loss", "contrast.chunk_pairs")
+    execution: tuple[str, ...] = ("contrast.loss", "contrast.group_ranks", "contrast.chunk_pairs")
     reads: Reads = "captions"
 
     def towers(self, config: RunConfig) -> tuple[Tower, ...]:
@@ -58,6 +58,11 @@ class ContrastStage:
         for flag, start in (("--init-log-t", config.init_log_t), ("--init-bias", config.init_bias)):
             require(start is None or math.isfinite(start), f"{flag} {start} must be finite")
         require(contrast.chunk_pairs >= 1, f"contrast.chunk_pairs={contrast.chunk_pairs} must be at least 1")
+        require(contrast.group_ranks >= 0, f"contrast.group_ranks={contrast.group_ranks} must be at least 0")
+        require(
+            contrast.loss == "ring" or contrast.group_ranks == 0,
+            f"contrast.group_ranks={contrast.group_ranks} is of a ring; contrast.loss=gather has one of all ranks",
+        )
         require(
             0.0 < contrast.max_temperature < math.inf,
             f"contrast.max_temperature={contrast.max_temperature} must be positive and finite",
@@ -104,6 +109,7 @@ class ContrastStage:
 
     def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
         """Both towers with their projections, and the sigmoid loss."""
+        from cogvit.objective.pairwise import start_groups
         from cogvit.objective.siglip import Contrast, ContrastModel
         from cogvit.parallel.encoder import TextStage
         from cogvit.training.build import fill_on_device, initial_weights, vision_stage
@@ -125,7 +131,8 @@ class ContrastStage:
         constants = {"log_t": config.init_log_t, "bias": first_bias(config)}
         weights = initial_weights(config, given_weights(config, model), constants, {"text.": config.text})
         fill_on_device(model, mesh, weights)
-        return model, Contrast(config.contrast, locked_towers(config))
+        groups = start_groups(config.contrast, config.data.global_batch_images, mesh)
+        return model, Contrast(config.contrast, groups, locked_towers(config))
 
     def loads(self, config: RunConfig) -> list[Load]:
         """Both towers; a text encoder of transformers whole."""

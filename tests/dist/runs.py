@@ -24,6 +24,7 @@ from cogvit.config import (
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
 from cogvit.objective.distill import Distill, DistillModel, Term
+from cogvit.objective.pairwise import start_groups
 from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import TextStage, VisionStage
@@ -115,7 +116,7 @@ def run_config(case: Case) -> RunConfig:
             **FAMILIES[case.family],
         ),
         text=TextConfig(embed_dim=32, depth=case.depth, num_heads=4, max_tokens=16, drop_path_rate=0.2),
-        contrast=ContrastConfig(loss=case.loss, chunk_pairs=5),  # divides no batch
+        contrast=ContrastConfig(case.loss, group_ranks=int(case.loss == "ring"), chunk_pairs=5),  # divides no batch
         optim=OptimConfig(
             name=case.optimizer,
             lr=ADAMW_LR if case.optimizer == "adamw" else 0.05,
@@ -150,7 +151,7 @@ def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
         text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80, fusion=config.fusion)
         model, objective = (
             ContrastModel(vision, text, 32, recompute=config.memory.projection_recompute),
-            Contrast(config.contrast),
+            Contrast(config.contrast, start_groups(config.contrast, config.data.global_batch_images, mesh)),
         )
 
     def weights(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cogvit.batch import Batch
 from cogvit.config import ContrastConfig, ParallelConfig
 from cogvit.errors import NonFiniteStep
-from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients
+from cogvit.objective.pairwise import Pairs, SigmoidGradients, sigmoid_gradients, start_groups
 from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.parallel.mesh import Mesh, start_mesh
 from cogvit.parallel.schedule import Schedule
@@ -61,6 +61,9 @@ WORLDS = [
     World((8,), tp=4),
     World((8,), pp=4),
     World((6,), tp=2, pp=2),
+    World((6, 0, 0, 5, 9, 2, 1, 4)),
+    World((3,) * 8, absent=0),
+    World((2, 7, 0, 3), tp=2),
 ]
 
 
@@ -118,11 +121,27 @@ def reference_of(everyone: list[Slots], leave_out: str) -> SigmoidGradients:
     return SigmoidGradients(loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
-CONFIGS = [ContrastConfig(loss=loss, chunk_pairs=chunk) for loss, chunk in product(("ring", "gather"), CHUNKS)]
-CONFIGS += [
-    ContrastConfig(loss=loss, chunk_pairs=7, leave_out=k) for loss, k in (("ring", "captions"), ("gather", "none"))
-]
+GATHER = ContrastConfig(loss="gather")
+
+
+def ring(group_ranks: int, **config: Any) -> ContrastConfig:
+    return ContrastConfig(loss="ring", group_ranks=group_ranks, **config)
+
+
+CONFIGS = [replace(loss, chunk_pairs=chunk) for loss, chunk in product((ring(1), GATHER), CHUNKS)]
+CONFIGS += [ring(1, chunk_pairs=7, leave_out="captions"), replace(GATHER, chunk_pairs=7, leave_out="none")]
+CONFIGS += [ring(ranks, chunk_pairs=chunk) for ranks, chunk in product((2, 4), (3, 7))]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def configs_of(layout: World) -> list[ContrastConfig]:
+    """Those whose groups divide the dp ranks."""
+    return [one for one in CONFIGS if len(layout.counts) % max(one.group_ranks, 1) == 0]
+
+
+def loss_of(own: Slots, log_t: Tensor, bias: Tensor, mesh: Mesh, config: ContrastConfig) -> SigmoidGradients:
+    groups = start_groups(config, mesh.dp_size, mesh)
+    return sigmoid_gradients(own.image, own.text, own.pairs, log_t, bias, mesh, groups, config)
 
 
 def on_this_rank(rank: int, world: int, layout: World) -> tuple[int, dict[torch.dtype, list[SigmoidGradients]]]:
@@ -130,18 +149,16 @@ def on_this_rank(rank: int, world: int, layout: World) -> tuple[int, dict[torch.
     answers = {}
     for dtype in TOLERANCE:
         own = slots_of(mesh.dp_rank, layout.counts[mesh.dp_rank], layout.absent, dtype)
-        answers[dtype] = [
-            sigmoid_gradients(own.image, own.text, own.pairs, *scalars(dtype), mesh, config) for config in CONFIGS
-        ]
+        answers[dtype] = [loss_of(own, *scalars(dtype), mesh, config) for config in configs_of(layout)]
     return mesh.dp_rank, answers
 
 
 @pytest.mark.parametrize("layout", WORLDS, ids=str)
 def test_equals_the_full_matrix(pool: Pool, layout: World) -> None:
     answers = dict(pool.run(on_this_rank, layout.size, (layout,)))  # one of each model replica
-    for (dtype, tolerance), number in product(TOLERANCE.items(), range(len(CONFIGS))):
+    for (dtype, tolerance), number in product(TOLERANCE.items(), range(len(configs_of(layout)))):
         everyone = [slots_of(rank, count, layout.absent, dtype) for rank, count in enumerate(layout.counts)]
-        expected = reference_of(everyone, CONFIGS[number].leave_out)
+        expected = reference_of(everyone, configs_of(layout)[number].leave_out)
         parts = [answers[rank][dtype][number] for rank in range(len(everyone))]
         actual = {
             "loss": sum((part.loss for part in parts), torch.zeros(())),
@@ -205,11 +222,11 @@ def step_against_autograd(
 def step_with_locked_towers(rank: int, world: int, case: Case) -> list[dict[str, Tensor]]:
     """The gradients of a step with no tower locked, with the vision tower and with both."""
     mesh = start_mesh(run_config(case).parallel)
-    engine, _ = start_engine(case, mesh)
-    assert isinstance(engine.model, ContrastModel)
+    engine, objective = start_engine(case, mesh)
+    assert isinstance(engine.model, ContrastModel) and isinstance(objective, Contrast)
     steps = []
     for locked in ((), ("vision",), ("vision", "text")):
-        Contrast(run_config(case).contrast, locked).train(engine.model, micro_of(case, mesh), engine.schedule)
+        replace(objective, locked=locked).train(engine.model, micro_of(case, mesh), engine.schedule)
         steps.append(taken_gradients(engine.model))
     return steps
 
@@ -230,27 +247,24 @@ def taken_gradients(model: ContrastModel) -> dict[str, Tensor]:
 
 
 def compare(mesh: Mesh, own: Slots, log_t: float = 1.3, **config: Any) -> SigmoidGradients:
-    return sigmoid_gradients(
-        own.image, own.text, own.pairs, torch.tensor([log_t]), torch.tensor([-1.7]), mesh, ContrastConfig(**config)
-    )
+    return loss_of(own, torch.tensor([log_t]), torch.tensor([-1.7]), mesh, ContrastConfig(**config))
 
 
-def largest_tensor(rank: int, world: int, loss: str) -> int:
+def largest_tensor(rank: int, world: int, config: ContrastConfig) -> int:
     mesh = start_mesh(ParallelConfig())
     own = slots_of(rank, 100, 0, torch.float32)
     with LargestTensor() as largest:
-        sigmoid_gradients(
-            own.image, own.text, own.pairs, *scalars(torch.float32), mesh, ContrastConfig(loss=loss, chunk_pairs=40)
-        )
+        loss_of(own, *scalars(torch.float32), mesh, replace(config, chunk_pairs=41))
     return largest.elements
 
 
-@pytest.mark.parametrize("loss", ["ring", "gather"])
-def test_no_rank_holds_more_than_chunk_by_chunk_logits(pool: Pool, loss: str) -> None:
-    assert max(pool.run(largest_tensor, 2, (loss,))) == 40 * 40
+# A group's texts end to end: 200 of 8 numbers are as many as the logits of a block, so the block is a little larger.
+@pytest.mark.parametrize("config", [ring(1), ring(2)], ids=["ring", "group"])
+def test_no_rank_holds_more_than_chunk_by_chunk_logits(pool: Pool, config: ContrastConfig) -> None:
+    assert max(pool.run(largest_tensor, 2, (config,))) == 41 * 41
 
 
-def peak_bytes(rank: int, world: int, absent: int, loss: str) -> int:
+def peak_bytes(rank: int, world: int, absent: int, config: ContrastConfig) -> int:
     """What the loss holds at its peak above its inputs, in bytes; its blocks are a fifth of a copy."""
     mesh, slots, chunk = start_mesh(ParallelConfig()), PAIRS + absent, 40
     g = torch.Generator().manual_seed(rank)
@@ -258,32 +272,27 @@ def peak_bytes(rank: int, world: int, absent: int, loss: str) -> int:
     weight = torch.ones(slots).index_fill_(0, torch.randperm(slots, generator=g)[:absent], 0.0)
     number = torch.arange(slots) + 10_000 * rank
     with PeakBytes() as peak:
-        sigmoid_gradients(
-            image,
-            text,
-            Pairs(number, number, weight),
-            *scalars(torch.float32),
-            mesh,
-            ContrastConfig(loss=loss, chunk_pairs=chunk),
-        )
+        own = Slots(image, text, Pairs(number, number, weight))
+        loss_of(own, *scalars(torch.float32), mesh, replace(config, chunk_pairs=chunk))
     return peak.bytes
 
 
 # Copies of one side's embeddings that a rank holds: the two gradients; where slots are absent, what is there of both
 # sides (and then the gradients in their slots). A visit of another rank's texts is up to three more: they, the
-# next ones and their gradient. gather holds all texts and their gradients.
+# next ones and their gradient. A group of two holds both ranks' texts and their gradients
+# until the gradient of its own comes back.
 PAIRS, WIDTH = 640, 200
-COPIES = {("ring", 1): 2, ("gather", 1): 2, ("ring", 2): 2 + 3, ("gather", 2): 2 + 4}
+COPIES = {(1, 1): 2, (1, 2): 2 + 3, (2, 2): 2 + 3}
 
 
 @pytest.mark.parametrize("absent", [0, 100])
-@pytest.mark.parametrize(("loss", "ranks"), COPIES)
+@pytest.mark.parametrize(("group", "ranks"), COPIES)
 def test_memory_grows_with_the_pairs_and_absent_ones_cost_a_copy_of_both_sides(
-    pool: Pool, loss: str, ranks: int, absent: int
+    pool: Pool, group: int, ranks: int, absent: int
 ) -> None:
     copy = (PAIRS + absent) * WIDTH * 4
-    copies = COPIES[loss, ranks] + (2 if absent else 0)
-    for peak in pool.run(peak_bytes, ranks, (absent, loss)):
+    copies = COPIES[group, ranks] + (2 if absent else 0)
+    for peak in pool.run(peak_bytes, ranks, (absent, ring(group))):
         assert copies - 1.5 < peak / copy < copies + 0.5
 
 
@@ -321,7 +330,7 @@ def test_degenerate_batches_and_temperatures_give_finite_numbers(pool: Pool) -> 
 
 def nobody(rank: int, world: int) -> list[SigmoidGradients]:
     mesh, own = start_mesh(ParallelConfig()), slots_of(rank, 0, 3, torch.float32)
-    return [compare(mesh, own, loss=loss) for loss in ("ring", "gather")]
+    return [compare(mesh, own, group_ranks=ranks) for ranks in (1, 2)]
 
 
 def test_ranks_that_all_come_without_a_pair(pool: Pool) -> None:

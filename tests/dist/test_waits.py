@@ -1,7 +1,7 @@
 """How often a step makes the host wait for the device: never for a microbatch, and a few times for all of it.
 
 Counted on CPU: every operation whose result the host would have to ask a GPU for. On a GPU a step ends with one wait
-more, for its own end; the look at equal captions (`sigmoid._overlaps`) is only taken on CPU.
+more, for its own end; the look at equal captions (`sigmoid.agreements`) is only taken on CPU.
 """
 
 from __future__ import annotations

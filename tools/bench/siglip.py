@@ -27,7 +27,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,19 @@ from torch import Tensor
 
 from cogvit.config import ContrastConfig
 from cogvit.errors import ConfigError
-from cogvit.objective.pairwise import Pairs, sigmoid_gradients
+from cogvit.objective.pairwise import Groups, Pairs, sigmoid_gradients, start_groups
 from cogvit.parallel.mesh import Mesh
 from tools.bench._contrast_step import step_lines
 from tools.bench._probe import Probe
 from tools.bench._ranks import busiest, join, on_ranks, take_turns
 from tools.bench._record import flags_of, run_benchmark
 
-OURS: dict[str, Literal["ring", "gather"]] = {"ours, ring": "ring", "ours, gather": "gather"}
+RING = "ours, ring"
+OURS = {
+    RING: ContrastConfig(group_ranks=1),
+    "ours, groups of 2": ContrastConfig(group_ranks=2),
+    "ours, gather": ContrastConfig(loss="gather"),
+}
 PEER = "open_clip"
 PRODUCTS = "products"
 
@@ -95,9 +100,10 @@ def inputs_of(setting: Setting, rank: int) -> Inputs:
     return Inputs(image, text, Pairs(number, number, weight), torch.tensor([2.3]), torch.tensor([-10.0]))
 
 
-def ours(inputs: Inputs, mesh: Mesh, config: ContrastConfig) -> None:
+def ours(inputs: Inputs, mesh: Mesh, groups: Groups, config: ContrastConfig) -> None:
     """Compute loss and gradients."""
-    sigmoid_gradients(inputs.image_nE, inputs.text_nE, inputs.pairs, inputs.log_t, inputs.bias, mesh, config)
+    pairs, scalars = inputs.pairs, (inputs.log_t, inputs.bias)
+    sigmoid_gradients(inputs.image_nE, inputs.text_nE, pairs, *scalars, mesh, groups, config)
 
 
 def open_clip_loss(rank: int, ranks: int) -> Any:
@@ -143,7 +149,8 @@ def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
         return partial(products, inputs, setting)
     if name == PEER:
         return partial(peer, inputs, open_clip_loss(mesh.dp_rank, mesh.dp_size))
-    return partial(ours, inputs, mesh, ContrastConfig(loss=OURS[name], chunk_pairs=setting.chunk))
+    config = replace(OURS[name], chunk_pairs=setting.chunk)
+    return partial(ours, inputs, mesh, start_groups(config, setting.pairs, mesh), config)
 
 
 def run_rank(rank: int, rendezvous: str, setting: Setting, names: Sequence[str], rounds: int) -> dict[str, list[Probe]]:
@@ -195,7 +202,7 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
     yield "|---|---|---|---|---|---|"
     for ranks in numbers["ranks"]:
-        way = list(OURS) if ranks > 1 else list(OURS)[:1]
+        way = [name for name, one in OURS.items() if ranks % max(one.group_ranks, 1) == 0] if ranks > 1 else [RING]
         for pairs in sorted({*numbers["pairs"], *numbers["alone"]}):
             peers = [PEER] if pairs in numbers["pairs"] else []
             setting = Setting(pairs, ranks, dim, chunk, threads, absent)
