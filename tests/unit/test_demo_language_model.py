@@ -63,7 +63,7 @@ def test_the_tiny_model_answers_with_a_caption(corpus: Path, tmp_path: Path) -> 
         64,
         1024,
     )
-    assert make_adapter(AdapterConfig("conv"), 24, 96).llm_dim == model.adapter.llm_dim
+    assert make_adapter(AdapterConfig("conv"), 24, 64).llm_dim == model.adapter.llm_dim
     assert isinstance(model.generate([{"role": "user", "content": QUESTIONS["en"]}], 12), str)
 
 
