@@ -58,7 +58,7 @@ def check_layout(config: RunConfig, world_size: int, towers: Sequence[Tower]) ->
     dp = world_size // (tp * pp)
     images = min([config.data.global_batch_images, *(later for _, later in config.data.batch_schedule)])
     require(
-        dp <= images,
+        dp <= max(images, 1),
         f"{dp} data-parallel ranks have no image each in a batch of {images} (data.global_batch_images); start fewer"
         " or raise it",
     )
