@@ -55,10 +55,12 @@ def check_layout(config: RunConfig, world_size: int, towers: Sequence[Tower]) ->
     )
     for tower in towers:
         _check_tower(tower, tp, pp)
-    dp, images = world_size // (tp * pp), config.data.global_batch_images
+    dp = world_size // (tp * pp)
+    images = min([config.data.global_batch_images, *(later for _, later in config.data.batch_schedule)])
     require(
-        config.data.order == "planned" or dp <= images,
-        f"--data.order sequential deals data.global_batch_images={images} to {dp} ranks; raise it",
+        dp <= max(images, 1),
+        f"{dp} data-parallel ranks have no image each in a batch of {images} (data.global_batch_images); start fewer"
+        " or raise it",
     )
     group = config.contrast.group_ranks
     require(

@@ -201,7 +201,7 @@ def test_what_can_run_is_accepted(config: RunConfig, argv: list[str], world_size
             CONTRAST,
             ["--data.order=sequential", "--data.global-batch-images=3"],
             4,
-            r"deals data\.global_batch_images=3 to 4 ranks",
+            r"4 data-parallel ranks have no image each in a batch of 3 .*start fewer or raise it",
         ),
         (CONTRAST, ["--data.shards=pipe:x"], 1, r"prints whole shards.*; pass --data\.cache-dir DIR"),
         (CONTRAST, ["--data.cache-bytes=0"], 1, r"data\.cache_bytes=0 must be at least 1"),
