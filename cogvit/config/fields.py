@@ -271,7 +271,9 @@ class ZeroConfig:
     """DeepSpeed ZeRO."""
 
     stage: int = option(1, "1: optimizer state is sharded over dp; 2: gradients too, once they are reduced")
-    overlap: bool = option(False, "reduce a bucket of gradients while the next one is filled")
+    overlap: bool = option(
+        False, "reduce a bucket of gradients while the next one is filled, without pp beside a step's last backward"
+    )
     reduce_bucket_elements: int = option(50_000_000, "gradients that are reduced together")
     gather_bucket_elements: int = option(500_000_000, "updated parameters that are gathered together")
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from cogvit.parallel.early import EarlyGradients
 from cogvit.parallel.encoder import TrunkStage
 from cogvit.parallel.mesh import Mesh
 
@@ -27,6 +28,7 @@ class Schedule:
 
     mesh: Mesh
     precision: str
+    early: EarlyGradients | None = None  # who wants gradients before the last backward ends
 
     def forward_backward(
         self,
@@ -47,9 +49,17 @@ class Schedule:
         def share(output: Any, index: int) -> tuple[Tensor, Any]:
             with self._autocast_off():
                 value, report = loss(output, index)
-            return value * scale, report
+            value = value * scale
+            # With stages, the backwards of several microbatches are under way at once.
+            if early is not None and index == num_micro - 1:
+                early.begin(value)
+            return value, report
 
-        return self._run(trunk, forward, num_micro, share, forward_only=False)
+        early = self.early if self.mesh.pp_size == 1 else None
+        reports = self._run(trunk, forward, num_micro, share, forward_only=False)
+        if early is not None:
+            early.end()
+        return reports
 
     def forward_only(
         self,

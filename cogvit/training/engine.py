@@ -56,6 +56,7 @@ class Engine:
         groups = param_groups(named, config.optim, config.schedule)
         qkv_heads = {t.parameter: t.num_heads // mesh.tp_size for t in self.tensors if t.split is Split.QKV}
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
+        self._training = replace(self.schedule, early=self.zero.early)
 
     def step(self, objective: Objective, micro: Sequence[Batch], step: int, beside: Tensor | None = None) -> StepReport:
         """Train on one global batch with the rates of `step`.
@@ -69,7 +70,7 @@ class Engine:
         self.model.train()
         self.zero.set_lr(step)
         with self.zero.one_reduction():
-            terms = objective.train(self.model, micro, self.schedule)
+            terms = objective.train(self.model, micro, self._training)
             clock.mark()
         clock.mark()
         values, others = self._scalars(terms, beside)
@@ -131,7 +132,7 @@ class Engine:
         """
         self.model.train()
         with self.zero.one_reduction():
-            objective.train(self.model, micro, self.schedule)
+            objective.train(self.model, micro, self._training)
         by_name = {tensor.name: tensor for tensor in self.tensors}
         for name, local in self.zero.full_gradients(self._named):
             yield name, gather_plain(by_name[name], local, self.mesh.tp_group)

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from cogvit.config import RunConfig
 from cogvit.errors import CheckpointError, NonFiniteStep
 from cogvit.parallel.cpu import prepare_process
+from cogvit.parallel.early import EarlyGradients
 from cogvit.parallel.mesh import MegatronGroups
 from cogvit.training.muon import MOMENTS, InnerOptimizer
 from cogvit.training.optim import MASTER, Module, ParamGroup
@@ -188,6 +189,10 @@ class ZeroEngine:
         self._zero = engine.optimizer
         self._groups = groups
         self._kinds = {param: (MASTER, *MOMENTS[group.kind]) for group in groups for param in group.params}
+        self._group_of = {param: index for index, params in enumerate(self._zero.bit16_groups) for param in params}
+        # One rank has nobody to send to.
+        shared = config.zero.overlap and dist.get_world_size(self._zero.dp_process_group) > 1
+        self.early = EarlyGradients(engine.module.model.parameters(), self._send) if shared else None
         self._clip_norm = config.optim.clip_norm
         self.measured = torch.zeros(len(groups) + 1)  # of the last reduction: norm of each group; ranks that overflow
         self._known: list[float] | None = None  # the same on the host
@@ -196,24 +201,53 @@ class ZeroEngine:
     def one_reduction(self) -> Iterator[None]:
         """Collect gradients of any number of backward passes inside; average them over dp once, on leaving.
 
-        A parameter that got no gradient on this rank takes part with zeros: a rank that skipped it would hang the
-        others. A body that raises gives up its gradients and talks to no one.
+        Those that `early` was given before are on their way by then. A parameter that got no gradient on this rank
+        takes part with zeros: a rank that skipped it would hang the others. A body that raises gives up its gradients
+        and talks to no one any more.
         """
-        with self._engine.coalesce_grad_reduction():
+        zero = self._zero
+        if self.early is not None:
+            self.early.forget()
+        with self._local():
+            zero.set_gradient_accumulation_boundary(True)
+            zero.setup_buckets()
             try:
                 yield
             except BaseException:
-                self._zero.zero_grad()
+                self._abandon()
                 raise
-            for param in self._kinds:
+            sent = set() if self.early is None else self.early.sent
+            for param in (param for params in zero.bit16_groups for param in params if param not in sent):
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
+                self._send(param)
+            zero.overlapping_partition_gradients_reduce_epilogue()
         self._measure_gradients()
+
+    @contextmanager
+    def _local(self) -> Iterator[None]:
+        """Keep DeepSpeed from reducing gradients by itself."""
+        self._zero._coalesce_grad_reduction = True
+        try:
+            yield
+        finally:
+            self._zero._coalesce_grad_reduction = False
+
+    def _abandon(self) -> None:
+        """Give up gradients, sent or not."""
+        for bucket in self._zero.ipg_buckets.values():
+            bucket.clear()
+        self._zero.params_already_reduced = [False] * len(self._zero.params_already_reduced)
+        self._zero._release_ipg_buffers()
+        self._zero.zero_grad()
+
+    def _send(self, param: Parameter) -> None:
+        self._zero.reduce_ready_partitions_and_remove_grads(param, self._group_of[param])
 
     @contextmanager
     def local_gradients(self) -> Iterator[None]:
         """Keep the gradients of the passes inside on this rank and drop them on leaving; talks to no one."""
-        with self._engine.coalesce_grad_reduction():
+        with self._local():
             try:
                 yield
             finally:

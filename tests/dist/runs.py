@@ -99,6 +99,7 @@ class Trace:
     gradients: dict[str, Tensor]  # of the first step, before clipping
     state: dict[str, Tensor]
     newton_schulz_calls: int  # over all ranks
+    sent_early: int = 0  # parameters whose gradients this rank sent before the last step's backward ended
 
 
 def run_config(case: Case) -> RunConfig:
@@ -182,7 +183,9 @@ def train(rank: int, world: int, case: Case, steps: int) -> Trace:
         losses.append(report.terms["loss"])
         norms.append(report.grad_norm)
     calls = mesh.all_reduce(torch.tensor([engine.zero.inner.newton_schulz_calls]))
-    return Trace(losses, norms, gradients, whole_state(engine, mesh), int(calls))
+    early = engine.zero.early
+    sent = 0 if early is None else len(early.sent)
+    return Trace(losses, norms, gradients, whole_state(engine, mesh), int(calls), sent)
 
 
 def whole_state(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ SINGLE = [
     Case(world=2, tp=2),
     Case(world=2, pp=2),
     Case(world=2, zero=2, overlap=True),
+    Case(world=4, tp=2, overlap=True, stage="contrast", family="cogvit_l", recompute="full"),
+    Case(world=4, overlap=True, optimizer="muon", stage="contrast", num_micro=4),
     Case(world=4, tp=2, pp=2, sequence=True, family="cogvit_l"),
     Case(world=2, tp=2, offload=True),
     Case(world=2, pp=2, offload=True, recompute="full", stage="contrast", family="cogvit_l"),
@@ -147,6 +149,14 @@ def test_a_matrix_is_orthogonalized_once_however_it_is_cut(pool: Pool, tp: int) 
     case = Case(world=4, tp=tp, optimizer="muon", depth=5)
     split = pool.run(train, world=4, args=(case, STEPS))[0]
     assert split.newton_schulz_calls == reference(pool, case.alone()).newton_schulz_calls
+
+
+@pytest.mark.parametrize(("stage", "late"), [("distill", 0), ("contrast", 3)])
+def test_gradients_are_sent_while_backward_runs(pool: Pool, stage: str, late: int) -> None:
+    """All but stage 2's temperature and bias, which have theirs before the towers, and its mask token, which has none."""
+    case = Case(world=2, stage=stage, family="cogvit_l", overlap=True)
+    trace = pool.run(train, world=2, args=(case, 1))[0]
+    assert trace.sent_early == len(trace.gradients) - late
 
 
 def test_cover_meets_every_pair_of_choices() -> None:
