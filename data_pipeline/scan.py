@@ -16,7 +16,9 @@ from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
 
-IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
+IMAGE_EXTENSIONS = frozenset(
+    {"png", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "gif", "tif", "tiff", "bmp", "avif", "jp2", "j2k"}
+)
 
 
 def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
