@@ -141,7 +141,8 @@ def index_shard(shard: str, index_dir: str, source: str, rules: Rules) -> ShardR
         if facts["made_from"] == made_from:
             return ShardReport(shard, table.num_rows, facts["problems"], reused=True)
     with whole_shard(shard) as (file, version):
-        table, problems = scan_shard(shard, file, source, rules)
+        table, left_out = scan_shard(shard, file, source, rules)
+    problems = dict(left_out)
     write_table(path, table, {"made_from": made_from, "version": asdict(version), "problems": problems})
     return ShardReport(shard, table.num_rows, problems, reused=False)
 

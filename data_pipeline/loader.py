@@ -286,8 +286,15 @@ class StepLoader:
             shard, version = self.index.shards[entry["shard"]], self.index.versions[entry["shard"]]
             place = int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"])
             data = self.reader.read(shard, *place, version)
-            found = captions_of(parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]]))
-            captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
+            extension = CAPTION_EXTENSIONS[entry["caption_member"]]
+            field = self.config.data.caption_field if extension == "json" else ""
+            found = captions_of(parse_metadata(data, extension), field)
+            if which >= len(texts := found[LANGUAGES[tongue]]):
+                raise DataError(
+                    f"{self.index.name(int(row))} has other captions than its index; pass the --data.caption-field that"
+                    " its shards were indexed with, or run python -m tools.index_shards again"
+                )
+            captions.append(Spoken(texts[which], name_to_int64(repr(sorted(found.items())))))
         return captions
 
 

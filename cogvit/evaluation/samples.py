@@ -91,18 +91,19 @@ def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
     )
 
 
-def read_samples(index: Index, source: str, rows: Ints) -> Samples:
-    """Read labels and captions of some rows of a source."""
+def read_samples(index: Index, source: str, rows: Ints, caption_field: str = "") -> Samples:
+    """Read labels and captions of some rows of a source; caption_field is data.caption_field."""
     reader, labels = ShardReader(), index.rows["label"][rows]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
     without: dict[str, int] = {}  # the first row of each language that lacks a caption
     for row, entry in zip(rows.tolist(), index.rows[rows], strict=True):
-        metadata = {}
+        metadata, field = {}, ""
         if entry["caption_member"] >= 0:
             shard = index.shards[entry["shard"]]
             data = reader.read(shard, int(entry["caption_offset_bytes"]), int(entry["caption_size_bytes"]))
-            metadata = parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
-        for language, texts in captions_of(metadata).items():
+            metadata = parse_metadata(data, extension := CAPTION_EXTENSIONS[entry["caption_member"]])
+            field = caption_field if extension == "json" else ""
+        for language, texts in captions_of(metadata, field).items():
             captions[language] += [texts] if texts else []
             if not texts:
                 without.setdefault(language, row)
