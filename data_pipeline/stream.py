@@ -31,17 +31,10 @@ from cogvit.batch import Batch, DataPosition, Reads, StepBatch, StreamedSample
 from cogvit.config import RunConfig
 from cogvit.draws import mix, name_to_int64
 from cogvit.errors import DataError
+from cogvit.model.tokenizer import load_tokenizer
 from data_pipeline.assembly import Spoken, assemble_text
 from data_pipeline.balance import attention_cost, place, spread
-from data_pipeline.caption import (
-    LANGUAGES,
-    Captions,
-    captions_of,
-    choose_captions,
-    load_tokenizer,
-    parse_metadata,
-    token_bound,
-)
+from data_pipeline.caption import LANGUAGES, Captions, captions_of, choose_captions, parse_metadata, token_bound
 from data_pipeline.decode import read_header
 from data_pipeline.index import DEFAULT_SOURCE
 from data_pipeline.loader import Decoded, caption_cost, decode_pack, in_order, pack_limits

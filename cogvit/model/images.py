@@ -29,7 +29,7 @@ ImageLike: TypeAlias = Union["Image", NDArray[np.uint8], Tensor, str, "os.PathLi
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
 # Pillow reads forty more, and hands EPS to Ghostscript, whatever the file is called.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # an MPO is opened as a JPEG
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, as a decompression bomb has; shrink the image"
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
