@@ -1,6 +1,6 @@
 """Draws a packed batch: the images as the student sees them, masks, padding, each rank's load and the plan's figures.
 
-Usage: python -m tools.view_batch PRESET --out FILE.png [--step N] [--dp-ranks N] [flags of the trainer]
+usage: python -m tools.view_batch PRESET --out FILE.png [--step N] [--dp-ranks N] [flags of the trainer]
 
 --step N      which step of the run (0)
 --dp-ranks N  how many data-parallel ranks the batch is placed on; the first one's packs are drawn (1)
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from cogvit.batch import PackedImages, StepBatch
 from cogvit.config import RunConfig
 from cogvit.config.arguments import asks_for_help
+from cogvit.config.split import train_part
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import read_run, stage_of
 from data_pipeline.index import Index, open_index
@@ -110,6 +111,8 @@ def describe(index: Index, config: RunConfig, view: View) -> tuple[list[str], ND
         f"{layout.placement.packs_per_rank} packs of {config.data.tokens_per_pack:,} tokens on each of {view.dp_ranks}"
         f" ranks: {valid:.1%} valid tokens, heaviest rank {load.max() / bound:.4f} x the bound",
         f"{len(shares)} canonical shares, heaviest {shares.max() / shares.mean():.4f} x the mean",
+        "bars: the load of each rank; below, one block a pack of the first rank: its images, shaded where a patch is"
+        " masked (stage 1), and in gray its padding",
     ]
     return lines, load
 
@@ -150,7 +153,7 @@ def view_batch(argv: list[str]) -> None:
     if config.data.order == "sequential":
         raise ConfigError("--data.order sequential plans nothing that could be shown; pass --data.order planned")
     reads = stage_of(config).reads
-    index = usable_index(open_index(config.data, config.data.shards), reads)
+    index = usable_index(open_index(train_part(config.data), config.data.shards), reads)
     start = start_position(index, config, reads=reads)
     seat = topology_of(["here"] * view.dp_ranks, config.data.canonical_shares).seat(0)
     with closing(step_batches(index, config, seat, replace(start, step=view.step), reads=reads)) as batches:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cogvit.config import RunConfig, load_config
+from cogvit.config.split import held_out_part
 from cogvit.errors import ConfigError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Samples, read_samples, rows_of
-from cogvit.model.config import CogViTConfig
+from cogvit.model.vit import CogViT
 from cogvit.training.restore import Towers, is_run, load_towers
 from data_pipeline.index import Index, load_index
 from data_pipeline.sizing import Sizing, sizing_of
@@ -43,7 +45,7 @@ class Subject:
 def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks = ALONE) -> Subject:
     """Load a run's newest good checkpoint, or an export, and what is said of the held-out shards.
 
-    data and index_dir are by default the run's data.eval_shards and data.index_dir.
+    data and index_dir are by default what the run holds out and its data.index_dir.
     Errors: ConfigError, CheckpointError or DataError when one of them is missing or cannot be used.
     """
     if not path.is_dir():
@@ -51,10 +53,13 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
     towers = load_towers(path)
     config = load_config(path / "config.json") if is_run(path) else None
     if config is not None:
-        data, index_dir = data or config.data.eval_shards, index_dir or config.data.index_dir
-    if not data:
+        index_dir = index_dir or config.data.index_dir
+    part = held_out_part(config.data) if config is not None else None
+    if not data and part is None:
         raise ConfigError(f"{path} names no held-out shards; pass --data PATTERN")
-    heldout = load_index(data, index_dir)
+    heldout = (
+        load_index(data, index_dir) if data or part is None else load_index(part.shards, index_dir, where=part.where)
+    )
     field = config.data.caption_field if config is not None else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
@@ -64,15 +69,17 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
         path,
         config,
         towers,
-        _sizing(config, towers.vision.cfg),
+        _sizing(config, towers.vision),
         heldout,
         tuple(read_samples(heldout, source, rows_of(heldout, source), field) for source in heldout.sources),
         ranks,
     )
 
 
-def _sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
-    """As the run sized images; for an export at their own size, up to its largest."""
+def _sizing(config: RunConfig | None, vision: CogViT) -> Sizing:
+    """As the run sized images; for an export as its preprocessor_config.json says."""
     if config is not None:
         return sizing_of(config)
-    return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)
+    cfg, own = vision.cfg, vision.preprocessing
+    kind: Literal["square", "naflex"] = "square" if own.square else "naflex"
+    return Sizing(kind, cfg.patch_size, cfg.base_grid, own.max_patches, enlarge=own.enlarge, multiple=own.multiple)
