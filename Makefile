@@ -76,9 +76,9 @@ $(VENV)/bin/python:
 $(RUNTIME): pyproject.toml requirements.lock | $(VENV)/bin/python
 	@echo "Installing into $(VENV): about 1.7 GB with a CPU build of torch, several more with a CUDA build"
 	@echo "  1/3 torch"
-	@$(install) "$$($(call requirements,) | grep '^torch==')"
+	@$(install) "$$($(call requirements,) | grep '^torch>=')"
 	@echo "  2/3 everything else"
-	@$(call requirements,demo test) > $(VENV)/requirements.txt
+	@$(call requirements,train export demo test) > $(VENV)/requirements.txt
 	@$(install) --requirement $(VENV)/requirements.txt
 	@echo "  3/3 this project, editable"
 	@$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .

@@ -44,6 +44,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config.arguments import run_command
 from cogvit.config.environment import speaks
 from cogvit.errors import ConfigError, DataError

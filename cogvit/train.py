@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config import to_json
 from cogvit.config.arguments import asks_for_help
 from cogvit.config.environment import Process, speaks, this_process

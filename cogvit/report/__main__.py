@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config.arguments import run_command
 from cogvit.errors import CogViTError
 from cogvit.evaluation.examples import Example, feature_picture
