@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -257,8 +258,16 @@ def adapter_config(adapter: PatchGroups) -> AdapterConfig:
     return AdapterConfig(kind, adapter.fc2.in_features, adapter.spatial_pool)
 
 
-def save_glm_ocr(directory: str | Path, vision: CogViT, adapter: GlmAdapter | None = None) -> None:
+def save_glm_ocr(
+    directory: str | Path,
+    vision: CogViT,
+    adapter: GlmAdapter | None = None,
+    *,
+    family: Literal["glm_ocr", "glm5_next"] = "glm_ocr",
+) -> None:
     """Write an encoder of the `cogvit_l` family, and its adapter, for transformers' GlmOcrVisionModel.from_pretrained.
+
+    family glm5_next writes for Glm5NextVisionModel, whose tower is the same.
 
     `CogViT.from_pretrained` and `GlmAdapter.from_pretrained` read the directory too. Without an adapter transformers
     starts a new merger and says so. The mask token is left out.
@@ -269,7 +278,8 @@ def save_glm_ocr(directory: str | Path, vision: CogViT, adapter: GlmAdapter | No
     if adapter is not None:
         shape = replace(shape, out_hidden_size=adapter.llm_dim, spatial_merge_size=adapter.spatial_pool)
         merger = adapter_to_glm_ocr(adapter.state_dict(), shape)
-    write_glm_ocr(Path(directory), shape, {**tower_to_glm_ocr(vision.state_dict(), shape), **merger})
+    tensors = {**tower_to_glm_ocr(vision.state_dict(), shape), **merger}
+    write_glm_ocr(Path(directory), shape, tensors, vision.preprocessing, family)
 
 
 def _groups(grid: Grid, pool: int, absent: int) -> Tensor:

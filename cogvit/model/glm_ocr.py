@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
@@ -21,10 +21,12 @@ from cogvit.errors import CheckpointError
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_tensor
 from cogvit.model.layouts.parts import Parts, Shapes, check_shapes, flat, split, stack
+from cogvit.model.preprocess import Preprocessing
 
 MODEL_TYPE, VISION_TYPE = "glm_ocr", "glm_ocr_vision"
 IMAGE_MEAN, IMAGE_STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]  # what brings [0, 1] to [-1, 1]
 _ROPE = {"rope_type": "axial", "rope_theta": 10_000.0}
+_NO_LIMIT = 1e30
 _FAMILY = {  # what a CogViT must be to fit
     "norm": "rmsnorm",
     "mlp": "swiglu",
@@ -115,10 +117,41 @@ def shape_of(cfg: CogViTConfig) -> GlmOcrShape:
     )
 
 
-def write_shape(shape: GlmOcrShape) -> dict[str, Any]:
-    """Return a shape as the config.json that transformers reads."""
-    family = {"model_type": VISION_TYPE, "architectures": ["GlmOcrVisionModel"], "dtype": "float32"}
-    return {**family, **asdict(shape), "hidden_act": "silu", "attention_bias": True, "rope_parameters": _ROPE}
+def write_shape(shape: GlmOcrShape, family: Literal["glm_ocr", "glm5_next"] = "glm_ocr") -> dict[str, Any]:
+    """Return a shape as the config.json that transformers reads for the vision model of a family.
+
+    GLM-5-Next's tower clamps its MLP's branches, at 10 by default; ours does not, so its limit is out of reach.
+    """
+    own: dict[str, Any] = {"model_type": VISION_TYPE, "architectures": ["GlmOcrVisionModel"]}
+    if family == "glm5_next":
+        own = {"model_type": "glm5_next_vision", "architectures": ["Glm5NextVisionModel"], "swiglu_limit": _NO_LIMIT}
+    rest = {"hidden_act": "silu", "attention_bias": True, "rope_parameters": _ROPE, "dtype": "float32"}
+    return {**own, **asdict(shape), **rest}
+
+
+def write_sizes(shape: GlmOcrShape, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return how training resized images, in the words of transformers' processor: our filter, the nearest sizes.
+
+    Its rule counts pixels of all frames and rounds sides to the nearest group; ours fits the grid to a budget.
+    """
+    patch_px = shape.temporal_patch_size * shape.patch_size**2
+    most = preprocessing.max_patches * patch_px
+    least = most if preprocessing.enlarge else patch_px * shape.spatial_merge_size**2
+    return {"resample": 2, "size": {"shortest_edge": least, "longest_edge": most}}  # 2: bilinear
+
+
+def preprocessing_of(values: Mapping[str, Any], cfg: CogViTConfig) -> Preprocessing:
+    """Return how the images of a GLM-OCR checkpoint are prepared, in our terms: the same budget, in whole groups.
+
+    Errors: CheckpointError for a number that cannot be.
+    """
+    size, frames = values.get("size") or {}, values.get("temporal_patch_size", 2)
+    most = size.get("longest_edge", frames * cfg.patch_size**2 * cfg.naflex_max_tokens)
+    try:
+        budget = int(most) // (int(frames) * cfg.patch_size**2)
+        return Preprocessing(min(budget, cfg.naflex_max_tokens), multiple=int(values.get("merge_size", 2)))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"preprocessor_config.json: {error}") from None
 
 
 def write_processor(shape: GlmOcrShape) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,42 @@ from cogvit.model.config import CogViTConfig
 from cogvit.model.glm_ocr import GlmOcrShape
 from cogvit.model.layouts.files import CONFIG, WEIGHTS, read_json, read_weights, write_files, write_json
 from cogvit.model.layouts.parts import check_shapes
+from cogvit.model.preprocess import Preprocessing, default_preprocessing, read_preprocessing
 
 _MODEL_TYPE = "cogvit"
+_NOT_OURS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")  # of a config.json of ours
 _TEXT_SIDE = "text_side"  # directory inside an export
+_AUTO_FILE = "modeling_cogvit"
+_AUTO = {"auto_map": {"AutoConfig": f"{_AUTO_FILE}.CogViTModelConfig", "AutoModel": f"{_AUTO_FILE}.CogViTModel"}}
+_AUTO_SOURCE = """# For transformers' AutoModel.from_pretrained(DIR, trust_remote_code=True): the code is that of the package.
+from cogvit.model.auto import CogViTModel, CogViTModelConfig
+
+__all__ = ["CogViTModel", "CogViTModelConfig"]
+"""
 _PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
 _OURS = (glm_ocr.IMAGE_MEAN, glm_ocr.IMAGE_STD)
 _THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
 
 
-def write_model(directory: Path, cfg: CogViTConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a vision encoder's config.json and model.safetensors; the directory is made."""
-    write_files(directory, {"model_type": _MODEL_TYPE, **asdict(cfg)}, weights)
+def write_model(
+    directory: Path, cfg: CogViTConfig, weights: Mapping[str, Tensor], preprocessing: Preprocessing
+) -> None:
+    """Write a vision encoder's config.json, model.safetensors and preprocessor_config.json; the directory is made.
+
+    Beside them lies what transformers' AutoModel loads with trust_remote_code: a file that imports ours.
+    """
+    write_files(directory, {"model_type": _MODEL_TYPE, "architectures": ["CogViTModel"], **_AUTO, **asdict(cfg)}, weights)
+    write_json(directory / _PROCESSOR, preprocessing.to_json(cfg))
+    (directory / f"{_AUTO_FILE}.py").write_text(_AUTO_SOURCE)
+
+
+def read_processing(directory: Path, cfg: CogViTConfig) -> Preprocessing:
+    """Read how an export's images are prepared; the default where it does not say. Errors: CheckpointError."""
+    own = _read_config(directory)["model_type"] == _MODEL_TYPE
+    if not (directory / _PROCESSOR).exists():
+        return default_preprocessing(cfg)
+    values = read_json(directory / _PROCESSOR)
+    return read_preprocessing(values, cfg) if own else glm_ocr.preprocessing_of(values, cfg)
 
 
 def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
@@ -70,13 +95,19 @@ def read_model_config(directory: Path) -> CogViTConfig:
     return cfg
 
 
-def write_glm_ocr(directory: Path, shape: GlmOcrShape, weights: Mapping[str, Tensor]) -> None:
-    """Write weights under GLM-OCR's names for GlmOcrVisionModel.from_pretrained, with the normalization of its images.
+def write_glm_ocr(
+    directory: Path,
+    shape: GlmOcrShape,
+    weights: Mapping[str, Tensor],
+    preprocessing: Preprocessing,
+    family: Literal["glm_ocr", "glm5_next"] = "glm_ocr",
+) -> None:
+    """Write weights under GLM-OCR's names for the vision model of a family, with how its images are prepared.
 
     Without a merger among them transformers makes a new one and says so.
     """
-    write_files(directory, glm_ocr.write_shape(shape), weights)
-    write_json(directory / _PROCESSOR, glm_ocr.write_processor(shape))
+    write_files(directory, glm_ocr.write_shape(shape, family), weights)
+    write_json(directory / _PROCESSOR, {**glm_ocr.write_processor(shape), **glm_ocr.write_sizes(shape, preprocessing)})
 
 
 def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
@@ -134,7 +165,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read_own_config(directory: Path, values: dict[str, Any]) -> CogViTConfig:
     try:
-        return from_json(CogViTConfig, {name: value for name, value in values.items() if name != "model_type"})
+        return from_json(CogViTConfig, {name: value for name, value in values.items() if name not in _NOT_OURS})
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from None
 

@@ -5,6 +5,8 @@ A dense batch is a pack too: padding patches are left out, so there is one path 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,15 +15,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvit.batch import PackedImages
+from cogvit.batch import PackedImages, to_device
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
 from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_model
-from cogvit.model.interop import load_checked, read_model, write_model
+from cogvit.model.hub import dtype_of, local_directory, push_directory
+from cogvit.model.images import ImageLike
+from cogvit.model.interop import load_checked, read_model, read_processing, write_model
 from cogvit.model.packing import Grid, pack_batch
 from cogvit.model.position import PositionTable, rotary_2d
-from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens, token_order
+from cogvit.model.preprocess import EncodedImages, Preprocessing, default_preprocessing, image_packs
+from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens, pool_mean, token_order
 
 
 def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
@@ -113,6 +118,7 @@ class CogViT(VisionEmbedding):
 
     Attributes:
         cfg: the shape and options that it was built with.
+        preprocessing: how `encode` prepares images.
         recompute: set it to compute each block again in the backward pass instead of keeping its activations.
     """
 
@@ -120,6 +126,7 @@ class CogViT(VisionEmbedding):
         """Build an encoder with new weights."""
         super().__init__(cfg)
         self.recompute = False
+        self.preprocessing: Preprocessing = default_preprocessing(cfg)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         init_model(self, int(torch.randint(2**62, (), device="cpu")), layer_scale=cfg.layer_scale_init)
 
@@ -194,20 +201,70 @@ class CogViT(VisionEmbedding):
         rows, columns = x.shape[2] // cfg.patch_size, x.shape[3] // cfg.patch_size
         return (rows, columns), rows * columns
 
+    @torch.no_grad()
+    def encode(self, images: Sequence[ImageLike] | Tensor, *, tokens_per_pack: int = 8192) -> EncodedImages:
+        """Return the features of a user's images, prepared as `preprocessing` says, without gradients.
+
+        Args:
+            images: any mix of sizes and kinds: PIL images, uint8 arrays [H, W, 3], tensors [3, H, W] (uint8, or floats
+                in [-1, 1]) and paths; or a batch of tensors. A JPEG at a path is decoded as training does, maybe at a
+                fraction of its size; a PIL image is taken as it is.
+            tokens_per_pack: patches that are encoded together; bounds memory and changes no feature but by rounding.
+
+        Errors: DataError when the list is empty or an image cannot be taken, with its number.
+        """
+        kernel, was_training = self.patch_embed.proj.weight, self.training
+        patches: list[Tensor] = []
+        pooled: list[Tensor] = []
+        self.eval()
+        try:
+            for pack in image_packs(images, self.preprocessing, self.cfg, tokens_per_pack):
+                pack = to_device(pack, kernel.device)
+                if pack.patches.is_floating_point():
+                    pack = replace(pack, patches=pack.patches.to(kernel.dtype))
+                patch_TD = self.forward_packed(pack).patch_TD
+                grids = pack.grid_hw.tolist()
+                images_TD = patch_TD.split([rows * columns for rows, columns in grids])
+                patches += [x.unflatten(0, (rows, columns)) for x, (rows, columns) in zip(images_TD, grids, strict=True)]
+                pooled.append(pool_mean(patch_TD, pack.segment(), pack.num_slots))
+        finally:
+            self.train(was_training)
+        return EncodedImages(patches, torch.cat(pooled))
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors into a directory, which is made."""
-        write_model(Path(directory), self.cfg, self.state_dict())
+        """Write config.json, model.safetensors and preprocessor_config.json into a directory, which is made.
+
+        Transformers' AutoModel.from_pretrained(directory, trust_remote_code=True) reads it too where cogvit is installed.
+        """
+        write_model(Path(directory), self.cfg, self.state_dict(), self.preprocessing)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Write the directory of `save_pretrained` to a repository of the Hugging Face hub; returns its address.
+
+        Errors: CheckpointError when huggingface_hub is not installed or the hub refuses.
+        """
+        return push_directory(self.save_pretrained, repo_id, private=private)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> CogViT:
-        """Read what `save_pretrained` wrote, or the vision tower of a GLM-OCR checkpoint of transformers.
+    def from_pretrained(
+        cls, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    ) -> CogViT:
+        """Read what `save_pretrained` wrote, or the vision tower of a GLM-OCR checkpoint; in eval mode.
 
         Where GLM-OCR's preprocessor_config.json names another normalization of images, it is folded into the weights:
         images are in [-1, 1] here, and the mask token is new.
 
-        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
+        Args:
+            directory: or a name of the Hugging Face hub, where huggingface_hub is installed.
+            device: where the weights go.
+            dtype: of the weights: a torch dtype or its name (bfloat16, bf16).
+
+        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight;
+        ConfigError for an unknown dtype.
         """
-        cfg, weights = read_model(Path(directory))
+        wanted, path = dtype_of(dtype), local_directory(directory)
+        cfg, weights = read_model(path)
         model = cls(cfg)
         load_checked(model, weights)
-        return model
+        model.preprocessing = read_processing(path, cfg)
+        return model.to(device=device, dtype=wanted).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def write_files(directory: Path, values: Mapping[str, Any], weights: Mapping[str
     write_json(directory / CONFIG, values)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors' own is 0600 whatever the umask
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
