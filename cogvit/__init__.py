@@ -7,12 +7,13 @@ Encode images of any size, packed end to end without padding:
 
     vit = CogViT(CogViTConfig()).eval()  # or CogViT.from_pretrained(DIR)
     images = [torch.rand(3, 480, 640) * 2 - 1, torch.rand(3, 720, 480) * 2 - 1]  # uint8 from 0 to 255 will do too
+    pooled = vit.encode(images).pooled  # [N, D]; also of PIL images, uint8 arrays and paths
     pack = naflex_pack(images, patch_size=14, max_tokens=1024)
     features = vit.forward_packed(pack)  # patch_TD: of image n, rows cu_seqlens[n] to cu_seqlens[n + 1]; cls_ND
 
 What is here, by purpose:
 
-    encoder             CogViT, CogViTConfig
+    encoder             CogViT, CogViTConfig, EncodedImages, Preprocessing
     images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
     images and language VisionLanguageModel, ImageLimits, CausalLM, LanguageConfig, RopeScaling, PackedSequence
     between the two     AdapterConfig, MLPAdapter, GlmAdapter, SwiGLUAdapter, ConvAdapter, insert_visual_tokens_mmtp,
@@ -24,7 +25,8 @@ What is here, by purpose:
 Shape letters: B images of a dense batch, T patches of a pack, N images of a pack (or patches of an image, in [B, N]),
 C channels, P patch size in px, D width, E shared space, L caption tokens. Float images are in [-1, 1].
 
-`import cogvit` needs torch and einops; training starts with `python -m cogvit.train`.
+`import cogvit` needs torch, einops and numpy, image files Pillow, weights safetensors; training starts with
+`python -m cogvit.train`.
 """
 
 from cogvit.batch import PackedImages, PackedSequence, PackedText
@@ -44,6 +46,7 @@ from cogvit.model.language_config import LanguageConfig, RopeScaling
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups
+from cogvit.model.preprocess import EncodedImages, Preprocessing
 from cogvit.model.text import TextTower
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import CogViT
@@ -57,6 +60,7 @@ __all__ = [
     "CogViTForContrastive",
     "CogViTForMIM",
     "ConvAdapter",
+    "EncodedImages",
     "GlmAdapter",
     "ImageLimits",
     "LanguageConfig",
@@ -65,6 +69,7 @@ __all__ = [
     "PackedImages",
     "PackedSequence",
     "PackedText",
+    "Preprocessing",
     "RopeScaling",
     "SigLIPLoss",
     "SwiGLUAdapter",

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.batch import HostView, PackedImages, PackedText
+from cogvit.model.tokenizer import CaptionTokens
 from data_pipeline.balance import PackLimits
-from data_pipeline.caption import CaptionTokens, caption_id
+from data_pipeline.caption import caption_id
 
 Ints = NDArray[np.int64]
 

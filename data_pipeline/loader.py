@@ -23,6 +23,7 @@ from cogvit.batch import Batch, DataPosition, PackedImages, Reads, SampleRef, St
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
+from cogvit.model.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.assembly import Spoken, assemble_images, assemble_text
 from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, augmentation_of, views_of
 from data_pipeline.balance import PackLimits, Placement, attention_cost, place
@@ -30,9 +31,7 @@ from data_pipeline.cache import ShardCache, cache_of
 from data_pipeline.caption import (
     LANGUAGES,
     CaptionChoice,
-    Tokenizer,
     choose_captions,
-    load_tokenizer,
     token_bound,
 )
 from data_pipeline.decode import Pixels, decode_patches, read_image_at

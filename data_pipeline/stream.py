@@ -31,6 +31,7 @@ from cogvit.batch import Batch, DataPosition, Reads, StepBatch, StreamedSample
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import mix, name_to_int64
 from cogvit.errors import DataError
+from cogvit.model.tokenizer import load_tokenizer
 from data_pipeline.assembly import Spoken, assemble_text
 from data_pipeline.balance import attention_cost, place, spread
 from data_pipeline.caption import (
@@ -38,7 +39,6 @@ from data_pipeline.caption import (
     Captions,
     captions_of,
     choose_captions,
-    load_tokenizer,
     parse_metadata,
     source_of,
     token_bound,

@@ -1,29 +1,48 @@
-"""Writes the vision encoder of a run for others to load.
+"""Writes the encoder of a run for others to load.
 
-usage: python -m tools.export RUN --out DIR [--layout cogvit|two_towers|glm_ocr]
+usage: python -m tools.export RUN --out DIR [flags]
 
---out DIR     new directory; it gets config.json and model.safetensors, which CogViT.from_pretrained(DIR) reads
---layout NAME two_towers adds the text tower, both projections, temperature and bias of a stage-2 run in DIR/text_side,
-              for python -m cogvit.evaluate DIR and load_for_clip_benchmark(DIR, device); glm_ocr is for
-              GlmOcrVisionModel.from_pretrained(DIR) of transformers, without its merger, encoders of the cogvit_l
-              family only (default: cogvit)
+--out DIR      new directory for the export
+--layout NAME  what it is for (default: cogvit)
+               cogvit        CogViT.from_pretrained(DIR), and AutoModel.from_pretrained(DIR, trust_remote_code=True)
+               two_towers    that, and the text side of a stage-2 run: CogViTForContrastive.from_pretrained(DIR),
+                             python -m cogvit.evaluate DIR and load_for_clip_benchmark(DIR, device)
+               glm_ocr       GlmOcrVisionModel.from_pretrained(DIR) of transformers
+               glm5_next     Glm5NextVisionModel.from_pretrained(DIR) of transformers
+               onnx          model.onnx for images of one size, in any number
+               torch_export  model.pt2, the same for torch.export.load
+--size HxW     onnx and torch_export: the images' height and width in px, multiples of the patch (default: the square
+               that the encoder was trained with)
 
+Every export holds a preprocessor_config.json that says how training prepared images. glm_ocr and glm5_next take
+encoders of the cogvit_l family (2-D rotary positions, RMSNorm, SwiGLU, no CLS) and leave the merger to the receiver.
 The newest good checkpoint is taken. Teacher heads stay behind, and so does the text side unless it is asked for.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.model.adapter import save_glm_ocr
+from cogvit.model.fixed import write_program
 from cogvit.model.interop import write_text_side
+from cogvit.model.packing import Grid
+from cogvit.model.vit import CogViT
 from cogvit.training.restore import is_run, latest_of_run, load_towers, text_side_weights
 
-LOADERS = {"cogvit": "CogViT", "two_towers": "CogViT", "glm_ocr": "GlmOcrVisionModel"}
+LAYOUTS = {  # and who loads them
+    "cogvit": "CogViT.from_pretrained",
+    "two_towers": "CogViTForContrastive.from_pretrained",
+    "glm_ocr": "GlmOcrVisionModel.from_pretrained",
+    "glm5_next": "Glm5NextVisionModel.from_pretrained",
+    "onnx": "onnxruntime.InferenceSession",
+    "torch_export": "torch.export.load",
+}
 
 
 @dataclass(frozen=True)
@@ -33,38 +52,61 @@ class Arguments:
     run: str
     out: str = ""
     layout: str = "cogvit"
+    size: str = ""
 
 
 def export(arguments: Arguments) -> int:
     """Write the export; returns the exit status."""
-    run, out = Path(arguments.run), Path(arguments.out)
+    run, out, layout = Path(arguments.run), Path(arguments.out), arguments.layout
     if not arguments.out:
         raise ConfigError("--out DIR is needed: a new directory for the export")
-    if arguments.layout not in LOADERS:
-        raise ConfigError(f"--layout {arguments.layout!r} is unknown; expected one of {', '.join(LOADERS)}")
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}")
+    if arguments.size and layout not in ("onnx", "torch_export"):
+        raise ConfigError(f"--size is of --layout onnx and torch_export; {layout} takes images of any size")
     if not is_run(run):
         raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists; choose a new directory")
     checkpoint, towers = latest_of_run(run), load_towers(run)
     vision, side = towers.vision, towers.text_side
-    if arguments.layout == "two_towers" and side is None:
+    if layout == "two_towers" and side is None:
         raise ConfigError(f"{run} is of stage 1 and has no text tower; leave --layout two_towers out")
+    written = out
     try:
-        if arguments.layout == "glm_ocr":
-            save_glm_ocr(out, vision)
-        else:
-            vision.save_pretrained(out)
-        if arguments.layout == "two_towers" and side is not None:
-            write_text_side(out, asdict(side), text_side_weights(checkpoint))
+        match layout:
+            case "glm_ocr" | "glm5_next":
+                save_glm_ocr(out, vision, family=layout)
+            case "onnx":
+                written = write_program(out, vision, fixed_grid(vision, arguments.size), "onnx")
+            case "torch_export":
+                written = write_program(out, vision, fixed_grid(vision, arguments.size), "pt2")
+            case _:
+                vision.save_pretrained(out)
+        if layout == "two_towers" and side is not None:
+            write_text_side(out, side.to_json(), text_side_weights(checkpoint))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     num_parameters = sum(parameter.numel() for parameter in vision.parameters())
-    loader = LOADERS[arguments.layout]
-    print(
-        f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with {loader}.from_pretrained({str(out)!r})"
-    )
+    print(f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with {LAYOUTS[layout]}({str(written)!r})")
+    if layout in ("glm_ocr", "glm5_next"):
+        print(
+            "the receiver initializes and trains its merger (downsample.*, merger.*), which an encoder has not; the"
+            " mask token stays behind"
+        )
     return 0
+
+
+def fixed_grid(vision: CogViT, size: str) -> Grid:
+    """Return the grid of patches for a size in px as --size says it. Errors: ConfigError."""
+    cfg = vision.cfg
+    if not size:
+        return cfg.base_grid
+    found = re.fullmatch(r"([0-9]+)x([0-9]+)", size)
+    sides = [int(side) for side in found.groups()] if found else []
+    if not sides or min(sides) < 1 or any(side % cfg.patch_size for side in sides):
+        raise ConfigError(f"--size {size} must be HxW, both multiples of the patch of {cfg.patch_size} px")
+    return sides[0] // cfg.patch_size, sides[1] // cfg.patch_size
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cogvit.errors import ConfigError, DataError
+from cogvit.model.images import upright_pixels
 from cogvit.model.naflex import resize_to_grid
+from cogvit.model.tokenizer import Tokenizer, load_tokenizer
 from cogvit.training.restore import Towers, load_towers
-from data_pipeline.caption import Tokenizer, load_tokenizer
-from data_pipeline.decode import upright_pixels
 
 _NO_TOKEN = -1  # fills the rows of shorter captions; no tokenizer has it
 

@@ -15,9 +15,9 @@ from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Ints, Samples, pack_rows, read_images
 from cogvit.evaluation.subject import Subject
+from cogvit.model.tokenizer import load_tokenizer
 from cogvit.model.tokens import pool_mean
 from cogvit.model.vit import CogViT
-from data_pipeline.caption import load_tokenizer
 from data_pipeline.sizing import Sizing
 
 _PIXELS_SIDE_PX = 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,7 @@ from cogvit.config import RunConfig, load_config
 from cogvit.errors import ConfigError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Samples, read_samples, rows_of
-from cogvit.model.config import CogViTConfig
+from cogvit.model.vit import CogViT
 from cogvit.training.restore import Towers, is_run, load_towers
 from data_pipeline.index import Index, load_index
 from data_pipeline.sizing import Sizing, sizing_of
@@ -64,15 +65,17 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
         path,
         config,
         towers,
-        _sizing(config, towers.vision.cfg),
+        _sizing(config, towers.vision),
         heldout,
         tuple(read_samples(heldout, source, rows_of(heldout, source), field) for source in heldout.sources),
         ranks,
     )
 
 
-def _sizing(config: RunConfig | None, cfg: CogViTConfig) -> Sizing:
-    """As the run sized images; for an export at their own size, up to its largest."""
+def _sizing(config: RunConfig | None, vision: CogViT) -> Sizing:
+    """As the run sized images; for an export as its preprocessor_config.json says."""
     if config is not None:
         return sizing_of(config)
-    return Sizing("naflex", cfg.patch_size, cfg.base_grid, cfg.naflex_max_tokens, enlarge=False)
+    cfg, own = vision.cfg, vision.preprocessing
+    kind: Literal["square", "naflex"] = "square" if own.square else "naflex"
+    return Sizing(kind, cfg.patch_size, cfg.base_grid, own.max_patches, enlarge=own.enlarge, multiple=own.multiple)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,7 +17,9 @@ class CogViTModelConfig(PreTrainedConfig):  # type: ignore[misc]
     """A `CogViTConfig` with what transformers keeps beside it."""
 
     model_type = "cogvit"
-    attribute_map = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
+    attribute_map: ClassVar = {
+        "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"
+    }  # fmt: skip
 
     def cogvit(self) -> CogViTConfig:
         """Return the encoder's own configuration."""

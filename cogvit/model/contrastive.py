@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -11,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cogvit.config import from_json
+from cogvit.errors import CheckpointError, DataError
+from cogvit.model.hub import dtype_of, local_directory, push_directory
+from cogvit.model.images import ImageLike
+from cogvit.model.interop import load_checked, read_text_side, write_text_side
 from cogvit.model.sigmoid import Logits, Side, add_pairs, agreements, block_edges, no_sums
+from cogvit.model.text_side import TextSide, new_text_tower
 from cogvit.model.vit import CogViT
 
+_PROJECTIONS = ("vision_proj.", "text_proj.")
 _CHUNK_PAIRS = 1024  # rows and columns of the largest block of logits
 
 
@@ -129,8 +138,8 @@ class Projection(nn.Linear):
     `build_param_groups` over towers and projections, as in the reference's recipe, therefore trains these too.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, loss: SigLIPLoss) -> None:
-        super().__init__(in_dim, out_dim, bias=False)
+    def __init__(self, in_dim: int, out_dim: int, loss: SigLIPLoss, bias: bool = False) -> None:
+        super().__init__(in_dim, out_dim, bias=bias)
         self.trains_with = (loss,)  # in a tuple, lest it become a submodule and enter the state dict twice
 
 
@@ -151,6 +160,9 @@ class CogViTForContrastive(nn.Module):
         text_dim: width of the text features.
         proj_dim: E.
         loss: with its start values; SigLIPLoss() if None.
+
+    Attributes:
+        text_side: how texts become tokens; None unless `from_pretrained` has read it.
     """
 
     def __init__(
@@ -165,28 +177,99 @@ class CogViTForContrastive(nn.Module):
         super().__init__()
         self.vision = vision
         self.text_encoder = text_encoder
+        self.text_side: TextSide | None = None
         self.loss_fn = SigLIPLoss() if loss is None else loss
         self.vision_proj = Projection(vision.cfg.embed_dim, proj_dim, self.loss_fn)
         self.text_proj = Projection(text_dim, proj_dim, self.loss_fn)
 
-    def encode_image(self, x: Tensor, valid_mask: Tensor | None = None) -> Tensor:
-        """Return [B, E] of the mean over each image's valid patches; the arguments are `CogViT`'s."""
+    def encode_image(self, x: Tensor | Sequence[ImageLike], valid_mask: Tensor | None = None) -> Tensor:
+        """Return [B, E] of the mean over each image's valid patches, not normalized.
+
+        Args:
+            x: a dense batch and its valid_mask as `CogViT` takes them; or a list of images as `CogViT.encode` takes
+                them, prepared as in training and without gradients.
+            valid_mask: bool [B, N] of a dense batch.
+
+        Errors: DataError when an image of a list cannot be taken.
+        """
+        if not isinstance(x, Tensor):
+            pooled_BD = self.vision.encode(x).pooled
+            with torch.no_grad():
+                return self.vision_proj(pooled_BD.to(self.vision_proj.weight.dtype))
         patch_tokens = self.vision(x, valid_mask=valid_mask)["patch_tokens"]
         if valid_mask is None:
             return self.vision_proj(patch_tokens.mean(dim=1))
         return self.vision_proj(patch_tokens.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return [B, E] of token ids and their mask [B, L].
+    def encode_text(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> Tensor:
+        """Return [B, E], not normalized, of token ids and their mask [B, L]; or of a list of texts, without gradients.
 
-        Errors: ValueError when the text encoder does not give [B, text_dim].
+        Errors: ValueError when the text encoder does not give [B, text_dim]; DataError when a list holds no texts, or
+        the model has no tokenizer, which `from_pretrained` gives it.
         """
-        pooled = self.text_encoder(input_ids, attention_mask)
+        if not isinstance(input_ids, Tensor):
+            if self.text_side is None:
+                raise DataError("this model has no tokenizer; pass token ids, or load it by from_pretrained")
+            device = self.text_proj.weight.device
+            with torch.no_grad():
+                ids, valid = self.text_side.tokens(input_ids)
+                return self.encode_text(ids.to(device), valid.to(device))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pooled = self.text_encoder(input_ids, mask)
         expected = (len(input_ids), self.text_proj.in_features)
         if not isinstance(pooled, Tensor) or pooled.shape != expected:
             given = f"shape {tuple(pooled.shape)}" if isinstance(pooled, Tensor) else f"a {type(pooled).__name__}"
             raise ValueError(f"the text encoder gave {given}; expected pooled features of shape {expected}")
-        return self.text_proj(pooled)
+        return self.text_proj(pooled.to(self.text_proj.weight.dtype))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write both towers as `tools.export --layout two_towers` does.
+
+        Errors: DataError where the model has no `text_side`, which says how texts become tokens.
+        """
+        if self.text_side is None:
+            raise DataError("this model has no text_side, without which nobody can make its tokens; set it first")
+        self.vision.save_pretrained(directory)
+        state = {f"text.{name}": tensor for name, tensor in self.text_encoder.state_dict().items()}
+        state |= {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_PROJECTIONS)}
+        state |= {"log_t": self.loss_fn.log_t.reshape(1), "bias": self.loss_fn.bias.reshape(1)}
+        write_text_side(Path(directory), self.text_side.to_json(), state)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Write the directory of `save_pretrained` to a repository of the Hugging Face hub; returns its address.
+
+        Errors: CheckpointError when huggingface_hub is not installed or the hub refuses.
+        """
+        return push_directory(self.save_pretrained, repo_id, private=private)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    ) -> CogViTForContrastive:
+        """Read both towers of an export with --layout two_towers, in eval mode; the arguments are `CogViT`'s.
+
+        Errors: CheckpointError when a file is missing or damaged, or a weight does not fit; ConfigError for an unknown
+        dtype; DataError when the tokenizer cannot be loaded.
+        """
+        wanted, path = dtype_of(dtype), local_directory(directory)
+        vision, found = CogViT.from_pretrained(path), read_text_side(path)
+        if found is None:
+            raise CheckpointError(f"{path} has no text side; export the run with --layout two_towers")
+        side, tensors = from_json(TextSide, found[0]), found[1]
+        missing = [name for name in ("vision_proj.weight", "text_proj.weight") if name not in tensors]
+        if missing:
+            raise CheckpointError(f"the text side of {path} lacks {', '.join(missing)}")
+        proj_dim, text_dim = tensors["text_proj.weight"].shape
+        model = cls(vision, new_text_tower(side), text_dim, proj_dim)
+        model.text_side = side
+        if "text_proj.bias" in tensors:  # of a run; the reference's projections have none
+            model.vision_proj = Projection(vision.cfg.embed_dim, proj_dim, model.loss_fn, bias=True)
+            model.text_proj = Projection(text_dim, proj_dim, model.loss_fn, bias=True)
+        own = {name.replace("text.", "text_encoder.", 1): tensor for name, tensor in tensors.items()}
+        for name in ("log_t", "bias"):
+            own[f"loss_fn.{name}"] = own.pop(name, getattr(model.loss_fn, name).detach()).reshape(())
+        load_checked(model, own | {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()})
+        return model.to(device=device, dtype=wanted).eval()
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, valid_mask: Tensor | None = None

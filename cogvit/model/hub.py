@@ -21,7 +21,9 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     """Return a torch dtype from itself or its name. Errors: ConfigError for what weights cannot have."""
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or not found.is_floating_point:
-        raise ConfigError(f"dtype={dtype!r} is unknown; expected one of {', '.join(_DTYPES)}, or a torch dtype of these")
+        raise ConfigError(
+            f"dtype={dtype!r} is unknown; expected one of {', '.join(_DTYPES)}, or a torch dtype of these"
+        )
     return found
 
 

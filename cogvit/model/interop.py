@@ -27,12 +27,12 @@ _NOT_OURS = ("model_type", "architectures", "auto_map", "dtype", "transformers_v
 _TEXT_SIDE = "text_side"  # directory inside an export
 _AUTO_FILE = "modeling_cogvit"
 _AUTO = {"auto_map": {"AutoConfig": f"{_AUTO_FILE}.CogViTModelConfig", "AutoModel": f"{_AUTO_FILE}.CogViTModel"}}
-_AUTO_SOURCE = """# For transformers' AutoModel.from_pretrained(DIR, trust_remote_code=True): the code is that of the package.
+_AUTO_SOURCE = """# For transformers' AutoModel.from_pretrained(DIR, trust_remote_code=True); the code is the package's.
 from cogvit.model.auto import CogViTModel, CogViTModelConfig
 
 __all__ = ["CogViTModel", "CogViTModelConfig"]
 """
-_PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
+PROCESSOR, _NESTED = "preprocessor_config.json", "processor_config.json"  # of transformers; the second holds the first
 _OURS = (glm_ocr.IMAGE_MEAN, glm_ocr.IMAGE_STD)
 _THEIRS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])  # transformers' default, CLIP's
 
@@ -44,17 +44,19 @@ def write_model(
 
     Beside them lies what transformers' AutoModel loads with trust_remote_code: a file that imports ours.
     """
-    write_files(directory, {"model_type": _MODEL_TYPE, "architectures": ["CogViTModel"], **_AUTO, **asdict(cfg)}, weights)
-    write_json(directory / _PROCESSOR, preprocessing.to_json(cfg))
+    write_files(
+        directory, {"model_type": _MODEL_TYPE, "architectures": ["CogViTModel"], **_AUTO, **asdict(cfg)}, weights
+    )
+    write_json(directory / PROCESSOR, preprocessing.to_json(cfg))
     (directory / f"{_AUTO_FILE}.py").write_text(_AUTO_SOURCE)
 
 
 def read_processing(directory: Path, cfg: CogViTConfig) -> Preprocessing:
     """Read how an export's images are prepared; the default where it does not say. Errors: CheckpointError."""
     own = _read_config(directory)["model_type"] == _MODEL_TYPE
-    if not (directory / _PROCESSOR).exists():
+    if not (directory / PROCESSOR).exists():
         return default_preprocessing(cfg)
-    values = read_json(directory / _PROCESSOR)
+    values = read_json(directory / PROCESSOR)
     return read_preprocessing(values, cfg) if own else glm_ocr.preprocessing_of(values, cfg)
 
 
@@ -75,7 +77,7 @@ def read_model(directory: Path) -> tuple[CogViTConfig, dict[str, Tensor]]:
     mean, std = _read_normalization(directory)
     if (mean, std) != _OURS:
         if not len(mean) == len(std) == cfg.in_chans:
-            raise CheckpointError(f"{directory / _PROCESSOR}: image_mean and image_std need {cfg.in_chans} values each")
+            raise CheckpointError(f"{directory / PROCESSOR}: image_mean and image_std need {cfg.in_chans} values each")
         weights = glm_ocr.fold_normalization(weights, mean, std)
     return cfg, weights
 
@@ -107,7 +109,7 @@ def write_glm_ocr(
     Without a merger among them transformers makes a new one and says so.
     """
     write_files(directory, glm_ocr.write_shape(shape, family), weights)
-    write_json(directory / _PROCESSOR, {**glm_ocr.write_processor(shape), **glm_ocr.write_sizes(shape, preprocessing)})
+    write_json(directory / PROCESSOR, {**glm_ocr.write_processor(shape), **glm_ocr.write_sizes(shape, preprocessing)})
 
 
 def read_glm_adapter(directory: Path) -> tuple[GlmOcrShape, dict[str, Tensor]]:
@@ -185,7 +187,7 @@ def _prefixes(values: Mapping[str, Any]) -> tuple[str, ...]:
 def read_processor(directory: Path) -> dict[str, Any]:
     """Read how GLM-OCR's images are prepared; empty where nothing is said. Errors: CheckpointError."""
     for values in (
-        read_json(directory / _PROCESSOR) if (directory / _PROCESSOR).exists() else None,
+        read_json(directory / PROCESSOR) if (directory / PROCESSOR).exists() else None,
         read_json(directory / _NESTED).get("image_processor") if (directory / _NESTED).exists() else None,
     ):
         if values is not None:

@@ -49,9 +49,7 @@ class Preprocessing:
         """Return the rows and columns of patches that an image of a size gets."""
         if self.square:
             return cfg.base_grid
-        return naflex_grid(
-            *size_hw_px, cfg.patch_size, self.max_patches, enlarge=self.enlarge, multiple=self.multiple
-        )
+        return naflex_grid(*size_hw_px, cfg.patch_size, self.max_patches, enlarge=self.enlarge, multiple=self.multiple)
 
     def to_json(self, cfg: CogViTConfig) -> dict[str, Any]:
         """Return it as preprocessor_config.json, in transformers' words where it has some."""

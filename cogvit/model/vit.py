@@ -19,9 +19,9 @@ from cogvit.batch import PackedImages, to_device
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import Block, make_norm, random_keys, run_blocks
 from cogvit.model.config import CogViTConfig
-from cogvit.model.init import init_model
 from cogvit.model.hub import dtype_of, local_directory, push_directory
 from cogvit.model.images import ImageLike
+from cogvit.model.init import init_model
 from cogvit.model.interop import load_checked, read_model, read_processing, write_model
 from cogvit.model.packing import Grid, pack_batch
 from cogvit.model.position import PositionTable, rotary_2d
@@ -225,7 +225,9 @@ class CogViT(VisionEmbedding):
                 patch_TD = self.forward_packed(pack).patch_TD
                 grids = pack.grid_hw.tolist()
                 images_TD = patch_TD.split([rows * columns for rows, columns in grids])
-                patches += [x.unflatten(0, (rows, columns)) for x, (rows, columns) in zip(images_TD, grids, strict=True)]
+                patches += [
+                    x.unflatten(0, (rows, columns)) for x, (rows, columns) in zip(images_TD, grids, strict=True)
+                ]
                 pooled.append(pool_mean(patch_TD, pack.segment(), pack.num_slots))
         finally:
             self.train(was_training)
@@ -234,7 +236,7 @@ class CogViT(VisionEmbedding):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json into a directory, which is made.
 
-        Transformers' AutoModel.from_pretrained(directory, trust_remote_code=True) reads it too where cogvit is installed.
+        AutoModel.from_pretrained(directory, trust_remote_code=True) of transformers reads it where cogvit is installed.
         """
         write_model(Path(directory), self.cfg, self.state_dict(), self.preprocessing)
 

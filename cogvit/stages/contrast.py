@@ -86,8 +86,8 @@ class ContrastStage:
 
     def completed(self, config: RunConfig) -> RunConfig:
         """The shape of a text encoder of transformers; loads the tokenizer too, for the errors that it may have."""
+        from cogvit.model.tokenizer import load_tokenizer
         from cogvit.training.restore import check_init
-        from data_pipeline.caption import load_tokenizer
 
         if config.text_encoder.path:
             from cogvit.model.pretrained import with_encoder_shape
@@ -173,8 +173,8 @@ def whole_text_stage(config: RunConfig, mesh: Mesh) -> WholeTextStage | None:
     Errors: ConfigError or DataError, on all ranks.
     """
     from cogvit.model.pretrained import load_text_encoder
+    from cogvit.model.tokenizer import load_tokenizer
     from cogvit.parallel.encoder import WholeTextStage
-    from data_pipeline.caption import load_tokenizer
 
     stage, failure = None, None
     try:

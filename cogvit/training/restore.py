@@ -8,31 +8,22 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from cogvit.config import RunConfig, TextEncoderConfig, from_json, load_config
+from cogvit.config import RunConfig, from_json, load_config
 from cogvit.errors import CheckpointError
-from cogvit.model.config import TextConfig
 from cogvit.model.init import init_tensor
-from cogvit.model.interop import load_checked, read_model, read_model_config, read_text_side
+from cogvit.model.interop import load_checked, read_model, read_model_config, read_processing, read_text_side
 from cogvit.model.position import resized_table
-from cogvit.model.pretrained import PretrainedTextTower, new_text_encoder
+from cogvit.model.preprocess import Preprocessing
+from cogvit.model.pretrained import PretrainedTextTower
 from cogvit.model.text import TextTower
+from cogvit.model.text_side import TextSide, new_text_tower
 from cogvit.model.vit import CogViT
 from cogvit.training.checkpoint import folder_of, latest, list_checkpoints, weights
 from cogvit.training.folder import Folder
-from data_pipeline.caption import load_tokenizer
 
 _POSITIONS = "vision.pos_embed.embed"
 
 Tower = TypeVar("Tower", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class TextSide:
-    """How captions become the tokens of a text tower, and which tower that is."""
-
-    tokenizer: str
-    text: TextConfig
-    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
 
 @dataclass(frozen=True)
@@ -55,13 +46,24 @@ def load_towers(path: Path) -> Towers:
     if not is_run(path):
         cfg, exported = read_model(path)
         vision, found = _filled(CogViT(cfg), exported), read_text_side(path)
+        vision.preprocessing = read_processing(path, cfg)
         return Towers(vision) if found is None else _two_towers(vision, from_json(TextSide, found[0]), found[1])
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
+    vision.preprocessing = preprocessing_of(config)
     text_side = text_side_weights(checkpoint)
     if not text_side:
         return Towers(vision, heads=_heads(weights(checkpoint, "heads.")))
     return _two_towers(vision, TextSide(config.data.tokenizer, config.text, config.text_encoder), text_side)
+
+
+def preprocessing_of(config: RunConfig) -> Preprocessing:
+    """Return how a run prepares images, which its export repeats; of several budgets the largest."""
+    data = config.data
+    square = data.sizing == "square"
+    rows, columns = config.vision.base_grid
+    most = rows * columns if square else data.max_patches
+    return Preprocessing(most, square, enlarge=data.enlarge and not square, multiple=data.grid_multiple)
 
 
 def text_side_weights(checkpoint: Folder) -> dict[str, Tensor]:
@@ -74,7 +76,7 @@ def _two_towers(vision: CogViT, side: TextSide, tensors: dict[str, Tensor]) -> T
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    text = _filled(_text_tower(side), part("text."))
+    text = _filled(new_text_tower(side), part("text."))
     return Towers(vision, text, side, _linear(part("vision_proj.")), _linear(part("text_proj.")))
 
 
@@ -139,13 +141,6 @@ def latest_of_run(path: Path) -> Folder:
     if checkpoint is None:
         raise CheckpointError(f"{path} has no complete checkpoint in {folder}")
     return checkpoint
-
-
-def _text_tower(side: TextSide) -> TextTower | PretrainedTextTower:
-    """Return a text tower; one of transformers is built from the configuration beside its own checkpoint."""
-    if not side.text_encoder.path:
-        return TextTower(side.text)
-    return new_text_encoder(side.text_encoder, load_tokenizer(side.tokenizer, side.text.vocab_size).pad_id)
 
 
 def _filled(module: Tower, tensors: dict[str, Tensor]) -> Tower:

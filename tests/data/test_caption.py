@@ -10,16 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
 from cogvit.errors import DataError
-from data_pipeline.caption import (
-    ByteTokenizer,
-    captions_of,
-    choose_captions,
-    load_tokenizer,
-    not_understood,
-    parse_metadata,
-    source_of,
-    token_bound,
-)
+from cogvit.model.tokenizer import ByteTokenizer, load_tokenizer
+from data_pipeline.caption import captions_of, choose_captions, not_understood, parse_metadata, source_of, token_bound
 
 BYT5 = ByT5Tokenizer()
 

@@ -13,10 +13,11 @@ from transformers import ByT5Tokenizer
 
 from cogvit.batch import DataPosition, pad_step
 from cogvit.errors import DataError
+from cogvit.model.tokenizer import ByteTokenizer
 from data_pipeline.assembly import Spoken, assemble_text
 from data_pipeline.augment import augmentation_of, views_of
 from data_pipeline.balance import PackLimits
-from data_pipeline.caption import ByteTokenizer, captions_of, parse_metadata
+from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.decode import decode_patches, read_image_at
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, start_position, step_batches

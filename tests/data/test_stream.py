@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from cogvit.errors import DataError
+from cogvit.model.tokenizer import CaptionTokens
 from data_pipeline.augment import augmentation_of
-from data_pipeline.caption import CaptionTokens, caption_id
+from data_pipeline.caption import caption_id
 from data_pipeline.decode import decode_patches
 from data_pipeline.loader import image_of
 from data_pipeline.stream import stream_batches, stream_position

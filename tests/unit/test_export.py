@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextVisionModel
 
 from cogvit import CogViT, evaluate
 from cogvit.config import DataConfig, RunConfig, TextEncoderConfig
@@ -15,10 +16,13 @@ from cogvit.errors import CheckpointError
 from cogvit.evaluation.features import embed_images, embed_texts, image_features
 from cogvit.evaluation.results import read_evaluation
 from cogvit.evaluation.subject import load_subject
+from cogvit.model.packing import pack_images
 from cogvit.stages import contrast, distill
 from cogvit.training.restore import initial_towers
 from tests.runs_on_disk import TEXT, VISION, contrast_run, write_run, write_shards
 from tools import checkpoint, export
+
+FILES = {"config.json", "model.safetensors", "modeling_cogvit.py", "preprocessor_config.json"}
 
 
 def run_export(*argv: str) -> int:
@@ -47,7 +51,7 @@ def test_export_has_the_features_of_the_run(tmp_path: Path, capsys: pytest.Captu
     run = contrast_run(tmp_path / "run", data)
     assert run_export(str(run), "--out", str(tmp_path / "deep" / "export")) == 0
     assert "from_pretrained" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "deep" / "export").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "deep" / "export").iterdir()} == FILES
     trained, exported = load_subject(run), load_subject(tmp_path / "deep" / "export", data.eval_shards)
     assert exported.towers.text is None and exported.config is None
     for samples in trained.samples:
@@ -63,7 +67,7 @@ def test_export_of_both_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     data, out = write_shards(tmp_path / "data"), tmp_path / "export"
     run = contrast_run(tmp_path / "run", data)
     assert run_export(str(run), "--out", str(out), "--layout", "two_towers") == 0
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "text_side"}
+    assert {path.name for path in out.iterdir()} == {*FILES, "text_side"}
     trained, exported = load_subject(run), load_subject(out, data.eval_shards)
     assert torch.equal(CogViT.from_pretrained(out).norm.weight, trained.towers.vision.norm.weight)
     captions, features = ["a red picture", "\u56fe1", "x" * 99], torch.randn(3, VISION.embed_dim)
@@ -118,6 +122,30 @@ def test_a_run_starts_from_another_text_tower_of_the_same_shape_alone(run: Path)
     assert not any(name.startswith("text.") for name in distill.started_from(RunConfig(vision=VISION, init=str(run))))
 
 
+def test_export_for_glm_5_next(tmp_path: Path) -> None:
+    cfg = replace(VISION, norm="rmsnorm", mlp="swiglu", position="rotary", use_cls_token=False)
+    trained = CogViT(cfg).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(3.0)  # its clamp at 10 would show
+    run = write_run(tmp_path / "run", RunConfig(vision=cfg), {"vision": trained})
+    assert run_export(str(run), "--out", str(tmp_path / "export"), "--layout", "glm5_next") == 0
+    model, found = Glm5NextVisionModel.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert all(name.startswith(("downsample.", "merger.")) for name in found["missing_keys"])
+    patches = torch.rand(4 * 6, 3, 4, 4) * 2 - 1  # rows 4, columns 6 in 2 x 2 groups
+    order = torch.arange(24).view(2, 2, 3, 2).transpose(1, 2).flatten()
+    seen: list[torch.Tensor] = []
+    model.eval().post_layernorm.register_forward_hook(lambda module, given, output: seen.append(output))
+    for limit in (None, 10.0):  # as exported, then transformers' default, which such weights would feel
+        for block in model.blocks:
+            block.mlp.swiglu_limit = limit or block.mlp.swiglu_limit
+        model(patches[order].unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1), torch.tensor([[1, 4, 6]]))
+    with torch.no_grad():
+        expected = trained.forward_packed(pack_images([patches.flatten(1)], [(4, 6)])).patch_TD[order]
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-4)
+    assert (seen[1] - expected).abs().max() > 0.1
+
+
 def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -134,7 +162,12 @@ def test_export_overwrites_nothing(run: Path, tmp_path: Path, capsys: pytest.Cap
         (["RUN"], "--out DIR is needed"),
         (["RUN/checkpoints", "--out", "x"], "not a run"),
         (["--out", "x"], "RUN is missing"),
-        (["RUN", "--out", "x", "--layout", "timm"], "'timm' is unknown; expected one of cogvit, two_towers, glm_ocr"),
+        (
+            ["RUN", "--out", "x", "--layout", "timm"],
+            "'timm' is unknown; expected one of cogvit, two_towers, glm_ocr, glm5_next, onnx",
+        ),
+        (["RUN", "--out", "x", "--layout", "onnx", "--size", "17x16"], "--size 17x16 must be HxW, both multiples of"),
+        (["RUN", "--out", "x", "--size", "16x16"], "cogvit takes images of any size"),
         (["RUN", "--out", "x", "--layout", "glm_ocr"], "norm='layernorm', expected 'rmsnorm'"),
     ],
 )

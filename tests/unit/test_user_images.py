@@ -13,7 +13,7 @@ from cogvit import CogViT, CogViTConfig, SigLIPLoss, naflex_collate, naflex_pack
 from cogvit.errors import CheckpointError, DataError
 from cogvit.evaluation.clip_benchmark import PaddedTokenizer, SquareTransform
 from cogvit.model.interop import load_checked
-from data_pipeline.caption import ByteTokenizer
+from cogvit.model.tokenizer import ByteTokenizer
 from data_pipeline.decode import read_image_at
 
 CFG = CogViTConfig(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
