@@ -4,7 +4,8 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
        launch/local.sh NPROC cogvit.evaluate RUN_OR_EXPORT [flags]    (or under torchrun or srun: ranks share the work)
 
 --tasks NAME,...      any of the tasks below; by default all that RUN_OR_EXPORT can do
---data PATTERN        indexed held-out shards; by default the run's data.eval_shards
+--data PATTERN        indexed held-out shards; by default what the run holds out: its data.eval_shards, or its share
+                      data.held_out of the training shards
 --train-data PATTERN  indexed shards that knn and linear learn from; by default the run's data.shards. Held-out images
                       that are among them, by their bytes, are left out of every task
 --train-images N      let knn and linear learn from N images of a source, evenly spread; by default from all
@@ -47,6 +48,7 @@ from torch import Tensor
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config.arguments import run_command
 from cogvit.config.environment import speaks
+from cogvit.config.split import is_split, train_part
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import decoded, embed_images, embed_texts, image_features, pixel_features
@@ -303,12 +305,15 @@ def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
 
 
 def _train_index(subject: Subject, arguments: Arguments) -> Index:
-    shards, index_dir = arguments.train_data, arguments.index_dir
+    shards, index_dir, where = arguments.train_data, arguments.index_dir, ""
     if subject.config is not None:
-        shards, index_dir = shards or subject.config.data.shards, index_dir or subject.config.data.index_dir
+        index_dir = index_dir or subject.config.data.index_dir
+        if not shards:  # the run's own, without what it holds out
+            shards = subject.config.data.shards
+            where = train_part(subject.config.data).where if is_split(subject.config.data) else ""
     if not shards:
         raise ConfigError(f"{subject.path} names no training shards; knn and linear need --train-data PATTERN")
-    return load_index(shards, index_dir)
+    return load_index(shards, index_dir, where=where)
 
 
 def _note(line: str) -> None:

@@ -20,10 +20,12 @@ from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config import to_json
 from cogvit.config.arguments import asks_for_help
 from cogvit.config.environment import Process, speaks, this_process
-from cogvit.config.flags import help_text, load_preset
+from cogvit.config.flags import load_preset, presets, purpose
+from cogvit.config.help import ALL, first_page, section_text, sections, table
 from cogvit.config.recipe import differences
 from cogvit.errors import CogViTError
 from cogvit.stages import check_run, read_run, recipe_differences, stage_of
+from cogvit.stages.opening import in_millions, num_parameters, opening
 from cogvit.training.feed import (
     Corpus,
     Intake,
@@ -44,14 +46,29 @@ if TYPE_CHECKING:
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
 
-Trains a stage. PRESET names a file of configs/ (demo_stage1, stage1_cogvit_l, ...) or is a path to a config.json.
-Run it bare, under torchrun, or under srun; the same command in the same --out resumes.
---dry-run prints the resolved configuration and stops; it opens the shards, looks at --init, --teachers.store and --out,
-and refuses what a start would refuse of them. Beside it, on stderr: the data, and what differs from PRESET.
---begin-anew moves what a run has left in --out aside, into --out/before_1, and begins at step 1.
---help after a PRESET shows its defaults.
+Trains a stage. PRESET is one of those below, or a path to a preset's file or to a config.json. Run it bare, under
+torchrun, or under srun; the same command in the same --out resumes.
+
+--size NAME    another size of the towers: tiny, small, base, large, so400m
+--dry-run      prints the resolved configuration and stops; it opens the shards, looks at --init, --teachers.store and
+               --out, and refuses what a start would refuse of them. Beside it, on stderr: the data, and what differs
+               from PRESET
+--begin-anew   moves what a run has left in --out aside, into --out/before_1, and begins at step 1
+--help         after a PRESET shows its defaults; with the name of a section that section's flags
 """
 _OWN_FLAGS = ("--dry-run", "--begin-anew")
+
+
+def help_page(argv: list[str]) -> str:
+    """Return the help that a command line asks for. Errors: ConfigError for a section that does not exist."""
+    words = [word for word in argv if word not in ("--help", "-h")]
+    preset = load_preset(words.pop(0)) if words and words[0] not in (*sections(), ALL) and words[0][0] != "-" else None
+    if words:
+        return section_text(words[0], preset)
+    rows = [(name, in_millions(num_parameters(stage_of(one), one)), purpose(name)) for name, one in presets()]
+    return f"{USAGE}\npresets, their parameters (text tower included) and what they are for:\n{table(rows)}\n\n" + (
+        first_page(preset)
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +76,7 @@ def main(argv: list[str]) -> int:
     try:
         if not argv or asks_for_help(argv):
             if speaks():
-                print(USAGE + "\n" + help_text(load_preset(argv[0]) if argv and argv[0][0] != "-" else None))
+                print(help_page(argv))
             return 0 if argv else 2
         return start(argv, this_process())
     except CogViTError as error:
@@ -114,6 +131,8 @@ def run(start: Start, corpus: Corpus) -> int:
         seat = take_seat(config, mesh)
         if mesh.is_writer:
             print(describe(config, corpus), flush=True)
+            for line in opening(stage, config, corpus, f"{mesh.world_size} x {mesh.device.type}"):
+                print(line, flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         source = stage.feature_source(config, corpus, mesh)

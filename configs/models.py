@@ -1,25 +1,22 @@
 """Shapes of the towers that the presets share."""
 
-from typing import Literal
+from cogvit.model.config import SHAPES, CogViTConfig, Size, TextConfig
 
-from cogvit.model.config import CogViTConfig, TextConfig
-
-Size = Literal["tiny", "small", "base", "large", "so400m"]
-
-# Width, depth, heads and hidden width of the MLP. Source: ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) for
-# tiny and small, SoViT-400m/14 (Alabdulmohsin et al. 2023).
-_SHAPES: dict[Size, tuple[int, int, int, int]] = {
-    "tiny": (192, 12, 3, 768),
-    "small": (384, 12, 6, 1536),
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "so400m": (1152, 27, 16, 4304),
-}
+__all__ = [
+    "Size",
+    "byte_text",
+    "cogvit_l_vision",
+    "cogvit_vision",
+    "demo_text",
+    "demo_vision",
+    "reference_vision",
+    "text_tower",
+]
 
 
 def reference_vision(size: Size = "large") -> CogViTConfig:
     """Return the published reference build's options; its own size is large, 303M parameters and all defaults."""
-    width, depth, heads, mlp = _SHAPES[size]
+    width, depth, heads, mlp = SHAPES[size]
     return CogViTConfig(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
 
 
@@ -28,7 +25,7 @@ def cogvit_vision(size: Size = "large") -> CogViTConfig:
 
     SwiGLU has three matrices of the MLP's width where GELU has two, so a size has a third more parameters.
     """
-    width, depth, heads, mlp = _SHAPES[size]
+    width, depth, heads, mlp = SHAPES[size]
     return CogViTConfig(
         embed_dim=width,
         depth=depth,
@@ -49,10 +46,16 @@ def cogvit_l_vision() -> CogViTConfig:
 
 def text_tower(size: Size = "base") -> TextConfig:
     """Return a text tower of a size; the paper does not publish its own. 256K ids fit SigLIP2's Gemma tokenizer."""
-    width, depth, heads, mlp = _SHAPES[size]
+    width, depth, heads, mlp = SHAPES[size]
     return TextConfig(
         vocab_size=256_000, max_tokens=64, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width
     )
+
+
+def byte_text(size: Size = "small") -> TextConfig:
+    """Return a text tower that reads bytes and needs no tokenizer's files; two bytes or three are a character."""
+    width, depth, heads, mlp = SHAPES[size]
+    return TextConfig(max_tokens=96, embed_dim=width, depth=depth // 2, num_heads=heads, mlp_ratio=mlp / width)
 
 
 def demo_vision() -> CogViTConfig:

@@ -16,8 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
+from cogvit.config.split import DRAW
+from cogvit.draws import uniform
 from cogvit.errors import ConfigError
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.corpus import Corpus
@@ -25,7 +28,8 @@ from data_pipeline.rules import read_rule
 from data_pipeline.stored import stored
 
 VERSION = 1
-RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh")
+RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh", DRAW)
+_DRAW_SALT = 0x73706C69  # "spli"
 _FACTS = b"cogvit.selection"
 _BUCKET_IMAGES = 1 << 25  # whose hashes are sorted at a time
 _HASHED = np.dtype([("hash", np.int64), ("check", np.int64), ("mute", np.bool_), ("row", np.int64)])
@@ -164,6 +168,8 @@ def _ruled(corpus: Corpus, shard: int, where: str) -> NDArray[np.bool_]:
     columns["source"] = corpus.sources["name"].take(pa.array(rows["source"]))
     columns["format"] = pa.array(corpus.formats, pa.string()).take(pa.array(rows["format"]))
     columns |= {f"captions_{one}": rows["num_captions"][:, n].astype(np.int64) for n, one in enumerate(LANGUAGES)}
+    hashes = torch.from_numpy(corpus.hashes(shard)["content_hash"].copy())  # equal images are drawn together
+    columns[DRAW] = uniform(hashes, _DRAW_SALT).double().numpy()
     columns["row"] = np.arange(len(rows))
     kept = np.zeros(len(rows), np.bool_)
     try:

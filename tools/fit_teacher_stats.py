@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cogvit.config import RunConfig
 from cogvit.config.arguments import asks_for_help, take_flag
+from cogvit.config.split import train_part
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_recipe, read_run
 from cogvit.stages.distill_targets import makers_of, open_source, sample_requests
@@ -49,7 +50,7 @@ def fit(config: RunConfig, num_images: int) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; name a file in it")
     try_place(out)
-    makers, index = makers_of(teachers), open_index(config.data, config.data.shards)
+    makers, index = makers_of(teachers), open_index(train_part(config.data), config.data.shards)
     with ExitStack() as stack:
         if teachers.source != "store":
             stack.enter_context(connect(plan_cluster(teachers.ray_address), cpus_of(teachers)))

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from cogvit.batch import PackedImages, StepBatch
 from cogvit.config import RunConfig
 from cogvit.config.arguments import asks_for_help
+from cogvit.config.split import train_part
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import read_run, stage_of
 from data_pipeline.index import Index, open_index
@@ -150,7 +151,7 @@ def view_batch(argv: list[str]) -> None:
     if config.data.order == "sequential":
         raise ConfigError("--data.order sequential plans nothing that could be shown; pass --data.order planned")
     reads = stage_of(config).reads
-    index = usable_index(open_index(config.data, config.data.shards), reads)
+    index = usable_index(open_index(train_part(config.data), config.data.shards), reads)
     start = start_position(index, config, reads=reads)
     seat = topology_of(["here"] * view.dp_ranks, config.data.canonical_shares).seat(0)
     with closing(step_batches(index, config, seat, replace(start, step=view.step), reads=reads)) as batches:

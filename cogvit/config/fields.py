@@ -18,7 +18,10 @@ class DataConfig:
     """What is read, how it is sized and how much of it makes a step."""
 
     shards: str = option("", "glob, brace range or directory of webdataset shards, local, fsspec URL or pipe:COMMAND")
-    eval_shards: str = option("", "held-out shards for --eval.every-steps")
+    eval_shards: str = option("", "held-out shards, for --eval.every-steps, evaluation and report")
+    held_out: float = option(
+        0.0, "share of data.shards that is kept out of training, by a hash of each sample, where eval_shards names none"
+    )
     index_dir: str = option("", "where SHARD.parquet lies; beside the shard if empty")
     cache_dir: str = option("", "directory on each node's own disk that remote shards are copied to, whole")
     cache_bytes: int = option(100_000_000_000, "the most that data.cache_dir may hold")
@@ -318,6 +321,7 @@ class LogConfig:
 
     every_steps: int = option(1, "steps between printed lines")
     wandb: Literal["auto", "off"] = option("auto", "auto: online when logged in, offline files otherwise")
+    tensorboard: bool = option(False, "write OUT/logs/tensorboard too; tensorboard --logdir OUT shows it")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cogvit.config.fields import RunConfig
+from cogvit.config.synonyms import SYNONYMS
 from cogvit.config.tree import coerce, from_json, load_config, to_json
 from cogvit.errors import ConfigError
 
@@ -76,16 +77,14 @@ def flags_given(argv: Sequence[str]) -> list[tuple[str, str]]:
     return [(flag, flag.removeprefix("--").replace("-", "_")) for flag in flags]
 
 
-def help_text(preset: RunConfig | None = None) -> str:
-    """List every flag with its type, default and meaning, one group per part of the configuration."""
-    groups: dict[str, list[str]] = {}
-    for slot in _slots(RunConfig, to_json(preset or RunConfig()), ""):
-        group = slot.path.partition(".")[0] if "." in slot.path else "run"
-        usage = f"{slot.flag} {_syntax(slot.hint).word}"
-        value = slot.values[slot.key]
-        default = "none" if value is None else value if isinstance(value, str) and value else json.dumps(value)
-        groups.setdefault(group, []).append(f"  {usage:<50} {slot.help}{' ' if slot.help else ''}[{default}]")
-    return "\n\n".join(f"{group}:\n" + "\n".join(lines) for group, lines in groups.items())
+def settable(preset: RunConfig) -> list[Slot]:
+    """Return every place of a configuration that a flag sets, with the preset's values."""
+    return list(_slots(RunConfig, to_json(preset), ""))
+
+
+def word_of(slot: Slot) -> str:
+    """Return how the values of a flag are written, for help."""
+    return _syntax(slot.hint).word
 
 
 def load_preset(name: str) -> RunConfig:
@@ -113,6 +112,16 @@ def load_preset(name: str) -> RunConfig:
     return typing.cast(RunConfig, module["config"]())
 
 
+def presets() -> list[tuple[str, RunConfig]]:
+    """Return the presets of configs/ by name."""
+    return [(name, load_preset(name)) for name in preset_names()]
+
+
+def purpose(name: str) -> str:
+    """Return what a preset of configs/ is for: the first line of its docstring."""
+    return (importlib.import_module(f"configs.{name}").__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
 def preset_names() -> list[str]:
     """Return the names of the files in configs/ that define a preset."""
     return sorted(path.stem for path in PRESETS_DIR.glob("*.py") if "\ndef config(" in path.read_text())
@@ -138,6 +147,8 @@ def _find(flag: str, values: dict[str, Any]) -> Slot:
         raise ConfigError(f"unexpected argument {flag!r}; flags are written --part.name VALUE")
     slots = {slot.flag: slot for slot in _slots(RunConfig, values, "")}
     found = slots.get(flag.replace("_", "-"))
+    if found is None and (meant := SYNONYMS.get(flag.replace("_", "-"))):
+        raise ConfigError(f"unknown flag {flag}; here it is {meant}")
     if found is None:
         raise ConfigError(f"unknown flag {flag}{_suggestion(flag, list(slots))}; --help lists all")
     return found

@@ -167,8 +167,10 @@ def _check_shards(data: DataConfig) -> None:
     require(0.0 < data.max_wait_s < math.inf, f"data.max_wait_s={data.max_wait_s} must be positive")
     require(data.cache_bytes >= 1, f"data.cache_bytes={data.cache_bytes} must be at least 1")
     planned = data.order == "planned"
+    require(0.0 <= data.held_out < 1.0, f"--data.held-out {data.held_out} must be in [0, 1); 0 keeps nothing out")
     for name, default in (
-        ("where", ""), ("mixture", ()), ("loading", "in_process"), ("batch_schedule", ()), ("budget_schedule", ()),
+        ("where", ""), ("held_out", 0.0), ("mixture", ()), ("loading", "in_process"), ("batch_schedule", ()),
+        ("budget_schedule", ()),
     ):  # fmt: skip
         require(
             planned or getattr(data, name) == default,

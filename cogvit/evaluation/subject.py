@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from cogvit.config import RunConfig, load_config
+from cogvit.config.split import held_out_part
 from cogvit.errors import ConfigError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Samples, read_samples, rows_of
@@ -44,7 +45,7 @@ class Subject:
 def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks = ALONE) -> Subject:
     """Load a run's newest good checkpoint, or an export, and what is said of the held-out shards.
 
-    data and index_dir are by default the run's data.eval_shards and data.index_dir.
+    data and index_dir are by default what the run holds out and its data.index_dir.
     Errors: ConfigError, CheckpointError or DataError when one of them is missing or cannot be used.
     """
     if not path.is_dir():
@@ -52,10 +53,13 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
     towers = load_towers(path)
     config = load_config(path / "config.json") if is_run(path) else None
     if config is not None:
-        data, index_dir = data or config.data.eval_shards, index_dir or config.data.index_dir
-    if not data:
+        index_dir = index_dir or config.data.index_dir
+    part = held_out_part(config.data) if config is not None else None
+    if not data and part is None:
         raise ConfigError(f"{path} names no held-out shards; pass --data PATTERN")
-    heldout = load_index(data, index_dir)
+    heldout = (
+        load_index(data, index_dir) if data or part is None else load_index(part.shards, index_dir, where=part.where)
+    )
     field = config.data.caption_field if config is not None else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):

@@ -6,6 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+Size = Literal["tiny", "small", "base", "large", "so400m"]
+
+# Width, depth, heads and hidden width of the MLP. Source: ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) for
+# tiny and small, SoViT-400m/14 (Alabdulmohsin et al. 2023).
+SHAPES: dict[Size, tuple[int, int, int, int]] = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+}
+
 
 @dataclass
 class CogViTConfig:

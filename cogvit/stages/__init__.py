@@ -6,10 +6,13 @@ Whatever differs between stages is asked of it; nothing else asks for the object
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
+from cogvit.config.arguments import take_flag
 from cogvit.config.flags import flags_given, load_preset, parse
+from cogvit.config.presets import check_teachers, resized, with_own_data
 from cogvit.config.recipe import EXECUTION, Difference, differences
 from cogvit.config.rules import check_data, check_layout, check_training
 from cogvit.errors import ConfigError
@@ -38,12 +41,16 @@ def stage_of(config: RunConfig) -> Stage:
 
 
 def read_run(preset: str, words: Sequence[str]) -> RunConfig:
-    """Return a preset with the flags of a command line.
+    """Return a preset with the flags of a command line, --size among them.
 
-    Errors: ConfigError as `parse`, and for a flag that belongs to another stage.
+    Errors: ConfigError as `parse`, for a flag that belongs to another stage, and where the demo's teachers are left for
+    a user's own data.
     """
+    size, words = take_flag(list(words), "--size")
     base, given = load_preset(preset), flags_given(words)
-    if "objective" in (path for _, path in given):
+    paths = [path for _, path in given]
+    base = with_own_data(resized(base, size) if size else base, paths)
+    if "objective" in paths:
         base = parse(base, list(words))
     own = stage_of(base)
     for flag, path in given:
@@ -52,7 +59,11 @@ def read_run(preset: str, words: Sequence[str]) -> RunConfig:
         for other in _ALL:
             if _belongs(path, other.fields):
                 raise ConfigError(f"{flag} is of {other.title} alone, and {preset} is {own.title}; leave it out")
-    return parse(base, list(words))
+    config = parse(base, list(words))
+    if config.data.order == "sequential" and "data.held_out" not in paths:
+        config = replace(config, data=replace(config.data, held_out=0.0))  # a stream has no index to split by
+    check_teachers(config, paths)
+    return config
 
 
 def check_recipe(config: RunConfig) -> None:

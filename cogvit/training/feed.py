@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cogvit.config import RunConfig
+from cogvit.config.split import held_out_part, is_split, train_part
 from cogvit.errors import CogViTError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,15 +42,18 @@ def open_corpus(config: RunConfig, reads: Reads) -> Corpus:
     data = config.data
     if not data.shards:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
-    if config.eval.every_steps and not data.eval_shards:
-        raise ConfigError("--eval.every-steps needs --data.eval-shards: the held-out shards")
+    if config.eval.every_steps and held_out_part(data) is None:
+        raise ConfigError(
+            "--eval.every-steps needs held-out samples: --data.eval-shards PATTERN, or --data.held-out 0.01"
+        )
     held_out = None
-    if config.eval.every_steps:
+    if config.eval.every_steps and (part := held_out_part(data)):
         try:
-            held_out = open_index(data, data.eval_shards)
+            held_out = open_index(part, part.shards)
         except DataError as error:
-            raise DataError(f"--data.eval-shards, which --eval.every-steps 0 does without: {error}") from None
-    return Corpus(open_index(data, data.shards) if data.order == "planned" else None, held_out, reads)
+            flag = "--data.held-out" if is_split(data) else "--data.eval-shards"
+            raise DataError(f"{flag}, which --eval.every-steps 0 does without: {error}") from None
+    return Corpus(open_index(train_part(data), data.shards) if data.order == "planned" else None, held_out, reads)
 
 
 def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
@@ -162,6 +166,7 @@ def rank_batches(
     from data_pipeline.augment import AS_IT_IS, augmentation_of
     from data_pipeline.pinned import pinned_ahead
 
+    config = replace(config, data=train_part(config.data))  # a batch server opens the index by it
     batches = image_batches(config, index, intake, position)
     if intake.device.type == "cuda":
         batches = pinned_ahead(batches, intake.device)
@@ -195,7 +200,8 @@ def image_batches(
 
 def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:
     """Return the global batches of the held-out shards, the same each time."""
-    assert corpus.held_out is not None
-    data = replace(config.data, shards=config.data.eval_shards, mixture=(), batch_schedule=(), budget_schedule=())
+    data = held_out_part(config.data)
+    assert corpus.held_out is not None and data is not None
+    data = replace(data, mixture=(), batch_schedule=(), budget_schedule=())
     data = replace(data, flip=False, crop=1.0, color=0.0)
     return rank_batches(replace(config, data=data), corpus.held_out, intake, source, None)

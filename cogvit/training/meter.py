@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from tqdm import tqdm
 
 from cogvit.config import RunConfig, to_json
-from cogvit.errors import DataError
+from cogvit.errors import ConfigError, DataError
 from cogvit.training.folder import Folder
 
 
@@ -51,6 +51,8 @@ class Meter:
         self._sinks.append(
             Bar(steps, start_step) if sys.stderr.isatty() else Lines(steps, start_step, config.log.every_steps)
         )
+        if config.log.tensorboard:
+            self._sinks.append(TensorBoard(out / "logs" / "tensorboard", start_step))
         if config.log.wandb != "off":
             self._sinks.append(WeightsAndBiases(out, config, start_step))
 
@@ -233,6 +235,29 @@ class Lines:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class TensorBoard:
+    """Event files for TensorBoard; a resumed run goes on behind the step that it resumes from.
+
+    Errors: ConfigError when tensorboard is not installed.
+    """
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("--log.tensorboard needs tensorboard; pip install tensorboard, or leave it out") from None
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log one step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
 
 
 class WeightsAndBiases:

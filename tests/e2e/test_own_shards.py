@@ -74,7 +74,7 @@ def train_on_rank(rank: int, world: int, argv: list[str]) -> int:
 def flags_of(shards: Path, out: Path) -> list[str]:
     """Two steps of the demo's stage 2 with small packs."""
     argv = ["demo_stage2", "--data.shards", str(shards), "--out", str(out), "--schedule.steps", "2"]
-    argv += ["--eval.every-steps", "0", "--log.wandb", "off", "--data.tokens-per-pack", "256"]
+    argv += ["--eval.every-steps", "0", "--data.held-out", "0", "--log.wandb", "off", "--data.tokens-per-pack", "256"]
     return [*argv, "--data.images-per-pack", "8", "--data.text-tokens-per-pack", "256"]
 
 

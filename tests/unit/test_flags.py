@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvit.config import RunConfig, TeacherConfig, TeachersConfig, to_json
-from cogvit.config.flags import help_text, load_preset, parse, preset_names
+from cogvit.config.flags import load_preset, parse, preset_names, settable
+from cogvit.config.help import ALL, first_page, section_text, sections
+from cogvit.config.synonyms import SYNONYMS
 from cogvit.errors import ConfigError
 from cogvit.stages import read_run
 
@@ -95,7 +97,7 @@ def test_members_given_as_json_have_flags_too() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lr", "1"], r"unknown flag --lr; did you mean --optim\.lr\?"),
+        (["--lr", "1"], r"unknown flag --lr; here it is --optim\.lr, and"),
         (["--zro.stage", "1"], r"did you mean --zero\.stage\?"),
         (["--data.batch-images", "1"], r"did you mean --data\.global-batch-images\?"),
         (["--teachers.members.dino.path", "x"], r"did you mean --teachers\.members\.dinov3\.path\?"),
@@ -120,13 +122,54 @@ def test_mistakes_are_explained_in_one_line(argv: list[str], message: str) -> No
     assert "\n" not in str(failure.value)
 
 
-def test_help_lists_every_flag_with_default_and_meaning() -> None:
-    text = help_text()
+def test_help_has_every_flag_with_default_and_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = section_text(ALL)
     for path in DEFAULTS:
         assert f"  --{path.replace('_', '-')} " in text
-    assert "--schedule.steps N" in text and "optimizer steps of the run [1000]" in text
-    assert "--optim.name muon|adamw|sgd" in text
-    assert "--teachers.members.dinov3.path TEXT" in help_text(PRESET)
+    assert "  --schedule.steps N\n      optimizer steps of the run [1000]" in text
+    assert "  --optim.name muon|adamw|sgd" in text
+    assert "--teachers.members.dinov3.path TEXT" in section_text("teachers", PRESET)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text == "\n\n".join(section_text(name) for name in sections())
+    with pytest.raises(ConfigError, match=r"no section 'dta' of flags; --help takes one of run, vision"):
+        section_text("dta")
+
+
+def test_the_first_page_fits_a_screen_and_names_the_sections() -> None:
+    page = first_page()
+    assert len(page.splitlines()) < 40 and "--data.shards" in page and "teachers (" in page
+
+
+def test_words_of_other_programs_lead_to_a_flag_that_exists() -> None:
+    known = {slot.flag for slot in settable(PRESET)} | {"--size", "--dry-run"}
+    for word, meant in SYNONYMS.items():
+        assert word not in known
+        assert all(flag in known for flag in re.findall(r"--[\w.-]+", meant)), word
+    with pytest.raises(ConfigError, match=r"unknown flag --batch-size; here it is --data\.global-batch-images, of all"):
+        parse(PRESET, ["--batch-size", "32"])
+
+
+def test_sizes_change_the_towers_alone() -> None:
+    tiny = read_run("stage2_small", ["--size", "tiny", "--optim.lr", "0.1"])
+    small = load_preset("stage2_small")
+    assert (tiny.vision.embed_dim, tiny.vision.num_heads, tiny.text.embed_dim, tiny.optim.lr) == (192, 3, 192, 0.1)
+    assert dataclasses.replace(tiny, vision=small.vision, text=small.text, optim=small.optim) == small
+    assert (tiny.vision.norm, tiny.text.depth) == (small.vision.norm, small.text.depth)
+    with pytest.raises(ConfigError, match="--size huge is unknown; sizes are tiny, small, base, large, so400m"):
+        read_run("stage2_small", ["--size", "huge"])
+
+
+def test_the_demo_does_not_leak_into_own_data() -> None:
+    demo, own = read_run("demo_stage2", []), read_run("demo_stage2", ["--data.shards", "mine"])
+    assert demo.data.eval_shards.startswith("runs/demo/") and demo.data.held_out == 0.0
+    assert own.data.eval_shards == "" and own.data.held_out == 0.01
+    assert read_run("demo_stage2", ["--data.shards=x", "--data.eval-shards=y"]).data.eval_shards == "y"
+    assert read_run("stage2_small", ["--data.shards", "x", "--data.order", "sequential"]).data.held_out == 0.0
+    with pytest.raises(ConfigError, match=r"siglip2\.path is still the demo's untrained teacher runs/demo/teachers"):
+        read_run("demo_stage1", ["--data.shards", "mine"])
+    named = ["--teachers.members.siglip2.path", "runs/demo/teachers/siglip2", "--teachers.members.dinov3.path", "b"]
+    assert read_run("demo_stage1", ["--data.shards", "mine", *named]).teachers.members[1].path == "b"
 
 
 def test_preset_from_a_python_file(tmp_path: Path) -> None:
