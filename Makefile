@@ -1,4 +1,4 @@
-# Everything a user or CI calls. Needs Python 3.11 with venv and whatever package index pip is configured for.
+# Everything a user or CI calls. Needs Python 3.11 to 3.13 with venv and whatever package index pip is configured for.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -68,8 +68,8 @@ clean:  ## leaves the sources; removes the environment, caches and runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
-	@"$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-	    || { echo "error: Python 3.11 is needed and '$(BASE_PYTHON)' is not; install python3.11 with venv" >&2; exit 2; }
+	@"$(BASE_PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	    || { echo "error: '$(BASE_PYTHON)' is not Python 3.11, 3.12 or 3.13; install one of them with venv" >&2; exit 2; }
 	"$(BASE_PYTHON)" -m venv $(VENV)
 
 # torch comes first: the wheels of the others are chosen to fit it, not it to them.

@@ -46,11 +46,12 @@ def read_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
     """Return a dataclass of strings filled from a command line.
 
     Fields without a default are words, in order; the last of them takes one or more where it is a tuple. A field with
-    a default is a flag: `index_dir` is `--index-dir VALUE` or `--index-dir=VALUE`.
+    a default is a flag: `index_dir` is `--index-dir VALUE` or `--index-dir=VALUE`; one that is a bool stands alone.
     Errors: ConfigError for an unknown flag, a missing value, a missing word or one too many.
     """
     members = fields(kind)  # type: ignore[arg-type]
     flags = {f"--{member.name.replace('_', '-')}": member.name for member in members if member.default is not MISSING}
+    kinds = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     words: list[str] = []
     rest = list(argv)
@@ -63,6 +64,9 @@ def read_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
         if flag not in flags:
             near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(flag, flags, n=1))
             raise ConfigError(f"unknown flag {flag}{near or '; --help explains all'}")
+        if kinds[flags[flag]] is bool and not equals:
+            values[flags[flag]] = True
+            continue
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
         if not value:

@@ -6,6 +6,8 @@ usage: python -m cogvit.report RUN [RUN ...] [flags]
 --evaluation FILE  the figures that python -m cogvit.evaluate --out FILE wrote
 --data PATTERN     indexed held-out shards for the pictures; by default those of each run
 --index-dir DIR    where their indexes lie; by default as in the run, or beside the shards
+--follow           serve the page on this machine while the runs go on, without pictures, instead of writing it
+--port N           of --follow (default: 8642; 0: a free one)
 
 Curves, throughput, pictures of patch features, retrieval examples (of the last stage-2 run), figures, configurations
 and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
@@ -15,15 +17,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config.arguments import run_command
-from cogvit.errors import CogViTError
+from cogvit.errors import CogViTError, ConfigError
 from cogvit.evaluation.examples import Example, feature_picture
 from cogvit.evaluation.results import read_evaluation
 from cogvit.evaluation.subject import load_subject
-from cogvit.report.page import write_report
+from cogvit.report.live import REFRESH_S, page_server, serve
+from cogvit.report.page import report_page, write_report
 from cogvit.stages import stage_of
 
 
@@ -36,10 +40,15 @@ class Arguments:
     evaluation: str = ""
     data: str = ""
     index_dir: str = ""
+    follow: bool = False
+    port: str = "8642"
 
 
 def report(arguments: Arguments) -> int:
     """Draw the pictures and write the report; returns the exit status."""
+    if arguments.follow:
+        serve(live_server(arguments))
+        return 0
     evaluation = read_evaluation(Path(arguments.evaluation)) if arguments.evaluation else {}
     pictures: dict[str, bytes] = {}
     examples: list[Example] = []
@@ -60,6 +69,22 @@ def report(arguments: Arguments) -> int:
     write_report(out, runs, evaluation, pictures, examples)
     print(out)
     return 0
+
+
+def live_server(arguments: Arguments) -> ThreadingHTTPServer:
+    """Return the server of --follow. Errors: ConfigError for a port that is no number or taken, or no run."""
+    runs = [Path(run) for run in arguments.runs]
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError(f"{run} does not exist; start the run first, or mind its --out")
+    if not arguments.port.isdecimal() or int(arguments.port) > 65535:
+        raise ConfigError(f"--port {arguments.port} is no port; ports end at 65535")
+
+    def page() -> str:
+        known = arguments.evaluation and Path(arguments.evaluation).exists()
+        return report_page(runs, read_evaluation(Path(arguments.evaluation)) if known else {}, {}, refresh_s=REFRESH_S)
+
+    return page_server(page, int(arguments.port))
 
 
 if __name__ == "__main__":

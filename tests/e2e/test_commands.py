@@ -1,10 +1,9 @@
-"""Whole commands as a user runs them: both stages on two processes, a stop and a resume, and the README's commands."""
+"""Whole commands as a user runs them: both stages on two processes, a stop and a resume."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -140,48 +139,3 @@ def test_stage_2_starts_from_stage_1_and_is_evaluated_and_exported(world: Path, 
     figures = json.loads((world / "eval.json").read_text())
     assert {"knn_numbers", "linear_numbers", "zeroshot_numbers_en", "zeroshot_numbers_zh"} <= figures.keys()
     assert figures["zeroshot_numbers_en"]["accuracy"]["chance"] == 0.25
-
-
-def readme_commands() -> list[str]:
-    """Every command line of the README's code blocks that names one of our programs, with the lines it goes on."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    plain = [line for language, block in blocks if not language for line in block.splitlines()]
-    lines = [re.sub(r"\s+#.*", "", line).strip() for line in plain]
-    return [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("--")]
-
-
-# What a test cannot run as it stands, and where it is run instead.
-ELSEWHERE = {
-    "make demo": "continuous integration runs it before the tests",
-    "make test": "this is it",
-    "python -m cogvit.train PRESET [flags]": "a form, not a command",
-    "launch/local.sh NPROC PRESET [flags]": "a form, not a command",
-}
-
-
-@pytest.mark.timeout(900)
-def test_every_command_of_the_readme_runs(world: Path, stage1: Path) -> None:
-    # sbatch is for tests/slurm.
-    commands = [line for line in readme_commands() if line not in ELSEWHERE and not line.startswith("sbatch")]
-    assert len(commands) >= 6
-    for command in commands:
-        words = [word.strip("'") for word in command.split()]
-        if words[0] == "torchrun":
-            words = one_machine(words, world)
-        if "demo_stage2" in words or "stage1_cogvit_l" in words:
-            steps = words.index("--schedule.steps") if "--schedule.steps" in words else None
-            if steps is not None:
-                words[steps + 1] = "2"
-            words += SMALL
-        run(world, words)
-
-
-def one_machine(words: list[str], world: Path) -> list[str]:
-    """The README's many-machine command in its form, cut to this machine: two ranks, a small run."""
-    small = {
-        "4": "1", "8": "2", "HOST:29500": "127.0.0.1:0", "stage1_cogvit_l": "demo_stage1",
-        "/data/{0000..4095}.tar": "shards", "/runs/stage1": str(world / "runs" / "torchrun"),
-    }  # fmt: skip
-    words = [small.get(word, word) for word in words]
-    return [*words, *TEACHERS, "--schedule.steps", "2", *SMALL]
