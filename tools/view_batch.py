@@ -111,6 +111,8 @@ def describe(index: Index, config: RunConfig, view: View) -> tuple[list[str], ND
         f"{layout.placement.packs_per_rank} packs of {config.data.tokens_per_pack:,} tokens on each of {view.dp_ranks}"
         f" ranks: {valid:.1%} valid tokens, heaviest rank {load.max() / bound:.4f} x the bound",
         f"{len(shares)} canonical shares, heaviest {shares.max() / shares.mean():.4f} x the mean",
+        "bars: the load of each rank; below, one block a pack of the first rank: its images, shaded where a patch is"
+        " masked (stage 1), and in gray its padding",
     ]
     return lines, load
 

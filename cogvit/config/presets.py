@@ -21,9 +21,9 @@ def resized(config: RunConfig, size: str) -> RunConfig:
     if size not in SHAPES:
         raise ConfigError(f"--size {size} is unknown; sizes are {', '.join(SHAPES)}")
     width, depth, heads, mlp = SHAPES[size]
-    shape = {"embed_dim": width, "num_heads": heads, "mlp_ratio": mlp / width}
-    text = replace(config.text, **shape)
-    return replace(config, vision=replace(config.vision, depth=depth, **shape), text=text)
+    text = replace(config.text, embed_dim=width, num_heads=heads, mlp_ratio=mlp / width)
+    vision = replace(config.vision, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
+    return replace(config, vision=vision, text=text)
 
 
 def with_own_data(config: RunConfig, given: Sequence[str]) -> RunConfig:

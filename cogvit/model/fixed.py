@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from cogvit.errors import ConfigError
 from cogvit.model.blocks import Attention, Block
-from cogvit.model.interop import PROCESSOR, write_json
+from cogvit.model.interop import PROCESSOR
+from cogvit.model.layouts.files import write_json
 from cogvit.model.packing import Grid, raster
 from cogvit.model.position import apply_rotary, rotary_2d
 from cogvit.model.vit import CogViT
