@@ -130,9 +130,7 @@ def run(start: Start, corpus: Corpus) -> int:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         if mesh.is_writer:
-            print(describe(config, corpus), flush=True)
-            for line in opening(stage, config, corpus, f"{mesh.world_size} x {mesh.device.type}"):
-                print(line, flush=True)
+            print(*opening(stage, config, corpus, f"{mesh.world_size} x {mesh.device.type}"), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         source = stage.feature_source(config, corpus, mesh)

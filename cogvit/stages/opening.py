@@ -29,13 +29,15 @@ def in_millions(count: int) -> str:
 
 
 def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> Iterator[str]:
-    """Yield the line on a run's size, and a warning where most images are made smaller.
+    """Yield a line on a run's data, one on its size, and a warning where most images are made smaller.
 
     processes: how many there are and on what, as "2 x cpu".
     """
+    from cogvit.training.feed import describe
     from data_pipeline.loader import usable_index
     from data_pipeline.sizing import sizing_of
 
+    yield describe(config, corpus)
     data = config.data
     parameters = in_millions(num_parameters(stage, config))
     if corpus.train is None:
