@@ -20,7 +20,7 @@ class DataConfig:
     shards: str = option("", "glob, brace range or directory of webdataset shards, local, fsspec URL or pipe:COMMAND")
     eval_shards: str = option("", "held-out shards, for --eval.every-steps, evaluation and report")
     held_out: float = option(
-        0.0, "share of data.shards that is kept out of training, by a hash of each sample, where eval_shards names none"
+        0.0, "share of data.shards that is kept out of training, by a hash of each image, where eval_shards names none"
     )
     index_dir: str = option("", "where SHARD.parquet lies; beside the shard if empty")
     cache_dir: str = option("", "directory on each node's own disk that remote shards are copied to, whole")

@@ -1,4 +1,4 @@
-"""Training and held-out samples of one set of shards: a sample's part is a hash of its id, the same in every run."""
+"""Training and held-out samples of one set of shards: a sample's part is a hash of its image, the same in every run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cogvit.config.fields import DataConfig
 
-DRAW = "draw"  # column of rules: a number in [0, 1), a hash of the sample's source, shard and key
+DRAW = "draw"  # column of rules: a number in [0, 1), a hash of the image's bytes
 
 
 def is_split(data: DataConfig) -> bool:

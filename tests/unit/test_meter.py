@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig
 from cogvit.errors import DataError
@@ -176,3 +177,16 @@ def test_wandb_writes_offline_files_when_nobody_is_logged_in(tmp_path: Path) -> 
 def test_wandb_failure_does_not_stop_the_run(tmp_path: Path) -> None:
     told = run_with_wandb(tmp_path / "run", {"WANDB_MODE": "no-such-mode"}, start_steps=[0])
     assert re.search(r"^W&B stopped \(.+\); metrics.jsonl goes on$", told, re.MULTILINE)
+
+
+def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
+    config = RunConfig(log=LogConfig(wandb="off", tensorboard=True))
+    for start, stop in ((0, 4), (2, 6)):  # a resumed run goes on behind its checkpoint
+        with Meter(tmp_path, config, writer=True, start_step=start) as meter:
+            for step in range(start + 1, stop + 1):
+                meter.record(step, {"loss": 10.0 * start + step})
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0),
+    ]  # fmt: skip
