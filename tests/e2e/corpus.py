@@ -11,14 +11,14 @@ from tools.make_demo_teachers import main as make_teachers
 NUMBERS = ("zero", "one", "two", "three")
 
 
-def write_shards(directory: Path, name: str, count: int) -> None:
-    """A shard of small pictures with labels and captions in two languages, and its index."""
+def write_shards(directory: Path, name: str, count: int, first_seed: int = 0) -> None:
+    """A shard of small pictures with labels and captions in two languages, and its index; a seed is a picture."""
     entries = []
     for number in range(count):
         label = number % len(NUMBERS)
         entries += members(
             f"{number:04d}",
-            picture(24 + 8 * (number % 3), 24 + 8 * (number % 2), seed=number),
+            picture(24 + 8 * (number % 3), 24 + 8 * (number % 2), seed=first_seed + number),
             source="numbers",
             label=label,
             captions={"en": [f"the number {NUMBERS[label]}"], "zh": [f"数字{label}"]},
@@ -31,6 +31,6 @@ def write_shards(directory: Path, name: str, count: int) -> None:
 def write_world(directory: Path) -> Path:
     """shards/, heldout/ and teachers/ in a directory; returns it."""
     write_shards(directory / "shards", "numbers-00000", 48)
-    write_shards(directory / "heldout", "numbers-00000", 16)
+    write_shards(directory / "heldout", "numbers-00000", 16, first_seed=1000)
     assert make_teachers(["--out", str(directory / "teachers")]) == 0
     return directory
