@@ -35,6 +35,8 @@ def prepare_process() -> None:
     """Make this process able to import and run megatron and deepspeed on its device; idempotent."""
     # Megatron warns at import, in every rank, of each optional package that is not installed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # torch renames collectives that DeepSpeed and Megatron call by their old names, each with a warning in mid-run.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # It also logs, for every layer, that it does not know an MLP class of ours.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     if torch.cuda.is_available():
