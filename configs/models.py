@@ -59,7 +59,7 @@ def byte_text(size: Size = "small") -> TextConfig:
 
 
 def demo_vision() -> CogViTConfig:
-    """Under a million parameters: what a CPU trains in minutes."""
+    """Under a million parameters, of the family that `cogvit_l` is and transformers loads: a CPU trains it in minutes."""
     return CogViTConfig(
         image_size=40,
         patch_size=8,
@@ -69,6 +69,8 @@ def demo_vision() -> CogViTConfig:
         use_cls_token=False,
         norm="rmsnorm",
         mlp="swiglu",
+        position="rotary",
+        eps=1e-5,
         mlp_ratio=2.0,
     )
 

@@ -1,6 +1,6 @@
 """Size limits of `make check`: files of 400 lines, functions of 60.
 
-Usage: python -m tools.check_size DIR ...
+usage: python -m tools.check_size DIR ...
 """
 
 from __future__ import annotations

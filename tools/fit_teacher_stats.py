@@ -1,6 +1,6 @@
 """Fits what standardizes the teachers' features, over a sample of the training images, for --teachers.stats FILE.
 
-Usage: python -m tools.fit_teacher_stats PRESET --out FILE [--images N] [flags of the trainer]
+usage: python -m tools.fit_teacher_stats PRESET --out FILE [--images N] [flags of the trainer]
 
 PRESET and flags are those of the runs that will read the file: their teachers, shards and sizes, whether features come
 from actors or a store (--teachers.source), and how they are standardized (--teachers.standardize channel|phi_s). The

@@ -1,6 +1,6 @@
 """Indexes webdataset shards for training: one pass over each tar and the headers of its images, no decoding.
 
-Usage: python -m tools.index_shards PATTERN [flags]
+usage: python -m tools.index_shards PATTERN [flags]
 
 PATTERN is a glob, a brace range ({00000..00012}) or a directory of .tar files, local or an fsspec URL, or a brace range
 of commands that print one (pipe:aws s3 cp s3://bucket/{00000..00012}.tar -); quote it. A remote shard is read whole,

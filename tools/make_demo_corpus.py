@@ -4,7 +4,7 @@ Every picture comes with a package that pip installs; nothing is downloaded. DIR
 shards, DIR/corpus.json says what is in them, from which seed and under which licenses. Held-out pictograms are other
 drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
 
-Usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
+usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Computes the teachers' features of all training images once, with Ray, for --teachers.source store.
 
-Usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [--tokens all|summary]
+usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [--tokens all|summary]
            [flags of the trainer]
 
 PRESET and flags are those of the run that will read the store: its shards (the held-out ones too where it evaluates),

@@ -1,6 +1,6 @@
 """Reads every image of a feature store and names the files that are damaged or not what the manifests say.
 
-Usage: python -m tools.verify_features DIR
+usage: python -m tools.verify_features DIR
 
 Exit status: 0, or 2 when something is wrong.
 """

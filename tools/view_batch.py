@@ -1,6 +1,6 @@
 """Draws a packed batch: the images as the student sees them, masks, padding, each rank's load and the plan's figures.
 
-Usage: python -m tools.view_batch PRESET --out FILE.png [--step N] [--dp-ranks N] [flags of the trainer]
+usage: python -m tools.view_batch PRESET --out FILE.png [--step N] [--dp-ranks N] [flags of the trainer]
 
 --step N      which step of the run (0)
 --dp-ranks N  how many data-parallel ranks the batch is placed on; the first one's packs are drawn (1)

@@ -1,6 +1,6 @@
 """How long a save holds up training: ours, beside a synchronous torch.save and DeepSpeed's own save, on CPU.
 
-Usage: python -m tools.bench.checkpoint [flags]
+usage: python -m tools.bench.checkpoint [flags]
   --presets demo_stage2,stage2_reference  whose models and optimizers are saved
   --ranks 1,2                             data-parallel processes that share the state
   --rounds 5                              each round runs every contender once; the table has the medians

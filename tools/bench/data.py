@@ -1,6 +1,6 @@
 """Measures the data plane: planning, balance and loading.
 
-Usage: python -m tools.bench.data
+usage: python -m tools.bench.data
 
 Planning: the cluster is simulated; every node of 64 and of 4,096 ranks plans its share of a few steps of 32 images a
 rank, across the end of an epoch. Times are of one core.

@@ -1,6 +1,6 @@
 """Speed and memory of the packed encoder beside the padded encoders of timm and transformers, on one CPU thread.
 
-Usage: PYTHONPATH=.venv/peers python -m tools.bench.encoder [flags]   (`make bench` fills .venv/peers; two hours)
+usage: PYTHONPATH=.venv/peers python -m tools.bench.encoder [flags]   (`make bench` fills .venv/peers; two hours)
   --width 768 --depth 12 --heads 12   shape of every encoder
   --mixes fit-256,fit-1024,native,mixed
   --precisions fp32,bf16              bf16 is autocast

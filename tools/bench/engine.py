@@ -1,6 +1,6 @@
 """What a training step costs beside a bare PyTorch loop of the same model, and beside DDP, on CPU.
 
-Usage: python -m tools.bench.engine [flags]
+usage: python -m tools.bench.engine [flags]
   --size small     tiny, small or base: the encoder, of the reference family
   --images 4       images of 14 x 14 patches in a microbatch
   --micro 2        microbatches of a step

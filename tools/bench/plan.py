@@ -1,6 +1,6 @@
 """What tools.plan predicts for the demo's encoder beside what its steps take, on CPU, up to four processes.
 
-Usage: python -m tools.bench.plan [flags]
+usage: python -m tools.bench.plan [flags]
   --layouts 1x1x1,...   TPxPPxDP each; by default every kind up to four processes
   --rounds 3            each round measures the machine and then a step; the table has medians
   --out FILE            also write the record there

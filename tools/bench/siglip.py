@@ -1,6 +1,6 @@
 """Time and memory of the sigmoid loss beside open_clip's SigLipLoss, and of the two-pass step beside one pass, on CPU.
 
-Usage: python -m tools.bench.siglip [flags]
+usage: python -m tools.bench.siglip [flags]
   --pairs 1024,4096,16384  pairs of the global batch; 0 for none (needs open_clip_torch, whose loss alone is loaded)
   --alone 32768            the same without open_clip, which cannot hold them; 0 for none
   --ranks 1,4              processes that share the pairs

@@ -1,6 +1,6 @@
 """Whether teachers are in the way: their store beside a plain file, a step with each source of targets, what both cost.
 
-Usage: python -m tools.bench.teachers [flags]
+usage: python -m tools.bench.teachers [flags]
   --parts store,overlap,cost  what is measured
   --dtypes bf16,uint8  how features are stored
   --images 256     of the store, 256 tokens each
