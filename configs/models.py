@@ -59,7 +59,7 @@ def byte_text(size: Size = "small") -> TextConfig:
 
 
 def demo_vision() -> CogViTConfig:
-    """Under a million parameters, of the family that `cogvit_l` is and transformers loads: a CPU trains it in minutes."""
+    """Under a million parameters, of the family of `cogvit_l`, which transformers loads; a CPU trains it in minutes."""
     return CogViTConfig(
         image_size=40,
         patch_size=8,

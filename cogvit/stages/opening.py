@@ -13,7 +13,7 @@ from cogvit.stages.protocol import Stage
 if TYPE_CHECKING:
     from cogvit.training.feed import Corpus
 
-_LOOKED_AT = 100_000  # images, evenly spread over the corpus
+_LOOKED_AT = 10_000  # images, evenly spread over the corpus, also those that the run leaves out
 _DOWNSIZED = 0.5  # share of the images from which on it is said
 
 
@@ -44,8 +44,8 @@ def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> 
         yield f"run: {parameters} parameters; {data.global_batch_images:,} images a step; {processes}"
         return
     index = usable_index(corpus.train, corpus.reads)
-    rows = np.linspace(0, len(index) - 1, min(len(index), _LOOKED_AT)).astype(np.int64)
-    height_px, width_px = index.rows["height_px"][rows], index.rows["width_px"][rows]
+    looked_at = index.take(np.linspace(0, len(index.corpus) - 1, min(len(index.corpus), _LOOKED_AT)).astype(np.int64))
+    height_px, width_px = looked_at["height_px"].astype(np.int64), looked_at["width_px"].astype(np.int64)
     sizing = sizing_of(config)
     patches = sizing.grids(height_px, width_px).prod(axis=1)
     most, mean = int(patches.max()), float(patches.mean())

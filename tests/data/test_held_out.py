@@ -29,7 +29,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def names(pattern: str, where: str = "") -> set[str]:
     index = load_index(pattern, where=where)
-    return {index.name(row).rpartition("/")[2] for row in range(len(index))}
+    return {index.name(row).rpartition("/")[2] for row in index.rows_of().tolist()}
 
 
 def test_parts_are_disjoint_whole_and_survive_a_move(shards: Path, tmp_path: Path) -> None:
