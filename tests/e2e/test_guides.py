@@ -26,6 +26,7 @@ ELSEWHERE = {
     "make demo": "continuous integration runs it before the tests",
     "make test": "this is it",
     "make check": "continuous integration runs it first",
+    "python -m tools.index_shards '/data/*.tar' --merge 64": "tests/data makes the parts that it joins",
     "pip install .": "tests/unit/test_install.py builds the wheel",
     'python -m cogvit.generate DIR --image picture.png --prompt "What is this?"': "its own tests make a model to ask",
     "python -m tools.make_demo_language_model tiny --corpus runs/demo/corpus --out runs/demo/language": "its own tests",
