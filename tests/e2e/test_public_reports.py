@@ -16,10 +16,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from cogvit.model.tokenizer import load_tokenizer
 from cogvit.train import main
 from cogvit.training.claim import _rates_agree
 from cogvit.training.meter import read_metrics
-from data_pipeline.caption import load_tokenizer
 from data_pipeline.index import build_index, load_index
 from tests.data.corpus import picture
 from tests.e2e.corpus import write_shards
