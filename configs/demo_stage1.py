@@ -35,6 +35,7 @@ def config() -> RunConfig:
                 TeacherConfig(name="siglip2", path="runs/demo/teachers/siglip2"),
                 TeacherConfig(name="dinov3", path="runs/demo/teachers/dinov3"),
             ),
+            visible_weight=1.0,
         ),
         optim=OptimConfig(lr=2e-3, adamw_lr=2e-3),
         schedule=ScheduleConfig(steps=120, warmup_steps=10),

@@ -7,6 +7,7 @@ the size in its header is accepted.
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from math import ceil
 
@@ -25,9 +26,13 @@ from data_pipeline.augment import PLAIN, View
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
+# Of damaged metadata, one a picture, with a path inside the environment; what is damaged is not used.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
 # Pillow reads forty more, and hands EPS to Ghostscript, whatever the file is called.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
+_PHONE_JPEG = "MPO"  # a JPEG with further pictures behind the first
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, as a decompression bomb has; shrink the image"
 _EXIF_MARK = b"Exif\0\0"
 _JPEG_MARK = b"\xff\xd8\xff"
@@ -55,7 +60,7 @@ def read_header(data: bytes) -> Header:
         raise DataError("the header does not parse") from error
     orientation = _orientation(image)
     height_px, width_px = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
-    return Header(height_px, width_px, str(image.format).lower())
+    return Header(height_px, width_px, "jpeg" if image.format == _PHONE_JPEG else str(image.format).lower())
 
 
 def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pixels:

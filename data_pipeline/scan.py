@@ -20,7 +20,9 @@ from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
 MAX_SIDE_PX = 2**16 - 1  # what the corpus file's rows hold
 MAX_MEMBER_BYTES = 2**32 - 1
 MAX_CAPTIONS = 2**8 - 1  # of a language that a sample draws from, the first
-IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "gif", "tif", "tiff", "bmp"})
+IMAGE_EXTENSIONS = frozenset(
+    {"png", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "gif", "tif", "tiff", "bmp", "avif", "jp2", "j2k"}
+)
 
 
 def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:

@@ -87,7 +87,8 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
     if not pattern:
         raise DataError("no shards are named: pass --data.shards PATTERN (a glob, a brace range or a directory)")
     try:
-        parts = expand_urls(pattern)
+        # A file or directory of that name is what is meant, whatever else its letters may mean.
+        parts = [pattern] if not is_remote(pattern) and os.path.exists(pattern) else expand_urls(pattern)
     except ValueError as error:
         raise DataError(f"{pattern!r} is no brace range: {error}") from None
     shards = [shard for part in parts for shard in _expand_one(part)]
@@ -99,13 +100,18 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
 def _expand_one(part: str) -> list[str]:
     if is_pipe(part):
         return [part]
-    fs, path = _filesystem(part)
+    fs, path = filesystem(part)
     prefix = part[: part.index("://") + 3] if is_remote(part) else ""
     if retry(lambda: fs.isdir(path), part):
-        found = retry(lambda: fs.glob(path.rstrip("/") + "/*.tar"), part)
+        found = retry(lambda: fs.glob(_literal(path.rstrip("/")) + "/*.tar"), part)
         problem = f"the directory {part} holds no .tar shards"
+    elif retry(lambda: fs.isfile(path), part):
+        found, problem = [path], ""
     elif any(letter in path for letter in "*?["):
         found = retry(lambda: fs.glob(path), part)
+        head, _, tail = path.rpartition("/")
+        if not found and retry(lambda: fs.isdir(head), part):  # brackets in the directory's own name
+            found = retry(lambda: fs.glob(f"{_literal(head)}/{tail}"), part)
         problem = f"no shard matches {part!r}"
     else:
         found = [path] if retry(lambda: fs.exists(path), part) else []
@@ -115,6 +121,11 @@ def _expand_one(part: str) -> list[str]:
     return [str(name) if "://" in str(name) else prefix + str(name) for name in sorted(found)]  # http keeps it
 
 
+def _literal(path: str) -> str:
+    """Return a path as a pattern that matches it alone."""
+    return re.sub(r"([*?[])", r"[\1]", path)
+
+
 def stat_shard(path: str) -> ShardVersion:
     """Return a shard's size and modification mark, without reading it; nothing tells those of a pipe.
 
@@ -122,7 +133,7 @@ def stat_shard(path: str) -> ShardVersion:
     """
 
     def stat() -> ShardVersion:
-        fs, bare = _filesystem(path)
+        fs, bare = filesystem(path)
         info = fs.info(bare)
         modified = next((info[name] for name in ("ETag", "mtime", "LastModified", "created") if info.get(name)), "")
         return ShardVersion(int(info["size"]), str(modified))
@@ -196,7 +207,7 @@ class _LocalFile:
 def _read_remote(path: str, offset_bytes: int, size_bytes: int) -> bytes:
     if is_pipe(path):
         raise DataError(f"{path} prints a shard from its start, and samples are read by offset; pass --data.cache-dir")
-    fs, bare = _filesystem(path)
+    fs, bare = filesystem(path)
     data = retry(lambda: cast(bytes, fs.cat_file(bare, offset_bytes, offset_bytes + size_bytes)), path)
     if len(data) > size_bytes:
         raise DataError(f"the server of {path} sends whole files instead of byte ranges; pass --data.cache-dir")
@@ -236,7 +247,7 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
     Errors: OSError, from a pipe too when its command fails; what a file system of fsspec raises.
     """
     if not is_pipe(path):
-        fs, bare = _filesystem(path)
+        fs, bare = filesystem(path)
         with fs.open(bare, "rb") as stream:
             yield stream
         return
@@ -323,8 +334,10 @@ def _check_end(path: str, stream: IO[bytes], offset_bytes: int) -> None:
         raise DataError(f"{path} has no end marker at byte {offset_bytes}: it is damaged or cut short; re-create it")
 
 
-def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a path (fsspec caches it) and the path as that file system spells it: absolute."""
+    if not is_remote(path):  # fsspec would take a :: for a chain of file systems
+        return fsspec.filesystem("file"), os.path.abspath(path)
     try:
         fs, bare = fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:  # unknown protocol, or its driver is not installed

@@ -8,13 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
-from data_pipeline.shards import is_pipe, is_remote, retry, shard_name
+from data_pipeline.shards import filesystem, is_pipe, is_remote, retry, shard_name
 
 VERSION = 5
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
@@ -54,7 +53,7 @@ def index_path(shard: str, index_dir: str = "") -> str:
 
 def table_exists(path: str) -> bool:
     """Whether there is a file. Errors: DataError when its place is out of reach."""
-    fs, bare = fsspec.url_to_fs(path)
+    fs, bare = filesystem(path)
     return retry(lambda: bool(fs.exists(bare)), path)
 
 
@@ -86,7 +85,8 @@ def read_table(path: str) -> tuple[pa.Table, dict[str, Any]]:
     """
 
     def read() -> bytes:
-        with fsspec.open(path, "rb") as file:
+        fs, bare = filesystem(path)
+        with fs.open(bare, "rb") as file:
             return bytes(file.read())
 
     try:
@@ -108,7 +108,7 @@ def write_table(path: str, table: pa.Table, facts: Mapping[str, Any]) -> None:
     # Dictionaries and compression would cost more to undo than they save of columns that hardly repeat.
     rows = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
     pq.write_table(rows, buffer, compression="none", use_dictionary=["source", "format"])
-    fs, bare = fsspec.url_to_fs(path)
+    fs, bare = filesystem(path)
     temporary = f"{bare}.{os.getpid()}.partial"
     try:
         fs.makedirs(bare.rpartition("/")[0], exist_ok=True)

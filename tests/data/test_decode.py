@@ -2,7 +2,10 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from cogvit.errors import DataError
 from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, View, views_of
 from data_pipeline.decode import Header, decode_patches, read_header, read_image, read_image_at
 from tests.data.corpus import picture
+
+ROOT = Path(__file__).parents[2]
 
 
 def encoded(image, image_format, **options):
@@ -216,3 +221,26 @@ def test_a_crop_of_a_jpeg_shows_the_same_part_at_any_size():
         small, large = (pixels_of(read_image_at(data, size, view)) for size in ((50, 40), (400, 320)))
         shrunk = np.asarray(Image.fromarray(large.astype(np.uint8)).resize((40, 50), Image.Resampling.BILINEAR))
         assert np.abs(small - shrunk).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options", "named"),
+    [("MPO", {}, "jpeg"), ("AVIF", {"quality": 90}, "avif"), ("JPEG2000", {}, "jpeg2000")],
+)
+def test_what_phones_and_archives_write_is_read(image_format, options, named):
+    data = picture(24, 40, seed=1, image_format=image_format, **options)
+    header = read_header(data)
+    assert (header.height_px, header.width_px, header.format) == (24, 40, named)
+    plain = read_image(picture(24, 40, seed=1))
+    assert np.abs(read_image(data).astype(int) - plain.astype(int)).mean() < 12
+
+
+def test_damaged_exif_is_quiet(capfd):
+    """In a process of its own: pytest shows warnings in its own way."""
+    code = (
+        "import io, sys; from PIL import Image; from data_pipeline.decode import read_header; data = io.BytesIO();"
+        "exif = b'Exif\\0\\0II*\\0\\x08\\0\\0\\0\\xff\\xff\\x12\\x01';"
+        "Image.new('RGB', (8, 8)).save(data, 'JPEG', exif=exif); read_header(data.getvalue())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -8,8 +8,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cogvit.errors import DataError
+from data_pipeline.index import build_index, load_index
 from data_pipeline.shards import RETRY_DELAYS_S, ShardReader, expand_shards, read_members
-from tests.data.corpus import write_tar
+from tests.data.corpus import members, picture, write_tar
 
 ENTRIES = [("a.txt", b"first"), ("b.c.json", b"{}"), ("dir.v1/c.PNG", b"x" * 1000)]
 
@@ -144,3 +145,19 @@ def test_transient_errors_are_retried_and_lasting_ones_reported():
     FlakyFileSystem.failures_left = len(RETRY_DELAYS_S) + 1
     with pytest.raises(DataError, match="after 3 retries: connection reset"):
         ShardReader().read("flaky://bucket/s.bin", 2, 3)
+
+
+@pytest.mark.parametrize("name", ["data[v2]", "a::b", "plain", "x{1,2}y", "what?"])
+def test_letters_of_patterns_in_the_name_of_a_directory(tmp_path, name):
+    path = str(write_tar(tmp_path / name / "s-00.tar", ENTRIES))
+    assert expand_shards(str(tmp_path / name)) == (path,)
+    assert expand_shards(path) == (path,)
+    if "{" not in name and "::" not in name:
+        assert expand_shards(f"{tmp_path / name}/*.tar") == (path,)
+
+
+def test_a_directory_with_odd_letters_is_indexed_and_read(tmp_path):
+    entries = members("a", picture(16, 16, seed=0), captions={"en": ["a"]})
+    write_tar(tmp_path / "data[v2]" / "a::b" / "s.tar", entries)
+    list(build_index(str(tmp_path / "data[v2]" / "a::b")))
+    assert len(load_index(str(tmp_path / "data[v2]" / "a::b"))) == 1
