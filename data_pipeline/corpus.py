@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,8 +27,8 @@ from numpy.typing import NDArray
 from cogvit.batch import SampleRef, ShardVersion
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
-from data_pipeline.caption import LANGUAGES, CaptionChoice, parse_metadata
-from data_pipeline.shards import ShardReader, is_pipe, is_remote, retry
+from data_pipeline.caption import LANGUAGES, CaptionChoice, Captions, captions_of, parse_metadata
+from data_pipeline.shards import ShardReader, filesystem, is_pipe, is_remote, retry
 from data_pipeline.table import CAPTION_EXTENSIONS
 
 Ints = NDArray[np.int64]
@@ -136,7 +135,7 @@ def _file_name(text: str) -> str:
 
 
 def _is_directory(path: str) -> bool:
-    fs, bare = fsspec.url_to_fs(path)
+    fs, bare = filesystem(path)
     return retry(lambda: bool(fs.isdir(bare)), path)
 
 
@@ -210,14 +209,15 @@ class Corpus:
         size_bytes = int(entry["size_bytes"])
         return SampleRef(int(entry["sample_id"]), self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
 
-    def metadata(self, row: int, reader: ShardReader) -> dict[str, Any]:
-        """Read what is said of a sample where its captions lie; nothing where it has none. Errors: DataError."""
+    def captions(self, row: int, reader: ShardReader, field: str) -> Captions:
+        """Read a sample's captions, of a json in the field (`captions_of`). Errors: DataError."""
         shard, entry = self._entry(row)
         if entry["caption_member"] < 0:
-            return {}
+            return captions_of({})
         offset_bytes, size_bytes = int(entry["caption_block"]) * TAR_BLOCK_BYTES, int(entry["caption_size_bytes"])
         data = reader.read(self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
-        return parse_metadata(data, CAPTION_EXTENSIONS[entry["caption_member"]])
+        extension = CAPTION_EXTENSIONS[entry["caption_member"]]
+        return captions_of(parse_metadata(data, extension), field if extension == "json" else "")
 
     def name(self, row: int) -> str:
         """Return shard and key of a sample, for messages."""
@@ -297,7 +297,7 @@ def open_corpus(place: Place, path: str = "") -> Corpus:
     """
     path = path or place.path
     if is_remote(path):
-        fs, bare = fsspec.url_to_fs(path)
+        fs, bare = filesystem(path)
         if not retry(lambda: bool(fs.exists(bare)), path):
             raise FileNotFoundError(path)
         with tempfile.TemporaryFile() as copy:

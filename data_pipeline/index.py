@@ -156,7 +156,8 @@ def index_shard(shard: str, index_dir: str, source: str, rules: Rules) -> ShardR
         if facts["made_from"] == made_from:
             return ShardReport(shard, num_images, facts["problems"], True, made_from_hash(facts))
     with whole_shard(shard) as (file, version):
-        table, problems = scan_shard(shard, file, source, rules)
+        table, left_out = scan_shard(shard, file, source, rules)
+    problems = dict(left_out)
     facts = {"made_from": made_from, "version": asdict(version), "problems": problems}
     write_table(path, table, facts)
     return ShardReport(shard, table.num_rows, problems, False, made_from_hash(facts))

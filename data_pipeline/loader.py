@@ -31,7 +31,6 @@ from data_pipeline.caption import (
     LANGUAGES,
     CaptionChoice,
     Tokenizer,
-    captions_of,
     choose_captions,
     load_tokenizer,
     token_bound,
@@ -281,8 +280,13 @@ class StepLoader:
     def _captions(self, rows: Ints, language: Ints, number: Ints) -> list[Spoken]:
         captions = []
         for row, tongue, which in zip(rows.tolist(), language, number, strict=True):
-            found = captions_of(self.index.corpus.metadata(row, self.reader))
-            captions.append(Spoken(found[LANGUAGES[tongue]][which], name_to_int64(repr(sorted(found.items())))))
+            found = self.index.corpus.captions(row, self.reader, self.config.data.caption_field)
+            if which >= len(texts := found[LANGUAGES[tongue]]):
+                raise DataError(
+                    f"{self.index.name(row)} has other captions than its index; pass the --data.caption-field that its"
+                    " shards were indexed with, or run python -m tools.index_shards again"
+                )
+            captions.append(Spoken(texts[which], name_to_int64(repr(sorted(found.items())))))
         return captions
 
 

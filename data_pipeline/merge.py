@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,7 +38,7 @@ from data_pipeline.corpus import (
     prelude_bytes,
     tail_bytes,
 )
-from data_pipeline.shards import is_remote, shard_name
+from data_pipeline.shards import filesystem, is_remote, shard_name
 from data_pipeline.table import index_path, read_table
 
 _COPIED = tuple(name for name in ROW.names or () if name in ("sample_id", "size_bytes", "caption_size_bytes", "label"))
@@ -179,9 +178,9 @@ def merge_parts(place: Place, num_parts: int) -> str:
         seen.add(entry.path)
     present = _present(place, place.path)
     _write(place, place.path, [*([] if present is None else [present]), *parts], entries, "", None)
-    fs, _ = fsspec.url_to_fs(place.path)
+    fs, _ = filesystem(place.path)
     for number in range(num_parts):
-        fs.rm(fsspec.url_to_fs(part_path(place, number, num_parts))[1])
+        fs.rm(filesystem(part_path(place, number, num_parts))[1])
     return place.path
 
 
@@ -276,7 +275,7 @@ def _opened(path: str, own: Corpus | None) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile() as file:
             file.seek(BLOCKS_AT)
             yield file
-            fs, bare = fsspec.url_to_fs(path)
+            fs, bare = filesystem(path)
             fs.put_file(file.name, bare)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)

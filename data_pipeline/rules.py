@@ -17,12 +17,14 @@ from data_pipeline.decode import MAX_PIXELS
 
 @dataclass(frozen=True)
 class Rules:
-    """What indexing leaves out, beside what it cannot read."""
+    """What indexing takes of a sample and what it leaves out, beside what it cannot read."""
 
     min_side_px: int = 8
     max_aspect: float = 6.0  # longer side over shorter, as in CogVLM's data
     max_pixels: int = MAX_PIXELS
     captions: Literal["any", "required"] = "any"
+    caption_field: str = ""  # of a json; its `captions` and `caption` if empty
+    source_field: str = "source"
 
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raise DataError with the reason when an image of this size is left out."""

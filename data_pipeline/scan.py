@@ -25,49 +25,63 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 
-def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
-    """Read an open shard; returns its rows and how many members or samples were left out for which reason.
+class LeftOut(Counter[str]):
+    """How many members or samples are left out for which reason, and which: names of members, or keys of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: list[tuple[str, str]] = []  # name, reason
+
+    def note(self, name: str, reason: str) -> None:
+        """Count one."""
+        self[reason] += 1
+        self.named.append((name, reason))
+
+
+def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -> tuple[pa.Table, LeftOut]:
+    """Read an open shard; returns its rows and what was left out.
 
     Errors: DataError when it is not a sound tar.
     """
-    problems: Counter[str] = Counter()
+    problems = LeftOut()
     images: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, Member]] = {}
     for member in members_of(shard, file):
         if not member.name.isprintable():
-            problems["a name is not printable UTF-8"] += 1
+            problems.note(member.name, "a name is not printable UTF-8")
         elif not member.is_regular:
-            problems["a link, device or sparse file, which is not followed"] += 1
+            problems.note(member.name, "a link, device or sparse file, which is not followed")
         elif member.extension in METADATA_EXTENSIONS and member.extension in texts.get(member.key, {}):
-            problems["a second json, txt or cls of the same key"] += 1
+            problems.note(member.name, "a second json, txt or cls of the same key")
         elif member.extension in METADATA_EXTENSIONS:
             texts.setdefault(member.key, {})[member.extension] = member
         elif member.extension in IMAGE_EXTENSIONS and member.key in images:
-            problems["a second image of the same key"] += 1
+            problems.note(member.name, "a second image of the same key")
         elif member.extension in IMAGE_EXTENSIONS:
             try:
                 images[member.key] = _image_columns(member, rules)
             except DataError as error:
-                problems[str(error)] += 1
+                problems.note(member.name, str(error))
         elif member.extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            problems["an image with a second dot in its name (keys end at the first one)"] += 1
+            problems.note(member.name, "an image with a second dot in its name (keys end at the first one)")
         else:
-            problems["neither an image nor a caption by its name"] += 1
-    problems["captions without an image"] += len(texts.keys() - images.keys())
+            problems.note(member.name, "neither an image nor a caption by its name")
+    for key in sorted(texts.keys() - images.keys()):
+        problems.note(key, "captions without an image")
     for key, row in images.items():
-        row |= {"key": key, "source": default_source} | _caption_columns(texts.get(key, {}), problems)
+        row |= {"key": key, "source": default_source} | _caption_columns(key, texts.get(key, {}), rules, problems)
         row["sample_id"] = name_to_int64(f"{row['source']}/{shard_name(shard)}/{key}")
     distinct: dict[int, dict[str, Any]] = {}
     for row in images.values():
-        distinct.setdefault(row["sample_id"], row)
+        if distinct.setdefault(row["sample_id"], row) is not row:
+            problems.note(row["key"], "its key hashes to the number of another key of the shard")
     rows = list(distinct.values())
-    problems["its key hashes to the number of another key of the shard"] += len(images) - len(rows)
     if rules.captions == "required":
-        captioned = [row for row in rows if row["caption_member"] >= 0]
-        problems["no caption"] += len(rows) - len(captioned)
-        rows = captioned
-    problems += Counter()  # drops what was counted zero times
-    return pa.Table.from_pylist(rows, schema=SCHEMA), dict(problems)
+        for row in rows:
+            if row["caption_member"] < 0:
+                problems.note(row["key"], "no caption")
+        rows = [row for row in rows if row["caption_member"] >= 0]
+    return pa.Table.from_pylist(rows, schema=SCHEMA), problems
 
 
 def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
@@ -86,7 +100,7 @@ def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
     }
 
 
-def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict[str, Any]:
+def _caption_columns(key: str, members: dict[str, Member], rules: Rules, problems: LeftOut) -> dict[str, Any]:
     """Return source and label, if there are any, and where the captions lie: in the json, or else in the txt."""
     columns: dict[str, Any] = {"caption_offset_bytes": 0, "caption_size_bytes": 0, "caption_member": -1}
     columns["label"] = NO_LABEL
@@ -98,15 +112,16 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
         try:
             metadata = parse_metadata(member.data, extension)
         except DataError as error:
-            problems[str(error)] += 1
+            problems.note(key, str(error))
             continue
-        if (source := source_of(metadata)) is not None:
+        if (source := source_of(metadata, rules.source_field)) is not None:
             columns["source"] = source
-        elif metadata.get("source") is not None:
-            problems["a source that is no text (the default stands for it)"] += 1
+        elif metadata.get(rules.source_field) is not None:
+            problems.note(key, "a source that is no text (the default stands for it)")
         if columns["label"] == NO_LABEL:
             columns["label"] = label_of(metadata)
-        captions = {language: texts[:MAX_CAPTIONS] for language, texts in captions_of(metadata).items()}
+        field = rules.caption_field if extension == "json" else ""  # a txt is a caption, whatever fields are called
+        captions = {language: texts[:MAX_CAPTIONS] for language, texts in captions_of(metadata, field).items()}
         if any(captions.values()) and columns["caption_member"] < 0:
             columns |= {
                 f"{language}_bytes": [len(text.encode()) for text in captions[language]] for language in captions
@@ -114,10 +129,11 @@ def _caption_columns(members: dict[str, Member], problems: Counter[str]) -> dict
             columns["caption_member"] = number
             columns["caption_offset_bytes"] = member.offset_bytes
             columns["caption_size_bytes"] = len(member.data)
-        elif not_understood(metadata):
-            problems[
-                "captions of a form that is not understood: no text, list of texts, COCO's list, or these by en, zh"
-            ] += 1
+        elif not_understood(metadata, field):
+            problems.note(
+                key,
+                "captions of a form that is not understood: no text, list of texts, COCO's list, or these by en, zh",
+            )
     if members and columns["caption_member"] < 0 and columns["label"] == NO_LABEL:
-        problems["a sample's captions are empty or missing in its json or txt (it serves stage 1)"] += 1
+        problems.note(key, "a sample's captions are empty or missing in its json or txt (it serves stage 1)")
     return columns

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cogvit.batch import Batch, DataPosition, Reads, StepBatch, StreamedSample
-from cogvit.config import RunConfig
+from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import mix, name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.assembly import Spoken, assemble_text
@@ -40,6 +40,7 @@ from data_pipeline.caption import (
     choose_captions,
     load_tokenizer,
     parse_metadata,
+    source_of,
     token_bound,
 )
 from data_pipeline.decode import read_header
@@ -201,7 +202,7 @@ class _Stream:
         except DataError as error:
             self._left_out[str(error)] += 1
             return None
-        source, captions = _texts(entries)
+        source, captions = _texts(entries, self.config.data)
         if self.reads == "captions" and not any(captions.values()):
             self._left_out["no caption"] += 1
             return None
@@ -285,7 +286,7 @@ def _keys(arrived: list[_Arrived], seed: int, start: int) -> Ints:
     return mix(sample_id, seed, start, torch.tensor([one.round for one in arrived])).numpy()
 
 
-def _texts(entries: dict[str, Any]) -> tuple[str, Captions]:
+def _texts(entries: dict[str, Any], data: DataConfig) -> tuple[str, Captions]:
     """Return a sample's source, if its json names one, and its captions: those of its json, or else of its txt."""
     source, captions = "", captions_of({})
     for extension in CAPTION_EXTENSIONS:
@@ -293,8 +294,9 @@ def _texts(entries: dict[str, Any]) -> tuple[str, Captions]:
             metadata = parse_metadata(entries[extension], extension) if extension in entries else {}
         except DataError:
             continue
-        source = source or (named if isinstance(named := metadata.get("source"), str) else "")
-        captions = captions if any(captions.values()) else captions_of(metadata)
+        source = source or source_of(metadata, data.source_field) or ""
+        field = data.caption_field if extension == "json" else ""
+        captions = captions if any(captions.values()) else captions_of(metadata, field)
     return source, captions
 
 

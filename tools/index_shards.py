@@ -5,11 +5,15 @@ Usage: python -m tools.index_shards PATTERN [flags]
 PATTERN is a glob, a brace range ({00000..00012}) or a directory of .tar files, local or an fsspec URL, or a brace range
 of commands that print one (pipe:aws s3 cp s3://bucket/{00000..00012}.tar -); quote it. A remote shard is read whole,
 through a temporary file. Nothing tells when that of a pipe changed: remove its index to make it anew.
-A sample is KEY.png, .jpg, .webp, .gif, .bmp or .tif with captions in KEY.json ({"captions": {"en": [...], "zh": [...]}}
-or, as img2dataset writes it, {"caption": ...}) or in KEY.txt.
+A sample is KEY.png, .jpg, .webp, .avif, .jp2, .gif, .bmp or .tif with captions in KEY.json or KEY.txt. A json holds
+them as `captions` or `caption`: a text, a list of texts, COCO's [{"raw": ...}], or any of these by language,
+{"en": [...], "zh": [...]}.
 
 --index-dir DIR      write SHARD.parquet there instead of beside each shard
 --source NAME        source of the samples whose json names none, for data.mixture ("default")
+--caption-field NAME the field of a json that holds the captions; pass the run the same as --data.caption-field
+--source-field NAME  the field of a json that names the source ("source"); a field that no json has: all are of --source
+--report FILE        read the shards again and write what is left out, a line {"shard", "name", "reason"} each
 --min-side-px N      leave out images with a shorter side (8)
 --max-aspect X       leave out images whose longer side is more than X times the shorter (6)
 --max-pixels N       leave out images with more pixels (89478485)
@@ -30,6 +34,7 @@ others are indexed. Exit status: 0, or 2 for shards that cannot be indexed.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -45,7 +50,9 @@ from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.index import DEFAULT_SOURCE, ShardReport, index_shard, load_index, shards_to_index
 from data_pipeline.merge import Entry, merge, merge_parts
 from data_pipeline.rules import Rules
+from data_pipeline.scan import scan_shard
 from data_pipeline.server import run_tasks
+from data_pipeline.shards import whole_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,9 @@ class Arguments:
     captions: str = Rules.captions
     part: str = ""
     merge: str = ""
+    caption_field: str = Rules.caption_field
+    source_field: str = Rules.source_field
+    report: str = ""
     workers: str = "1"
     ray_address: str = ""
 
@@ -75,6 +85,8 @@ def read_rules(arguments: Arguments) -> Rules:
             float(arguments.max_aspect),
             int(arguments.max_pixels),
             "required" if arguments.captions == "required" else "any",
+            arguments.caption_field,
+            arguments.source_field,
         )
     except ValueError as error:
         raise ConfigError(f"--min-side-px, --max-aspect and --max-pixels take numbers: {error}") from None
@@ -137,6 +149,8 @@ def index_shards(arguments: Arguments) -> int:
             print(f"[{done}/{len(shards)}] {name}: {report.num_images:,} images, {state}", flush=True)
     for reason, count in problems.most_common():
         print(f"left out: {count:,} x {reason}")
+    if arguments.report:
+        write_report(arguments, shards)
     if failures:
         raise DataError(f"{len(failures)} of {len(shards)} shards cannot be indexed: {failures[0]}")
     print(merge(place, [Entry(shard, made_from[shard]) for shard in shards], arguments.index_dir, part))
@@ -156,6 +170,27 @@ def read_part(text: str) -> tuple[int, int] | None:
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise ConfigError(f"--part {text} must be I/N with I from 0 to N - 1")
     return int(number), int(parts)
+
+
+def write_report(arguments: Arguments, shards: tuple[str, ...]) -> None:
+    """Name every member and sample that is left out, with the reason. Errors: ConfigError when it cannot be written."""
+    try:
+        with open(arguments.report, "w") as report:
+            for shard in tqdm(shards, desc="report", unit="shard", disable=not sys.stderr.isatty()):
+                for name, reason in left_out_of(shard, arguments.source, read_rules(arguments)):
+                    report.write(json.dumps({"shard": shard, "name": name, "reason": reason}) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--report {arguments.report} cannot be written: {error.strerror}") from None
+    print(f"what is left out: {arguments.report}")
+
+
+def left_out_of(shard: str, source: str, rules: Rules) -> list[tuple[str, str]]:
+    """Return names and reasons; for a shard that is not read at all the reason alone."""
+    try:
+        with whole_shard(shard) as (file, _):
+            return scan_shard(shard, file, source, rules)[1].named
+    except DataError as error:
+        return [("", str(error))]
 
 
 def main(argv: list[str]) -> int:

@@ -28,6 +28,10 @@ class DataConfig:
         " guarantees: shuffled and balanced only inside lookahead_steps of each rank, no mixture, batches depend on the"
         " number of ranks, and a resumed run begins the shards anew",
     )
+    caption_field: str = option(
+        "", "field of a sample's json that holds its captions, as in tools.index_shards; captions and caption if empty"
+    )
+    source_field: str = option("source", "sequential: field of a sample's json that names its source")
     where: str = option("", "a rule over the index for the samples to use, like 'width_px >= 64 and source != \"ads\"'")
     duplicates: Literal["drop", "keep"] = option("drop", "of images that are equal byte for byte, use the first or all")
     mixture: tuple[tuple[str, float], ...] = option((), "weights of the index's sources; by their sizes if empty")

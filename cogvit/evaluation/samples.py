@@ -15,7 +15,7 @@ from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
-from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of
+from data_pipeline.caption import LANGUAGES, NO_LABEL
 from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
@@ -93,13 +93,13 @@ def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
     )
 
 
-def read_samples(index: Index, source: str, rows: Ints) -> Samples:
-    """Read labels and captions of some rows of a source."""
+def read_samples(index: Index, source: str, rows: Ints, caption_field: str = "") -> Samples:
+    """Read labels and captions of some rows of a source; caption_field is data.caption_field."""
     reader, labels = ShardReader(), index.take(rows)["label"]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
     without: dict[str, int] = {}  # the first row of each language that lacks a caption
     for row in rows.tolist():
-        for language, texts in captions_of(index.corpus.metadata(row, reader)).items():
+        for language, texts in index.corpus.captions(row, reader, caption_field).items():
             captions[language] += [texts] if texts else []
             if not texts:
                 without.setdefault(language, row)

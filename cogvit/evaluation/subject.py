@@ -55,6 +55,7 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
     if not data:
         raise ConfigError(f"{path} names no held-out shards; pass --data PATTERN")
     heldout = load_index(data, index_dir)
+    field = config.data.caption_field if config is not None else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
         if module is not None:
@@ -65,7 +66,7 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
         towers,
         _sizing(config, towers.vision.cfg),
         heldout,
-        tuple(read_samples(heldout, source, rows_of(heldout, source)) for source in heldout.sources),
+        tuple(read_samples(heldout, source, rows_of(heldout, source), field) for source in heldout.sources),
         ranks,
     )
 

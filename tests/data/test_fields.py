@@ -1,0 +1,47 @@
+"""Fields of a json by their names, and a report that names what is left out."""
+
+import json
+
+import numpy as np
+
+from cogvit.config import DataConfig
+from data_pipeline.index import load_index
+from tests.data.corpus import picture, write_tar
+from tools.index_shards import main
+
+SOURCES = ("one.example", "two.example")
+
+
+def write(directory):
+    entries = []
+    for number in range(6):
+        said = {"TEXT": [f"picture {number}"], "site": SOURCES[number % 2], "source": f"https://page/{number}"}
+        entries += [(f"{number}.png", picture(16, 16, seed=number)), (f"{number}.json", json.dumps(said).encode())]
+    entries += [("thin.png", picture(200, 9, seed=9)), ("lost.json", b"{}"), ("bad.png", b"no picture")]
+    entries += [("odd.png", picture(16, 16, seed=77)), ("odd.json", json.dumps({"TEXT": 7}).encode())]
+    return write_tar(directory / "shard-00.tar", entries)
+
+
+def test_captions_and_sources_go_by_the_fields_that_are_named(tmp_path, capsys):
+    write(tmp_path)
+    assert main([str(tmp_path), "--caption-field", "TEXT", "--source-field", "site"]) == 0
+    index = load_index(str(tmp_path))
+    assert index.sources == ("default", *SOURCES) and len(index.captioned()) == 6
+    assert "captions of a form that is not understood" in capsys.readouterr().out
+    assert main([str(tmp_path), "--source-field", "none", "--source", "web"]) == 0
+    assert load_index(str(tmp_path)).sources == ("web",)
+    assert DataConfig().caption_field == "" and DataConfig().source_field == "source"
+
+
+def test_the_report_names_each_that_is_left_out(tmp_path, capsys):
+    shard = write(tmp_path)
+    assert main([str(tmp_path), "--caption-field", "TEXT", "--report", str(tmp_path / "left.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "left.jsonl").open()]
+    assert {row["shard"] for row in rows} == {str(shard)}
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert "aspect" in reasons["thin.png"] and "no known image format" in reasons["bad.png"]
+    assert reasons["lost"] == "captions without an image" and "odd" in reasons
+    printed = capsys.readouterr().out
+    counts = [int(line.split()[2]) for line in printed.splitlines() if line.startswith("left out:")]
+    assert np.sum(counts) == len(rows)
+    assert main([str(tmp_path), "--report", str(tmp_path / "none" / "x")]) == 2
