@@ -231,7 +231,7 @@ class PretrainedTokenizer:
         text = text.lower() if self._lower else text
         with self._lock:
             # No caption is without a token.
-            ids = self._tokenizer(text, split_special_tokens=True)["input_ids"] or [self.pad_id]
+            ids = self._tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"] or [self.pad_id]
             cut = len(ids) > max_tokens
             if cut:
                 shorter = self._tokenizer(text, split_special_tokens=True, truncation=True, max_length=max_tokens)

@@ -6,6 +6,7 @@ tensor ranks sit on one node, pipeline neighbors under one switch, and only the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
 from cogvit.config.environment import Process, device_index, this_process
-from cogvit.errors import CogViTError
+from cogvit.errors import CogViTError, ConfigError
 from cogvit.parallel.cpu import prepare_process
 
 prepare_process()
@@ -249,4 +250,10 @@ def _join_world(process: Process, device: torch.device, timeout_s: float) -> Non
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
         return
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise ConfigError(f"{place} is in use by another program; set MASTER_PORT to a free port") from None
