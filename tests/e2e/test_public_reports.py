@@ -39,7 +39,7 @@ def write_tar(path: Path, entries: list[tuple[str, bytes]], tar_format: int = ta
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_members_apart_in_folders_and_with_long_names(tmp_path: Path, tar_format: int) -> None:
-    """webdataset#407 (members that are not adjacent), #428 and #144 (long names, formats), #11 (one name in folders)."""
+    """webdataset#407 (members not adjacent), #428 and #144 (long names, formats), #11 (one name in folders)."""
     long = "k" * (60 if tar_format == tarfile.USTAR_FORMAT else 180)
     images = [(f"{folder}/{long}{n}.png", picture(16, 16, seed=n)) for folder in "xy" for n in range(3)]
     texts = [(name.replace(".png", ".txt"), b"a caption") for name, _ in images]
