@@ -5,6 +5,7 @@ A dense batch is a pack too: padding patches are left out, so there is one path 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,8 +21,10 @@ from cogvit.model.config import CogViTConfig
 from cogvit.model.init import init_model
 from cogvit.model.interop import load_checked, read_model, write_model
 from cogvit.model.packing import Grid, pack_batch
-from cogvit.model.position import PositionTable, rotary_2d
+from cogvit.model.position import PositionTable, resized_table, rotary_2d
 from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens, token_order
+
+_POSITIONS = "pos_embed.embed"  # the name of a learned position table
 
 
 def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
@@ -199,8 +202,12 @@ class CogViT(VisionEmbedding):
         write_model(Path(directory), self.cfg, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> CogViT:
+    def from_pretrained(cls, directory: str | Path, *, image_size: int | None = None) -> CogViT:
         """Read what `save_pretrained` wrote, or the vision tower of a GLM-OCR checkpoint of transformers.
+
+        image_size: another side of the square images in px, to whose grid a learned position table is resized
+        (bicubic); a multiple of the patch.
+
 
         Where GLM-OCR's preprocessor_config.json names another normalization of images, it is folded into the weights:
         images are in [-1, 1] here, and the mask token is new.
@@ -208,6 +215,10 @@ class CogViT(VisionEmbedding):
         Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
         """
         cfg, weights = read_model(Path(directory))
+        if image_size is not None:
+            cfg = replace(cfg, image_size=image_size)
+            if _POSITIONS in weights:
+                weights[_POSITIONS] = resized_table(weights[_POSITIONS], cfg.base_grid)
         model = cls(cfg)
         load_checked(model, weights)
         return model
