@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cogvit.model.position import apply_rotary
 
@@ -56,6 +57,22 @@ def heads(
     return q_SHK, k_SHK
 
 
+def lean_heads(
+    q_SHK: Tensor,
+    k_SHK: Tensor,
+    norms: tuple[Weights, Weights] | None,
+    angles: tuple[Tensor, Tensor] | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Do what `heads` does; of half-precision queries and keys no fp32 copies are kept, which norms would."""
+    inputs = (q_SHK, k_SHK, norms, angles, eps, dtype)
+    if norms is None or q_SHK.dtype == norms[0][0].dtype or not torch.is_grad_enabled():
+        return heads(*inputs)
+    turned: tuple[Tensor, Tensor] = checkpoint(heads, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return turned
+
+
 def activated(h_F: Tensor, bias_F: Tensor | None, *, gated: bool) -> Tensor:
     """Return GELU(h + bias) or, gated, SiLU(gate) * up with [gate; up] = h + bias; [..., F] in."""
     if bias_F is not None:
@@ -81,10 +98,10 @@ def with_branch(
 
 @dataclass(frozen=True)
 class Pieces:
-    """The four functions above, as they stand or compiled."""
+    """What stands above, plain or compiled."""
 
     normalized: Callable[..., Tensor] = normalized
-    heads: Callable[..., tuple[Tensor, Tensor]] = heads
+    heads: Callable[..., tuple[Tensor, Tensor]] = lean_heads
     activated: Callable[..., Tensor] = activated
     with_branch: Callable[..., Tensor] = with_branch
 

@@ -153,7 +153,7 @@ def test_a_matrix_is_orthogonalized_once_however_it_is_cut(pool: Pool, tp: int) 
 
 @pytest.mark.parametrize(("stage", "late"), [("distill", 0), ("contrast", 3)])
 def test_gradients_are_sent_while_backward_runs(pool: Pool, stage: str, late: int) -> None:
-    """All but temperature and bias, which have theirs before the towers, and its mask token, which has none."""
+    """All but stage 2's temperature and bias, which come before the towers, and its mask token, which has none."""
     case = Case(world=2, stage=stage, family="cogvit_l", overlap=True)
     trace = pool.run(train, world=2, args=(case, 1))[0]
     assert trace.sent_early == len(trace.gradients) - late

@@ -7,8 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.dist.runs import Case, Trace, train
+from cogvit.objective.masking import mask_tokens
+from cogvit.parallel.mesh import start_mesh
+from tests.dist.runs import Case, Trace, run_config, start_engine, train
+from tests.packs import MASK_RATIO, random_images
 from tests.pool import Pool
 
 # bf16 keeps 8 bits, 0.4 % a rounding; measured here: 5.4 % at worst, through four blocks whose weights are scaled up.
@@ -49,6 +53,34 @@ def test_what_is_recomputed_in_bf16_is_what_was_computed(pool: Pool, stage: str,
         assert again.losses == kept.losses
         for name, gradient in kept.gradients.items():
             assert torch.equal(again.gradients[name], gradient), f"{recompute}: {name}"
+
+
+def bytes_kept(rank: int, world: int, family: str, precision: str) -> int:
+    """What autograd keeps of a forward of the vision tower, weights and their casts left out."""
+    case = Case(family=family, precision=precision)
+    mesh = start_mesh(run_config(case).parallel)
+    engine, _ = start_engine(case, mesh)
+    vision = engine.model.vision
+    weights, kept = {tuple(p.shape) for p in vision.parameters()}, dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not {tuple(tensor.shape), tuple(tensor.shape[::-1])} & weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = random_images(1)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        features = vision(images, mask_tokens(images, MASK_RATIO))
+    assert features.patch_TD.dtype == torch.float32
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", ["reference", "cogvit_l"])
+def test_bf16_keeps_little_more_than_half_of_the_bytes(pool: Pool, family: str) -> None:
+    whole, half = (pool.run(bytes_kept, 1, (family, precision))[0] for precision in ("fp32", "bf16"))
+    assert half <= 0.6 * whole, half / whole
 
 
 @pytest.mark.timeout(400)

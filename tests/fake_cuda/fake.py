@@ -17,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# Of an H100: what large bf16 products, copies and varlen attention with its backward reach.
+PRODUCT_FLOPS_PER_S, BYTES_PER_S, ATTENTION_FLOPS_PER_S = 600e12, 2.85e12, 200e12
 GUARD = Path(__file__).with_name("guard.cpp")
 DEVICE = "cuda:0"
 
@@ -84,6 +86,22 @@ class Trace:
         self.waits: Counter[str] = Counter()  # of the host for the device, by operator
         self.collectives: list[tuple[str, tuple[str, ...]]] = []  # name and dtypes of what goes in and out
         self.saved_bytes = 0
+        self.kernels = 0
+        self.product_flops = 0
+        self.other_bytes = 0  # that what is neither a product nor attention reads and writes
+        self.paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing inside."""
+        self.paused, before = True, self.paused
+        yield
+        self.paused = before
+
+    def milliseconds(self, attention_flops: float) -> float:
+        """What an H100 needs at least: products, bytes through memory, attention, one after the other."""
+        products_s, attention_s = self.product_flops / PRODUCT_FLOPS_PER_S, attention_flops / ATTENTION_FLOPS_PER_S
+        return 1000.0 * (products_s + self.other_bytes / BYTES_PER_S + attention_s)
 
 
 @contextmanager
@@ -119,6 +137,8 @@ def _watcher(trace: Trace) -> Any:
                 if name.startswith("aten._local_scalar_dense"):
                     return 1.0 if inputs[0].is_floating_point() else 1
             out = func(*args, **kwargs)
+            if not trace.paused:
+                _weigh(trace, func, inputs, [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
             if any(x.is_cuda for x in [*inputs, *tree_leaves(out)] if isinstance(x, torch.Tensor)):
                 trace.calls[name] += 1
                 if name.startswith(PRODUCTS):
@@ -128,3 +148,69 @@ def _watcher(trace: Trace) -> Any:
             return out
 
     return Watcher()
+
+
+def _weigh(trace: Trace, func: Any, inputs: list[Any], outputs: list[Any]) -> None:
+    """Count one kernel: the flops of a product, the bytes of anything else; a view or an empty tensor is none."""
+    name = str(func)
+    if not any(x.is_cuda for x in outputs) or name.startswith(("aten.empty", "aten.new_empty", "prim.", *MESSAGES)):
+        return
+    held = {x.untyped_storage()._cdata for x in inputs}
+    written = outputs if func._schema.is_mutable else [x for x in outputs if x.untyped_storage()._cdata not in held]
+    if not written:
+        return
+    trace.kernels += 1
+    if name.startswith(PRODUCTS):
+        *_, left, right = inputs
+        trace.product_flops += 2 * left.numel() * right.shape[-1]
+    elif "attn" not in name:
+        trace.other_bytes += sum(x.numel() * x.element_size() for x in [*inputs, *written])
+
+
+def as_one_kernel(trace: Trace, piece: Any, *, keeps: bool) -> Any:
+    """Return a function that counts as one kernel each way: it reads its inputs and writes its outputs.
+
+    keeps: backward reads the inputs too, which are kept for it.
+    """
+    import torch
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    def count(*groups: Any) -> None:
+        if not trace.paused:
+            trace.kernels += 1
+            tensors = [x for group in groups for x in group if isinstance(x, torch.Tensor)]
+            trace.other_bytes += sum(x.numel() * x.element_size() for x in tensors)
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, spec: Any, *leaves: Any) -> Any:
+            with trace.pause():
+                args, kwargs = tree_unflatten(leaves, spec)
+                out = piece(*args, **kwargs)
+            count(leaves, out if isinstance(out, tuple) else (out,))
+            ctx.spec, ctx.leaves = spec, [... if isinstance(x, torch.Tensor) else x for x in leaves]
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            ctx.save_for_backward(*(tensors if keeps else ()))
+            ctx.like = None if keeps else [(x.shape, x.dtype) for x in tensors]
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            with trace.pause(), torch.enable_grad():
+                kept = ctx.saved_tensors if keeps else [torch.empty(s, dtype=d, device=DEVICE) for s, d in ctx.like]
+                again = iter([x.detach().requires_grad_(x.is_floating_point()) for x in kept])
+                leaves = [next(again) if leaf is ... else leaf for leaf in ctx.leaves]
+                args, kwargs = tree_unflatten(leaves, ctx.spec)
+                out = piece(*args, **kwargs)
+                wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+                outs = out if isinstance(out, tuple) else (out,)
+                found = iter(torch.autograd.grad(outs, wanted, grads))
+            result = [next(found) if isinstance(x, torch.Tensor) and x.requires_grad else None for x in leaves]
+            count(grads, kept if keeps else (), [x for x in result if x is not None])
+            return None, *result
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        return Kernel.apply(spec, *leaves)
+
+    return run

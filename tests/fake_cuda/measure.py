@@ -49,7 +49,18 @@ def count_saved(trace: fake.Trace, parameters: set[int]) -> Iterator[None]:
     trace.saved_bytes = sum(storage.nbytes() for storage in kept.values())
 
 
-def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
+def fused(stage: Any, trace: fake.Trace) -> None:
+    """Let each piece between products be one kernel, as where torch.compile makes it; it cannot without a device."""
+    from cogvit.parallel.pieces import Pieces, activated, heads, normalized, with_branch
+
+    keeps = {normalized: True, heads: True, activated: True, with_branch: False}  # cogvit_l has no LayerScale
+    pieces = Pieces(*(fake.as_one_kernel(trace, piece, keeps=kept) for piece, kept in keeps.items()))
+    for module in stage.modules():
+        if hasattr(module, "pieces"):
+            module.pieces = pieces
+
+
+def step(tp: int, recompute: str, depth: int, fusion: bool = False) -> dict[str, Any]:
     """One forward and backward of cogvit_l in bf16 on one pack."""
     import torch
 
@@ -79,6 +90,8 @@ def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
             weight=torch.empty(SLOTS),
             host=HostView((*LENGTHS, *[0] * (SLOTS - len(LENGTHS)), TOKENS - sum(LENGTHS))),
         )
+        if fusion:
+            fused(stage, trace)
         parameters = {parameter.untyped_storage()._cdata for parameter in stage.parameters()}
         trace.clear()
         with count_saved(trace, parameters), torch.autocast("cuda", torch.bfloat16):
@@ -92,6 +105,8 @@ def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
         "products": dict(trace.products),
         "waits": dict(trace.waits),
         "collectives": trace.collectives,
+        "kernels": trace.kernels,
+        "milliseconds": trace.milliseconds(14 * depth * stage.cfg.embed_dim * sum(n * n for n in LENGTHS)),
         "saved_gib": trace.saved_bytes / 2**30,
         "out": str(features.patch_TD.dtype),
         "gradients": sorted({str(parameter.grad.dtype) for parameter in stage.parameters()}),
@@ -101,7 +116,12 @@ def step(tp: int, recompute: str, depth: int) -> dict[str, Any]:
 def main(library: str) -> None:
     """Print the figures of every case."""
     fake.pretend(Path(library))
-    cases = {"none": (1, "none", 24), "full": (1, "full", 24), "sequence": (2, "none", 2)}
+    cases = {
+        "none": (1, "none", 24),
+        "fused": (1, "none", 24, True),
+        "full": (1, "full", 24),
+        "sequence": (2, "none", 2),
+    }
     json.dump({name: step(*case) for name, case in cases.items()}, sys.stdout)
 
 
