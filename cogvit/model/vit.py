@@ -24,9 +24,11 @@ from cogvit.model.images import ImageLike
 from cogvit.model.init import init_model
 from cogvit.model.interop import load_checked, read_model, read_processing, write_model
 from cogvit.model.packing import Grid, pack_batch
-from cogvit.model.position import PositionTable, rotary_2d
+from cogvit.model.position import PositionTable, resized_table, rotary_2d
 from cogvit.model.preprocess import EncodedImages, Preprocessing, default_preprocessing, image_packs
 from cogvit.model.tokens import PackedFeatures, PackedLayout, PackedTokens, pool_mean, token_order
+
+_POSITIONS = "pos_embed.embed"  # the name of a learned position table
 
 
 def vision_layout(images: PackedImages, cfg: CogViTConfig) -> PackedLayout:
@@ -249,7 +251,12 @@ class CogViT(VisionEmbedding):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = torch.float32,
+        image_size: int | None = None,
     ) -> CogViT:
         """Read what `save_pretrained` wrote, or the vision tower of a GLM-OCR checkpoint; in eval mode.
 
@@ -260,12 +267,18 @@ class CogViT(VisionEmbedding):
             directory: or a name of the Hugging Face hub, where huggingface_hub is installed.
             device: where the weights go.
             dtype: of the weights: a torch dtype or its name (bfloat16, bf16).
+            image_size: another side of the square images in px, a multiple of the patch; a learned position table is
+                resized to its grid (bicubic).
 
         Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight;
         ConfigError for an unknown dtype.
         """
         wanted, path = dtype_of(dtype), local_directory(directory)
         cfg, weights = read_model(path)
+        if image_size is not None:
+            cfg = replace(cfg, image_size=image_size)
+            if _POSITIONS in weights:
+                weights[_POSITIONS] = resized_table(weights[_POSITIONS], cfg.base_grid)
         model = cls(cfg)
         load_checked(model, weights)
         model.preprocessing = read_processing(path, cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +101,15 @@ def test_the_loss_of_fp64_embeddings_is_fp64() -> None:
     sign = 2 * torch.eye(6, dtype=torch.float64) - 1
     expected = -torch.nn.functional.logsigmoid(sign * (loss.log_t.exp() * image @ text.T + loss.bias)).sum() / 6
     assert loss(image, text).item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+def test_a_checkpoint_is_read_at_another_image_size(model: CogViT, tmp_path: Path) -> None:
+    """timm#1794: pretrained at 32 px, wanted at 64."""
+    model.save_pretrained(tmp_path)
+    larger = CogViT.from_pretrained(tmp_path, image_size=64).eval()
+    assert larger.cfg.image_size == 64 and larger.pos_embed.embed.shape[-2:] == (8, 8)
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    # The table as the tower itself resizes it to an image's grid.
+    torch.testing.assert_close(larger(image)["patch_tokens"], model(image)["patch_tokens"], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="image_size"):
+        CogViT.from_pretrained(tmp_path, image_size=30)
