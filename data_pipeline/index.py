@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cogvit.batch import SampleRef
+from cogvit.batch import SampleRef, ShardVersion
 from cogvit.config import DataConfig
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice
@@ -168,6 +168,13 @@ def open_index(data: DataConfig, pattern: str) -> Index:
     return load_index(pattern, data.index_dir, where=data.where, duplicates=data.duplicates)
 
 
+def _how(was: ShardVersion, now: ShardVersion) -> str:
+    """Say in what a shard differs from the one that was indexed."""
+    if was.size_bytes != now.size_bytes:
+        return f"{was.size_bytes:,} bytes then, {now.size_bytes:,} now"
+    return "its size is the same and its time is not: copy it with its time, as cp -p and rsync -t do"
+
+
 def _joined(pattern: str, place: Place, index_dir: str, command: str) -> Corpus:
     """Return the corpus of a few shards that have an index each, and no corpus file together.
 
@@ -187,7 +194,8 @@ def _joined(pattern: str, place: Place, index_dir: str, command: str) -> Corpus:
             if version != VERSION:
                 raise DataError(f"{path} has version {version}, this program reads {VERSION}; {command}")
             if any(facts["made_from"][name] != value for name, value in asdict(stat).items()):
-                raise DataError(f"{shard} changed after it was indexed ({stat} now); {command}")
+                was = ShardVersion(*(facts["made_from"][name] for name in asdict(stat)))
+                raise DataError(f"{shard} changed after it was indexed ({_how(was, stat)}); {command}")
             yield Entry(shard, made_from_hash(facts)), table, facts
 
     return temporary_corpus(place.head, indexes())
@@ -218,7 +226,8 @@ def load_index(
     for shard in checked_at_start(corpus.num_shards):
         path = corpus.shard_path(shard)
         if not is_remote(path) and stat_shard(path) != corpus.version(shard):
-            raise DataError(f"{path} changed after it was indexed ({stat_shard(path)} now); {command}")
+            how = _how(corpus.version(shard), stat_shard(path))
+            raise DataError(f"{path} changed after it was indexed ({how}); {command}")
     index = Index(corpus, select(corpus, Choice(where, duplicates)))
     if not len(index):
         why = (

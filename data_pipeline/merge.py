@@ -312,7 +312,8 @@ def _check_names(shards: pa.Table, sources: list[str]) -> None:
             if first.setdefault((shard_name(path), source), number) != number:
                 raise DataError(
                     f"{path} has the name of another shard, and both have samples of source {sources[source]!r};"
-                    " rename the shard, or index its directory with another --source"
+                    " rename the shard, or index its directory with another --source (and, where a json names one,"
+                    " --source-field none)"
                 )
 
 

@@ -137,7 +137,9 @@ class TeachersConfig:
         "channel", "mean 0 and deviation 1: each channel on its own, or by a rotation and one scale (PHI-S)"
     )
     ray_address: str = option(
-        "", "Ray cluster to join, for data.loading server too; starts one on this machine if empty"
+        "",
+        "Ray cluster to join, for data.loading server too; starts one on this machine if empty. Start yours with a token:"
+        " RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE ray start --head --include-dashboard=false",
     )
 
     @property

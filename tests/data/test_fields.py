@@ -1,10 +1,13 @@
 """Fields of a json by their names, and a report that names what is left out."""
 
 import json
+import os
 
 import numpy as np
+import pytest
 
 from cogvit.config import DataConfig
+from cogvit.errors import DataError
 from data_pipeline.index import load_index
 from tests.data.corpus import picture, write_tar
 from tools.index_shards import main
@@ -45,3 +48,16 @@ def test_the_report_names_each_that_is_left_out(tmp_path, capsys):
     counts = [int(line.split()[2]) for line in printed.splitlines() if line.startswith("left out:")]
     assert np.sum(counts) == len(rows)
     assert main([str(tmp_path), "--report", str(tmp_path / "none" / "x")]) == 2
+
+
+def test_a_copy_of_a_shard_with_another_time_is_told_in_words(tmp_path):
+    """transformers#28862's kin: what changed is said, and how a copy keeps what counts."""
+    shard = write(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    os.utime(shard, (1, 1))
+    with pytest.raises(DataError, match=r"its size is the same and its time is not: copy it with its time") as failure:
+        load_index(str(tmp_path))
+    assert "{" not in str(failure.value)
+    shard.write_bytes(shard.read_bytes() + bytes(512))
+    with pytest.raises(DataError, match=r"bytes then, .* now"):
+        load_index(str(tmp_path))
