@@ -138,7 +138,7 @@ class TeachersConfig:
     )
     ray_address: str = option(
         "",
-        "Ray cluster to join, for data.loading server too; starts one on this machine if empty. Start yours with a token:"
+        "Ray cluster to join, for data.loading server too; starts one on this machine if empty. Start one with a token:"
         " RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE ray start --head --include-dashboard=false",
     )
 
