@@ -101,7 +101,7 @@ def test_shard_that_is_not_a_tar(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_shards_without_index(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
-    for index in shards.glob("*.parquet"):
+    for index in [*shards.glob("*.parquet"), *shards.glob("*.cogvit")]:
         index.unlink()
     argv = ["demo_stage2", "--data.shards", str(shards), "--eval.every-steps", "0", "--out", str(tmp_path / "run")]
     refuse(capsys, argv, "python -m tools.index_shards")
