@@ -80,6 +80,7 @@ def test_a_run_of_another_model(site: Site) -> None:
     flags = (*STAGE2, "--out", "runs/other")
     another = parse(load_preset("demo_stage2"), [*flags[2:], "--vision.depth", "8"])
     (out / "config.json").write_text(json.dumps(to_json(another)))
-    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # or nothing was trained, and the directory is free
+    # Without a step nothing was trained, and the directory is free.
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     output = refused(site, ("--nodes=1",), (*flags, "--parallel.tp", "2"))
     assert "error: runs/other holds another run (vision.depth: 8 -> 4)" in output
