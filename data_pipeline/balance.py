@@ -56,8 +56,10 @@ def attention_cost(num_tokens: Ints, attention_tokens: int) -> Ints:
     return num_tokens * (attention_tokens + num_tokens)
 
 
-def spread(cost: Ints, sizes: Ints, key: Ints) -> Ints:
+def spread(cost: Ints, sizes: Ints, key: Ints, wanted: Costs | None = None) -> Ints:
     """Split items at random into parts of given sizes, each of which costs its size times the mean; returns the parts.
+
+    wanted: what the parts cost instead, where that is close.
 
     A stratified draw: sorted by cost, the items fall into rounds in which every part takes one. Among the heaviest
     rounds, the part that is behind takes the round's heaviest item: the light ones even out what the heavy left.
@@ -69,7 +71,8 @@ def spread(cost: Ints, sizes: Ints, key: Ints) -> Ints:
     when = (inside + uniform(torch.from_numpy(key)).numpy().astype(np.float64)) / sizes[part]
     part = part[np.argsort(when, kind="stable")]
     heaviest_first = cost[order].astype(np.float64)  # exact: far below 2^53
-    ahead = np.bincount(part, heaviest_first, len(sizes)) - sizes * (heaviest_first.sum() / max(len(part), 1))
+    wanted = sizes * (heaviest_first.sum() / max(len(part), 1)) if wanted is None else wanted
+    ahead = np.bincount(part, heaviest_first, len(sizes)) - wanted
     num_rounds = int(sizes.max(initial=0))
     starts = np.arange(min(num_rounds, EVENED_ROUNDS) + 1) * len(part) // max(num_rounds, 1)
     for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):

@@ -65,8 +65,9 @@ class GlobalBatch:
         for share in np.unique(self.share).tolist():
             cuts = [cut for cut in span.cuts if share < cut < share + 1]
             here = np.flatnonzero(self.share == share)
-            ends = [round((cut - share) * len(here)) for cut in (*cuts, share + 1)]
-            part = spread(self.cost[here], np.diff(ends, prepend=0), key[here])
+            ends = np.array([float(cut - share) for cut in (*cuts, share + 1)])
+            sizes = np.diff(np.rint(ends * len(here)).astype(np.int64), prepend=0)
+            part = spread(self.cost[here], sizes, key[here], np.diff(ends, prepend=0.0) * self.cost[here].sum())
             mine[here] = np.array([span.begin <= begin < span.end for begin in (share, *cuts)])[part]
         fields = ("rows", "epoch", "share", "key", "grid_hw", "cost", "downsized")
         return replace(self, **{name: getattr(self, name)[mine] for name in fields})
