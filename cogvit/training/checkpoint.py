@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from cogvit.config import CheckpointConfig
 from cogvit.errors import CheckpointError
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    another_version,
+    dealt,
+    fault_of,
+    read_manifest,
+    verify,
+)
 from cogvit.training.optim import MASTER
 from cogvit.training.state import TrainState, state_from_json, state_to_json
 from cogvit.training.storage import (
@@ -48,9 +58,7 @@ if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspee
     from cogvit.training.engine import Engine
     from cogvit.training.zero import Fragment
 
-FORMAT = 2
-_MANIFEST, _STATE, _BEST, _PROBE = "manifest.json", "state.json", "best.json", ".writable"
-_READ_BYTES = 1 << 24
+_BEST, _PROBE = "best.json", ".writable"
 _log = logging.getLogger(__name__)
 
 
@@ -142,8 +150,8 @@ class Checkpoints:
         if not fault:
             try:
                 reader = PartReader(path, metadata)
-                mine = _dealt(sorted(files), self._mesh.rank, self._mesh.world_size)
-                fault = next((found for name in mine if (found := _fault_of(name, files[name], reader))), "")
+                mine = dealt(sorted(files), self._mesh.rank, self._mesh.world_size)
+                fault = next((found for name in mine if (found := fault_of(name, files[name], reader))), "")
             except CheckpointError as found:
                 error = found
             self._mesh.raise_together(error)
@@ -177,10 +185,10 @@ class Checkpoints:
             files = {name: entry for _, digests in answers for name, entry in digests.items()}
             files |= write_metadata(target, (place for places, _ in answers for place in places))
             content = json.dumps(state_to_json(state)).encode()
-            target.write(_STATE, content)
-            files[_STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            target.write(STATE, content)
+            files[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             manifest = {"format": FORMAT, "step": state.step, "files": files}
-            target.write(_MANIFEST, json.dumps(manifest, indent=1).encode())
+            target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
         try:
             # What a save that was cut off, or damage, left under this name goes first.
@@ -257,7 +265,7 @@ def _try_to_write(folder: Folder) -> None:
 
 def _discard(path: Folder) -> None:
     """Remove a checkpoint; its manifest first, so that what is left half-way is none."""
-    path.remove(_MANIFEST)
+    path.remove(MANIFEST)
     path.remove()
 
 
@@ -286,7 +294,7 @@ def _step_of(folder: Folder) -> int:
 
 def list_checkpoints(folder: Folder) -> list[Folder]:
     """Return the finished checkpoints, oldest first; they are not verified."""
-    return [folder / name for name in _step_folders(folder) if _MANIFEST in (folder / name).sizes()]
+    return [folder / name for name in _step_folders(folder) if MANIFEST in (folder / name).sizes()]
 
 
 def _step_folders(folder: Folder) -> list[str]:
@@ -313,79 +321,9 @@ def _refusal(path: Folder, foreign: str) -> str:
     return f"{path} cannot be used: {foreign}; go on with that version or choose another --out"
 
 
-def another_version(path: Folder) -> str | None:
-    """Return what is wrong with a checkpoint's format, or None where it is ours or cannot be told."""
-    try:
-        return _other_format(json.loads(path.read(_MANIFEST)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _other_format(manifest: dict[str, Any]) -> str | None:
-    """Errors: KeyError where the manifest has no format: that of every version had one, so it is damaged."""
-    found = manifest["format"]
-    return None if found == FORMAT else f"its format is {found}, this version reads {FORMAT}"
-
-
-def read_manifest(path: Folder) -> tuple[str, Digests]:
-    """Return what is wrong with a checkpoint by its manifest and its files' sizes, or "", and what it names.
-
-    Errors: CheckpointError when an object store does not answer.
-    """
-    try:
-        manifest = json.loads(path.read(_MANIFEST))
-        if foreign := _other_format(manifest):
-            return foreign, {}
-        files: Digests = manifest["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except KeyError as error:
-        return f"its manifest cannot be read (it has no {error})", {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})", {}
-    if _STATE not in expected:
-        return f"its manifest does not name {_STATE}", {}
-    sizes = path.sizes()
-    for name, (num_bytes, _) in expected.items():
-        if sizes.get(name) != num_bytes:
-            return f"{name} is missing or not {num_bytes} bytes long", {}
-    return "", files
-
-
-def verify(path: Folder) -> str | None:
-    """Return what is wrong with a checkpoint, or None. Errors: CheckpointError when an object store does not answer."""
-    fault, files = read_manifest(path)
-    for name, entry in files.items():
-        try:
-            with path.reading(name) as stream:
-                if _sha256(stream) != entry["sha256"]:
-                    return f"{name} does not have the recorded SHA-256"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-    return fault or None
-
-
-def _dealt(names: list[str], rank: int, world_size: int) -> list[str]:
-    """Return the files that a rank verifies: where as many ranks wrote them, its own, else its share in their order."""
-    shards = sorted((name for name in names if name.endswith(".distcp")), key=lambda name: (len(name), name))
-    mine = [name for number, name in enumerate(shards) if number * world_size // len(shards) == rank]
-    return mine + ([name for name in names if name not in shards] if rank == 0 else [])
-
-
-def _fault_of(name: str, entry: dict[str, Any], reader: PartReader) -> str:
-    """Return what is wrong with a file, or ""; keeps its content for the reader."""
-    try:
-        content = reader.hold(name)
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror or error})"
-    digest = hashlib.sha256()
-    for start in range(0, len(content), _READ_BYTES):
-        digest.update(content[start : start + _READ_BYTES])
-    return "" if digest.hexdigest() == entry["sha256"] else f"{name} does not have the recorded SHA-256"
-
-
 def read_state(path: Folder) -> TrainState:
     """Return the counters stored with a checkpoint."""
-    return state_from_json(json.loads(path.read(_STATE)))
+    return state_from_json(json.loads(path.read(STATE)))
 
 
 def stored_shapes(path: Folder) -> dict[str, tuple[int, ...]]:
@@ -420,10 +358,3 @@ def _load(full: dict[str, Tensor], path: Folder) -> None:
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while content := stream.read(_READ_BYTES):
-        digest.update(content)
-    return digest.hexdigest()
