@@ -21,8 +21,8 @@ from cogvit.config import DataConfig, RunConfig, to_json
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
-from cogvit.training.checkpoint import FORMAT
 from cogvit.training.chrono import Chrono
+from cogvit.training.manifest import FORMAT
 from cogvit.training.state import TrainState, state_to_json
 from data_pipeline.index import build_index
 from tests.data.corpus import members, picture, write_tar

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from cogvit.config.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, stored_shapes, verify
+from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, stored_shapes
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import verify
 from cogvit.training.restore import latest_of_run
 
 

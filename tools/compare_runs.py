@@ -23,8 +23,9 @@ from cogvit.config import load_config
 from cogvit.config.arguments import run_command
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.stages import recipe_differences
-from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, read_tensors, stored_shapes, verify
+from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state, read_tensors, stored_shapes
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import verify
 from cogvit.training.meter import read_metrics
 
 _PRINTED = 12  # differences of one step that are printed

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,20 +114,6 @@ class Mesh:
     def mpu(self) -> type[MegatronGroups]:
         """The adapter that DeepSpeed takes."""
         return MegatronGroups
-
-    def new_axis_group(self, axis: Literal["tp", "dp"]) -> dist.ProcessGroup:
-        """Make another group of this rank's neighbors on an axis, for messages beside training's.
-
-        gloo, for tensors on the CPU. Collective over all ranks.
-        """
-        layout = ParallelConfig(tp=self.tp_size, pp=self.pp_size)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            tp_rank, pp_rank, dp_rank = layout.place(rank)
-            groups.setdefault((pp_rank, dp_rank if axis == "tp" else tp_rank), []).append(rank)
-        group, _ = dist.new_subgroups_by_enumeration(list(groups.values()), backend="gloo")
-        assert group is not None
-        return group
 
     def new_dp_neighbors(self, ranks: int) -> dist.ProcessGroup:
         """Make the group of so many neighbors on the dp axis, which must divide it. Collective over the dp ranks."""

@@ -17,37 +17,49 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from cogvit.config import CheckpointConfig
 from cogvit.errors import CheckpointError
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    another_version,
+    dealt,
+    fault_of,
+    read_manifest,
+    verify,
+)
 from cogvit.training.optim import MASTER
 from cogvit.training.state import TrainState, state_from_json, state_to_json
-from cogvit.training.storage import FolderWriter, SafeReader
+from cogvit.training.storage import (
+    METADATA,
+    Digests,
+    PartReader,
+    SafeReader,
+    Written,
+    write_metadata,
+    write_parts,
+)
+from cogvit.training.together import Together
 
 if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
     from cogvit.parallel.mesh import Mesh
     from cogvit.training.engine import Engine
     from cogvit.training.zero import Fragment
 
-FORMAT = 2
-_MANIFEST, _STATE, _BEST, _PROBE = "manifest.json", "state.json", "best.json", ".writable"
-_READ_BYTES = 1 << 24
-_SLOWEST_DISK = timedelta(hours=6)  # that ranks wait for one that writes or deletes; one that died is seen at once
+_BEST, _PROBE = "best.json", ".writable"
 _log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -60,9 +72,8 @@ class Checkpoints:
     def __init__(self, folder: Folder, mesh: Mesh, config: CheckpointConfig, newest: Path) -> None:
         self._folder, self._mesh, self._config, self._newest = folder, mesh, config, newest
         mesh.from_writer(lambda: _try_to_write(folder))
-        # Groups of its own, so that what the thread sends never meets what training sends.
-        self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_DISK)
-        self._tp_group, self._dp_group = (mesh.new_axis_group(axis) for axis in ("tp", "dp"))
+        self._together = Together(mesh.rank, mesh.world_size)
+        self.bytes_read = 0  # by this rank, of the checkpoint it resumed from
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._newest_step: int | None = None  # saved or resumed from
@@ -74,6 +85,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._together.give_up()
         self._thread.shutdown()
 
     def due(self, step: int) -> bool:
@@ -88,8 +101,7 @@ class Checkpoints:
         """Copy the run's state and begin to write it, unless that was done; collective over all ranks.
 
         Waits for the save before this one first; one that failed (a full disk) is told as a warning, and training goes
-        on with the checkpoints that are there. Memory on the CPU: a copy of this rank's partition, its share of the
-        whole tensors to write, and one bucket of `whole_tensors`.
+        on with the checkpoints that are there. Memory on the CPU: a copy of this rank's partition.
         """
         if state.step == self._newest_step:
             return
@@ -112,40 +124,77 @@ class Checkpoints:
 
         Errors: CheckpointError when there are checkpoints and none can be used: to begin anew would remove them.
         """
-        path = self._mesh.from_writer(lambda: _to_resume(self._folder))
-        if path is None:
+        candidates = self._mesh.from_writer(lambda: [path.name for path in reversed(list_checkpoints(self._folder))])
+        for name in candidates:
+            state = self._resume_from(self._folder / name, engine)
+            if state is not None:
+                return state
+        if candidates:
+            listed = ", ".join(reversed(candidates))
+            raise CheckpointError(
+                f"none of {self._folder}'s checkpoints ({listed}) is whole; repair one, or remove all to begin anew"
+            )
+        return None
+
+    def _resume_from(self, path: Folder, engine: Engine) -> TrainState | None:
+        """Load one checkpoint, each file verified by one rank; None, with a warning, where it is not whole."""
+
+        def opened() -> tuple[str, Digests, bytes]:
+            fault, files = read_manifest(path)
+            if foreign := another_version(path):
+                raise CheckpointError(_refusal(path, foreign))
+            return fault, files, b"" if fault else path.read(METADATA)
+
+        fault, files, metadata = self._mesh.from_writer(opened)
+        reader, error = None, None
+        if not fault:
+            try:
+                reader = PartReader(path, metadata)
+                mine = dealt(sorted(files), self._mesh.rank, self._mesh.world_size)
+                fault = next((found for name in mine if (found := fault_of(name, files[name], reader))), "")
+            except CheckpointError as found:
+                error = found
+            self._mesh.raise_together(error)
+            if self._mesh.agree_max(int(bool(fault))):
+                fault = next(found for found in self._mesh.gather(fault) if found)
+        if fault:
+            if self._mesh.is_writer:
+                _log.warning("%s is not used: %s", path, fault)
             return None
-
-        def read(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-            full = {key: torch.empty(shape) for key, shape in shapes.items()}
-            _load(full, path)
-            return full
-
-        engine.load_plain_state(read)
-        state = read_state(path)
+        assert reader is not None
+        try:
+            engine.load_fragments(reader.read)
+        except (CheckpointError, OSError) as found:
+            error = CheckpointError(f"{path} does not hold this model: {found}")
+        self._mesh.raise_together(error)
+        engine.zero.share_parameters()
+        self.bytes_read = reader.bytes_read
+        state = self._mesh.from_writer(lambda: read_state(path))
         engine.zero.load_update_count(state.step - state.skipped)
         self._newest_step = state.step
         return state
 
     def _write(self, engine: Engine, fragments: list[Fragment], state: TrainState) -> None:
-        """Write a snapshot's files on every rank, then the manifest on one; runs in the thread."""
+        """Write a snapshot's file on every rank, then the manifest on one; runs in the thread."""
         target = self._folder / step_name(state.step)
-        writer = FolderWriter(target)
 
-        def publish() -> None:
+        def write() -> tuple[list[Written], Digests]:
+            return write_parts(target, f"__{self._mesh.rank}_0.distcp", engine.parts_of(fragments))
+
+        def publish(answers: list[tuple[list[Written], Digests]]) -> None:
+            files = {name: entry for _, digests in answers for name, entry in digests.items()}
+            files |= write_metadata(target, (place for places, _ in answers for place in places))
             content = json.dumps(state_to_json(state)).encode()
-            target.write(_STATE, content)
-            files = {name: entry for entries in digests for name, entry in entries.items()}
-            files[_STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            target.write(STATE, content)
+            files[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             manifest = {"format": FORMAT, "step": state.step, "files": files}
-            target.write(_MANIFEST, json.dumps(manifest, indent=1).encode())
+            target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
         try:
-            self._on_writer(lambda: _discard(target))  # what a save that was cut off, or damage, left under this name
-            save(self._owned(engine, fragments), storage_writer=writer, process_group=self._group)
-            digests = self._on_all(lambda: writer.digests)
-            self._on_writer(publish)
-        except (CheckpointException, CheckpointError) as error:
+            # What a save that was cut off, or damage, left under this name goes first.
+            self._together.run(_nothing, lambda _: _discard(target))
+            self._together.run(write, publish)
+        except CheckpointError as error:
             reason = _reason(error)
             if self._folder.is_local:  # a full disk hides behind other errors
                 free_mb = shutil.disk_usage(self._folder.path).free / 1e6
@@ -155,30 +204,7 @@ class Checkpoints:
                     _discard(target)  # on a full disk it would stand in the way of the next one
             raise CheckpointError(f"checkpoint {target} could not be written, {reason}") from None
         # All ranks wait for that: one that went on would soon wait inside a step, where the deadline is of minutes.
-        self._on_writer(lambda: self._tell_and_prune(target, state))
-
-    def _owned(self, engine: Engine, fragments: list[Fragment]) -> dict[str, Tensor]:
-        """The tensors this rank writes: a stage's tensors are dealt round-robin to its tp x dp ranks."""
-        writers = self._mesh.tp_size * self._mesh.dp_size
-        place = self._mesh.dp_rank * self._mesh.tp_size + self._mesh.tp_rank
-        state = engine.plain_of(fragments, self._dp_group, self._tp_group)
-        return {key: full.clone() for index, (key, full) in enumerate(state) if index % writers == place}
-
-    def _on_writer(self, work: Callable[[], None]) -> None:
-        self._on_all(work if self._mesh.is_writer else _nothing)
-
-    def _on_all(self, work: Callable[[], Result]) -> list[Result]:
-        """Run something on every rank; returns every rank's result. Errors: CheckpointError on all if one fails."""
-        answers: list[Any] = [None] * self._mesh.world_size
-        try:
-            mine: tuple[Any, str] = (work(), "")
-        except (OSError, CheckpointError) as error:
-            mine = (None, str(error))
-        dist.all_gather_object(answers, mine, group=self._group)
-        for _, fault in answers:
-            if fault:
-                raise CheckpointError(fault)
-        return [result for result, _ in answers]
+        self._together.run(_nothing, lambda _: self._tell_and_prune(target, state))
 
     def _tell_and_prune(self, target: Folder, state: TrainState) -> None:
         """Say that a checkpoint is there and remove those before it that are not kept.
@@ -226,7 +252,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _nothing() -> None:
-    """What the ranks that only wait for the writer do."""
+    """What ranks do that only wait for the writer."""
 
 
 def _try_to_write(folder: Folder) -> None:
@@ -239,7 +265,7 @@ def _try_to_write(folder: Folder) -> None:
 
 def _discard(path: Folder) -> None:
     """Remove a checkpoint; its manifest first, so that what is left half-way is none."""
-    path.remove(_MANIFEST)
+    path.remove(MANIFEST)
     path.remove()
 
 
@@ -268,7 +294,7 @@ def _step_of(folder: Folder) -> int:
 
 def list_checkpoints(folder: Folder) -> list[Folder]:
     """Return the finished checkpoints, oldest first; they are not verified."""
-    return [folder / name for name in _step_folders(folder) if _MANIFEST in (folder / name).sizes()]
+    return [folder / name for name in _step_folders(folder) if MANIFEST in (folder / name).sizes()]
 
 
 def _step_folders(folder: Folder) -> list[str]:
@@ -286,65 +312,18 @@ def latest(folder: Folder) -> Folder | None:
         if fault is None:
             return path
         if foreign := another_version(path):
-            raise CheckpointError(f"{path} cannot be used: {foreign}; go on with that version or choose another --out")
+            raise CheckpointError(_refusal(path, foreign))
         _log.warning("%s is not used: %s", path, fault)
     return None
 
 
-def _to_resume(folder: Folder) -> Folder | None:
-    """Return the checkpoint to go on from, or None when there is none at all."""
-    path, names = latest(folder), [path.name for path in list_checkpoints(folder)]
-    if path is None and names:
-        listed = ", ".join(names)
-        raise CheckpointError(
-            f"none of {folder}'s checkpoints ({listed}) is whole; repair one, or remove all to begin anew"
-        )
-    return path
-
-
-def another_version(path: Folder) -> str | None:
-    """Return what is wrong with a checkpoint's format, or None where it is ours or cannot be told."""
-    try:
-        return _other_format(json.loads(path.read(_MANIFEST)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _other_format(manifest: dict[str, Any]) -> str | None:
-    """Errors: KeyError where the manifest has no format: that of every version had one, so it is damaged."""
-    found = manifest["format"]
-    return None if found == FORMAT else f"its format is {found}, this version reads {FORMAT}"
-
-
-def verify(path: Folder) -> str | None:
-    """Return what is wrong with a checkpoint, or None. Errors: CheckpointError when an object store does not answer."""
-    try:
-        manifest = json.loads(path.read(_MANIFEST))
-        if foreign := _other_format(manifest):
-            return foreign
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except KeyError as error:
-        return f"its manifest cannot be read (it has no {error})"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})"
-    if _STATE not in expected:
-        return f"its manifest does not name {_STATE}"
-    sizes = path.sizes()
-    for name, (num_bytes, digest) in expected.items():
-        if sizes.get(name) != num_bytes:
-            return f"{name} is missing or not {num_bytes} bytes long"
-        try:
-            with path.reading(name) as stream:
-                if _sha256(stream) != digest:
-                    return f"{name} does not have the recorded SHA-256"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-    return None
+def _refusal(path: Folder, foreign: str) -> str:
+    return f"{path} cannot be used: {foreign}; go on with that version or choose another --out"
 
 
 def read_state(path: Folder) -> TrainState:
     """Return the counters stored with a checkpoint."""
-    return state_from_json(json.loads(path.read(_STATE)))
+    return state_from_json(json.loads(path.read(STATE)))
 
 
 def stored_shapes(path: Folder) -> dict[str, tuple[int, ...]]:
@@ -360,7 +339,7 @@ def read_tensors(path: Folder, keys: Iterable[str]) -> dict[str, Tensor]:
     """
     shapes = stored_shapes(path)
     full = {key: torch.empty(shapes.get(key, ())) for key in keys}
-    _load(full, path, alone=True)
+    _load(full, path)
     return full
 
 
@@ -371,18 +350,11 @@ def weights(path: Folder, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(wanted): tensor for key, tensor in full.items()}
 
 
-def _load(full: dict[str, Tensor], path: Folder, *, alone: bool = False) -> None:
+def _load(full: dict[str, Tensor], path: Folder) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` asks for
-            load(full, storage_reader=SafeReader(path), no_dist=alone)
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should
+            load(full, storage_reader=SafeReader(path), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} does not hold this model: {reason}") from None
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while content := stream.read(_READ_BYTES):
-        digest.update(content)
-    return digest.hexdigest()

@@ -6,23 +6,25 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import NonFiniteStep
-from cogvit.parallel.convert import Split, gather_plain, plain_tensors, to_local
+from cogvit.parallel.convert import PlainTensor, Split, gather_plain, plain_tensors
 from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.rectangles import rectangles
 from cogvit.parallel.schedule import Schedule
 from cogvit.training import zero
 from cogvit.training.blame import find_suspects
 from cogvit.training.clock import StepClock
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
+from cogvit.training.storage import Part
 from cogvit.training.zero import Fragment, whole_tensors
 
 
@@ -143,31 +145,46 @@ class Engine:
         return [fragment.copy() for fragment in self.zero.fragments(self._named)]
 
     def plain_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what `plain_of` does of the state as it is now."""
-        return self.plain_of(self.zero.fragments(self._named), self.mesh.dp_group, self.mesh.tp_group)
+        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of the state, one at a time; clone what is kept.
 
-    def plain_of(
-        self, fragments: Iterable[Fragment], dp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of a snapshot, one at a time; clone what is kept.
-
-        Collective over the tp and dp ranks of a stage, which all see the same sequence; by the groups that are given,
-        so that it can go on beside training.
+        Collective over the tp and dp ranks of a stage, which all see the same sequence.
         """
         by_name = {tensor.name: tensor for tensor in self.tensors}
-        for fragment, tensor in whole_tensors(fragments, dp_group):
-            plain = gather_plain(by_name[fragment.name], tensor, tp_group)
+        for fragment, tensor in whole_tensors(self.zero.fragments(self._named), self.mesh.dp_group):
+            plain = gather_plain(by_name[fragment.name], tensor, self.mesh.tp_group)
             yield f"{fragment.kind}/{fragment.name}", plain
 
-    def load_plain_state(self, read: Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]) -> None:
-        """Set weights and moments; `read` maps keys and full shapes to plain tensors, one kind at a time."""
-        kinds = sorted({kind for tensor in self.tensors for kind in self.zero.kinds_of(tensor.parameter)})
-        for kind in kinds:
-            holders = {f"{kind}/{t.name}": t for t in self.tensors if kind in self.zero.kinds_of(t.parameter)}
-            full = read({key: tensor.plain_shape(self.mesh.tp_size) for key, tensor in holders.items()})
-            for key, tensor in holders.items():
-                local = to_local(tensor, full[key], self.mesh.tp_rank, self.mesh.tp_size)
-                self.zero.load_tensor(tensor.parameter, kind, local)
+    def parts_of(self, fragments: Iterable[Fragment]) -> Iterator[Part]:
+        """Yield what this rank stores of a snapshot: where its fragments lie in the plain tensors; talks to no one.
+
+        What all tensor ranks hold is dealt to them.
+        """
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        tp_rank, tp_size = self.mesh.tp_rank, self.mesh.tp_size
+        for index, fragment in enumerate(fragments):
+            tensor = by_name[fragment.name]
+            if tensor.split is Split.REPLICATED and index % tp_size != tp_rank:
+                continue
+            yield from _parts(tensor, fragment, fragment.values, self.mesh)
+
+    @torch.no_grad()
+    def load_fragments(self, read: Callable[[Part], None]) -> None:
+        """Set this rank's fragments of weights and moments; `read` fills a part. `zero.share_parameters` comes next."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        for fragment in self.zero.fragments(self._named):
+            values = torch.empty_like(fragment.values, device="cpu")
+            for part in _parts(by_name[fragment.name], fragment, values, self.mesh):
+                read(part)
+            fragment.values.copy_(values)
+
+
+def _parts(tensor: PlainTensor, fragment: Fragment, values: Tensor, mesh: Mesh) -> Iterator[Part]:
+    """Yield the rectangles of a fragment with their share of its values."""
+    key, shape = f"{fragment.kind}/{fragment.name}", tensor.plain_shape(mesh.tp_size)
+    stop = fragment.start + values.numel()
+    for start, offsets, sizes in rectangles(tensor, fragment.start, stop, mesh.tp_rank, mesh.tp_size):
+        first = start - fragment.start
+        yield Part(key, shape, offsets, values[first : first + prod(sizes)].view(sizes))
 
 
 def module_of(name: str) -> Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,22 @@ class Folder:
         """Return a file's content."""
         with self.reading(name) as stream:
             return stream.read()
+
+    def view(self, name: str) -> memoryview:
+        """Return a file's content; of a file on a disk, as it lies in the system's cache."""
+        if not self.is_local:
+            return memoryview(self.read(name))
+        with open(f"{self.path}/{name}", "rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return some bytes of a file."""
+        fs, path = self._place()
+        with self._answers():
+            content: bytes = fs.cat_file(f"{path}/{name}", start=start, end=stop)
+        return content
 
     def write(self, name: str, content: bytes) -> None:
         """Make or replace a file."""

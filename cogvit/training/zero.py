@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from cogvit.config import RunConfig
-from cogvit.errors import CheckpointError, NonFiniteStep
+from cogvit.errors import NonFiniteStep
 from cogvit.parallel.cpu import prepare_process
 from cogvit.parallel.early import EarlyGradients
 from cogvit.parallel.mesh import MegatronGroups
@@ -29,11 +29,7 @@ from cogvit.training.partition import MatrixSpan, Partition
 
 prepare_process()
 import deepspeed  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_grad,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
 
 class StateTensor(NamedTuple):
@@ -363,16 +359,9 @@ class ZeroEngine:
             yield name, safe_get_full_grad(param)
 
     @torch.no_grad()
-    def load_tensor(self, param: Parameter, kind: str, tensor: Tensor) -> None:
-        """Put back what `full_tensors` gave; MASTER sets the module parameter too. Errors: CheckpointError (shape)."""
-        if tensor.shape != param.shape:
-            raise CheckpointError(f"{kind} of shape {tuple(tensor.shape)} does not fit {tuple(param.shape)}")
-        value = tensor.to(device=param.device, dtype=torch.float32)
-        if kind == MASTER:
-            safe_set_full_fp32_param(param, value)
-            param.copy_(value)
-        else:
-            safe_set_full_optimizer_state(param, value, kind)
+    def share_parameters(self) -> None:
+        """Set the module's parameters from the fp32 fragments of all dp ranks; collective over dp."""
+        self._zero.update_lp_params()
 
     def load_update_count(self, count: int) -> None:
         """Set how many updates the optimizer has made; with the tensors, this is its whole state."""

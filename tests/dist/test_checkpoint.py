@@ -18,9 +18,10 @@ from cogvit.batch import DataPosition
 from cogvit.config import CheckpointConfig, GuardConfig
 from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import start_mesh
-from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
+from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, weights
 from cogvit.training.chrono import Chrono
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import verify
 from cogvit.training.state import TrainState
 from tests.disk import small_file_system
 from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
@@ -95,6 +96,21 @@ def test_resume_on_another_layout(pool: Pool, tmp_path: Path) -> None:
     straight = pool.run(train, world=4, args=(case, 3))[0]
     resumed = pool.run(train_and_save, world=2, args=(other, tmp_path, 3))[0]
     assert resumed.losses == pytest.approx(straight.losses[2:], rel=1e-6)
+
+
+def bytes_of_resuming(rank: int, world: int, case: Case, directory: Path) -> int:
+    mesh = start_mesh(run_config(case).parallel)
+    engine, _ = start_engine(case, mesh)
+    with Checkpoints(folder(directory), mesh, EACH_STEP, note_of(directory)) as checkpoints:
+        assert checkpoints.resume(engine) is not None
+    return checkpoints.bytes_read
+
+
+def test_ranks_that_resume_read_a_checkpoint_once_between_them(pool: Pool, tmp_path: Path) -> None:
+    case = Case(world=4, tp=2, optimizer="muon", family="cogvit_l")
+    pool.run(train_and_save, world=4, args=(case, tmp_path, 1))
+    stored = sum(file.stat().st_size for file in (tmp_path / "step_00000001").iterdir())
+    assert sum(pool.run(bytes_of_resuming, world=4, args=(case, tmp_path))) <= 1.1 * stored
 
 
 def skip_then_save(rank: int, world: int, directory: Path, resume: bool) -> dict[str, Tensor]:

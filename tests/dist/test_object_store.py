@@ -19,8 +19,9 @@ import torch
 
 from cogvit.errors import CheckpointError
 from cogvit.parallel.mesh import start_mesh
-from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, verify, weights
+from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, read_state, weights
 from cogvit.training.folder import Folder
+from cogvit.training.manifest import verify
 from tests.dist.runs import Case, Trace, run_config, start_engine, train
 from tests.dist.test_checkpoint import EACH_STEP, START, train_in
 from tests.object_store import ObjectStore, use_objects, use_s3

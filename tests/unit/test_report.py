@@ -18,8 +18,8 @@ from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, T
 from cogvit.errors import CogViTError
 from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
 from cogvit.report.page import write_report
-from cogvit.training.checkpoint import FORMAT
 from cogvit.training.chrono import Chrono
+from cogvit.training.manifest import FORMAT
 from cogvit.training.meter import Meter
 from cogvit.training.state import TrainState, state_to_json
 
