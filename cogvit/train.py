@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,11 @@ _OWN_FLAGS = ("--dry-run", "--begin-anew")
 
 def help_page(argv: list[str]) -> str:
     """Return the help that a command line asks for. Errors: ConfigError for a section that does not exist."""
-    words = [word for word in argv if word not in ("--help", "-h")]
-    preset = load_preset(words.pop(0)) if words and words[0] not in (*sections(), ALL) and words[0][0] != "-" else None
-    if words:
-        return section_text(words[0], preset)
+    known = (*sections(), ALL)
+    preset = load_preset(argv[0]) if argv and argv[0] not in known and argv[0][0] != "-" else None
+    for word, section in pairwise(argv):
+        if word in ("--help", "-h") and section[0] != "-":
+            return section_text(section, preset)
     rows = [(name, in_millions(num_parameters(stage_of(one), one)), purpose(name)) for name, one in presets()]
     return f"{USAGE}\npresets, their parameters (text tower included) and what they are for:\n{table(rows)}\n\n" + (
         first_page(preset)
