@@ -93,9 +93,10 @@ def _settle(part: Ints, cost: Costs, ahead: Costs) -> None:
     Only an outlier needs it: rounds are narrow, and cannot make up for one item that is worth many.
     """
     members = np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=len(ahead)))[:-1])
+    held = np.array([len(one) > 0 for one in members], np.bool_)  # one without items has nothing to swap
     enough = (EVEN_ENOUGH - 1.0) / 2 * cost.sum() / len(ahead)
-    for _ in range(SWAPS_PER_PART * len(ahead)):
-        most, least = int(ahead.argmax()), int(ahead.argmin())
+    for _ in range(SWAPS_PER_PART * int(held.sum())):
+        most, least = int(np.where(held, ahead, -np.inf).argmax()), int(np.where(held, ahead, np.inf).argmin())
         wanted = min(ahead[most], -ahead[least])
         if wanted <= enough / 2 and ahead[most] <= enough:
             return
