@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogvit.config import to_json
-from cogvit.config.flags import load_preset, parse
+from cogvit.stages import read_run
 from cogvit.training.lock import run_lock
 from tests.slurm.jobs import STAGE2, TP2_PP2, Site, mounted
 
@@ -78,10 +78,9 @@ def test_a_run_of_another_model(site: Site) -> None:
     out = site.directory / "runs" / "other"
     (out / "logs").mkdir(parents=True)
     flags = (*STAGE2, "--out", "runs/other")
-    another = parse(load_preset("demo_stage2"), [*flags[2:], "--vision.depth", "8"])
+    another = read_run(flags[1], [*flags[2:], "--vision.depth", "8"])
     (out / "config.json").write_text(json.dumps(to_json(another)))
-    (out / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 1.0}\n'
-    )  # or nothing was trained, and the directory is free
+    # Without a step the directory would be free.
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     output = refused(site, ("--nodes=1",), (*flags, "--parallel.tp", "2"))
     assert "error: runs/other holds another run (vision.depth: 8 -> 4)" in output
