@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.errors import DataError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `import cogvit` loads no more of numpy than torch has
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
-Pixels = NDArray[np.uint8]  # [H, W, 3]
-ImageLike: TypeAlias = Union["Image", NDArray[np.uint8], Tensor, str, "os.PathLike[str]"]
+Pixels: TypeAlias = "NDArray[np.uint8]"  # [H, W, 3]
+ImageLike: TypeAlias = Union["Image", "NDArray[np.uint8]", Tensor, str, "os.PathLike[str]"]
 
 MAX_PIXELS = 89_478_485  # what Pillow itself takes for a decompression bomb
 # Pillow reads forty more, and hands EPS to Ghostscript, whatever the file is called.

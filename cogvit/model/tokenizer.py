@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cogvit.errors import DataError
+
+if TYPE_CHECKING:  # as in images.py
+    from numpy.typing import NDArray
 
 _CACHED_CAPTIONS = 1 << 16
 _LONGEST_TOKEN = 128  # characters
