@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cogvit.training.manifest import MANIFEST
 from tests.slurm.jobs import STAGE2, Site
 from tests.slurm.lab import wait_for
 
@@ -33,8 +34,10 @@ def ending(tmp_path: Path) -> dict[str, str]:
 
 def test_the_budget_is_renewed_by_progress_and_ends_without(site: Site, ending: dict[str, str]) -> None:
     """Starts 1 and 3 save something, 2 and 4 do not; the first was asked to stop, the others leave as mistakes do."""
-    note = site.directory / "runs" / "budget" / "logs" / "newest_checkpoint"
-    end = f"case $START in 1) echo a >{note}; exit 75 ;; 3) echo b >{note} ;; esac; exit 2"
+    out = site.directory / "runs" / "budget"
+    note, saved = out / "logs" / "newest_checkpoint", out / "checkpoints" / "step_00000001"
+    end = f"mkdir -p {saved}; touch {saved}/{MANIFEST}"  # or a start would refuse: what was saved is gone
+    end += f"; case $START in 1) echo a >{note}; exit 75 ;; 3) echo b >{note} ;; esac; exit 2"
     job = site.submit(ONE_RANK, (*STAGE2, "--out", "runs/budget"), ending | {"END": end})
     ended, printed = site.lab.wait(job, 300), site.output(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 2, 3), printed
