@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cogvit.errors import CogViTError, ConfigError
@@ -50,9 +51,5 @@ def serve(server: ThreadingHTTPServer) -> None:
     print(
         f"http://127.0.0.1:{server.server_address[1]}/ shows the report every {REFRESH_S} s; Ctrl-C ends it", flush=True
     )
-    try:
+    with server, suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()

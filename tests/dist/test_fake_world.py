@@ -12,8 +12,8 @@ import torch.distributed as dist
 from cogvit.config import ContrastConfig, ParallelConfig
 from cogvit.objective.pairwise import Pairs, group_ranks, sigmoid_gradients, start_groups
 from cogvit.parallel.mesh import start_mesh
+from tests.fake_world import Log, fake_world, logged
 from tests.pool import Pool
-from tools.bench._fake_world import Log, fake_world, logged
 
 WORLD, PAIRS, WIDTH = 4096, 16, 32
 
