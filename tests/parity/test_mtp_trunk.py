@@ -68,7 +68,7 @@ def batches_of(cfg: LanguageConfig) -> list[Batch]:
         batch = joint_batch(seed, shown, by_place=cfg.family == "glm4")
         sizes = [-(-rows // 2) * -(-columns // 2) for rows, columns in batch.images.grid_hw.tolist() if rows]
         assert batch.sequence is not None
-        ahead = tokens_ahead(batch.sequence, cfg.mmtp, sizes)
+        ahead = tokens_ahead(batch.sequence, cfg.mmtp, sizes) if cfg.mmtp.depths else None
         batches.append(replace(batch, sequence=replace(batch.sequence, ahead=ahead)))
     return batches
 
