@@ -21,7 +21,8 @@ class HostView:
     """What the host knows of a pack, so that nothing has to ask the device and wait for it."""
 
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; none of captions
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
+    labels: int = 0  # that have a weight; of a `PackedSequence` alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
-        host: as in `PackedImages`, without grids.
+        host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
     """
 
     ids: Tensor

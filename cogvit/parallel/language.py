@@ -83,7 +83,8 @@ class LanguageStage(nn.Module):
 
         hidden_SD: what `forward` gave.
         """
-        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight)
+        count = None if sequence.host is None else sequence.host.labels
+        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
 
     @contextmanager
     def tied_head(self, *, train: bool) -> Iterator[None]:
