@@ -113,6 +113,23 @@ class PackedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class TokensAhead:
+    """What the M heads behind a language model read and predict of a pack of S tokens.
+
+    Depth m at place i reads the token at `source[m, i]`, which is m + 1 places ahead, and predicts that token's label.
+
+    Attributes:
+        source: [M, S] int32, a place of the same sample: its last where fewer tokens follow.
+        weight: [M, S] float32, of the label; 0 where it is of no answer or behind the sample's end.
+        slot: [S] int32, which of the learned tokens stands at a visual position, -1 elsewhere.
+    """
+
+    source: Tensor
+    weight: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ShardVersion:
     """What tells that a shard is still the one that was indexed."""
 
