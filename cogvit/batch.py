@@ -22,7 +22,7 @@ class HostView:
 
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
-    labels: int = 0  # that have a weight; of a `PackedSequence` alone
+    labels: int | None = None  # that have a weight, of a `PackedSequence`; None waits for the device to count them
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,4 +268,5 @@ def _padding_like(packed: Packed) -> Packed:
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
-    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids)))
+    labels = None if packed.host.labels is None else 0
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))
