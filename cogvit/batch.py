@@ -21,7 +21,8 @@ class HostView:
     """What the host knows of a pack, so that nothing has to ask the device and wait for it."""
 
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; none of captions
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
+    labels: int | None = None  # that have a weight, of a `PackedSequence`; None waits for the device to count them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
-        host: as in `PackedImages`, without grids.
+        host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
         ahead: what heads for more tokens read and predict, where there are any.
     """
 
@@ -129,6 +130,7 @@ class TokensAhead:
         source: [M, S] int32, a place of the same sample: its last where fewer tokens follow.
         weight: [M, S] float32, of the label; 0 where it is of no answer or behind the sample's end.
         slot: [S] int32, which of the learned tokens stands at a visual position, -1 elsewhere.
+        counts: how many labels of each depth have a weight, known to the host.
         lengths: for each depth, tokens of each sample and of the padding whose source is text; known to the host, and
             only where the heads see no images at all.
     """
@@ -136,6 +138,7 @@ class TokensAhead:
     source: Tensor
     weight: Tensor
     slot: Tensor
+    counts: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...] = ()
 
 
@@ -287,9 +290,10 @@ def _padding_like(packed: Row) -> Row:
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
-    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids)))
+    labels = None if packed.host.labels is None else 0
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))
 
 
 def _nothing_ahead(ahead: TokensAhead) -> TokensAhead:
     lengths = tuple((0,) * (len(depth) - 1) + (len(ahead.slot),) for depth in ahead.lengths)
-    return replace(ahead, slot=ahead.slot - 1, lengths=lengths)
+    return replace(ahead, slot=ahead.slot - 1, counts=(0,) * len(ahead.counts), lengths=lengths)

@@ -181,7 +181,7 @@ class LanguageConfig:
 
 
 def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
-    """Check that a language model can be split over tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
+    """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

@@ -97,6 +97,7 @@ def tokens_ahead(sequence: PackedSequence, mmtp: MmtpConfig, image_tokens: Seque
         source=torch.stack(sources).to(torch.int32),
         weight=torch.stack(weights),
         slot=slots_of_images(sequence.visual_row, image_tokens, mmtp.tokens),
+        counts=tuple(int((weight_S > 0).sum()) for weight_S in weights),
         lengths=tuple(lengths),
     )
 

@@ -18,7 +18,7 @@ from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, rotary_1d
 from cogvit.model.language import place_visual
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.ends import to_first_stage, to_last_stage
 from cogvit.parallel.mesh import Mesh
@@ -34,6 +34,8 @@ class LanguageStage(nn.Module):
 
     What the last stage needs of the embedding (a tied head, the heads for more tokens) is lent to it by the first,
     which owns the weight, for a pass: it has one owner, one place in a checkpoint and one share of the gradient's norm.
+
+    Errors: ConfigError when the layout does not divide it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LanguageStage(nn.Module):
         fusion: Fusion = "auto",
     ) -> None:
         super().__init__()
+        check_layout(cfg, mesh.tp_size, mesh.pp_size)
         self.cfg, self.mesh = cfg, mesh
         self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
         config = megatron_config(decoder_shape(cfg), mesh, memory, sequence=parallel.sequence)
@@ -92,7 +95,8 @@ class LanguageStage(nn.Module):
 
         hidden_SD: what `forward` gave.
         """
-        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight)
+        count = None if sequence.host is None else sequence.host.labels
+        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
 
     def losses(self, hidden_SD: Tensor, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
         """Return the sums over the pack's labels, [1 + M] fp32: of the next token and of those after it.
@@ -106,8 +110,10 @@ class LanguageStage(nn.Module):
         if self.mtp is not None and sequence.ahead is not None:
             ids_SD = embedded(sequence.ids, self.embed_weight, self.mesh.tp_rank * len(self.embed_weight))
             seen_SD = self.mtp.seen(ids_SD, place_visual(ids_SD, visual_ED, sequence.visual_row), sequence.ahead.slot)
-            ahead = zip(self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), strict=True)
-            sums += [label_loss(deep_SD, self.head_weight, label_S, weight_S) for deep_SD, label_S, weight_S in ahead]
+            depths = zip(
+                self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), sequence.ahead.counts, strict=True
+            )
+            sums += [label_loss(deep_SD, self.head_weight, *labels) for deep_SD, *labels in depths]
         return torch.stack(sums)
 
     @contextmanager
