@@ -113,7 +113,10 @@ class LanguageStage(nn.Module):
             depths = zip(
                 self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), sequence.ahead.counts, strict=True
             )
-            sums += [label_loss(deep_SD, self.head_weight, *labels) for deep_SD, *labels in depths]
+            sums += [
+                label_loss(deep_SD, self.head_weight, label_S, weight_S, count)
+                for deep_SD, label_S, weight_S, count in depths
+            ]
         return torch.stack(sums)
 
     @contextmanager
