@@ -19,12 +19,14 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
-zeroshot      classes by the nearest caption, in each language; needs the same
+zeroshot      classes by the nearest prompt, in each language: by the names in --prompts, and beside it (_captions), or
+              without them, by the captions of the held-out samples, which may be those that training saw
 retrieval     captions of images and images of captions among all of a source, and among all sources, in each
               language: the share of queries that find one of their own among the first 1, 5 and 10 (r1, r5, r10); every
-              caption of a sample counts, equal ones are one. Beside it, as other programs count (r1_usual): equal
-              captions are apart, and only a sample's own are right. Needs a stage-2 run, or its export with --layout
-              two_towers
+              caption of a sample counts, equal ones are one. Beside it what colors alone find (r1_color): a caption
+              stands for the colors of the training images that have it; captions_of_training_images says how many do.
+              And as other programs count (r1_usual): equal captions are apart, and only a sample's own are right. Needs
+              a stage-2 run, or its export with --layout two_towers
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
@@ -50,6 +52,7 @@ from cogvit.config.arguments import run_command
 from cogvit.config.environment import speaks
 from cogvit.config.split import is_split, train_part
 from cogvit.errors import ConfigError, DataError
+from cogvit.evaluation.colors import KnownCaptions, color_features, known_captions
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import decoded, embed_images, embed_texts, image_features, pixel_features
 from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
@@ -178,7 +181,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
     if "zeroshot" in tasks:
         results |= zeroshot_results(subject, read_prompts(Path(arguments.prompts)) if arguments.prompts else {})
     if "retrieval" in tasks:
-        results |= retrieval_results(subject)
+        results |= retrieval_results(subject, _known(subject, arguments))
     if "distill" in tasks:
         _note("distill: the student beside its teachers")
         results |= distill_results(subject)
@@ -219,22 +222,25 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 
 
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
-    """Classify held-out samples by the prompts of their classes; without prompts, by the classes' captions."""
+    """Classify held-out samples by the prompts of their classes and, beside them or without any, by their captions."""
     results: Evaluation = {}
     for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         samples, image = _embedded(subject, samples)
         assert samples.label is not None
-        by_language = {language: one.texts() for language, one in prompts.items()} or _captions_as_prompts(samples)
-        for language, (texts, labels) in by_language.items():
+        named = [("", language, *one.texts()) for language, one in prompts.items()]
+        beside = "_captions" if named else ""
+        captions = [(beside, language, *pairs) for language, pairs in _captions_as_prompts(samples).items()]
+        for suffix, language, texts, labels in named + captions:
             if int(samples.label.max()) > max(labels):
                 raise ConfigError(
                     f"{samples.source} has the label {int(samples.label.max())} and --prompts {language} names"
                     f" {max(labels) + 1} classes; name all of them"
                 )
             accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
-            results[f"zeroshot_{samples.source}_{language}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
+            task = f"zeroshot_{samples.source}_{language}"
+            results.setdefault(task, {})[f"accuracy{suffix}"] = score(accuracy, 1 / len(set(labels)))
     if not results:
         raise DataError("no captions say what the held-out classes are called; pass --prompts FILE")
     return results
@@ -250,8 +256,22 @@ def _captions_as_prompts(samples: Samples) -> dict[str, tuple[list[str], list[in
     return found
 
 
-def retrieval_results(subject: Subject) -> Evaluation:
-    """Find any caption of an image and any image of a caption, among those of a source and among those of all."""
+def _known(subject: Subject, arguments: Arguments) -> KnownCaptions | None:
+    """Look at the training images of the sources that have captions; None where there are none to look at."""
+    try:
+        train = _train_index(subject, arguments)
+    except (ConfigError, DataError):
+        return None  # it was said: held-out images are not compared with the training images either
+    sources = [samples.source for samples in subject.captioned]
+    caption_field = subject.config.data.caption_field if subject.config is not None else ""
+    return known_captions(train, sources, caption_field, subject.ranks)
+
+
+def retrieval_results(subject: Subject, known: KnownCaptions | None = None) -> Evaluation:
+    """Find any caption of an image and any image of a caption, among those of a source and among those of all.
+
+    known: what colors alone would find is shown beside it, and how many captions are of training images.
+    """
     results: Evaluation = {}
     parts = _needed(subject.captioned, "retrieval needs", "captions")
     whole = [joined_sources(parts, "all")] if len(parts) > 1 else []
@@ -261,15 +281,21 @@ def retrieval_results(subject: Subject) -> Evaluation:
     for samples in [*parts, *whole]:
         _note("\n".join([f"retrieval: {len(samples):,} {samples.source}", *samples.lacking]))
         samples, image = _embedded(subject, samples)
+        color = color_features(samples, subject.ranks) if known is not None else image
         for language, captions in samples.captions.items():
             place = {caption: n for n, caption in enumerate(dict.fromkeys(text for own in captions for text in own))}
             text = embed_texts(subject, list(place))
             own = [[place[caption] for caption in dict.fromkeys(texts)] for texts in captions]
             right = torch.tensor([(n, caption) for n, texts in enumerate(own) for caption in texts])
             apart = torch.tensor([(n, at) for at, n in enumerate(n for n, texts in enumerate(own) for _ in texts)])
-            results[f"retrieval_{samples.source}_{language}"] = _recalls(image, text, right, "") | _recalls(
-                image, text[right[:, 1]], apart, "_usual"
-            )
+            task = f"retrieval_{samples.source}_{language}"
+            results[task] = _recalls(image, text, right, "")
+            if known is not None:
+                results[task] |= _recalls(color, known.features(language, list(place)), right, "_color")
+                share = known.share(language, list(place))
+                results[task]["captions_of_training_images"] = score(share, 0.0)
+                _note(f"{task}: {share:.0%} of the captions are of training images too: new images of what these show")
+            results[task] |= _recalls(image, text[right[:, 1]], apart, "_usual")
     return results
 
 

@@ -94,29 +94,31 @@ def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, stack: ExitStack) 
     import ray
 
     for more_tries in (1, 0):  # Ray gives itself 15 or 30 s, which is short on a busy machine
-        directory = stack.enter_context(scratch())
-        stack.callback(ray.shutdown)  # before its files go
-        try:
-            context = ray.init(
-                address="local",
-                namespace=cluster.namespace,
-                num_cpus=num_cpus,
-                object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=directory,
-            )
+        with ExitStack() as attempt:
+            directory = attempt.enter_context(scratch())
+            attempt.callback(end_children, directory)  # of a start that fails Ray leaves some
+            attempt.callback(ray.shutdown)
+            try:
+                context = ray.init(
+                    address="local",
+                    namespace=cluster.namespace,
+                    num_cpus=num_cpus,
+                    object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=directory,
+                )
+            except Exception as error:  # it has no narrower one for processes that do not start in time
+                reason = str(error).partition("\n")[0]
+                if not more_tries:
+                    raise TeacherUnavailable(
+                        f"Ray did not start here: {reason}; start again when it is less busy"
+                    ) from error
+                _LOG.warning("Ray did not start (%s); once more", reason)
+                continue
+            stack.push(attempt.pop_all())
             return context.address_info["gcs_address"]
-        except Exception as error:  # it has no narrower one for processes that do not start in time
-            reason = str(error).partition("\n")[0]
-            ray.shutdown()
-            end_children(directory)
-            if not more_tries:
-                raise TeacherUnavailable(
-                    f"Ray did not start here: {reason}; start again when it is less busy"
-                ) from error
-            _LOG.warning("Ray did not start (%s); once more", reason)
     raise AssertionError("unreachable")
 
 

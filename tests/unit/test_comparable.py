@@ -70,6 +70,31 @@ def test_recall_is_counted_as_others_do_too_and_over_all_sources(data: DataConfi
     assert found["retrieval_all_en"]["image_to_text_r1_usual"]["chance"] == pytest.approx(1 / 18)
 
 
+def test_what_colors_alone_find_stands_beside_a_retrieval(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of `colors` differ in color alone, so that this baseline finds all of them."""
+    run = str(contrast_run(tmp_path / "run", data))
+    found = figures([run, "--tasks", "retrieval"], tmp_path / "out.json")["retrieval_colors_en"]
+    assert found["image_to_text_r1_color"]["value"] == found["text_to_image_r1_color"]["value"] == 1.0
+    assert found["image_to_text_r1_color"]["chance"] == found["image_to_text_r1"]["chance"]
+    assert found["captions_of_training_images"]["value"] == 1.0
+    assert "100% of the captions are of training images too: new images of what these show" in capsys.readouterr().err
+    other = many(tmp_path / "other", damaged=0)  # captions that no training image has
+    found = figures([run, "--tasks", "retrieval", "--data", str(other)], tmp_path / "other.json")["retrieval_colors_en"]
+    assert found["captions_of_training_images"]["value"] == 0.0
+
+
+def test_zeroshot_goes_by_names_and_says_what_the_captions_would_give(data: DataConfig, tmp_path: Path) -> None:
+    run, names = str(contrast_run(tmp_path / "run", data)), tmp_path / "names.json"
+    names.write_text(json.dumps({"en": {"classes": ["ruby", "leaf", "sky"], "templates": ["{}"]}}))
+    found = figures([run, "--tasks", "zeroshot", "--prompts", str(names)], tmp_path / "out.json")
+    assert found["zeroshot_colors_en"].keys() == {"accuracy", "accuracy_captions"}
+    assert found["zeroshot_colors_zh"].keys() == {"accuracy_captions"}
+    alone = figures([run, "--tasks", "zeroshot"], tmp_path / "alone.json")
+    assert alone["zeroshot_colors_en"]["accuracy"] == found["zeroshot_colors_en"]["accuracy_captions"]
+
+
 def many(directory: Path, damaged: int, captions: int = 150) -> Path:
     entries = []
     for number in range(150):

@@ -296,7 +296,9 @@ def test_a_run_that_is_given_none_fits_what_the_tool_fits(config: RunConfig, tmp
         run = replace(config, out=str(tmp_path / f"run{images}"), teachers=stored)
         fit(replace(run, out=str(tmp_path / "by_tool")), 40)
         pool.run(first_answer, 1, (run,))
-        own, theirs = (path.read_bytes() for path in (Path(run.out) / "teacher_stats.safetensors", tmp_path / "by_tool"))
+        own, theirs = (
+            path.read_bytes() for path in (Path(run.out) / "teacher_stats.safetensors", tmp_path / "by_tool")
+        )
         assert (own == theirs) == same
 
 
