@@ -35,7 +35,8 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2 \
 	    --data.mixture '[["pictograms", 0.78], ["digits", 0.2], ["photos", 0.02]]'
 	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
-	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval --out $(DEMO)/eval.json
+	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
+	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones

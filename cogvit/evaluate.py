@@ -137,7 +137,7 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
     except (ConfigError, DataError) as error:
         _note(f"held-out images are not compared with the training images: {error}")
         return subject
-    samples = []
+    samples, trained_on = [], []
     for held_out in subject.samples:
         left = unseen(held_out, train)
         if len(left) < len(held_out):
@@ -146,9 +146,10 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
                 " left out"
             )
         samples += [left] if len(left) else []
+        trained_on += [] if len(left) else [held_out.source]
     if not samples:
         raise DataError("every held-out image is a training image too, byte for byte; hold out others (--data PATTERN)")
-    return replace(subject, samples=tuple(samples))
+    return replace(subject, samples=tuple(samples), trained_on=tuple(trained_on))
 
 
 def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
@@ -191,7 +192,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
 def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str], arguments: Arguments) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
-    for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
+    for test in _needed(subject, subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
         rows = rows_of(train_index, test.source)
         train = read_samples(train_index, test.source, spread(rows, int(arguments.train_images or len(rows))))
         if not len(train) or train.label is None or test.label is None:
@@ -224,7 +225,9 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
     """Classify held-out samples by the prompts of their classes and, beside them or without any, by their captions."""
     results: Evaluation = {}
-    for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
+    for samples in _needed(
+        subject, subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"
+    ):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         samples, image = _embedded(subject, samples)
@@ -273,7 +276,7 @@ def retrieval_results(subject: Subject, known: KnownCaptions | None = None) -> E
     known: what colors alone would find is shown beside it, and how many captions are of training images.
     """
     results: Evaluation = {}
-    parts = _needed(subject.captioned, "retrieval needs", "captions")
+    parts = _needed(subject, subject.captioned, "retrieval needs", "captions")
     whole = [joined_sources(parts, "all")] if len(parts) > 1 else []
     if len(parts) > MAX_SOURCES:
         _note(f"retrieval: {len(parts):,} sources are more than {MAX_SOURCES}; among all of them alone")
@@ -322,10 +325,13 @@ def _recalls(image: Tensor, text: Tensor, right: Tensor, suffix: str) -> dict[st
     }
 
 
-def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
+def _needed(subject: Subject, found: list[Samples], tasks: str, what: str) -> list[Samples]:
     if not found:
+        gone = ", ".join(subject.trained_on)
         raise DataError(
-            f"no source of the held-out shards has what {tasks}: {what} of all its samples; pass another --data"
+            f"no source of the held-out shards has what {tasks}: {what} of all its samples"
+            + (f" (left out, because all of their images are training images: {gone})" if gone else "")
+            + "; pass another --data"
         )
     return found
 

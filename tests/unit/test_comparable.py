@@ -17,7 +17,7 @@ from cogvit.evaluation.metrics import explain, linear_accuracy
 from cogvit.evaluation.places import place_sums
 from cogvit.model.packing import pack_images
 from data_pipeline.index import build_index
-from tests.data.corpus import members, write_tar
+from tests.data.corpus import members, picture, write_tar
 from tests.runs_on_disk import COLORS, contrast_run, tinted, write_shards
 
 
@@ -120,6 +120,29 @@ def test_a_damaged_image_is_skipped_counted_and_many_are_refused(
     assert run_command([run, "--data", str(many(tmp_path / "lots", 9)), "--tasks", "knn"], "", Arguments, evaluate) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "9 of 150 images of colors do not decode" in told and "shard-00000.tar:000" in told
+
+
+def test_a_set_of_which_nothing_is_left_is_told_in_its_own_words(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(contrast_run(tmp_path / "run", data))
+    one = tinted(12, 16, 3000, 0)
+    said = {"source": "colors", "label": 0, "captions": {"en": ["a picture"]}}
+    entries = [("a.png", one[:60] + b"\0" * (len(one) - 60)), ("a.json", json.dumps(said).encode())]
+    write_tar(tmp_path / "one" / "shard-00000.tar", entries)
+    list(build_index(str(tmp_path / "one")))
+    for task in ("knn", "zeroshot", "retrieval"):
+        argv = [run, "--data", str(tmp_path / "one"), "--tasks", task]
+        assert run_command(argv, "", Arguments, evaluate) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert "1 of 1 images of colors do not decode" in told and "which is all of them" in told
+    seen = members("c", tinted(12, 16, 100, 0), source="colors", label=0)
+    seen += members("t", picture(20, 12, 4000), source="things", captions={"en": ["a thing"]})
+    write_tar(tmp_path / "seen" / "shard-00000.tar", seen)
+    list(build_index(str(tmp_path / "seen")))
+    assert run_command([run, "--data", str(tmp_path / "seen"), "--tasks", "knn"], "", Arguments, evaluate) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "(left out, because all of their images are training images: colors); pass another --data" in told
 
 
 def test_a_caption_that_is_missing_in_a_language_is_named(
