@@ -67,6 +67,7 @@ from data_pipeline.index import Index, load_index
 TASKS = ("knn", "linear", "zeroshot", "retrieval", "distill")
 CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
 RECALL_AT = (1, 5, 10)
+_LABELS = ("knn, linear and zeroshot need", "a `label` in the json, or a .cls,")  # who needs what
 MAX_SOURCES = 20  # that retrieval looks at one by one: a json may call each page a source
 RESOLUTIONS: dict[str, Literal["naflex", "square"]] = {"native": "naflex", "square": "square"}
 
@@ -192,7 +193,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
 def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str], arguments: Arguments) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
-    for test in _needed(subject, subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
+    for test in _needed(subject, subject.labeled, *_LABELS):
         rows = rows_of(train_index, test.source)
         train = read_samples(train_index, test.source, spread(rows, int(arguments.train_images or len(rows))))
         if not len(train) or train.label is None or test.label is None:
