@@ -11,16 +11,15 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 --train-images N      let knn and linear learn from N images of a source, evenly spread; by default from all
 --index-dir DIR       where the indexes of both lie; by default as in the run, or beside the shards
 --prompts FILE        names of zeroshot's classes, by label, {"en": {"classes": ["cat", ["dog", "pup"]],
-                      "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some. By default
-                      classes go by the captions of the held-out samples
+                      "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some
 --resolution KIND     native or square: show images at their own shape or as squares of the encoder's size, under the
                       tasks' names with _native or _square; by default as the run was trained
 --out FILE            add the figures to a JSON file, {task: {metric: {"value": v, "chance": c}}}
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
-zeroshot      classes by the nearest prompt, in each language: by the names in --prompts, and beside it (_captions), or
-              without them, by the captions of the held-out samples, which may be those that training saw
+zeroshot      classes by the nearest caption of the held-out samples, whose wording training may have seen, in each
+              language; with --prompts also by the classes' names (zeroshot_..._names); needs the same
 retrieval     captions of images and images of captions among all of a source, and among all sources, in each
               language: the share of queries that find one of their own among the first 1, 5 and 10 (r1, r5, r10); every
               caption of a sample counts, equal ones are one. Beside it what colors alone find (r1_color): a caption
@@ -224,7 +223,7 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 
 
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
-    """Classify held-out samples by the prompts of their classes and, beside them or without any, by their captions."""
+    """Classify held-out samples by the captions of their classes, and by the classes' names in prompts."""
     results: Evaluation = {}
     for samples in _needed(
         subject, subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"
@@ -233,18 +232,16 @@ def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evalua
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         samples, image = _embedded(subject, samples)
         assert samples.label is not None
-        named = [("", language, *one.texts()) for language, one in prompts.items()]
-        beside = "_captions" if named else ""
-        captions = [(beside, language, *pairs) for language, pairs in _captions_as_prompts(samples).items()]
-        for suffix, language, texts, labels in named + captions:
+        captions = [(language, *pairs) for language, pairs in _captions_as_prompts(samples).items()]
+        named = [(f"{language}_names", *one.texts()) for language, one in prompts.items()]
+        for how, texts, labels in captions + named:
             if int(samples.label.max()) > max(labels):
                 raise ConfigError(
-                    f"{samples.source} has the label {int(samples.label.max())} and --prompts {language} names"
+                    f"{samples.source} has the label {int(samples.label.max())} and --prompts {how[:2]} names"
                     f" {max(labels) + 1} classes; name all of them"
                 )
             accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
-            task = f"zeroshot_{samples.source}_{language}"
-            results.setdefault(task, {})[f"accuracy{suffix}"] = score(accuracy, 1 / len(set(labels)))
+            results[f"zeroshot_{samples.source}_{how}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
     if not results:
         raise DataError("no captions say what the held-out classes are called; pass --prompts FILE")
     return results
