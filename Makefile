@@ -43,7 +43,7 @@ test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
-	python -m pytest tests/faults
+	python -m pytest tests/faults -o faulthandler_timeout=3600
 
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
 	python -m pytest tests/slurm -o faulthandler_timeout=3600 -rs
