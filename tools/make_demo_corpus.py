@@ -2,7 +2,8 @@
 
 Every picture comes with a package that pip installs; nothing is downloaded. DIR/train and DIR/heldout hold webdataset
 shards, DIR/corpus.json says what is in them, from which seed and under which licenses, DIR/digits.json what the digits
-are called. Held-out pictograms are other drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
+are called. Held-out pictograms are other drawings of the same pictograms; held-out digits are other digits. Equal seeds
+give equal bytes.
 
 usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
 """
