@@ -16,7 +16,6 @@ def config() -> RunConfig:
         vision=cogvit_vision("small"),
         text=byte_text("small"),
         proj_dim=256,
-        init_log_t=3.0,
         data=DataConfig(
             held_out=0.01,
             global_batch_images=128,
