@@ -18,7 +18,8 @@ HEAD = """<meta charset="utf-8">
 * { box-sizing: border-box; }
 body {
   margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif,
+    "Report CJK";  /* a subset inside the page, for machines without such a font */
 }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 0 0 1rem; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,9 @@ from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, T
 from cogvit.errors import CogViTError
 from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
 from cogvit.report.figures import evaluation_table
-from cogvit.report.page import write_report
+from cogvit.report.font import FAMILY
+from cogvit.report.page import report_page, write_report
+from cogvit.report.style import HEAD
 from cogvit.training.chrono import Chrono
 from cogvit.training.manifest import FORMAT
 from cogvit.training.meter import Meter
@@ -196,3 +200,16 @@ def test_the_wall_time_of_the_newest_checkpoint_is_told(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", [run], {}, {})
     page = (tmp_path / "report.html").read_text()
     assert "goodput 75.0%" in page and "5.0 s (5.0%)" in page and "20.0 s (20.0%)" in page
+
+
+def test_chinese_captions_bring_their_glyphs(tmp_path: Path) -> None:
+    """The page holds a font of exactly its East Asian characters; without any it holds none."""
+    run = make_run(tmp_path / "run", CONFIG, 3)
+    caption = "\u4e00\u5f20\u56fe: \u8d64\u3044 \uadf8\ub9bc"
+    page = report_page([run], {}, {caption: PNG})
+    (data,) = re.findall(r"url\(\"data:font/woff;base64,([^\"]+)\"\)", page)
+    with TTFont(io.BytesIO(base64.b64decode(data))) as font:
+        assert {chr(code) for code in font.getBestCmap()} == set(caption) - set(": ")
+        assert "Open Font License" in font["name"].getDebugName(13)
+    assert len(data) < 20_000 and FAMILY in HEAD
+    assert "@font-face" not in report_page([run], {}, {"a picture": PNG})
