@@ -27,7 +27,7 @@ def font_face(text: str) -> str:
         return ""
     data = base64.b64encode(_subset(characters)).decode()
     return (
-        f'@font-face {{ font-family: "{FAMILY}"; font-weight: 100 900;'
+        f'@font-face {{ font-family: "{FAMILY}"; font-weight: 100 900; font-display: block;'
         f' src: url("data:font/woff;base64,{data}") format("woff"); }}'
     )
 
