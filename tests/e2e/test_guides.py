@@ -86,9 +86,12 @@ def cut_to_size(command: str, world: Path) -> list[str]:
         }  # fmt: skip
         return [*(here.get(word, word) for word in words), *TEACHERS, "--schedule.steps", "2", *SMALL]
     if "cogvit.train" in words or "demo_stage2" in words:
-        if "--schedule.steps" in words:
-            words[words.index("--schedule.steps") + 1] = "2"
-        return words if "--help" in words else [*words, *SMALL]
+        if "--help" in words:
+            return words
+        small = {"--schedule.steps": "2", **dict(zip(SMALL[::2], SMALL[1::2], strict=True))}
+        for flag in small.keys() & set(words):
+            words[words.index(flag) + 1] = small.pop(flag)
+        return [*words, *(word for pair in small.items() for word in pair)]
     return words
 
 
