@@ -104,14 +104,15 @@ def captions_of(text: PackedText | None, config: RunConfig) -> list[str]:
 
 
 def wrapped(caption: str, width_px: int) -> list[str]:
-    """Break a caption into lines of a width, at any character, as Chinese has no spaces; the rest is left out."""
+    """Break a caption into lines of a width, at a space or, as in Chinese, at any character; the rest is left out."""
     lines, font = [""], caption_font()
     for character in caption:
-        if font.getlength(lines[-1] + character) > width_px:
-            if len(lines) == NUM_LINES:
-                return [*lines[:-1], lines[-1][:-1] + "\u2026"]
-            lines.append("")
         lines[-1] += character
+        if font.getlength(lines[-1]) > width_px:
+            head, space, tail = lines[-1].rpartition(" ")
+            lines[-1:] = [head, tail] if space else [lines[-1][:-1], character]
+    if len(lines) > NUM_LINES:
+        lines = [*lines[: NUM_LINES - 1], f"{lines[NUM_LINES - 1][:-1]}\u2026"]
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -92,4 +92,6 @@ def test_long_captions_are_broken_and_end_in_an_ellipsis():
     lines = wrapped("\u56fe" * 200, 60)
     assert len(lines) == NUM_LINES and lines[-1][-1] == "\u2026"
     assert all(caption_font().getlength(line) <= 72 for line in lines)
+    words = wrapped("a photo of a retina", 70)
+    assert len(words) == 2 and " ".join(words) == "a photo of a retina"
     assert wrapped("a dog", 200) == ["a dog"] and wrapped("", 60) == []
