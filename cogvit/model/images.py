@@ -182,7 +182,7 @@ def sources_of(images: Sequence[ImageLike] | Tensor) -> list[Source]:
 
     Errors: DataError when there are none, one is no image, or floats are mixed with other images.
     """
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "getexif"):
+    if isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__"):
         raise DataError(f"expected a list of images, not one {type(images).__name__}; put it into a list")
     if not len(images):
         raise DataError("the list of images is empty; expected at least one")

@@ -79,6 +79,12 @@ def test_packs_are_those_of_training_to_the_bit(encoder: CogViT, mode: str) -> N
     assert np.array_equal(rgb_image(url), read_image(buffer.getvalue()))  # what a language model is shown
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
+def test_images_of_every_mode_are_taken(encoder: CogViT, mode: str) -> None:
+    found = encoder.encode([picture(20, 33).convert("L" if mode == "F" else "RGB").convert(mode)])
+    assert found.patches[0].shape[:2] == (4, 6) and bool(found.pooled.isfinite().all())
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("side_px", [40, 300])
 def test_files_of_jpeg_are_decoded_as_training_does(
@@ -99,6 +105,7 @@ def test_files_of_jpeg_are_decoded_as_training_does(
         ([], "the list of images is empty"),
         ("x.png", "expected a list of images, not one str"),
         (picture(4, 4), "expected a list of images, not one Image"),
+        (None, "expected a list of images, not one NoneType"),
         (["absent.png"], r"image 0 \(absent.png\) cannot be read: No such file"),
         ([__file__], "is no image: no known image format"),
         (["https://example.org/a.png"], "on another machine; save it first"),
