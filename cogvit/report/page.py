@@ -136,7 +136,7 @@ def _run(run: Run) -> str:
         line_chart("Loss", [run.series(name) for name in run.names("loss")]),
         line_chart("Held-out loss", [run.series(name, noisy=False) for name in run.names("eval_loss")]),
         line_chart("Learning rate", [run.series("lr", noisy=False)]),
-        line_chart("Gradient norm", [run.series(name) for name in run.names("grad_norm")]),
+        line_chart("Gradient norm", [line for line in map(run.series, run.names("grad_norm")) if any(line.y)]),
         line_chart("Images per second", [run.series("images_per_s")]),
         line_chart("Tokens per second", [run.series("tokens_per_s")]),
     ]
