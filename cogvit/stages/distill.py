@@ -47,6 +47,7 @@ class DistillStage:
         "teachers.source", "teachers.store", "teachers.stats_images",
     )  # fmt: skip
     reads: Reads = "images"
+    legend: tuple[tuple[str, tuple[int, int, int]], ...] = (("masked patch", MASK_COLOR),)
 
     def towers(self, config: RunConfig) -> tuple[Tower, ...]:
         """The vision tower alone."""
