@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from cogvit.config import RunConfig
 from cogvit.stages.protocol import Stage
@@ -29,7 +30,7 @@ def in_millions(count: int) -> str:
 
 
 def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> Iterator[str]:
-    """Yield a line on a run's data, one on its size, and a warning where most images are made smaller.
+    """Yield a line on a run's devices, on its data, on its size, and a warning where most images are made smaller.
 
     processes: how many there are and on what, as "2 x cpu".
     """
@@ -37,11 +38,12 @@ def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> 
     from data_pipeline.loader import usable_index
     from data_pipeline.sizing import sizing_of
 
+    yield f"device: {processes}, torch {torch.__version__}"
     yield describe(config, corpus)
     data = config.data
     parameters = in_millions(num_parameters(stage, config))
     if corpus.train is None:
-        yield f"run: {parameters} parameters; {data.global_batch_images:,} images a step; {processes}"
+        yield f"run: {parameters} parameters; {data.global_batch_images:,} images a step"
         return
     index = usable_index(corpus.train, corpus.reads)
     looked_at = index.take(np.linspace(0, len(index.corpus) - 1, min(len(index.corpus), _LOOKED_AT)).astype(np.int64))
@@ -52,7 +54,7 @@ def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> 
     yield (
         f"run: {parameters} parameters; {mean:.0f} patches of {config.vision.patch_size} px an image, at most {most}; "
         f"{data.global_batch_images:,} images, some {mean * data.global_batch_images:,.0f} patches a step; "
-        f"{len(index) / data.global_batch_images:,.1f} steps an epoch, {config.schedule.steps:,} in all; {processes}"
+        f"{len(index) / data.global_batch_images:,.1f} steps an epoch, {config.schedule.steps:,} in all"
     )
     downsized = float(sizing.exceeds(height_px, width_px).mean())
     if downsized > _DOWNSIZED:
