@@ -29,7 +29,8 @@ from cogvit.config.help import ALL, first_page, section_text, sections, table
 from cogvit.config.recipe import differences
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_run, read_run, recipe_differences, stage_of
-from cogvit.stages.opening import in_millions, num_parameters, opening
+from cogvit.stages.opening import in_millions, num_parameters, opening, slow_kernels
+from cogvit.training.deterministic import deterministic
 from cogvit.training.feed import (
     Corpus,
     Intake,
@@ -109,11 +110,12 @@ def start(argv: list[str], process: Process) -> int:
         print(f"{describe(config, corpus)}\ndiffers from {preset}: {changed}", file=sys.stderr)
         return 0
     process.check_meeting()
-    device = own_device(config, process)
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        print(place_line(config, process.rank, str(device)), flush=True)
-    with claimed_directory(asked, writer=process.rank == 0):
-        return run(asked, corpus, device)
+    with deterministic(config.deterministic):
+        device = own_device(config, process)
+        if "SLURM_STEP_NUM_TASKS" in os.environ:
+            print(place_line(config, process.rank, str(device)), flush=True)
+        with claimed_directory(asked, writer=process.rank == 0):
+            return run(asked, corpus, device)
 
 
 def own_device(config: RunConfig, process: Process) -> torch.device:
@@ -147,7 +149,8 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         if mesh.is_writer:
-            print(*opening(stage, config, corpus, f"{mesh.world_size} x {device_name(device)}"), sep="\n", flush=True)
+            told = opening(stage, config, corpus, f"{mesh.world_size} x {device_name(device)}")
+            print(*told, *slow_kernels(stage, config, device), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         source = stage.feature_source(config, corpus, mesh)

@@ -362,6 +362,9 @@ class RunConfig:
         "auto",
         "auto: a GPU where there is one; refused where Slurm gave GPUs or nvidia-smi lists some and torch sees none",
     )
+    deterministic: bool = option(
+        False, "a repeated run has the same bits on GPUs too, at a cost; what cannot repeat itself is refused"
+    )
     fusion: Literal["auto", "on", "off"] = option(
         "auto", "norms, rotations, activations and residual branches as one compiled kernel each; auto: on CUDA"
     )

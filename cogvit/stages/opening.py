@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cogvit.config import RunConfig
+from cogvit.model.attention import varlen_kernel_takes
 from cogvit.stages.protocol import Stage
 
 if TYPE_CHECKING:
@@ -62,3 +63,16 @@ def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> 
             f"warning: {downsized:.0%} of the images have more than data.max_patches={data.max_patches} patches of "
             f"{config.vision.patch_size} px and are made smaller; --data.max-patches N shows more of them"
         )
+
+
+def slow_kernels(stage: Stage, config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Yield a warning for each tower whose attention cannot run in one kernel on a GPU."""
+    if device.type != "cuda" or config.precision != "bf16":
+        return
+    for tower in stage.towers(config):
+        head_dim = tower.shape.embed_dim // tower.shape.num_heads
+        if not varlen_kernel_takes(device, torch.bfloat16, head_dim):
+            yield (
+                f"warning: {tower.name} has heads of {head_dim} channels, and flash attention takes multiples of 8 up"
+                f" to 256: images are batched by length, which is much slower; change {tower.name}.num_heads"
+            )
