@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogvit.config import RunConfig
 from cogvit.config.device import device_fault, device_flag, local_device, why_no_gpu
 from cogvit.config.environment import Process
 from cogvit.errors import ConfigError
-from cogvit.stages import read_run, stage_of
+from cogvit.stages import stage_of
 from cogvit.stages.opening import slow_kernels
 from cogvit.train import main
 from tests.e2e.corpus import write_shards
@@ -147,10 +148,10 @@ def test_a_run_is_refused_before_it_begins(
         assert capsys.readouterr().err.count(f"error: rank {rank}: nvidia-smi lists 2 GPUs") == said
 
 
-@pytest.mark.parametrize(("num_heads", "lines"), [(4, 1), (5, 0)])
+@pytest.mark.parametrize(("num_heads", "lines"), [(4, 1), (5, 0), (10, 0)])
 def test_heads_that_flash_attention_does_not_take_are_said(num_heads: int, lines: int) -> None:
-    config = read_run("stage1_small", ["--precision", "bf16", "--vision.embed-dim", "80"])
-    config = replace(config, vision=replace(config.vision, num_heads=num_heads))
+    config = RunConfig(precision="bf16")
+    config = replace(config, vision=replace(config.vision, embed_dim=80, num_heads=num_heads))
     told = list(slow_kernels(stage_of(config), config, torch.device("cuda")))
     assert len(told) == lines
     assert all("vision has heads of 20 channels, and flash attention takes multiples of 8" in line for line in told)
