@@ -22,14 +22,14 @@ import torch
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config import RunConfig, to_json
 from cogvit.config.arguments import asks_for_help
-from cogvit.config.device import device_name, local_device
+from cogvit.config.device import local_device
 from cogvit.config.environment import Process, speaks, this_process
 from cogvit.config.flags import load_preset, presets, purpose
 from cogvit.config.help import ALL, first_page, section_text, sections, table
 from cogvit.config.recipe import differences
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_run, read_run, recipe_differences, stage_of
-from cogvit.stages.opening import in_millions, num_parameters, opening, slow_kernels
+from cogvit.stages.opening import in_millions, num_parameters, opening
 from cogvit.training.deterministic import deterministic
 from cogvit.training.feed import (
     Corpus,
@@ -149,8 +149,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         if mesh.is_writer:
-            told = opening(stage, config, corpus, f"{mesh.world_size} x {device_name(device)}")
-            print(*told, *slow_kernels(stage, config, device), sep="\n", flush=True)
+            print(*opening(stage, config, corpus, device, mesh.world_size), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         source = stage.feature_source(config, corpus, mesh)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cogvit.config import RunConfig
+from cogvit.config.device import device_name
 from cogvit.model.attention import varlen_kernel_takes
 from cogvit.stages.protocol import Stage
 
@@ -30,16 +31,14 @@ def in_millions(count: int) -> str:
     return f"{millions:.0f}M" if millions >= 100 else f"{millions:.3g}M"
 
 
-def opening(stage: Stage, config: RunConfig, corpus: Corpus, processes: str) -> Iterator[str]:
-    """Yield a line on a run's devices, on its data, on its size, and a warning where most images are made smaller.
-
-    processes: how many there are and on what, as "2 x cpu".
-    """
+def opening(stage: Stage, config: RunConfig, corpus: Corpus, device: torch.device, num_processes: int) -> Iterator[str]:
+    """Yield a line on a run's devices, on its data, on its size, and warnings of what will be slow or small."""
     from cogvit.training.feed import describe
     from data_pipeline.loader import usable_index
     from data_pipeline.sizing import sizing_of
 
-    yield f"device: {processes}, torch {torch.__version__}"
+    yield f"device: {num_processes} x {device_name(device)}, torch {torch.__version__}"
+    yield from slow_kernels(stage, config, device)
     yield describe(config, corpus)
     data = config.data
     parameters = in_millions(num_parameters(stage, config))
