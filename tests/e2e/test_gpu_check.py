@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cogvit.stages import check_run, read_run
+from cogvit.stages.cost import forward_flops
 from tools.gpu_check.__main__ import SECTIONS
+from tools.gpu_check.runs import trainer_words
+from tools.gpu_check.work import Setting
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(400)
@@ -65,6 +70,17 @@ def test_a_section_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path) -
 def test_a_worker_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     found = check(tmp_path / "check", "--sections", "machine", "--limit-s", "1", status=1)
     assert "the process died or took more than 1 s" in found["machine"]["status"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_commands_of_a_gpu_are_a_run(tmp_path: Path, stage: int) -> None:
+    """What a CPU does not train: cogvit_l's width and depth in packs of 8,192 tokens."""
+    setting = Setting(torch.device("cuda"), tmp_path)
+    preset, *flags = trainer_words(stage, tmp_path, tmp_path / "out", 20, setting)
+    config = read_run(preset, flags)
+    check_run(config, 1)
+    assert (config.vision.embed_dim, config.vision.depth) == (1024, 24) and config.device == "cuda"
+    assert forward_flops(setting.vision, 16_384, 512) > 10e12
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def stages(setting: Setting) -> Figures:
         found: Figures = {"shards": write_shards(shop / "shards", setting), "store": _fill_store(shop, setting)}
         for number in (1, 2):
             out = shop / f"stage{number}"
-            command = _command(number, shop, out, num_steps, setting)
+            command = trainer_words(number, shop, out, num_steps, setting)
             statuses = [_train(command, setting, stop_after=num_steps // 2), _train(command, setting)]
             found[f"stage{number}"] = _outcome(out, statuses, num_steps)
     return found
@@ -74,7 +74,7 @@ def deterministic(setting: Setting) -> Figures:
     with _workshop(setting) as shop:
         write_shards(shop / "shards", setting)
         outs = [shop / name for name in ("straight", "resumed", "free")]
-        commands = [_command(2, shop, out, num_steps, setting) for out in outs]
+        commands = [trainer_words(2, shop, out, num_steps, setting) for out in outs]
         found["straight"] = _outcome(outs[0], [_train([*commands[0], "--deterministic"], setting)], num_steps)
         again = [*commands[1], "--deterministic"]
         statuses = [_train(again, setting, stop_after=num_steps // 2), _train(again, setting)]
@@ -116,7 +116,7 @@ def write_shards(directory: Path, setting: Setting) -> Figures:
 def _fill_store(shop: Path, setting: Setting) -> Figures:
     """Compute the teachers' features of all shards in this process, without Ray."""
     start_s = time.monotonic()
-    preset, *flags = _command(1, shop, shop / "store", 1, setting)
+    preset, *flags = trainer_words(1, shop, shop / "store", 1, setting)
     config = read_run(preset, flags)
     job = plan_job(config)
     taught = {
@@ -127,7 +127,7 @@ def _fill_store(shop: Path, setting: Setting) -> Figures:
     return {"files": len(list((shop / "store").rglob("*.safetensors"))), "seconds": time.monotonic() - start_s}
 
 
-def _command(number: int, shop: Path, out: Path, num_steps: int, setting: Setting) -> list[str]:
+def trainer_words(number: int, shop: Path, out: Path, num_steps: int, setting: Setting) -> list[str]:
     """The trainer's words for a stage."""
     if setting.small:
         preset, shape = f"demo_stage{number}", ["--vision.depth", "1", "--data.global-batch-images", "8"]
