@@ -14,6 +14,7 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
                       "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some
 --resolution KIND     native or square: show images at their own shape or as squares of the encoder's size, under the
                       tasks' names with _native or _square; by default as the run was trained
+--device KIND         auto, cuda or cpu; auto is a GPU where there is one (default: auto)
 --out FILE            add the figures to a JSON file, {task: {metric: {"value": v, "chance": c}}}
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
@@ -48,7 +49,8 @@ from torch import Tensor
 
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
 from cogvit.config.arguments import run_command
-from cogvit.config.environment import speaks
+from cogvit.config.device import device_flag, local_device
+from cogvit.config.environment import speaks, this_process
 from cogvit.config.split import is_split, train_part
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.colors import KnownCaptions, color_features, known_captions
@@ -83,6 +85,7 @@ class Arguments:
     index_dir: str = ""
     prompts: str = ""
     resolution: str = ""
+    device: str = "auto"
     out: str = ""
 
 
@@ -91,10 +94,11 @@ def evaluate(arguments: Arguments) -> int:
 
     Ranks that a launcher has started share the encoding; the first one prints and writes.
     """
+    device = local_device(device_flag(arguments.device), this_process())
     with joined() as ranks:
         asked, earlier = check_arguments(arguments)
         path = Path(arguments.run_or_export)
-        subject = ranks.together(partial(load_subject, path, arguments.data, arguments.index_dir, ranks))
+        subject = ranks.together(partial(load_subject, path, arguments.data, arguments.index_dir, ranks, device))
         subject = apart_from_training(subject, arguments)
         if arguments.resolution:
             subject = shown_at(subject, RESOLUTIONS[arguments.resolution])

@@ -11,6 +11,7 @@ EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, or a
 --top-p P             draws among the most likely tokens that have this much of the probability (default: 1)
 --seed N              of the draws (default: 0)
 --draft mtp|none      mtp lets heads propose tokens: the same answer in fewer passes, and how many (default: none)
+--device KIND         auto, cuda or cpu; auto is a GPU where there is one (default: auto)
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cogvit.config.arguments import run_command
+from cogvit.config.device import device_flag, local_device
+from cogvit.config.environment import this_process
 from cogvit.errors import ConfigError
 from cogvit.model.drafting import Drafted
 from cogvit.model.generation import Sampling
@@ -41,6 +42,7 @@ class Arguments:
     top_p: str = "1"
     seed: str = "0"
     draft: str = "none"
+    device: str = "auto"
 
 
 def generate(arguments: Arguments) -> int:
@@ -50,7 +52,7 @@ def generate(arguments: Arguments) -> int:
     if arguments.draft not in ("none", "mtp"):
         raise ConfigError(f"--draft {arguments.draft} must be mtp or none")
     sampling, drafted = _sampling(arguments), Drafted() if arguments.draft == "mtp" else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device(device_flag(arguments.device), this_process())
     model = VisionLanguageModel.from_pretrained(arguments.run_or_export).eval().to(device)
     if model.tokenizer is None:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")

@@ -17,16 +17,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
-from cogvit.config import to_json
+from cogvit.config import RunConfig, to_json
 from cogvit.config.arguments import asks_for_help
+from cogvit.config.device import local_device
 from cogvit.config.environment import Process, speaks, this_process
 from cogvit.config.flags import load_preset, presets, purpose
 from cogvit.config.help import ALL, first_page, section_text, sections, table
 from cogvit.config.recipe import differences
-from cogvit.errors import CogViTError
+from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_run, read_run, recipe_differences, stage_of
 from cogvit.stages.opening import in_millions, num_parameters, opening
+from cogvit.training.deterministic import deterministic
 from cogvit.training.feed import (
     Corpus,
     Intake,
@@ -106,13 +110,26 @@ def start(argv: list[str], process: Process) -> int:
         print(f"{describe(config, corpus)}\ndiffers from {preset}: {changed}", file=sys.stderr)
         return 0
     process.check_meeting()
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        print(place_line(config, process.rank), flush=True)
-    with claimed_directory(asked, writer=process.rank == 0):
-        return run(asked, corpus)
+    with deterministic(config.deterministic):
+        device = own_device(config, process)
+        if "SLURM_STEP_NUM_TASKS" in os.environ:
+            print(place_line(config, process.rank, str(device)), flush=True)
+        with claimed_directory(asked, writer=process.rank == 0):
+            return run(asked, corpus, device)
 
 
-def run(start: Start, corpus: Corpus) -> int:
+def own_device(config: RunConfig, process: Process) -> torch.device:
+    """Return the device that this process trains on. Errors: ConfigError, which one process of a machine prints."""
+    try:
+        return local_device(config.device, process)
+    except ConfigError as error:
+        # Rank 0 speaks for its machine alone, and of too few GPUs only those know who get none.
+        if not speaks() and process.local_rank in (0, torch.cuda.device_count()):
+            print(f"error: rank {process.rank}: {error}", file=sys.stderr)
+        raise
+
+
+def run(start: Start, corpus: Corpus, device: torch.device) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s, config = time.monotonic(), start.config
     from cogvit.parallel.mesh import start_mesh, stop_mesh
@@ -127,12 +144,12 @@ def run(start: Start, corpus: Corpus) -> int:
     from cogvit.training.state import TrainState
     from cogvit.training.watchdog import Watchdog
 
-    mesh, stage = start_mesh(config.parallel), stage_of(config)
+    mesh, stage = start_mesh(config.parallel, device), stage_of(config)
     with ExitStack() as resources:
         resources.callback(stop_mesh)
         seat = take_seat(config, mesh)
         if mesh.is_writer:
-            print(*opening(stage, config, corpus, f"{mesh.world_size} x {mesh.device.type}"), sep="\n", flush=True)
+            print(*opening(stage, config, corpus, device, mesh.world_size), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         source = stage.feature_source(config, corpus, mesh)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run once on every node before anything heavy: check_node.sh PYTHON OUT. Prints "SWITCH NODE ADDRESS SECONDS", or one line
-# that says why the node cannot take part, and leaves with 2.
+# Run once on every node before anything heavy: check_node.sh PYTHON OUT DEVICE. Prints "SWITCH NODE ADDRESS SECONDS", or one
+# line that says why the node cannot take part, and leaves with 2.
 set -uo pipefail
 node=$(hostname -s)
 
@@ -16,6 +16,15 @@ specs = {name: find_spec(name) for name in ("torch", "megatron.core", "deepspeed
 print(*(name for name, spec in specs.items() if spec is None or spec.origin is None))  # an empty folder has no origin
 ' 2>&1) || absent="an import fails: ${absent##*$'\n'}"
 [[ -z $absent ]] || refuse "$1 lacks $absent"
+# Only where somebody speaks of GPUs, for torch takes seconds to start.
+if [[ ${3:-auto} == cuda ]] || env | grep -Eq '^SLURM\w*_GPUS\w*=.*[1-9]' || command -v nvidia-smi >/dev/null; then
+    fault=$("$1" -c '
+import sys
+from cogvit.config.device import device_fault, device_flag
+print(device_fault(device_flag(sys.argv[1])))' "${3:-auto}" 2>&1) || true
+    fault=${fault##*$'\n'}
+    [[ -z $fault ]] || refuse "$fault"
+fi
 probe=$2/logs/.writable-$node-${SLURM_JOB_ID:-}
 { mkdir -p "$2/logs" && : >"$probe" && rm "$probe"; } 2>/dev/null || refuse "--out $2 cannot be written"
 address=$(getent ahostsv4 "$node" | awk '{ print $1; exit }')

@@ -13,6 +13,10 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}  # 
 MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 10000))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 
+# ---- GPUs: under --parallel.tp a message runs beside a product only if kernels start in the order of their launches. Megatron
+# asks for one queue of them up to Hopper; Blackwell needs no such order, and 32 keep streams apart. Without tp, CUDA's own 8 stay.
+TP_CONNECTIONS=${TP_CONNECTIONS:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '{ print ($1 >= 10 ? 32 : 1); exit }' || true)}
+
 # ---- Ray, for the teachers of stage 1, precompute and --data.loading server; one cluster a job, seen by nobody else
 RAY_PORT=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 RAY_CPUS=${RAY_CPUS:-2}                     # CPUs of a node that Ray may give to actors (--teachers.actor-cpus); precompute: all

@@ -47,7 +47,7 @@ refused() {
 # What has been reached and will not be lost; a start that changes it made progress.
 progress() { cat "$LOGS/newest_checkpoint" 2>/dev/null || true; } # the checkpoint may be in an object store
 
-# Sets PRESET, FLAGS and OUT. In a job array, {task} in a flag stands for the task's number: --seed {task} --out runs/{task}
+# Sets PRESET, FLAGS, OUT and DEVICE. In a job array, {task} in a flag stands for the task's number: --seed {task} --out runs/{task}
 read_flags() {
     PRESET=$1 FLAGS=()
     shift
@@ -55,12 +55,14 @@ read_flags() {
         PRESET=$1
         shift
     fi
-    OUT=runs/$PRESET
+    OUT=runs/$PRESET DEVICE=auto
     local word previous=
     for word in "$@"; do
         word=${word//\{task\}/${SLURM_ARRAY_TASK_ID:-0}}
         if [[ $previous == --out ]]; then OUT=$word; fi
         if [[ $word == --out=* ]]; then OUT=${word#--out=}; fi
+        if [[ $previous == --device ]]; then DEVICE=$word; fi
+        if [[ $word == --device=* ]]; then DEVICE=${word#--device=}; fi
         previous=$word
         # What was asked of the first start would begin a job anew each time that it is requeued.
         if [[ $word == --begin-anew ]] && ((${SLURM_RESTART_COUNT:-0} > 0)); then continue; fi
@@ -100,7 +102,7 @@ check_nodes() {
     before=$(date +%s)
     # A failed check must not leave the job waiting for the other nodes'.
     found=$("${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        bash launch/check_node.sh "$PYTHON" "$OUT" 2>"$ERRORS") || {
+        bash launch/check_node.sh "$PYTHON" "$OUT" "$DEVICE" 2>"$ERRORS") || {
         local status=$?
         cat "$ERRORS" >&2
         refused "$status"
@@ -183,6 +185,9 @@ start_ray() {
 # Runs the trainer on every rank, tensor ranks inside a node and pipeline neighbors under a switch; sets STATUS.
 train() {
     export MASTER_ADDR=$HEAD_ADDRESS MASTER_PORT
+    if ((TP > 1)) && [[ -n $TP_CONNECTIONS ]]; then
+        export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$TP_CONNECTIONS}
+    fi
     # Since Slurm 22.05 srun does not take the job's --cpus-per-task over: a bound rank would have one CPU.
     SLURM_HOSTFILE=$HOSTS run_step --ntasks="$WORLD" --distribution=arbitrary --kill-on-bad-exit=1 \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \

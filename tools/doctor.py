@@ -1,11 +1,12 @@
 """Examines every node before a run: software, memory, disk, clocks, ports and collectives.
 
-usage: python -m tools.doctor [--out DIR] [--disk-gb N] [--message-mb N] [--timeout-s N]
+usage: python -m tools.doctor [--out DIR] [--device KIND] [--disk-gb N] [--message-mb N] [--timeout-s N]
 
 One table with a row for each rank, then what is wrong. Run it as the run will be: alone, under torchrun, or in an
 allocation with one task a GPU (MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun python -m tools.doctor --out DIR).
 
 --out DIR        where the run directory will be: it must be writable on every rank (default: the current directory)
+--device KIND    auto, cuda or cpu, as the run will be told (default: auto)
 --disk-gb N      free space that the run needs there (default: 10; one checkpoint of the 403M encoder takes about 5)
 --message-mb N   size of the reduction whose bandwidth is measured (default: 64)
 --timeout-s N    how long ranks may take to meet and to answer (default: 60)
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from cogvit.config.arguments import run_command
+from cogvit.config.device import Device, device_fault, device_flag, local_device
 from cogvit.config.environment import speaks, this_process
 from cogvit.errors import ConfigError
 
@@ -51,6 +53,7 @@ class Arguments:
     """The command line."""
 
     out: str = "."
+    device: str = "auto"
     disk_gb: str = "10"
     message_mb: str = "64"
     timeout_s: str = "60"
@@ -61,6 +64,7 @@ class Limits:
     """What the examination asks for."""
 
     out: Path
+    device: Device
     disk_gb: float
     message_mb: float
     timeout_s: float
@@ -74,6 +78,9 @@ class Node:
     host: str
     versions: dict[str, str]  # of Python and the installed packages
     gpu: str  # "" without one
+    gpu_id: str  # of the device itself, whatever its number; "" without one
+    gpu_fault: str  # why there is none where one was asked for or promised
+    connections: str  # CUDA_DEVICE_MAX_CONNECTIONS where tensor parallelism asks for another, else ""
     bf16: bool
     shm_gb: float  # free
     disk_gb: float  # free where the run directory will be
@@ -100,9 +107,9 @@ class Finding:
     text: str
 
 
-def examine_node(out: Path) -> Node:
+def examine_node(out: Path, asked: Device) -> Node:
     """Look at this rank's machine."""
-    cuda = torch.cuda.is_available()
+    fault_of_device, cuda = device_fault(asked), _device().type == "cuda"
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -119,6 +126,9 @@ def examine_node(out: Path) -> Node:
         host=socket.gethostname(),
         versions=installed,
         gpu=torch.cuda.get_device_name() if cuda else "",
+        gpu_id=str(torch.cuda.get_device_properties().uuid) if cuda else "",
+        gpu_fault=fault_of_device,
+        connections=_connections() if cuda else "",
         bf16=not cuda or torch.cuda.is_bf16_supported(),
         shm_gb=shutil.disk_usage(_SHM).free / _GB if _SHM.exists() else 0.0,
         disk_gb=free_gb,
@@ -145,6 +155,7 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
         short = f"{node.disk_gb:.1f} GB free at --out {limits.out}; --disk-gb {limits.disk_gb:g} are needed"
         unreached = f"cannot connect to the next rank: {link.next_fault}; is a firewall between?"
         checks = (
+            (True, bool(node.gpu_fault), node.gpu_fault),
             (True, bool(absent), f"{', '.join(absent)} not installed"),
             (True, bool(other), f"other versions than most ranks have: {', '.join(other)}"),
             (True, bool(node.fault), f"--out {limits.out} cannot be written: {node.fault}"),
@@ -155,8 +166,15 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
             (False, abs(link.skew_s) > _MOST_SKEW_S, f"its clock is {link.skew_s:+.1f} s off; logs will not agree"),
             (False, node.open_files < _LEAST_OPEN_FILES, f"{node.open_files} open files allowed; see ulimit -n"),
             (False, not node.bf16, f"{node.gpu} has no bf16; use --precision fp32"),
+            (False, bool(node.connections), node.connections),
         )
         found += [Finding(fatal, where, text) for fatal, wrong, text in checks if wrong]
+    taken: dict[str, int] = {}
+    for node in nodes:
+        first = taken.setdefault(node.gpu_id, node.rank) if node.gpu_id else node.rank
+        if first != node.rank:
+            text = f"shares its GPU ({node.gpu_id}) with rank {first}; start one process a GPU"
+            found.append(Finding(True, f"rank {node.rank} on {node.host}", text))
     gpus = {node.gpu for node in nodes}
     if len(gpus) > 1:
         named = ", ".join(sorted(gpu or "none" for gpu in gpus))
@@ -199,9 +217,9 @@ def table(nodes: list[Node], links: list[Links]) -> str:
 def diagnose(arguments: Arguments) -> int:
     """Examine every rank and print the table on the first; returns the exit status, the same on every rank."""
     limits = _read_limits(arguments)
-    joined = _join(limits.timeout_s)
+    joined = _join(limits)
     try:
-        mine = examine_node(limits.out), examine_links(limits)
+        mine = examine_node(limits.out, limits.device), examine_links(limits)
         found: list[tuple[Node, Links]] = [mine] * dist.get_world_size()
         dist.all_gather_object(found, mine)
     except RuntimeError as error:  # a peer died, or its network is silent
@@ -233,30 +251,29 @@ def _read_limits(arguments: Arguments) -> Limits:
         if not 0.0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {text}: must be a positive number")
         values.append(value)
-    return Limits(Path(arguments.out), *values)
+    return Limits(Path(arguments.out), device_flag(arguments.device), *values)
 
 
-def _join(timeout_s: float) -> bool:
+def _join(limits: Limits) -> bool:
     """Join the world unless this process is in one; alone where no launcher has given it a rank."""
     if dist.is_initialized():
         return False
     process = this_process()
     process.check_meeting()
     backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(process.local_rank)
+    if not device_fault(limits.device) and local_device(limits.device, process).type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
     if process.alone:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return True
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=limits.timeout_s))
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).splitlines()[0][:120]
         message = (
-            f"rank {process.rank} of {process.world_size} met nobody at {place} in {timeout_s:g} s"
+            f"rank {process.rank} of {process.world_size} met nobody at {place} in {limits.timeout_s:g} s"
             f" ({reason}); see MASTER_ADDR, MASTER_PORT and firewalls"
         )
         if not speaks():  # the first rank, which speaks for all, may be the one that is not there
@@ -313,6 +330,19 @@ def _reduce_gb_per_s(message_mb: float) -> float:
     slowest = torch.tensor([statistics.median(seconds[1:])], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return message.numel() * 4 / float(slowest) / _GB
+
+
+def _connections() -> str:
+    """Return what is wrong with the number of queues to the GPU where ranks are tensor-parallel, or ""."""
+    number, major = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", ""), torch.cuda.get_device_capability()[0]
+    wanted = number == "1" if major < 10 else number != "1"  # Blackwell needs no order of launches
+    if dist.get_world_size() == 1 or wanted:
+        return ""
+    value = "1" if major < 10 else "32"
+    return (
+        f"CUDA_DEVICE_MAX_CONNECTIONS={number or 'unset'}: under --parallel.tp messages run beside products only with"
+        f" {value} (launch/env.sh sets it there)"
+    )
 
 
 def _device() -> torch.device:

@@ -66,20 +66,6 @@ def this_process() -> Process:
     return Process(rank, world_size, local_rank, meets)
 
 
-def device_index(process: Process, num_visible: int) -> int:
-    """Return which of the visible GPUs is this process's: the only one (Slurm's --gpus-per-task), or that of its rank.
-
-    Errors: ConfigError when there are fewer than the machine's processes need.
-    """
-    if num_visible == 1:
-        return 0
-    if process.local_rank >= num_visible:
-        raise ConfigError(
-            f"LOCAL_RANK={process.local_rank} finds {num_visible} GPUs; start one process a GPU of a machine"
-        )
-    return process.local_rank
-
-
 def speaks() -> bool:
     """Whether this process prints: the first of the ranks, and in a Slurm step each, which has a log of its own.
 

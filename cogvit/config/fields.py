@@ -358,6 +358,13 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: fp32 parameters under autocast")
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto",
+        "auto: a GPU where there is one; refused where Slurm gave GPUs or nvidia-smi lists some and torch sees none",
+    )
+    deterministic: bool = option(
+        False, "a repeated run has the same bits on GPUs too, at a cost; what cannot repeat itself is refused"
+    )
     fusion: Literal["auto", "on", "off"] = option(
         "auto", "norms, rotations, activations and residual branches as one compiled kernel each; auto: on CUDA"
     )

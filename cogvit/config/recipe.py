@@ -11,8 +11,9 @@ from cogvit.config.tree import to_json
 
 # What may differ between a run and its resumption: how it is executed, never what it computes. Stages have more.
 EXECUTION = (
-    "parallel.", "memory.", "fusion", "zero.", "guard.", "eval.", "log.", "out", "optim.muon_tp",
-    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_every_steps",
+    "parallel.", "memory.", "device", "deterministic", "fusion", "zero.", "guard.", "eval.", "log.", "out",
+    "optim.muon_tp", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
     "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
     "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_wait_s", "data.max_bad_fraction",

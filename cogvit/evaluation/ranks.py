@@ -12,11 +12,10 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvit.config.environment import device_index, this_process
+from cogvit.config.environment import this_process
 from cogvit.errors import CogViTError
 
 Item = TypeVar("Item")
@@ -83,8 +82,6 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), size) if size > 1 else ALONE
         return
     process.check_meeting()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device_index(process, torch.cuda.device_count()))
     dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), size)

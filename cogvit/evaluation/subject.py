@@ -43,10 +43,13 @@ class Subject:
         return [samples for samples in self.samples if samples.captions]
 
 
-def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks = ALONE) -> Subject:
+def load_subject(
+    path: Path, data: str = "", index_dir: str = "", ranks: Ranks = ALONE, device: torch.device | None = None
+) -> Subject:
     """Load a run's newest good checkpoint, or an export, and what is said of the held-out shards.
 
-    data and index_dir are by default what the run holds out and its data.index_dir.
+    data and index_dir are by default what the run holds out and its data.index_dir; device is a GPU where torch
+    sees one.
     Errors: ConfigError, CheckpointError or DataError when one of them is missing or cannot be used.
     """
     if not path.is_dir():
@@ -62,7 +65,7 @@ def load_subject(path: Path, data: str = "", index_dir: str = "", ranks: Ranks =
         load_index(data, index_dir) if data or part is None else load_index(part.shards, index_dir, where=part.where)
     )
     field = config.data.caption_field if config is not None else ""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
         if module is not None:
             module.to(device)

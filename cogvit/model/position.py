@@ -54,7 +54,22 @@ def resized_table(embed_1DHW: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return a position table on another grid, bicubic; as it is where the grid is its own."""
     if embed_1DHW.shape[-2:] == grid:
         return embed_1DHW
+    if embed_1DHW.is_cuda and embed_1DHW.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return resized_by_products(embed_1DHW, grid)  # the gradient of the other adds with atomics
     return F.interpolate(embed_1DHW, size=grid, mode="bicubic", align_corners=False)
+
+
+def resized_by_products(embed_1DHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return what bicubic interpolation does, as a matrix product by rows and one by columns."""
+
+    def weights(length: int, size: int) -> Tensor:
+        """How much of each of the table's rows is in each of the grid's, [size, length]."""
+        one = torch.eye(length, dtype=embed_1DHW.dtype, device=embed_1DHW.device).view(1, length, length, 1)
+        return F.interpolate(one, size=(size, 1), mode="bicubic", align_corners=False).view(length, size).T
+
+    by_row, by_column = (weights(length, size) for length, size in zip(embed_1DHW.shape[-2:], grid, strict=True))
+    with torch.autocast(embed_1DHW.device.type, enabled=False):
+        return by_row @ embed_1DHW @ by_column.T
 
 
 def rotary_2d(row_col_T2: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

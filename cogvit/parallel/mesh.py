@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
-from cogvit.config.environment import Process, device_index, this_process
+from cogvit.config.device import local_device
+from cogvit.config.environment import Process, this_process
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.parallel.cpu import prepare_process
 
@@ -188,13 +189,15 @@ class Mesh:
         raise error or next(other for other in errors if other is not None)
 
 
-def start_mesh(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Mesh:
+def start_mesh(layout: ParallelConfig, device: torch.device | None = None, *, timeout_s: float = 1800.0) -> Mesh:
     """Join the world (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset) and split it into axes.
 
     A process group that already exists is used as it is. gloo on CPU, nccl on CUDA.
+    device: this process's; by default a GPU where torch sees one.
     """
     process = this_process()
-    device = _local_device(process)
+    if device is None:
+        device = local_device("auto" if torch.cuda.is_available() else "cpu", process)
     if not dist.is_initialized():
         _join_world(process, device, timeout_s)
     parallel_state.initialize_model_parallel(
@@ -220,14 +223,6 @@ def stop_mesh() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _local_device(process: Process) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = device_index(process, torch.cuda.device_count())
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def _join_world(process: Process, device: torch.device, timeout_s: float) -> None:

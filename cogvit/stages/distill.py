@@ -58,6 +58,11 @@ class DistillStage:
         encoder = config.text_encoder.path
         require(not encoder, f"--text-encoder.path {encoder} is of stage 2")
         _check_teachers(config)
+        require(
+            not (config.deterministic and config.teachers.compile and self.asks_actors(config)),
+            "--deterministic: a compiled teacher is tuned by the clock, with other last bits each time; pass"
+            " --teachers.compile false, or store its features and pass --teachers.source store",
+        )
 
     def completed(self, config: RunConfig) -> RunConfig:
         """Nothing is left open; looks for the teachers, their store and --init."""

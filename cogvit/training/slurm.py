@@ -7,9 +7,10 @@ import os
 from cogvit.config import RunConfig
 
 
-def place_line(config: RunConfig, rank: int) -> str:
-    """Say where a rank is: the first line of its log on a cluster."""
+def place_line(config: RunConfig, rank: int, device: str) -> str:
+    """Say where a rank is and on what: the first line of its log on a cluster."""
     tp_rank, pp_rank, dp_rank = config.parallel.place(rank)
     node = os.environ.get("SLURMD_NODENAME", "?")
     switches = os.environ.get("SLURM_TOPOLOGY_ADDR", node).split(".")[:-1]
-    return f"rank={rank} tp={tp_rank} pp={pp_rank} dp={dp_rank} node={node} switch={switches[-1] if switches else '?'}"
+    place = f"rank={rank} tp={tp_rank} pp={pp_rank} dp={dp_rank} device={device} node={node}"
+    return f"{place} switch={switches[-1] if switches else '?'}"

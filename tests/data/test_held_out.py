@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from cogvit.config import DataConfig, EvalConfig, RunConfig
 from cogvit.config.split import held_out_part, train_part
@@ -72,10 +73,11 @@ def test_a_start_says_its_size_and_warns_of_small_budgets(shards: Path) -> None:
     config = RunConfig(data=data)
     config = replace(config, vision=replace(config.vision, patch_size=8, image_size=16, embed_dim=64, depth=1))
     corpus = open_corpus(config, stage_of(config).reads)
-    told = list(opening(stage_of(config), config, corpus, "1 x cpu"))
-    assert told[0].startswith("data: 120 images")
-    assert told[1].startswith("run: 0.06") and "patches of 8 px an image, at most 4; 16 images" in told[1]
-    assert "7.5 steps an epoch" in told[1] and told[1].endswith("1 x cpu")
-    assert told[2].startswith("warning: 100% of the images have more than data.max_patches=4")
+    told = list(opening(stage_of(config), config, corpus, torch.device("cpu"), 1))
+    assert told[0].startswith("device: 1 x cpu, torch ")
+    assert told[1].startswith("data: 120 images")
+    assert told[2].startswith("run: 0.06") and "patches of 8 px an image, at most 4; 16 images" in told[2]
+    assert "7.5 steps an epoch" in told[2]
+    assert told[3].startswith("warning: 100% of the images have more than data.max_patches=4")
     roomy = replace(config, data=replace(data, max_patches=64))
-    assert len(list(opening(stage_of(config), roomy, corpus, "1 x cpu"))) == 2
+    assert len(list(opening(stage_of(config), roomy, corpus, torch.device("cpu"), 1))) == 3

@@ -16,12 +16,15 @@ from tests.pool import Pool
 from tools import doctor
 from tools.doctor import Arguments, Limits, Links, Node, diagnose, examine_links, examine_node, judge, table
 
-LIMITS = Limits(Path("/runs"), disk_gb=10.0, message_mb=1.0, timeout_s=20.0)
+LIMITS = Limits(Path("/runs"), "auto", disk_gb=10.0, message_mb=1.0, timeout_s=20.0)
 WELL = Node(
     rank=0,
     host="n0",
     versions={"python": "3.11.9", **dict.fromkeys(doctor._PACKAGES, "1.0")},
     gpu="GPU X",
+    gpu_id="",
+    gpu_fault="",
+    connections="",
     bf16=True,
     shm_gb=9.0,
     disk_gb=99.0,
@@ -32,7 +35,7 @@ LINKED = Links(skew_s=0.01, reduce_gb_per_s=2.5)
 
 
 def measure(rank: int, world: int, out: str) -> tuple[Node, Links]:
-    return examine_node(Path(out)), examine_links(LIMITS)
+    return examine_node(Path(out), "auto"), examine_links(LIMITS)
 
 
 def skewed(rank: int, world: int) -> Links:
@@ -85,6 +88,8 @@ CASES = [
     ({}, {"skew_s": -7.0}, False, "its clock is -7.0 s off"),
     ({"open_files": 1024}, {}, False, "1024 open files allowed"),
     ({"bf16": False}, {}, False, "GPU X has no bf16"),
+    ({"gpu_fault": "Slurm gave GPUs, torch sees none"}, {}, True, "Slurm gave GPUs, torch sees none"),
+    ({"connections": "CUDA_DEVICE_MAX_CONNECTIONS=8"}, {}, False, "CUDA_DEVICE_MAX_CONNECTIONS=8"),
 ]
 
 
@@ -95,6 +100,12 @@ def test_each_finding(node: dict[str, object], link: dict[str, object], fatal: b
     assert finding.fatal == fatal and text in finding.text
     assert finding.where in ("rank 2 on n2", "all ranks")
     assert "n2" in table(nodes, [LINKED] * 3).splitlines()[3]
+
+
+def test_two_ranks_on_one_gpu() -> None:
+    nodes = [replace(WELL, rank=rank, gpu_id=gpu) for rank, gpu in enumerate(["a", "b", "a"])]
+    (finding,) = judge(nodes, [LINKED] * 3, LIMITS)
+    assert finding.fatal and finding.where == "rank 2 on n0" and "shares its GPU (a) with rank 0" in finding.text
 
 
 def test_fatal_findings_come_first() -> None:
@@ -114,6 +125,13 @@ def test_alone(tmp_path: Path) -> None:
     head, row, *rest = done.stdout.splitlines()
     assert head.split()[:3] == ["rank", "host", "GPU"] and row.split()[:2] == ["0", socket.gethostname()]
     assert not any(line.startswith("error") for line in rest)
+
+
+def test_promised_gpus_that_are_not_there_are_exit_2(tmp_path: Path) -> None:
+    flags = ("--out", str(tmp_path), "--disk-gb", "0.001")
+    done = run_doctor(*flags, SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "Slurm gave GPUs (SLURM_GPUS_ON_NODE=4), and torch " in done.stdout
+    assert run_doctor(*flags, "--device", "cpu", SLURM_GPUS_ON_NODE="4").returncode == 0
 
 
 def test_no_room_is_exit_2(tmp_path: Path) -> None:

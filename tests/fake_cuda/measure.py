@@ -154,6 +154,20 @@ def language_step(tp: int, depth: int) -> dict[str, Any]:
     }
 
 
+def resized_table(deterministic: bool) -> list[str]:
+    """The operators of a learned table of positions on another grid, forward and backward."""
+    import torch
+
+    from cogvit.model import position
+
+    trace = fake.Trace()
+    torch.use_deterministic_algorithms(deterministic)
+    with fake.on_fake_cuda(trace), torch.device(fake.DEVICE):
+        position.resized_table(torch.empty(1, 64, 4, 4, requires_grad=True), (3, 5)).sum().backward()
+    torch.use_deterministic_algorithms(False)
+    return sorted(trace.calls)
+
+
 def main(library: str) -> None:
     """Print the figures of every case."""
     fake.pretend(Path(library))
@@ -163,8 +177,10 @@ def main(library: str) -> None:
         "full": (1, "full", 24),
         "sequence": (2, "none", 2),
     }
-    found = {name: step(*case) for name, case in cases.items()}
-    json.dump(found | {"language": language_step(2, 2)}, sys.stdout)
+    found: dict[str, Any] = {name: step(*case) for name, case in cases.items()}
+    found["language"] = language_step(2, 2)
+    found["table"] = {str(asked): resized_table(asked) for asked in (False, True)}
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,11 @@ import pytest
 from tests.fake_cuda.fake import build_guard
 
 Figures = dict[str, Any]
+# Operators that raise on CUDA under torch.use_deterministic_algorithms: those of its documentation, as aten names them.
+ATOMIC = re.compile(
+    r"aten\.(upsample_(bi|tri)?(linear|cubic)\w*_backward|(avg|adaptive_\w+|fractional_max)_pool\dd\w*|max_unpool|put_"
+    r"|nll_loss|_?ctc_loss|histc|median|grid_sampler\w*_backward|reflection_pad\w*_backward|bincount|cumsum|kthvalue)\b"
+)
 VARLEN = "torch_attn._varlen_attn.default"
 
 
@@ -78,3 +84,11 @@ def test_a_language_model_runs_in_bf16_and_waits_for_nothing(figures: dict[str, 
     assert found["out"] == "torch.float32" and found["gradients"] == ["torch.float32"]
     assert not found["waits"]
     assert not [message for message in found["collectives"] if len(set(message[1])) > 1]
+
+
+def test_no_operator_lacks_a_deterministic_form(figures: dict[str, Figures]) -> None:
+    for name in ("none", "full", "sequence"):
+        assert not [call for call in figures[name]["calls"] if ATOMIC.match(call)], name
+    table = figures["table"]
+    assert "aten.upsample_bicubic2d_backward.default" in table["False"]
+    assert not [call for call in table["True"] if ATOMIC.match(call)]

@@ -23,7 +23,9 @@ def test_ranks_are_numbered_along_the_switches(site: Site, straight: Path) -> No
     for rank, log in logs.items():
         tp, pp, dp = ParallelConfig(tp=2, pp=2).place(rank)
         node = order[rank // 2]
-        assert log.splitlines()[0] == f"rank={rank} tp={tp} pp={pp} dp={dp} node={node} switch={SWITCH[node]}"
+        assert (
+            log.splitlines()[0] == f"rank={rank} tp={tp} pp={pp} dp={dp} device=cpu node={node} switch={SWITCH[node]}"
+        )
     assert f"step {STEPS}/{STEPS} loss" in logs[0]
 
 

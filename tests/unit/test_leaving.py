@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cogvit.config.environment import Process, device_index
+from cogvit.config.device import device_index
+from cogvit.config.environment import Process
 from cogvit.errors import ConfigError
 from cogvit.teacher.scratch import scratch
 from cogvit.train import main

@@ -115,6 +115,6 @@ def test_any_environment_is_a_process_or_one_line(values: dict[str, str]) -> Non
 def test_place_line(environ: dict[str, str]) -> None:
     config = RunConfig(parallel=ParallelConfig(tp=2, pp=2))
     environ |= {"SLURMD_NODENAME": "node4", "SLURM_TOPOLOGY_ADDR": "spine.leaf2.node4"}
-    assert place_line(config, 7) == "rank=7 tp=1 pp=1 dp=1 node=node4 switch=leaf2"
+    assert place_line(config, 7, "cuda:3") == "rank=7 tp=1 pp=1 dp=1 device=cuda:3 node=node4 switch=leaf2"
     environ["SLURM_TOPOLOGY_ADDR"] = "node4"
-    assert place_line(config, 4) == "rank=4 tp=0 pp=0 dp=1 node=node4 switch=?"
+    assert place_line(config, 4, "cpu") == "rank=4 tp=0 pp=0 dp=1 device=cpu node=node4 switch=?"

@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 
 from cogvit.config import ParallelConfig
+from cogvit.config.device import Device, local_device
+from cogvit.config.environment import Process
 from cogvit.parallel.mesh import Mesh, start_mesh
 from tools.bench._probe import Probe, probe
+
+_CPU = torch.device("cpu")
 
 
 def on_ranks(run: Callable[..., Any], ranks: int) -> list[Any]:
@@ -27,21 +31,31 @@ def on_ranks(run: Callable[..., Any], ranks: int) -> list[Any]:
         return list(pool.map(partial(run, rendezvous=f"{scratch}/rendezvous"), range(ranks)))
 
 
-def join(rank: int, ranks: int, rendezvous: str, threads: int = 1) -> Mesh:
-    """Meet the other ranks; all are data-parallel."""
+def join(rank: int, ranks: int, rendezvous: str, threads: int = 1, device: Device = "cpu") -> Mesh:
+    """Meet the other ranks; all are data-parallel, on a GPU each where `device` is cuda."""
     torch.set_num_threads(threads)
+    own = local_device(device, Process(rank, ranks, rank))
     store = dist.FileStore(rendezvous, ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    return start_mesh(ParallelConfig())
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    return start_mesh(ParallelConfig(), own)
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[Probe]]:
+def ranks_for(asked: Sequence[int], device: Device) -> list[int]:
+    """Return those numbers of processes that a machine has room for: one a GPU. Errors: ConfigError for no GPU."""
+    if local_device(device, Process()).type == "cpu":
+        return list(asked)
+    return [ranks for ranks in asked if ranks <= torch.cuda.device_count()]
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], None]], rounds: int, device: torch.device = _CPU
+) -> dict[str, list[Probe]]:
     """Run every contender once a round, all ranks together."""
     probes: dict[str, list[Probe]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             dist.barrier()
-            probes[name].append(probe(run))
+            probes[name].append(probe(run, device))
     dist.barrier()
     return probes
 

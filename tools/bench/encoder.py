@@ -1,4 +1,4 @@
-"""Speed and memory of the packed encoder beside the padded encoders of timm and transformers, on one CPU thread.
+"""Speed and memory of the packed encoder beside the padded encoders of timm and transformers, on a CPU thread or a GPU.
 
 usage: PYTHONPATH=.venv/peers python -m tools.bench.encoder [flags]   (`make bench` fills .venv/peers; two hours)
   --width 768 --depth 12 --heads 12   shape of every encoder
@@ -6,13 +6,16 @@ usage: PYTHONPATH=.venv/peers python -m tools.bench.encoder [flags]   (`make ben
   --precisions fp32,bf16              bf16 is autocast
   --rounds 3                          each round runs every encoder once; the table has the medians
   --batches 2                         of which the images of a mix are made
+  --device cpu                        cpu or cuda
+  --batch-scale 1                     multiplies the images of a batch: a GPU wants 8 or more
   --out FILE                          also write the record there
 
 All encoders see the same images and have the same blocks: LayerNorm, GELU, learned positions, no CLS token, no
 QK-norm. The peers pad a batch to its longest image; they get their images in random order, as they are used, and sorted
 by length. Useful tokens leave padding out. Times are CPU time of this process, which a busy neighbor distorts less than
-a clock does; forward is that of the training step. Memory is what a forked child holds at its peak above what it starts
-with: activations, gradients and scratch, without the weights.
+a clock does, and on a GPU those of the clock; forward is that of the training step. Memory is what a forked child holds
+at its peak above what it starts with, on a GPU what torch has allocated: activations, gradients and scratch, without
+the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -36,6 +39,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cogvit.batch import to_device
+from cogvit.config.device import device_flag, device_name, local_device
+from cogvit.config.environment import Process
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.model.naflex import naflex_grid
@@ -60,6 +66,8 @@ class Arguments:
     precisions: str = "fp32,bf16"
     rounds: str = "3"
     batches: str = "2"
+    device: str = "cpu"
+    batch_scale: str = "1"
     out: str = ""
 
 
@@ -129,39 +137,49 @@ class Contender:
     steps: Sequence[Callable[[], Tensor]]
 
 
-def padded(images: Sequence[Image]) -> PaddedBatch:
+def padded(images: Sequence[Image], device: torch.device) -> PaddedBatch:
     """Pad images to the longest, as the peers take them."""
+
+    def rows(of_images: list[Tensor]) -> Tensor:
+        return pad_sequence(of_images, batch_first=True).to(device)
+
     return PaddedBatch(
-        patches_BNE=pad_sequence([image.patches for image in images], batch_first=True),
-        place_BN2=pad_sequence([raster(*image.grid).long() for image in images], batch_first=True),
-        valid_BN=pad_sequence([torch.ones(len(image.patches), dtype=torch.bool) for image in images], batch_first=True),
-        grid_B2=torch.tensor([image.grid for image in images]),
+        patches_BNE=rows([image.patches for image in images]),
+        place_BN2=rows([raster(*image.grid).long() for image in images]),
+        valid_BN=rows([torch.ones(len(image.patches), dtype=torch.bool) for image in images]),
+        grid_B2=torch.tensor([image.grid for image in images], device=device),
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
 
 
 def packed_step(model: CogViT, images: Sequence[Image]) -> Callable[[], Tensor]:
     """Encode images as one pack."""
     pack = pack_images([image.patches for image in images], [image.grid for image in images])
+    pack = to_device(pack, device_of(model))
     return lambda: model.forward_packed(pack).patch_TD
 
 
 def dense_step(model: CogViT, images: Sequence[Image]) -> Callable[[], Tensor]:
     """Encode images as one padded batch of sequences, as `naflex_collate` gives them."""
-    batch = padded(images)
+    batch = padded(images, device_of(model))
     x = torch.cat([batch.patches_BNE, batch.place_BN2], dim=2)
     return lambda: model(x, valid_mask=batch.valid_BN)["patch_tokens"]
 
 
 def peer_step(model: nn.Module, images: Sequence[Image]) -> Callable[[], Tensor]:
     """Encode images with a peer."""
-    batch = padded(images)
+    batch = padded(images, device_of(model))
     return lambda: model(batch)
 
 
-def contenders(images: Sequence[Image], batch_images: int, models: Sequence[nn.Module]) -> list[Contender]:
-    """Return every way to encode the images, for models of ours, of timm and of transformers."""
-    ours, *peers = models
-    assert isinstance(ours, CogViT)
+def contenders(
+    images: Sequence[Image], batch_images: int, ours: CogViT, peers: Mapping[str, nn.Module]
+) -> list[Contender]:
+    """Return every way to encode the images, for our model and peers by their names."""
     batches = [images[i : i + batch_images] for i in range(0, len(images), batch_images)]
     by_length = sorted(images, key=lambda image: len(image.patches))
     bucketed = [by_length[i : i + batch_images] for i in range(0, len(images), batch_images)]
@@ -170,14 +188,14 @@ def contenders(images: Sequence[Image], batch_images: int, models: Sequence[nn.M
         Contender("ours, padded batch", ours, [dense_step(ours, batch) for batch in batches]),
         Contender("ours, image by image", ours, [packed_step(ours, [image]) for image in images]),
     ]
-    for name, peer in zip(("timm", "transformers"), peers, strict=True):
+    for name, peer in peers.items():
         ways.append(Contender(f"{name}, random order", peer, [peer_step(peer, batch) for batch in batches]))
         ways.append(Contender(f"{name}, by length", peer, [peer_step(peer, batch) for batch in bucketed]))
     return ways
 
 
 class StepTime(NamedTuple):
-    """CPU time of one pass over all images."""
+    """CPU time of one pass over all images; on a GPU that of the clock."""
 
     forward_s: float
     forward_backward_s: float
@@ -186,15 +204,16 @@ class StepTime(NamedTuple):
 def train_step(way: Contender, precision: str) -> StepTime:
     """Encode all images with the gradients of every weight."""
     way.model.zero_grad()
-    forward_s, start_s = 0.0, time.process_time()
+    device = device_of(way.model)
+    forward_s, start_s = 0.0, now_s(device)
     for step in way.steps:
-        step_s = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        step_s = now_s(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = step()
-        forward_s += time.process_time() - step_s
+        forward_s += now_s(device) - step_s
         features.backward(torch.ones_like(features))
         del features
-    return StepTime(forward_s, time.process_time() - start_s)
+    return StepTime(forward_s, now_s(device) - start_s)
 
 
 def _report_peak(way: Contender, precision: str, report: Connection) -> None:
@@ -204,7 +223,13 @@ def _report_peak(way: Contender, precision: str, report: Connection) -> None:
 
 
 def peak_bytes(way: Contender, precision: str) -> int:
-    """Return the peak memory of forward and backward above the weights and the input, in a forked child."""
+    """Return the peak memory of forward and backward above the weights and the input; on a CPU in a forked child."""
+    if device_of(way.model).type == "cuda":
+        way.model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes = torch.cuda.memory_allocated()
+        train_step(way, precision)
+        return torch.cuda.max_memory_allocated() - before_bytes
     receive, send = get_context("fork").Pipe(duplex=False)
     child = get_context("fork").Process(target=_report_peak, args=(way, precision, send))
     child.start()
@@ -273,9 +298,12 @@ def report(arguments: Arguments) -> Iterator[str]:
         )
     try:
         width, depth, heads = int(arguments.width), int(arguments.depth), int(arguments.heads)
-        rounds, num_batches = int(arguments.rounds), int(arguments.batches)
+        rounds, num_batches, scale = int(arguments.rounds), int(arguments.batches), int(arguments.batch_scale)
     except ValueError as error:
-        raise ConfigError(f"--width, --depth, --heads, --rounds and --batches are whole numbers: {error}") from error
+        raise ConfigError(
+            f"--width, --depth, --heads, --rounds, --batches and --batch-scale are whole numbers: {error}"
+        ) from error
+    device = local_device(device_flag(arguments.device), Process())
     if find_spec("timm") is None:
         raise ConfigError("timm is not installed; make bench puts it into .venv/peers, which PYTHONPATH must name")
     torch.manual_seed(0)
@@ -289,10 +317,14 @@ def report(arguments: Arguments) -> Iterator[str]:
         use_qk_norm=False,
         use_cls_token=False,
     )
-    models = [CogViT(cfg), TimmEncoder(cfg), TransformersEncoder(cfg)]
-    yield from heading(cfg, arguments)
-    images = {mix: draw_images(mix, mix.batch_images * num_batches) for mix in mixes}
-    ways = {mix: contenders(images[mix], mix.batch_images, models) for mix in mixes}
+    ours, timm, transformers = (
+        module.to(device) for module in (CogViT(cfg), TimmEncoder(cfg), TransformersEncoder(cfg))
+    )
+    assert isinstance(ours, CogViT)
+    yield from heading(device, arguments)
+    images = {mix: draw_images(mix, mix.batch_images * scale * num_batches) for mix in mixes}
+    peers = {"timm": timm, "transformers": transformers}
+    ways = {mix: contenders(images[mix], mix.batch_images * scale, ours, peers) for mix in mixes}
     runs = [(mix, precision) for precision in precisions for mix in mixes]
     # All memory first: what timed runs leave in the allocator would hide a child's first use of it.
     peaks = {(mix, precision): [peak_bytes(way, precision) for way in ways[mix]] for mix, precision in runs}
@@ -301,12 +333,22 @@ def report(arguments: Arguments) -> Iterator[str]:
         yield from table(mix, images[mix], precision, results)
 
 
-def heading(cfg: CogViTConfig, arguments: Arguments) -> Iterator[str]:
+def now_s(device: torch.device) -> float:
+    """Return this process's CPU time, or on a GPU, when its work is done, the time of the clock."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def heading(device: torch.device, arguments: Arguments) -> Iterator[str]:
     """Yield what a record begins with."""
-    flags = [f"--{name} {value}" for name, value in vars(arguments).items() if name != "out"]
-    yield "# Encoder speed and memory, one CPU thread"
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in vars(arguments).items() if name != "out"]
+    on_gpu = device.type == "cuda"
+    yield f"# Encoder speed and memory, {'a GPU' if on_gpu else 'one CPU thread'}"
     yield ""
-    yield f"{date.today()}, `python -m tools.bench.encoder {' '.join(flags)}`; {cpu_name()};"
+    machine = device_name(device) if on_gpu else cpu_name()
+    yield f"{date.today()}, `python -m tools.bench.encoder {' '.join(flags)}`; {machine};"
     yield ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers")) + "."
     yield ""
 

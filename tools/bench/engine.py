@@ -1,15 +1,17 @@
-"""What a training step costs beside a bare PyTorch loop of the same model, and beside DDP, on CPU.
+"""What a training step costs beside a bare PyTorch loop of the same model, and beside DDP, on a CPU or GPUs.
 
 usage: python -m tools.bench.engine [flags]
   --size small     tiny, small or base: the encoder, of the reference family
   --images 4       images of 14 x 14 patches in a microbatch
   --micro 2        microbatches of a step
+  --device cpu     cpu or cuda
   --rounds 5       each round runs every contender once; the table has the medians
   --out FILE       also write the record there
 
 Stage 1 with two teachers, AdamW, clipping, fp32, one thread a process. The bare loop is the plain CogViT with the same
 heads and loss under torch.optim.AdamW and clip_grad_norm_; with two processes it is wrapped in DistributedDataParallel
-and ours shards the optimizer by ZeRO-1. CPU seconds are of the busiest process; the split of our step is by the clock.
+and ours shards the optimizer by ZeRO-1. CPU seconds are of the busiest process, on a GPU those of the clock; the split
+of our step is by the clock.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cogvit.batch import Batch, TeacherTargets
+from cogvit.batch import Batch, TeacherTargets, move
 from cogvit.config import (
     ActivationConfig,
     DataConfig,
@@ -40,6 +42,7 @@ from cogvit.config import (
     TeacherConfig,
     TeachersConfig,
 )
+from cogvit.config.device import Device, device_flag
 from cogvit.errors import ConfigError
 from cogvit.model.packing import pack_images
 from cogvit.model.vit import CogViT
@@ -49,7 +52,7 @@ from cogvit.stages import build
 from cogvit.training.engine import Engine
 from configs.models import Size, reference_vision
 from tools.bench._probe import Probe, probe
-from tools.bench._ranks import busiest, join, on_ranks, take_turns
+from tools.bench._ranks import busiest, join, on_ranks, ranks_for, take_turns
 from tools.bench._record import flags_of, run_benchmark
 
 GRID = (14, 14)
@@ -66,6 +69,7 @@ class Arguments:
     size: str = "small"
     images: str = "4"
     micro: str = "2"
+    device: str = "cpu"
     rounds: str = "5"
     out: str = ""
 
@@ -77,6 +81,7 @@ class Work:
     size: Size
     images: int
     micro: int
+    device: Device = "cpu"
 
 
 def run_config(work: Work, recompute: str = "none") -> RunConfig:
@@ -90,8 +95,9 @@ def run_config(work: Work, recompute: str = "none") -> RunConfig:
     )
 
 
-def microbatches(work: Work, patch_px: int, rank: int) -> tuple[Batch, ...]:
+def microbatches(work: Work, patch_px: int, mesh: Mesh) -> tuple[Batch, ...]:
     """Return random images with random teacher features."""
+    rank = mesh.dp_rank
     generator = torch.Generator().manual_seed(rank)
     batches = []
     for index in range(work.micro):
@@ -101,7 +107,7 @@ def microbatches(work: Work, patch_px: int, rank: int) -> tuple[Batch, ...]:
         masked = int(mask_tokens(images, MASK_RATIO).sum())
         features = {name: torch.randn(masked, dim, generator=generator) for name, dim in TEACHER_DIMS.items()}
         batches.append(Batch(images, None, TeacherTargets(features), (None,) * work.images))
-    return tuple(batches)
+    return tuple(move(batch, mesh.device) for batch in batches)
 
 
 class BareModel(nn.Module):
@@ -139,7 +145,7 @@ def start_ours(work: Work, mesh: Mesh, recompute: str = "none") -> Callable[[], 
     config = run_config(work, recompute)
     model, objective = build(config, mesh, TEACHER_DIMS)
     engine = Engine(model, config, mesh)
-    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+    micro = microbatches(work, config.vision.patch_size, mesh)
 
     def step() -> None:
         engine.step(objective, micro, 200)
@@ -150,30 +156,30 @@ def start_ours(work: Work, mesh: Mesh, recompute: str = "none") -> Callable[[], 
 def start_bare(work: Work, mesh: Mesh) -> Callable[[], None]:
     """Return one step of the bare loop."""
     config = run_config(work)
-    model: nn.Module = BareModel(config)
+    model: nn.Module = BareModel(config).to(mesh.device)
     if mesh.dp_size > 1:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+    micro = microbatches(work, config.vision.patch_size, mesh)
     return lambda: bare_step(model, optimizer, micro)
 
 
 def compare(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
     """Run ours and the bare loop in turn."""
-    mesh = join(rank, ranks, rendezvous)
+    mesh = join(rank, ranks, rendezvous, device=work.device)
     steps: dict[str, Callable[[], None]] = {OURS: start_ours(work, mesh), BARE: start_bare(work, mesh)}
     for step in steps.values():
         step()
-    return take_turns(steps, rounds)
+    return take_turns(steps, rounds, mesh.device)
 
 
 def split(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> list[dict[str, float]]:
     """Time the parts of our step."""
-    mesh = join(rank, ranks, rendezvous)
+    mesh = join(rank, ranks, rendezvous, device=work.device)
     config = run_config(work)
     model, objective = build(config, mesh, TEACHER_DIMS)
     engine = Engine(model, config, mesh)
-    micro = microbatches(work, config.vision.patch_size, mesh.dp_rank)
+    micro = microbatches(work, config.vision.patch_size, mesh)
     forward_s: list[float] = []
     model.get_submodule("vision").register_forward_pre_hook(lambda *_: forward_s.append(-time.perf_counter()))
     model.get_submodule("vision").register_forward_hook(lambda *_: forward_s.append(time.perf_counter()))
@@ -195,12 +201,12 @@ def split(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> li
 
 def recompute_peaks(rank: int, ranks: int, rendezvous: str, work: Work, rounds: int) -> dict[str, list[Probe]]:
     """Measure one step under each choice of recompute."""
-    mesh = join(rank, ranks, rendezvous)
+    mesh = join(rank, ranks, rendezvous, device=work.device)
     found = {}
     for recompute in RECOMPUTE:
         step = start_ours(work, mesh, recompute)
         step()
-        found[recompute] = [probe(step) for _ in range(rounds)]
+        found[recompute] = [probe(step, mesh.device) for _ in range(rounds)]
         del step
     return found
 
@@ -216,17 +222,19 @@ def report(arguments: Arguments) -> Iterator[str]:
         raise ConfigError(f"--size {arguments.size} is none of {get_args(Size)}")
     if not all(value.isdigit() for value in (arguments.images, arguments.micro, arguments.rounds)):
         raise ConfigError("--images, --micro and --rounds are whole numbers")
-    work, rounds = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro)), int(arguments.rounds)
+    device, rounds = device_flag(arguments.device), int(arguments.rounds)
+    work = Work(cast(Size, arguments.size), int(arguments.images), int(arguments.micro), device)
+    worlds = ranks_for((1, 2), device)
     tokens = work.images * work.micro * GRID[0] * GRID[1]
-    yield "# The training step beside a bare loop, on CPU"
+    yield f"# The training step beside a bare loop, on {device}"
     yield ""
     yield f"{date.today()}, `python -m tools.bench.engine {flags_of(arguments)}`; torch {version('torch')}, deepspeed"
-    yield f"{version('deepspeed')}, megatron-core {version('megatron-core')}, gloo, one thread a process, fp32."
+    yield f"{version('deepspeed')}, megatron-core {version('megatron-core')}, one thread a process, fp32."
     yield f"The {work.size} encoder, {work.micro} microbatches of {work.images} images: {tokens:,} tokens per process."
     yield ""
-    yield "| processes | step | CPU s of the busiest | tokens per CPU s | against the bare loop |"
+    yield "| processes | step | s of the busiest | tokens per s | against the bare loop |"
     yield "|---|---|---|---|---|"
-    for ranks in (1, 2):
+    for ranks in worlds:
         probes = measure(compare, ranks, work, rounds)
         times = {name: busiest(probes, name).cpu_s for name in (OURS, BARE)}
         for name, seconds in times.items():
@@ -235,12 +243,12 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield ""
     yield "| processes | forward s | backward s | reduction s | optimizer s |"
     yield "|---|---|---|---|---|"
-    for ranks in (1, 2):
+    for ranks in worlds:
         parts = measure(split, ranks, work, rounds)[0]
         medians = [statistics.median(part[name] for part in parts) for name in parts[0]]
         yield f"| {ranks} | " + " | ".join(f"{value:.3f}" for value in medians) + " |"
     yield ""
-    yield "| vision recompute | CPU s | peak MiB of a step |"
+    yield "| vision recompute | s | peak MiB of a step |"
     yield "|---|---|---|"
     for recompute, probes_of in measure(recompute_peaks, 1, replace(work, micro=1), rounds)[0].items():
         cpu_s = statistics.median(one.cpu_s for one in probes_of)

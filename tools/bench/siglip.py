@@ -1,4 +1,4 @@
-"""Time and memory of the sigmoid loss beside open_clip's SigLipLoss, and of the two-pass step beside one pass, on CPU.
+"""Time and memory of the sigmoid loss beside open_clip's SigLipLoss, and of the two-pass step beside one pass.
 
 usage: python -m tools.bench.siglip [flags]
   --pairs 1024,4096,16384  pairs of the global batch; 0 for none (needs open_clip_torch, whose loss alone is loaded)
@@ -8,6 +8,7 @@ usage: python -m tools.bench.siglip [flags]
   --chunk 1024             rows and columns of our blocks
   --threads 1              of each process
   --absent 0               slots of each process without a pair, for our loss: packs are rarely full
+  --device cpu             cpu or cuda; on a GPU --step is left out
   --rounds 3               each round runs every contender once; the table has the medians
   --step 1,2,4,8           microbatches of the step's comparison; 1 is one pass; 0 leaves it out
   --out FILE               also write the record there
@@ -34,12 +35,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvit.config import ContrastConfig
+from cogvit.config.device import Device, device_flag
 from cogvit.errors import ConfigError
 from cogvit.objective.pairwise import Groups, Pairs, sigmoid_gradients, start_groups
 from cogvit.parallel.mesh import Mesh
 from tools.bench._contrast_step import step_lines
 from tools.bench._probe import Probe
-from tools.bench._ranks import busiest, join, on_ranks, take_turns
+from tools.bench._ranks import busiest, join, on_ranks, ranks_for, take_turns
 from tools.bench._record import flags_of, run_benchmark
 
 RING = "ours, ring"
@@ -65,6 +67,7 @@ class Arguments:
     absent: str = "0"
     rounds: str = "3"
     step: str = "1,2,4,8"
+    device: str = "cpu"
     out: str = ""
 
 
@@ -78,6 +81,7 @@ class Setting:
     chunk: int
     threads: int
     absent: int = 0  # slots of a rank, beside its pairs
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,14 @@ class Inputs:
     bias: Tensor
 
 
-def inputs_of(setting: Setting, rank: int) -> Inputs:
+def inputs_of(setting: Setting, mesh: Mesh) -> Inputs:
     """Return random unit vectors with captions that all differ."""
+    rank, device = mesh.dp_rank, mesh.device
     count, generator = setting.pairs // setting.ranks + setting.absent, torch.Generator().manual_seed(rank)
     image, text = (F.normalize(torch.randn(count, setting.dim, generator=generator), dim=1) for _ in range(2))
     weight = torch.ones(count).index_fill_(0, torch.randperm(count, generator=generator)[: setting.absent], 0.0)
-    number = torch.arange(count) + rank * count
-    return Inputs(image, text, Pairs(number, number, weight), torch.tensor([2.3]), torch.tensor([-10.0]))
+    number, scalars = (torch.arange(count) + rank * count).to(device), torch.tensor([[2.3], [-10.0]], device=device)
+    return Inputs(image.to(device), text.to(device), Pairs(number, number, weight.to(device)), *scalars)
 
 
 def ours(inputs: Inputs, mesh: Mesh, groups: Groups, config: ContrastConfig) -> None:
@@ -131,7 +136,7 @@ def peer(inputs: Inputs, loss: Any) -> None:
 def products(inputs: Inputs, setting: Setting) -> None:
     """Multiply what has to be multiplied, block by block, for this rank's images and everybody's texts."""
     d_image, d_text = torch.empty_like(inputs.image_nE), torch.empty_like(inputs.text_nE)
-    size, block = setting.chunk, torch.empty(setting.chunk**2)
+    size, block = setting.chunk, inputs.image_nE.new_empty(setting.chunk**2)
     for text, d_text_c in zip(inputs.text_nE.split(size), d_text.split(size), strict=True):
         for image, d_image_r in zip(inputs.image_nE.split(size), d_image.split(size), strict=True):
             logits = block[: len(image) * len(text)].view(len(image), len(text))
@@ -144,7 +149,7 @@ def products(inputs: Inputs, setting: Setting) -> None:
 def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
     """Return what runs under a name."""
     full = replace(setting, absent=0)
-    inputs = inputs_of(setting if name in OURS else full, mesh.dp_rank)
+    inputs = inputs_of(setting if name in OURS else full, mesh)
     if name == PRODUCTS:
         return partial(products, inputs, setting)
     if name == PEER:
@@ -155,10 +160,10 @@ def contender(name: str, setting: Setting, mesh: Mesh) -> Callable[[], None]:
 
 def run_rank(rank: int, rendezvous: str, setting: Setting, names: Sequence[str], rounds: int) -> dict[str, list[Probe]]:
     """Join the ranks and run the contenders in turn, round after round."""
-    mesh = join(rank, setting.ranks, rendezvous, setting.threads)
+    mesh = join(rank, setting.ranks, rendezvous, setting.threads, setting.device)
     for name in names:
         contender(name, replace(setting, pairs=256), mesh)()  # what libraries set up on first use is nobody's
-    return take_turns({name: contender(name, setting, mesh) for name in names}, rounds)
+    return take_turns({name: contender(name, setting, mesh) for name in names}, rounds, mesh.device)
 
 
 def loss_lines(setting: Setting, names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -181,34 +186,34 @@ def report(arguments: Arguments) -> Iterator[str]:
         numbers = {
             name: [int(number) for number in value.split(",") if number != "0"]
             for name, value in vars(arguments).items()
-            if name != "out"
+            if name not in ("out", "device")
         }
     except ValueError as error:
         raise ConfigError(
             f"flags are whole numbers, --pairs, --alone, --ranks and --step lists of them: {error}"
         ) from None
-    absent = sum(numbers["absent"])
+    absent, device = sum(numbers["absent"]), device_flag(arguments.device)
     (dim,), (chunk,), (threads,), (rounds,) = (numbers[name] for name in ("dim", "chunk", "threads", "rounds"))
     libraries = [f"torch {version('torch')}"]
     if numbers["pairs"]:
         open_clip_loss(0, 1)
         libraries.append(f"open_clip_torch {version('open_clip_torch')}")
-    yield "# The sigmoid loss, time and memory on CPU"
+    yield f"# The sigmoid loss, time and memory on {device}"
     yield ""
     yield f"{date.today()}, `python -m tools.bench.siglip {flags_of(arguments)}`;"
-    yield f"{', '.join(libraries)}, gloo, {threads} thread(s) a process, fp32, E = {dim},"
+    yield f"{', '.join(libraries)}, {threads} thread(s) a process, fp32, E = {dim},"
     yield f"of our loss {absent} absent slots a process."
     yield ""
-    yield "| processes | pairs | loss | CPU s of the busiest | against the products | peak MiB of a process |"
+    yield "| processes | pairs | loss | s of the busiest | against the products | peak MiB of a process |"
     yield "|---|---|---|---|---|---|"
-    for ranks in numbers["ranks"]:
+    for ranks in ranks_for(numbers["ranks"], device):
         way = [name for name, one in OURS.items() if ranks % max(one.group_ranks, 1) == 0] if ranks > 1 else [RING]
         for pairs in sorted({*numbers["pairs"], *numbers["alone"]}):
             peers = [PEER] if pairs in numbers["pairs"] else []
-            setting = Setting(pairs, ranks, dim, chunk, threads, absent)
+            setting = Setting(pairs, ranks, dim, chunk, threads, absent, device)
             yield from loss_lines(setting, [*way, *peers, PRODUCTS], rounds)
     yield ""
-    if numbers["step"]:
+    if numbers["step"] and device == "cpu":
         yield from step_lines(numbers["step"], rounds)
 
 

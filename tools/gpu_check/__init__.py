@@ -1,0 +1,1 @@
+"""A check of ten minutes on one GPU: sections of plain functions, each of which returns its figures."""
