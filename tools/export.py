@@ -41,7 +41,7 @@ from cogvit.model.vit import CogViT
 from cogvit.model.vlm import VisionLanguageModel
 from cogvit.training.restore import is_run, latest_of_run, load_towers, text_side_weights
 
-LAYOUTS = {  # and who loads them
+LAYOUTS: dict[str, str] = {  # and who loads them
     "cogvit": "CogViT.from_pretrained",
     "two_towers": "CogViTForContrastive.from_pretrained",
     "glm_ocr": "GlmOcrVisionModel.from_pretrained",
