@@ -118,8 +118,11 @@ def test_a_round_trip_gives_the_same_bytes(tmp_path: Path, layout: Layout) -> No
         save_file({name: tensors[name] for name in own}, source / file, metadata={"format": "pt"})
     index = {name: file for file, own in halves.items() for name in own}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     model = VisionLanguageModel.from_pretrained(source)
+    assert model.language.cfg.eos_ids == (2, 9)
     model.save_pretrained(tmp_path / "back", layout=layout)
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {"eos_token_id": [2, 9]}
     for file in halves:
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
     back = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())

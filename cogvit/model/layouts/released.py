@@ -22,6 +22,7 @@ from cogvit.model.layouts.shards import Stored, planned, stored_tensors, tensors
 Layout = Literal["cogvlm", "cogvlm2", "cogagent"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _INV_FREQ = "rotary_emb.inv_freq"
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Released:
         values: its config.json.
         plan: file, shape and dtype of every tensor.
         carried: tensors that the model does not run.
+        generation: its generation_config.json; None where there is none.
     """
 
     layout: Layout
     values: dict[str, Any]
     plan: dict[str, Stored]
     carried: dict[str, Tensor]
+    generation: dict[str, Any] | None = None
 
 
 def layout_of(values: Mapping[str, Any]) -> Layout | None:
@@ -111,7 +114,8 @@ def read(directory: Path, layout: Layout, dtype: torch.dtype) -> tuple[CogShape,
         target = weights[ours] if len(where[ours]) == 1 else weights[ours].narrow(0, start, len(tensor))
         target.copy_(_in_our_form(tensor, target.shape))
     shape = replace(shape, language=_with_frequencies(shape, kept, directory))
-    return shape, weights, Released(layout, values, stored, kept)
+    generation = read_json(directory / _GENERATION) if (directory / _GENERATION).exists() else None
+    return shape, weights, Released(layout, values, stored, kept, generation)
 
 
 def write(
@@ -147,6 +151,8 @@ def write(
 
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, released.values)
+    if released.generation is not None:
+        write_json(directory / _GENERATION, released.generation)
     write_tensors(directory, plan, tensor)
 
 
