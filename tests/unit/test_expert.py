@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cogvit.model.cross import CrossRows
 from cogvit.model.expert import expert_rows, is_expert
 from cogvit.model.image_input import pack_shown
 from cogvit.model.language import rows_of
-from cogvit.model.language_config import CrossConfig, ExpertConfig, Family
+from cogvit.model.language_config import CrossConfig, ExpertConfig, Family, MmtpConfig
 from cogvit.model.packing import pack_images
 from cogvit.model.sequence import expert_tokens, part_positions, parts_of_row
 from tests.language import IMAGE_ID, conversation, picture, tiny_vlm
@@ -26,9 +27,9 @@ SHAPE = LanguageConfig("llama", 97, 64, 4, 4, 2, 16, 96)
 IDS = torch.arange(20).view(2, 10)
 
 
-def grown_vlm(every: int = 1, family: Family = "llama") -> VisionLanguageModel:
+def grown_vlm(every: int = 1, family: Family = "llama", **options: Any) -> VisionLanguageModel:
     """A tiny model with experts that are not the language model's copies any more."""
-    small = tiny_vlm(family)
+    small = tiny_vlm(family, **options)
     adapter = AdapterConfig("conv", None, 2)
     expert = ExpertConfig(every, qkv_bias=True)
     parts = (small.vision, small.language, small.tokenizer, adapter, 256, 1600)
@@ -146,6 +147,15 @@ def test_an_expert_costs_a_token_what_the_language_model_does() -> None:
             model.hidden(x_SD, position_3S, segments, expert=rows)
         flops.append(counter.get_total_flops())
     assert flops[1] == flops[0]
+
+
+def test_drafts_give_the_same_answer() -> None:
+    model = grown_vlm(mmtp=MmtpConfig(depths=1))
+    assert model.language.mtp is not None and not any(
+        is_expert(name) for name, _ in model.language.mtp.named_parameters()
+    )
+    question = conversation(picture(16, 24))
+    assert model.generate(question, 6, draft="mtp") == model.generate(question, 6)
 
 
 @torch.no_grad()
