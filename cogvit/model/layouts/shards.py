@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +106,8 @@ def _size_bytes(plan: Mapping[str, Stored]) -> int:
     return sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in plan.values())
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
-    """An open file of safetensors. Errors: CheckpointError."""
+def _opened(path: Path) -> Any:
+    """An open file of safetensors, which has no types. Errors: CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     try:
