@@ -119,7 +119,7 @@ def test_a_pack_gives_its_samples_features_and_text_alone_reaches_every_expert()
     bounds = torch.tensor([0, len(row), 2, padding]).cumsum(0).to(torch.int32)
     zeros = torch.zeros(len(ids))
     sequence = PackedSequence(
-        ids, torch.cat(places, 1).int(), bounds, visual, zeros.long(), zeros, torch.zeros(2).long(), expert
+        ids, torch.cat(places, 1).int(), bounds, visual, zeros.long(), zeros, torch.zeros(2).long(), expert=expert
     )
     images = pack_shown([image], model.limits, 4, torch.device("cpu"))
     hidden = model.forward_packed(images, sequence)
