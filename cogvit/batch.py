@@ -101,6 +101,7 @@ class PackedSequence:
         key: [N] int64, seed of every random draw for this sample.
         host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
         ahead: what heads for more tokens read and predict, where there are any.
+        expert: [S] bool, goes through the visual experts; None for a language model without them.
     """
 
     ids: Tensor
@@ -112,6 +113,7 @@ class PackedSequence:
     key: Tensor
     host: HostView | None = None
     ahead: TokensAhead | None = None
+    expert: Tensor | None = None
 
     def ahead_labels(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the labels [S] and weights [S] of each depth of the heads for more tokens."""

@@ -2,10 +2,14 @@
 
 usage: python -m cogvit.generate EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
 
-EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, or a GLM-OCR of transformers.
+EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, a GLM-OCR of transformers, or a released
+CogVLM, CogVLM2 or CogAgent.
 
 --prompt TEXT         the question
---image FILE,...      pictures that stand before it
+--image FILE,...      pictures that stand before it, of CogVLM and its family before all of the conversation
+--history FILE        what was said before: a JSON list of {"role": "user" or "assistant", "content": TEXT}
+--template NAME       how CogVLM's family is asked: base, chat, vqa; of CogAgent chat_old too (default: as released)
+--dtype NAME          of the weights, fp32 or bf16 (default: fp32)
 --max-new-tokens N    longest answer, in tokens (default: 256)
 --temperature T       0 takes the most likely token, 1 draws as the model says (default: 0)
 --top-p P             draws among the most likely tokens that have this much of the probability (default: 1)
@@ -16,8 +20,9 @@ EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, or a
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from cogvit.config.environment import this_process
 from cogvit.errors import ConfigError
 from cogvit.model.drafting import Drafted
 from cogvit.model.generation import Sampling
+from cogvit.model.questions import TEMPLATES, Questions, Template
 from cogvit.model.vlm import VisionLanguageModel
 
 
@@ -37,6 +43,9 @@ class Arguments:
     run_or_export: str
     prompt: str = ""
     image: str = ""
+    history: str = ""
+    template: str = ""
+    dtype: str = "fp32"
     max_new_tokens: str = "256"
     temperature: str = "0"
     top_p: str = "1"
@@ -52,13 +61,15 @@ def generate(arguments: Arguments) -> int:
     if arguments.draft not in ("none", "mtp"):
         raise ConfigError(f"--draft {arguments.draft} must be mtp or none")
     sampling, drafted = _sampling(arguments), Drafted() if arguments.draft == "mtp" else None
-    device = local_device(device_flag(arguments.device), this_process())
-    model = VisionLanguageModel.from_pretrained(arguments.run_or_export).eval().to(device)
+    before, device = _history(arguments.history), local_device(device_flag(arguments.device), this_process())
+    model = VisionLanguageModel.from_pretrained(arguments.run_or_export, dtype=arguments.dtype).eval().to(device)
+    if arguments.template:
+        model.questions = _questions(model, arguments.template)
     if model.tokenizer is None:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")
     images = [name for name in arguments.image.split(",") if name]
     parts: list[dict[str, Any]] = [{"type": "image", "image": Path(name)} for name in images]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
+    messages = [*before, {"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
     if drafted is not None and model.language.mtp is None:
         raise ConfigError(f"--draft mtp: {arguments.run_or_export} has no heads; a run with --mmtp.depths trains them")
     try:
@@ -70,6 +81,32 @@ def generate(arguments: Arguments) -> int:
     if drafted is not None:
         print(drafted, file=sys.stderr)
     return 0
+
+
+def _history(file: str) -> list[dict[str, Any]]:
+    """Earlier messages. Errors: ConfigError names the file."""
+    if not file:
+        return []
+    try:
+        said = json.loads(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--history {file} cannot be read: {error}") from None
+    if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+        raise ConfigError(f'--history {file} must be a list of {{"role": ..., "content": ...}}')
+    return said
+
+
+def _questions(model: VisionLanguageModel, template: str) -> Questions:
+    """How to ask. Errors: ConfigError names the flag."""
+    if model.questions is None:
+        raise ConfigError(f"--template {template} is of the CogVLM family; this model has a chat template")
+    known: dict[str, Template] = {name: name for name in TEMPLATES}
+    if template not in known:
+        raise ConfigError(f"--template {template} is unknown; expected one of {', '.join(known)}")
+    try:
+        return replace(model.questions, template=known[template])
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _sampling(arguments: Arguments) -> Sampling:

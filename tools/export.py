@@ -1,4 +1,4 @@
-"""Writes the encoder of a run for others to load.
+"""Writes the encoder of a run, or a whole vision-language model, for others to load.
 
 usage: python -m tools.export RUN --out DIR [flags]
 
@@ -11,6 +11,9 @@ usage: python -m tools.export RUN --out DIR [flags]
                glm5_next     Glm5NextVisionModel.from_pretrained(DIR) of transformers
                onnx          model.onnx for images of one size, in any number
                torch_export  model.pt2, the same for torch.export.load
+               cogvlm        the directory that was released as CogVLM; RUN is then one of these, or an export that
+               cogvlm2       VisionLanguageModel.from_pretrained reads; its files of code and tokenizer are copied
+               cogagent
 --size HxW     onnx and torch_export: the images' height and width in px, multiples of the patch (default: the square
                that the encoder was trained with)
 
@@ -22,27 +25,32 @@ The newest good checkpoint is taken. Teacher heads stay behind, and so does the 
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogvit.config.arguments import run_command
-from cogvit.errors import ConfigError
+from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.adapter import save_glm_ocr
 from cogvit.model.fixed import write_program
 from cogvit.model.interop import write_text_side
+from cogvit.model.layouts import released
 from cogvit.model.packing import Grid
 from cogvit.model.vit import CogViT
+from cogvit.model.vlm import VisionLanguageModel
 from cogvit.training.restore import is_run, latest_of_run, load_towers, text_side_weights
 
-LAYOUTS = {  # and who loads them
+LAYOUTS: dict[str, str] = {  # and who loads them
     "cogvit": "CogViT.from_pretrained",
     "two_towers": "CogViTForContrastive.from_pretrained",
     "glm_ocr": "GlmOcrVisionModel.from_pretrained",
     "glm5_next": "Glm5NextVisionModel.from_pretrained",
     "onnx": "onnxruntime.InferenceSession",
     "torch_export": "torch.export.load",
+    **{name: "VisionLanguageModel.from_pretrained" for name in released.LAYOUTS},
 }
+_BESIDE = ("*.py", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "MODEL_LICENSE*")  # of a released directory
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,11 @@ def export(arguments: Arguments) -> int:
         raise ConfigError(f"--layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}")
     if arguments.size and layout not in ("onnx", "torch_export"):
         raise ConfigError(f"--size is of --layout onnx and torch_export; {layout} takes images of any size")
+    if layout in released.LAYOUTS:
+        return export_released(run, _new_directory(out), layout)
     if not is_run(run):
         raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists; choose a new directory")
+    _new_directory(out)
     checkpoint, towers = latest_of_run(run), load_towers(run)
     vision, side = towers.vision, towers.text_side
     if layout == "two_towers" and side is None:
@@ -95,6 +104,32 @@ def export(arguments: Arguments) -> int:
             " mask token stays behind"
         )
     return 0
+
+
+def export_released(source: Path, out: Path, layout: released.Layout) -> int:
+    """Write a vision-language model as it was released, with the files that lie beside its weights; returns 0.
+
+    Errors: CheckpointError when the source is none or the layout does not hold it.
+    """
+    if is_run(source):
+        raise CheckpointError(f"{source} is a run; --layout {layout} takes a directory of a vision-language model")
+    model = VisionLanguageModel.from_pretrained(source)
+    try:
+        model.save_pretrained(out, layout=layout)
+        for path in (path for pattern in _BESIDE for path in source.glob(pattern)):
+            if not (out / path.name).exists() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, out / path.name)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{source} -> {out}: {num_parameters:,} parameters; load them with {LAYOUTS[layout]}({str(out)!r})")
+    return 0
+
+
+def _new_directory(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists; choose a new directory")
+    return out
 
 
 def fixed_grid(vision: CogViT, size: str) -> Grid:

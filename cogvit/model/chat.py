@@ -50,7 +50,7 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     places_images = IMAGE_TOKEN in tokenizer.chat_template
     plain: list[dict[str, Any]] = []
     for message in messages:
-        parts = list(_parts(message))
+        parts = list(message_parts(message))
         images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         has_image = any(part["type"] == "image" for part in shown)
@@ -66,8 +66,8 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     return Prompt(ids, images)
 
 
-def _parts(message: Message) -> Iterator[dict[str, Any]]:
-    """The parts of a message in one form. Errors: DataError."""
+def message_parts(message: Message) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a message in one form. Errors: DataError when it is none."""
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise DataError(f"{str(message)[:60]!r} is no message; expected {{'role': ..., 'content': ...}}")
     content = message["content"]

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from cogvit.model.attention import Segments, packed_attention
 from cogvit.model.blocks import RMSNorm
+from cogvit.model.cross import CrossAttention, CrossRows
+from cogvit.model.expert import ExpertRows, VisualExpert, routed
 from cogvit.model.language_config import LanguageConfig, RopeScaling
 
 
 def rotary_frequencies(cfg: LanguageConfig, device: torch.device) -> Tensor:
     """Return the angle [R] by which each pair of channels turns from one position to the next, in radians."""
+    if cfg.rope_frequencies is not None:
+        return torch.tensor(cfg.rope_frequencies, device=device)
     step_R = torch.arange(0, cfg.rotary_dim, 2, dtype=torch.float32, device=device) / cfg.rotary_dim
     frequency_R = 1.0 / cfg.rope_base**step_R
     return frequency_R if cfg.rope_scaling is None else _stretched(frequency_R, cfg.rope_scaling)
@@ -73,11 +77,15 @@ class CausalLayout:
         segments: sequences of a pack; None where the tokens are the newest of the rows of the cache.
         cos_SR: of the rotation.
         sin_SR: likewise.
+        expert: which tokens go through the visual experts; None where none does.
+        cross: what cross attention looks at; None where there is no image.
     """
 
     segments: Segments | None
     cos_SR: Tensor
     sin_SR: Tensor
+    expert: ExpertRows | None = None
+    cross: CrossRows | None = None
 
 
 class KeyValueCache:
@@ -147,11 +155,19 @@ class CausalAttention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, eps=cfg.eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim, eps=cfg.eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x_SD: Tensor, layout: CausalLayout, layer: int, cache: KeyValueCache | None) -> Tensor:
-        """Return [S, D]; keys and values go into the cache if there is one."""
-        cfg = self.cfg
+    def forward(
+        self,
+        x_SD: Tensor,
+        layout: CausalLayout,
+        layer: int,
+        cache: KeyValueCache | None,
+        expert: VisualExpert | None = None,
+    ) -> Tensor:
+        """Return [S, D]; keys and values go into the cache if there is one, image tokens through the expert."""
+        cfg, rows = self.cfg, None if expert is None else layout.expert
+        qkv = routed(x_SD, rows, self.qkv, None if expert is None else expert.qkv)
         heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
-        q_SHK, k_SGK, v_SGK = rearrange(self.qkv(x_SD), "s (h k) -> s h k", k=cfg.head_dim).split(heads, dim=1)
+        q_SHK, k_SGK, v_SGK = rearrange(qkv, "s (h k) -> s h k", k=cfg.head_dim).split(heads, dim=1)
         q_SHK = turn(self.q_norm(q_SHK), layout.cos_SR, layout.sin_SR, interleaved=cfg.interleaved_rotary)
         k_SGK = turn(self.k_norm(k_SGK), layout.cos_SR, layout.sin_SR, interleaved=cfg.interleaved_rotary)
         # Under autocast the norms give fp32 beside bf16 values.
@@ -162,7 +178,8 @@ class CausalAttention(nn.Module):
                 return self.proj(rearrange(cache.attend(layer, q_SHK), "s h k -> s (h k)"))
         assert layout.segments is not None, "tokens that follow a cache need it"
         out_SHK = packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True)
-        return self.proj(rearrange(out_SHK, "s h k -> s (h k)"))
+        out_SD = rearrange(out_SHK, "s h k -> s (h k)")
+        return routed(out_SD, rows, self.proj, None if expert is None else expert.proj)
 
 
 class GatedMlp(nn.Module):
@@ -180,17 +197,26 @@ class GatedMlp(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)); a sandwich norm puts another norm behind each branch."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)); a sandwich norm puts another norm behind each branch.
+
+    Image tokens go through a visual expert where the block has one. Cross attention stands between the two branches.
+    """
 
     def __init__(self, cfg: LanguageConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.norm1, self.norm2 = (RMSNorm(cfg.embed_dim, eps=cfg.eps) for _ in range(2))
         self.attn, self.mlp = CausalAttention(cfg), GatedMlp(cfg)
+        self.expert = VisualExpert(cfg, GatedMlp(cfg)) if cfg.has_expert(layer) else None
+        self.cross = CrossAttention(cfg) if cfg.cross.dim else None
         self.post_norm1 = RMSNorm(cfg.embed_dim, eps=cfg.eps) if cfg.sandwich_norm else nn.Identity()
         self.post_norm2 = RMSNorm(cfg.embed_dim, eps=cfg.eps) if cfg.sandwich_norm else nn.Identity()
 
     def forward(self, x_SD: Tensor, layout: CausalLayout, cache: KeyValueCache | None = None) -> Tensor:
         """Return the next hidden states, [S, D]."""
-        x_SD = x_SD + self.post_norm1(self.attn(self.norm1(x_SD), layout, self.layer, cache))
-        return x_SD + self.post_norm2(self.mlp(self.norm2(x_SD)))
+        expert = self.expert
+        x_SD = x_SD + self.post_norm1(self.attn(self.norm1(x_SD), layout, self.layer, cache, expert))
+        if self.cross is not None and layout.cross is not None:
+            x_SD = x_SD + self.cross(x_SD, layout.cross, layout.segments, self.layer)
+        rows, own_mlp = (None, None) if expert is None else (layout.expert, expert.mlp)
+        return x_SD + self.post_norm2(routed(self.norm2(x_SD), rows, self.mlp, own_mlp))

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import CausalLayout, KeyValueCache, rotary_1d
+from cogvit.model.expert import ExpertRows
 from cogvit.model.mtp import MtpHeads
 
 
@@ -25,6 +27,8 @@ class Prompt:
         slot_S: as in `TokensAhead`.
         position_3S: by time, row and column.
         row: its number among the prompts that are answered, which the draws depend on.
+        expert: tokens that go through the visual experts.
+        cross: what cross attention looks at.
     """
 
     x_SD: Tensor
@@ -32,6 +36,8 @@ class Prompt:
     slot_S: Tensor
     position_3S: Tensor
     row: int = 0
+    expert: ExpertRows | None = None
+    cross: CrossRows | None = None
 
 
 @dataclass

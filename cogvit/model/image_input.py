@@ -73,6 +73,32 @@ class ImageLimits:
         return near
 
 
+@dataclass(frozen=True)
+class SquareImages:
+    """Every image is shown as a square of one size.
+
+    Attributes:
+        unit_px: sides are a multiple of it: the patch times the adapter's spatial_pool.
+        side_px: of the square.
+
+    Errors: ValueError when the side is no multiple of the unit.
+    """
+
+    unit_px: int
+    side_px: int
+
+    def __post_init__(self) -> None:
+        if self.side_px < 1 or self.side_px % self.unit_px:
+            raise ValueError(f"side_px={self.side_px} must be a multiple of {self.unit_px} px")
+
+    def size_px(self, height_px: int, width_px: int) -> tuple[int, int]:
+        """Return the height and width that an image is resized to."""
+        return self.side_px, self.side_px
+
+
+ImageSize = ImageLimits | SquareImages
+
+
 def rgb_image(image: ImageLike) -> Image:
     """Return one of a user's images as an RGB image of PIL, decoded as `CogViT.encode` decodes it.
 
@@ -87,7 +113,7 @@ def rgb_image(image: ImageLike) -> Image:
     return pil.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().cpu().numpy())
 
 
-def image_patches(image: Image, limits: ImageLimits, patch_px: int) -> tuple[Tensor, Grid]:
+def image_patches(image: Image, limits: ImageSize, patch_px: int) -> tuple[Tensor, Grid]:
     """Return the patches of an image, uint8 [rows * columns, 3 * P * P], and their grid."""
     from PIL.Image import Resampling
 
@@ -99,7 +125,7 @@ def image_patches(image: Image, limits: ImageLimits, patch_px: int) -> tuple[Ten
     return patchify(image_CHW, patch_px), (height_px // patch_px, width_px // patch_px)
 
 
-def pack_shown(images: Sequence[Image], limits: ImageLimits, patch_px: int, device: torch.device) -> PackedImages:
+def pack_shown(images: Sequence[Image], limits: ImageSize, patch_px: int, device: torch.device) -> PackedImages:
     """Return images as one pack for `CogViT.forward_packed`, each in its size."""
     shown = [image_patches(image, limits, patch_px) for image in images]
     return to_device(pack_images([patches for patches, _ in shown], [grid for _, grid in shown]), device)

@@ -19,14 +19,16 @@ _STD = 0.02
 def init_tensor(name: str, shape: Sequence[int], seed: int, layer_scale: float = 1.0) -> Tensor:
     """Return the full fp32 tensor that a parameter starts from.
 
-    Biases are 0, norm weights 1, LayerScale gammas `layer_scale`; embeddings, tables and tokens are normal with a
-    standard deviation of 0.02, other matrices with fan_in ** -0.5: 0.03 at the width of 1024, where the reference has
-    0.02, and still a signal at the widths of small models.
+    Biases and the output of cross attention are 0, norm weights 1, LayerScale gammas `layer_scale`; embeddings, tables
+    and tokens are normal with a standard deviation of 0.02, other matrices with fan_in ** -0.5: 0.03 at the width of
+    1024, where the reference has 0.02, and still a signal at the widths of small models.
     """
     with torch.device("cpu"):
         if name.endswith("gamma"):
             return torch.full(tuple(shape), layer_scale)
         if name.endswith("bias"):
+            return torch.zeros(tuple(shape))
+        if name.endswith("cross.proj.weight"):  # a block with cross attention begins as the block without
             return torch.zeros(tuple(shape))
         if len(shape) == 1:
             return torch.ones(tuple(shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from cogvit.batch import PackedSequence, TokensAhead
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.blocks import RMSNorm
+from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
 from cogvit.model.drafting import Drafted, Drafter, Prompt
+from cogvit.model.expert import ExpertRows, expert_rows, is_expert, with_expert_weights
 from cogvit.model.generation import Draft, Sampling, next_tokens
 from cogvit.model.init import init_model
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import ExpertConfig, LanguageConfig
 from cogvit.model.layouts.causal_lm import read_causal_lm, write_causal_lm
 from cogvit.model.mtp import MtpHeads
 
@@ -50,7 +53,13 @@ class CausalLM(nn.Module):
         init_model(self, int(torch.randint(2**62, (), device="cpu")))
 
     def hidden(
-        self, x_SD: Tensor, position_3S: Tensor, segments: Segments | None, cache: KeyValueCache | None = None
+        self,
+        x_SD: Tensor,
+        position_3S: Tensor,
+        segments: Segments | None,
+        cache: KeyValueCache | None = None,
+        expert: ExpertRows | None = None,
+        cross: CrossRows | None = None,
     ) -> Tensor:
         """Return what the head reads, [S, D].
 
@@ -59,8 +68,10 @@ class CausalLM(nn.Module):
             position_3S: by time, row and column; equal for text.
             segments: the sequences of a pack; None for tokens that each follow a row of the cache.
             cache: gets the keys and values.
+            expert: tokens that go through the visual experts.
+            cross: what cross attention looks at.
         """
-        layout = CausalLayout(segments, *rotary_1d(position_3S, self.cfg))
+        layout = CausalLayout(segments, *rotary_1d(position_3S, self.cfg), expert, cross)
         recompute = self.recompute and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             x_SD = checkpoint(block, x_SD, layout, use_reentrant=False) if recompute else block(x_SD, layout, cache)
@@ -77,17 +88,24 @@ class CausalLM(nn.Module):
             raise ValueError(f"token ids are {low} to {high}; expected 0 to {self.cfg.vocab_size - 1}")
         return self.embed(ids)
 
-    def forward_packed(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+    def forward_packed(
+        self, sequence: PackedSequence, visual_ED: Tensor | None = None, cross: CrossRows | None = None
+    ) -> Tensor:
         """Return what the head reads of a pack, [S, D]: the same as for its sequences one by one.
 
         Args:
             sequence: the pack.
             visual_ED: the adapter's output, whose rows `sequence.visual_row` names; None where there is no image.
+            cross: what cross attention looks at.
 
-        Errors: ValueError when an id is not of the vocabulary.
+        Errors: ValueError when an id is not of the vocabulary, or the model has experts and the pack does not say whose
+        tokens are theirs.
         """
+        if self.cfg.expert.every and sequence.expert is None:
+            raise ValueError("the language model has visual experts; the pack must say which tokens go through them")
         x_SD = place_visual(self.embed_ids(sequence.ids), visual_ED, sequence.visual_row)
-        return self.hidden(x_SD, sequence.position, segments_of(sequence.cu_seqlens))
+        expert = expert_rows(sequence.expert) if self.cfg.expert.every and sequence.expert is not None else None
+        return self.hidden(x_SD, sequence.position, segments_of(sequence.cu_seqlens), None, expert, cross)
 
     def forward_ahead(
         self, hidden_SD: Tensor, sequence: PackedSequence, ahead: TokensAhead, visual_ED: Tensor | None = None
@@ -164,7 +182,15 @@ class CausalLM(nn.Module):
             x_SD, x_SD, torch.full_like(x_SD[:, 0], -1), text_positions(torch.Size((1, len(x_SD))), x_SD.device), row
         )
 
-    def stream(self, x_SD: Tensor, position_3S: Tensor, segments: Segments, sampling: Sampling) -> Iterator[Tensor]:
+    def stream(
+        self,
+        x_SD: Tensor,
+        position_3S: Tensor,
+        segments: Segments,
+        sampling: Sampling,
+        expert: ExpertRows | None = None,
+        cross: CrossRows | None = None,
+    ) -> Iterator[Tensor]:
         """Yield the next id of every sequence of a pack, [B], until all have ended.
 
         Args:
@@ -172,11 +198,13 @@ class CausalLM(nn.Module):
             position_3S: as in `hidden`.
             segments: the prompts.
             sampling: how answers are drawn.
+            expert: tokens of the prompts that go through the visual experts; answers are the language model's.
+            cross: what cross attention looks at.
 
         Errors: ValueError when a prompt is empty or prompt and answer exceed `cfg.max_tokens`.
         """
         lengths = segments.lengths[: segments.num_valid]
-        return self._stream(x_SD, position_3S, segments, sampling, self._width(lengths, sampling))
+        return self._stream(x_SD, position_3S, segments, sampling, self._width(lengths, sampling), expert, cross)
 
     def stream_drafted(self, prompt: Prompt, sampling: Sampling, drafted: Drafted) -> Iterator[Tensor]:
         """Yield the next id, [1], of one prompt until it ends: those of `stream`, in fewer passes; counts in drafted.
@@ -202,12 +230,19 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _stream(
-        self, x_SD: Tensor, position_3S: Tensor, segments: Segments, sampling: Sampling, width: int
+        self,
+        x_SD: Tensor,
+        position_3S: Tensor,
+        segments: Segments,
+        sampling: Sampling,
+        width: int,
+        expert: ExpertRows | None,
+        cross: CrossRows | None,
     ) -> Iterator[Tensor]:
         lengths = segments.lengths[: segments.num_valid]
         cache = KeyValueCache(self.cfg, lengths, width, x_SD)
         last_B = cache.length_B.cumsum(0) - 1
-        hidden_BD = self.hidden(x_SD, position_3S, segments, cache)[last_B]
+        hidden_BD = self.hidden(x_SD, position_3S, segments, cache, expert, cross)[last_B]
         position_B = torch.stack([row.max() + 1 for row in position_3S.split(lengths, dim=1)])
         eos = torch.tensor(self.cfg.eos_ids, dtype=torch.int64, device=x_SD.device)
         ended_B = torch.zeros(len(lengths), dtype=torch.bool, device=x_SD.device)
@@ -219,7 +254,21 @@ class CausalLM(nn.Module):
             if step + 1 == sampling.max_new_tokens or bool(ended_B.all()):
                 return
             cache.append()
-            hidden_BD = self.hidden(self.embed(id_B), (position_B + step).expand(3, -1), None, cache)
+            hidden_BD = self.hidden(self.embed(id_B), (position_B + step).expand(3, -1), None, cache, None, cross)
+
+    def with_experts(self, expert: ExpertConfig) -> CausalLM:
+        """Return the model with visual experts that begin as copies of it; its own weights are frozen there.
+
+        Errors: ValueError when it has some already.
+        """
+        if self.cfg.expert.every:
+            raise ValueError(f"the model has visual experts in every {self.cfg.expert.every}th block already")
+        cfg = replace(self.cfg, expert=expert)
+        weights = with_expert_weights({name: weight.clone() for name, weight in self.state_dict().items()}, cfg)
+        model = CausalLM.from_weights(cfg, weights)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_expert(name))
+        return model.train(self.training)
 
     @torch.no_grad()
     def _stream_drafted(
@@ -229,7 +278,7 @@ class CausalLM(nn.Module):
         cache = KeyValueCache(self.cfg, (length,), width, prompt.x_SD)
         segments = rows_of(torch.Size((1, length)), prompt.x_SD.device)
         drafts: list[Tensor] = []
-        hidden_SD = self.hidden(prompt.x_SD, prompt.position_3S, segments, cache)
+        hidden_SD = self.hidden(prompt.x_SD, prompt.position_3S, segments, cache, prompt.expert, prompt.cross)
         drafter.hear(hidden_SD[:-1])
         hidden_SD = hidden_SD[-1:]
         while True:
@@ -249,7 +298,8 @@ class CausalLM(nn.Module):
             drafts = self._drafts(drafter, sampling, step, prompt.row)
             cache.append(1 + len(drafts))
             following = drafter.position_3S[:, length : length + 1 + len(drafts)]
-            hidden_SD = self.hidden(self.embed(torch.cat([chosen, *drafts])), following, None, cache)
+            said_SD = self.embed(torch.cat([chosen, *drafts]))
+            hidden_SD = self.hidden(said_SD, following, None, cache, None, prompt.cross)
             drafted.passes += 1
 
     def _drafts(self, drafter: Drafter, sampling: Sampling, step: int, row: int) -> list[Tensor]:
@@ -261,7 +311,10 @@ class CausalLM(nn.Module):
         return drafts[: sampling.max_new_tokens - step - 1]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, generation_config.json and model.safetensors for transformers, into a directory."""
+        """Write config.json, generation_config.json and model.safetensors for transformers, into a directory.
+
+        Errors: CheckpointError when it has visual experts or cross attention, which no such layout holds.
+        """
         write_causal_lm(Path(directory), self.cfg, self.state_dict())
 
     @classmethod

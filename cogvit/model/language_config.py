@@ -72,6 +72,46 @@ class MmtpConfig:
         return min(self.depths, 1) if self.share else self.depths
 
 
+@dataclass(frozen=True)
+class ExpertConfig:
+    """A visual expert: projections of attention and an MLP of their own for image tokens.
+
+    Attributes:
+        every: n; blocks 0, n, 2 n and so on have one; 0 has none.
+        qkv_bias: of the expert's query, key and value projections, whatever the language model's have.
+
+    Errors: ValueError when every is negative.
+    Source: CogVLM (arXiv 2311.03079); its biases are CogVLM2's.
+    """
+
+    every: int = 0
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"expert.every={self.every} must be 0 (none) or above")
+
+
+@dataclass(frozen=True)
+class CrossConfig:
+    """Cross attention of every block to an image of high resolution.
+
+    Attributes:
+        encoder_dim: width of the rows that are looked at; 0 has no cross attention.
+        dim: of all heads of queries, keys and values together.
+
+    Errors: ValueError when only one of them is 0 or one is negative.
+    Source: CogAgent (arXiv 2312.08914).
+    """
+
+    encoder_dim: int = 0
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.encoder_dim, self.dim) < 0 or bool(self.encoder_dim) != bool(self.dim):
+            raise ValueError(f"cross.encoder_dim={self.encoder_dim} and cross.dim={self.dim} must both be 0, or above")
+
+
 def mrope_section(pairs: int) -> tuple[int, int, int]:
     """Return how GLM-OCR divides a head's turning pairs among time, row and column: 8, 12 and 12 of 32."""
     time = pairs // 4
@@ -111,6 +151,10 @@ class LanguageConfig:
         bos_id: the token that begins a text, if any.
         pad_id: the token that fills up finished answers; the first of eos_ids if None.
         mmtp: heads that predict more tokens than the next one.
+        expert: projections and MLP of image tokens.
+        cross: attention to an image of high resolution.
+        rope_frequencies: angles of the rotation where a checkpoint stores them, rounded as it may be; those of
+            rope_base if None.
 
     Errors: ValueError when a size is not positive, heads do not divide or an option is unknown.
     """
@@ -137,6 +181,9 @@ class LanguageConfig:
     bos_id: int | None = None
     pad_id: int | None = None
     mmtp: MmtpConfig = MmtpConfig()
+    expert: ExpertConfig = ExpertConfig()
+    cross: CrossConfig = CrossConfig()
+    rope_frequencies: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_tokens")
@@ -153,6 +200,14 @@ class LanguageConfig:
             raise ValueError(f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be whole pairs")
         if self.mrope_section is not None and sum(self.mrope_section) != self.rotary_dim // 2:
             raise ValueError(f"mrope_section={self.mrope_section} must add up to {self.rotary_dim // 2} pairs")
+        if self.cross.dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide cross.dim={self.cross.dim}")
+        if self.rope_frequencies is not None and len(self.rope_frequencies) != self.rotary_dim // 2:
+            raise ValueError(f"rope_frequencies are {len(self.rope_frequencies)}; expected {self.rotary_dim // 2}")
+
+    def has_expert(self, layer: int) -> bool:
+        """Whether a block has a visual expert."""
+        return self.expert.every > 0 and layer < self.depth and layer % self.expert.every == 0
 
     @property
     def rotary_dim(self) -> int:

@@ -9,7 +9,7 @@ Source: section 2.2 of GLM-5V-Turbo's report; the layer is DeepSeek-V3's and `Mt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -19,7 +19,7 @@ from cogvit.batch import TokensAhead, sent
 from cogvit.model.attention import Segments
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
-from cogvit.model.language_config import LanguageConfig, SeenAtImages
+from cogvit.model.language_config import CrossConfig, ExpertConfig, LanguageConfig, SeenAtImages
 
 
 class MtpLayer(nn.Module):
@@ -29,7 +29,8 @@ class MtpLayer(nn.Module):
         super().__init__()
         self.enorm, self.hnorm, self.norm = (RMSNorm(cfg.embed_dim, eps=cfg.eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * cfg.embed_dim, cfg.embed_dim, bias=False)
-        self.blocks = nn.ModuleList([DecoderBlock(cfg, 0)])  # by the names that a stack of layers has everywhere
+        plain = replace(cfg, expert=ExpertConfig(), cross=CrossConfig())
+        self.blocks = nn.ModuleList([DecoderBlock(plain, 0)])  # by the names that a stack of layers has everywhere
 
     def forward(
         self, token_SD: Tensor, hidden_SD: Tensor, layout: CausalLayout, cache: KeyValueCache | None = None

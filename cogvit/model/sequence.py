@@ -14,12 +14,13 @@ from cogvit.model.packing import Grid
 Part = int | Grid  # so many tokens of text, or the rows and columns of an image's tokens
 
 
-def parts_of_row(is_image: Sequence[bool], grids: Sequence[Grid]) -> list[Part]:
+def parts_of_row(is_image: Sequence[bool], grids: Sequence[Grid], *, framed: bool = False) -> list[Part]:
     """Return text and images of one sequence, in its order.
 
     Args:
         is_image: for each token whether it is the image token.
         grids: rows and columns of tokens of each image.
+        framed: whether a learned token stands before each image and one behind it.
 
     Errors: ValueError when the image tokens are not the images', one run for each.
     """
@@ -30,14 +31,14 @@ def parts_of_row(is_image: Sequence[bool], grids: Sequence[Grid]) -> list[Part]:
             stop = next((i for i in range(place, len(is_image)) if is_image[i]), len(is_image))
             parts.append(stop - place)
         else:
-            size = rest[0][0] * rest[0][1] if rest else 0
+            size = num_tokens(rest[0], framed=framed) if rest else 0
             stop = place + size
             if not size or len(is_image) < stop or not all(is_image[place:stop]):
                 break
             parts.append(rest.pop(0))
         place = stop
     if rest or place < len(is_image):
-        wanted = [rows * columns for rows, columns in grids]
+        wanted = [num_tokens(grid, framed=framed) for grid in grids]
         raise ValueError(
             f"{sum(is_image)} image tokens stand for images of {wanted} tokens; each image needs a run of as many as"
             " num_visual_tokens says"
@@ -45,20 +46,45 @@ def parts_of_row(is_image: Sequence[bool], grids: Sequence[Grid]) -> list[Part]:
     return parts
 
 
-def part_positions(parts: Iterable[Part], *, by_place: bool) -> Tensor:
+def num_tokens(grid: Grid, *, framed: bool) -> int:
+    """Return how many tokens stand for an image."""
+    return grid[0] * grid[1] + (2 if framed else 0)
+
+
+def expert_tokens(parts: Iterable[Part], *, framed: bool = False) -> Tensor:
+    """Return which tokens of a sequence go through the visual experts, bool [T]: those of images.
+
+    framed: as in `parts_of_row`; the token behind an image then goes through the language model, as CogVLM has it.
+    """
+    flags: list[bool] = []
+    for part in parts:
+        size = part if isinstance(part, int) else num_tokens(part, framed=framed)
+        flags += [not isinstance(part, int)] * size
+        if framed and flags:
+            flags[-1] = False
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+def part_positions(parts: Iterable[Part], *, by_place: bool, framed: bool = False) -> Tensor:
     """Return rotary positions [3, T] by time, row and column, int64.
 
     Args:
         parts: of one sequence.
         by_place: whether an image's tokens count by row and column, as GLM-OCR has it: the text after it goes on behind
             its longer side; otherwise every token has the next position.
+        framed: as in `parts_of_row`; all tokens of an image then share one position between those around it, as CogVLM
+            has it.
 
-    Source: `get_rope_index` of transformers' GlmOcrModel.
+    Source: `get_rope_index` of transformers' GlmOcrModel; `build_position_ids` of CogVLM's modeling_cogvlm.py.
     """
     following, positions = 0, [torch.zeros(3, 0, dtype=torch.int64)]
     for part in parts:
         rows, columns = (1, part) if isinstance(part, int) else part
-        if isinstance(part, int) or not by_place:
+        if framed and not isinstance(part, int):
+            own = [following, *[following + 1] * (rows * columns), following + 2]
+            positions.append(torch.tensor(own).expand(3, -1))
+            following += 3
+        elif isinstance(part, int) or not by_place:
             positions.append(following + torch.arange(rows * columns).expand(3, -1))
             following += rows * columns
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +13,41 @@ from torch import Tensor, nn
 
 from cogvit.batch import PackedImages, PackedSequence
 from cogvit.errors import CheckpointError
-from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, fitted_adapter, make_adapter
+from cogvit.model.adapter import PatchGroups, fitted_adapter
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
 from cogvit.model.config import AdapterConfig
+from cogvit.model.cross import CrossRows
 from cogvit.model.drafting import Drafted, Prompt
+from cogvit.model.eva import EvaEncoder
+from cogvit.model.expert import ExpertRows, expert_rows
+from cogvit.model.frame import ImageFrame
 from cogvit.model.generation import Draft, Sampling
-from cogvit.model.image_input import ImageLimits, pack_shown, rgb_image
+from cogvit.model.hub import dtype_of
+from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages, pack_shown, rgb_image
 from cogvit.model.images import ImageLike
-from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM, place_visual
-from cogvit.model.layouts import glm_ocr_full, vision_language
+from cogvit.model.language_config import ExpertConfig
+from cogvit.model.layouts.released import Layout, Released
 from cogvit.model.packing import Grid
-from cogvit.model.pretrained import load_tokenizer
-from cogvit.model.sequence import part_positions, parts_of_row, slots_of_images
+from cogvit.model.questions import Questions, read_questions
+from cogvit.model.sequence import expert_tokens, num_tokens, part_positions, parts_of_row, slots_of_images
 from cogvit.model.vit import CogViT
+from cogvit.model.vlm_files import VlmParts, read_parts, save_glm_ocr_full, save_ours, save_released
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Rows of text and images as a pack that the language model reads."""
+
+    x_SD: Tensor
+    position_3S: Tensor
+    segments: Segments
+    expert: ExpertRows | None
+    cross: CrossRows | None
 
 
 class VisionLanguageModel(nn.Module):
@@ -42,18 +60,26 @@ class VisionLanguageModel(nn.Module):
         image_token_id: what stands in token ids where an image's features go.
         limits: how large images are shown.
         tokenizer: of transformers, with a chat template; None where nobody asks for text.
+        frame: learned tokens around each image, whose tokens then share one position; None without.
+        cross: a second encoder, whose rows the language model's cross attention looks at; None without.
+        questions: how conversations are read where it is not by a chat template.
+        released: the files that it came from, where these are of a released layout.
     """
 
     def __init__(
         self,
-        vision: CogViT,
+        vision: CogViT | EvaEncoder,
         adapter: PatchGroups,
         language: CausalLM,
         image_token_id: int,
-        limits: ImageLimits,
+        limits: ImageSize,
         tokenizer: Any = None,
+        frame: ImageFrame | None = None,
+        cross: EvaEncoder | None = None,
+        questions: Questions | None = None,
+        released: Released | None = None,
     ) -> None:
-        """Put three modules together.
+        """Put the modules together.
 
         Errors: ValueError when their widths, the image token or the units of images do not fit.
         """
@@ -74,10 +100,17 @@ class VisionLanguageModel(nn.Module):
         if limits.unit_px != vision.cfg.patch_size * adapter.spatial_pool:
             unit_px = vision.cfg.patch_size * adapter.spatial_pool
             raise ValueError(f"unit_px={limits.unit_px} must be the patch times spatial_pool, {unit_px}")
+        cross_dim = 0 if cross is None else cross.cfg.embed_dim
+        if cross_dim != language.cfg.cross.encoder_dim:
+            raise ValueError(
+                f"the second encoder has {cross_dim} channels; the language model's cross attention looks at"
+                f" {language.cfg.cross.encoder_dim}"
+            )
         if vision.cfg.in_chans != 3:
             raise ValueError(f"the encoder takes images of {vision.cfg.in_chans} channels; expected 3")
         self.vision, self.adapter, self.language = vision, adapter, language
         self.image_token_id, self.limits, self.tokenizer = image_token_id, limits, tokenizer
+        self.frame, self.cross, self.questions, self.released = frame, cross, questions, released
 
     @classmethod
     def joined(
@@ -88,6 +121,7 @@ class VisionLanguageModel(nn.Module):
         adapter: AdapterConfig,
         min_pixels: float,
         max_pixels: float,
+        expert: ExpertConfig | None = None,
     ) -> VisionLanguageModel:
         """Join an encoder and a language model by a new adapter.
 
@@ -98,12 +132,16 @@ class VisionLanguageModel(nn.Module):
             adapter: which one; its hidden width is by default the language model's for swiglu and conv.
             min_pixels: a smaller image is enlarged.
             max_pixels: a larger image is made smaller.
+            expert: gives the language model, which is frozen then, visual experts that begin as copies of it, and
+                images learned tokens around them.
 
         Errors: DataError when the tokenizer has no image token, ValueError when something does not fit.
         """
         made = fitted_adapter(adapter, vision.cfg.embed_dim, language.cfg)
         limits = ImageLimits(vision.cfg.patch_size * made.spatial_pool, min_pixels, max_pixels)
-        return cls(vision, made, language, image_token_id(tokenizer), limits, tokenizer)
+        grown = language if expert is None else language.with_experts(expert)
+        frame = None if expert is None else ImageFrame(language.cfg.embed_dim)
+        return cls(vision, made, grown, image_token_id(tokenizer), limits, tokenizer, frame)
 
     def token_grid(self, image: ImageLike) -> Grid:
         """Return the rows and columns of tokens that an image has in the sequence. Errors: DataError."""
@@ -113,22 +151,25 @@ class VisionLanguageModel(nn.Module):
 
     def num_visual_tokens(self, image: ImageLike) -> int:
         """Return how many image tokens stand for an image (PIL, uint8 [3, H, W] or a path). Errors: DataError."""
-        rows, columns = self.token_grid(image)
-        return rows * columns
+        return num_tokens(self.token_grid(image), framed=self.frame is not None)
 
     def encode_images(self, images: PackedImages) -> Tensor:
         """Return the embeddings of a pack's images end to end, [E, D of the language model]."""
-        grids = [(rows, columns) for rows, columns in images.grid_hw.tolist()]
-        return self.adapter.forward_packed(self.vision.forward_packed(images).patch_TD, grids)
+        grids, pool = [(rows, columns) for rows, columns in images.grid_hw.tolist()], self.adapter.spatial_pool
+        visual_ED = self.adapter.forward_packed(self.vision.forward_packed(images).patch_TD, grids)
+        if self.frame is None:
+            return visual_ED
+        return self.frame(visual_ED, [-(-rows // pool) * -(-columns // pool) for rows, columns in grids])
 
-    def forward_packed(self, images: PackedImages, sequence: PackedSequence) -> Tensor:
+    def forward_packed(self, images: PackedImages, sequence: PackedSequence, cross: CrossRows | None = None) -> Tensor:
         """Return what the language model's head reads of a pack, [S, D]: the same as for its samples one by one.
 
         Args:
             images: of the samples; the encoder runs even where all of it is padding.
             sequence: whose `visual_row` names rows of the images' embeddings.
+            cross: what cross attention looks at.
         """
-        return self.language.forward_packed(sequence, self.encode_images(images))
+        return self.language.forward_packed(sequence, self.encode_images(images), cross)
 
     def forward(self, input_ids: Tensor, images: Sequence[Sequence[ImageLike]] | None = None) -> Tensor:
         """Return logits [B, T, V].
@@ -147,28 +188,44 @@ class VisionLanguageModel(nn.Module):
                 f"input_ids have shape {tuple(input_ids.shape)} and there are images of {len(shown)} rows; expected"
                 " (B, T) and B"
             )
-        x_SD, position_3S, segments = self._embedded(list(input_ids), shown)
-        return self.language.logits(self.language.hidden(x_SD, position_3S, segments)).unflatten(0, input_ids.shape)
+        read = self._embedded(list(input_ids), shown)
+        hidden_SD = self.language.hidden(read.x_SD, read.position_3S, read.segments, None, read.expert, read.cross)
+        return self.language.logits(hidden_SD).unflatten(0, input_ids.shape)
 
-    def _embedded(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> tuple[Tensor, Tensor, Segments]:
-        """Rows of token ids with their images as a pack: tokens [S, D], positions [3, S] and segments."""
+    def _embedded(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Embedded:
+        """Rows of token ids with their images."""
         ids_S, by_place = torch.cat(list(rows)), self.language.cfg.mrope_section is not None
-        positions = []
+        framed, device = self.frame is not None, self.language.embed.weight.device
+        positions, experts = [], []
         for number, (row, own) in enumerate(zip(rows, images, strict=True)):
             try:
-                parts = parts_of_row((row == self.image_token_id).tolist(), [self.token_grid(image) for image in own])
+                grids = [self.token_grid(image) for image in own]
+                parts = parts_of_row((row == self.image_token_id).tolist(), grids, framed=framed)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from None
-            positions.append(part_positions(parts, by_place=by_place))
+            positions.append(part_positions(parts, by_place=by_place, framed=framed))
+            experts.append(expert_tokens(parts, framed=framed))
         x_SD, together = self.language.embed_ids(ids_S), [image for own in images for image in own]
+        expert, cross = None, None
         if together:
-            patch_px = self.vision.cfg.patch_size
-            packed = pack_shown(together, self.limits, patch_px, x_SD.device)
+            packed = pack_shown(together, self.limits, self.vision.cfg.patch_size, device)
             is_image_S = ids_S == self.image_token_id
             row_S = torch.where(is_image_S, is_image_S.cumsum(0) - 1, -1)
             x_SD = place_visual(x_SD, self.encode_images(packed), row_S)
+            cross = self._cross_rows(images, device)
+            if self.language.cfg.expert.every:
+                expert = expert_rows(torch.cat(experts).to(device))
         bounds = torch.tensor([0, *map(len, rows), 0]).cumsum(0).to(torch.int32)
-        return x_SD, torch.cat(positions, dim=1).to(x_SD.device), segments_of(bounds.to(x_SD.device))
+        return Embedded(x_SD, torch.cat(positions, 1).to(device), segments_of(bounds.to(device)), expert, cross)
+
+    def _cross_rows(self, images: Sequence[Sequence[Image]], device: torch.device) -> CrossRows | None:
+        """What cross attention looks at: the images of each row, whole."""
+        if self.cross is None:
+            return None
+        cfg, together = self.cross.cfg, [image for own in images for image in own]
+        packed = pack_shown(together, SquareImages(cfg.patch_size, cfg.image_size), cfg.patch_size, device)
+        counts = [len(own) * cfg.side_patches**2 for own in images]
+        return CrossRows(self.cross.forward_packed(packed).patch_TD, counts, keep=not torch.is_grad_enabled())
 
     def generate(
         self,
@@ -221,14 +278,15 @@ class VisionLanguageModel(nn.Module):
     def _next_ids(
         self, ids_S: Tensor, images: list[Image], sampling: Sampling, drafted: Drafted | None
     ) -> Iterator[Tensor]:
-        x_SD, position_3S, segments = self._embedded([ids_S], [images])
+        read = self._embedded([ids_S], [images])
         if drafted is None:
-            return self.language.stream(x_SD, position_3S, segments, sampling)
+            return self.language.stream(read.x_SD, read.position_3S, read.segments, sampling, read.expert, read.cross)
         is_image_S = ids_S == self.image_token_id
         row_S = torch.where(is_image_S, is_image_S.cumsum(0) - 1, -1)
         sizes = [self.num_visual_tokens(image) for image in images]
         slot_S = slots_of_images(row_S, sizes, self.language.cfg.mmtp.tokens)
-        prompt = Prompt(x_SD, self.language.embed_ids(ids_S), slot_S, position_3S)
+        embedded_SD = self.language.embed_ids(ids_S)
+        prompt = Prompt(read.x_SD, embedded_SD, slot_S, read.position_3S, 0, read.expert, read.cross)
         return self.language.stream_drafted(prompt, sampling, drafted)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[Tensor, list[Image]]:
@@ -238,21 +296,44 @@ class VisionLanguageModel(nn.Module):
         """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one, or ask it for logits")
-        prompt = read_prompt(self.tokenizer, messages)
+        if self.questions is None:
+            prompt = read_prompt(self.tokenizer, messages)
+        else:
+            prompt = read_questions(self.tokenizer, messages, self.questions, self.image_token_id)
         lengths = iter([self.num_visual_tokens(image) for image in prompt.images])
         ids = [[token] * (next(lengths) if token == self.image_token_id else 1) for token in prompt.ids]
         device = self.language.embed.weight.device
         return torch.tensor([token for run in ids for token in run], device=device), prompt.images
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory of `vision`, `adapter` and `language`, which loads alone, also in transformers."""
-        root = Path(directory)
-        self.vision.save_pretrained(root / vision_language.VISION)
-        self.language.save_pretrained(root / vision_language.LANGUAGE)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(root / vision_language.LANGUAGE)
-        adapter = adapter_config(self.adapter)
-        vision_language.write(root, self.image_token_id, self.limits, adapter, self.adapter.state_dict())
+    def save_pretrained(self, directory: str | Path, layout: Layout | None = None) -> None:
+        """Write a directory that `from_pretrained` reads.
+
+        Args:
+            directory: where to; it is made.
+            layout: cogvlm, cogvlm2 or cogagent write what was released under these names, a model read from there as it
+                was, to the byte. None is the model's own: one of these where the encoder is theirs, else a directory of
+                `vision`, `adapter` and `language`, which loads alone, also in transformers.
+
+        Errors: CheckpointError names what a layout cannot hold.
+        """
+        if layout is not None or isinstance(self.vision, EvaEncoder):
+            save_released(Path(directory), self._parts(), layout)
+        else:
+            save_ours(Path(directory), self._parts())
+
+    def _parts(self) -> VlmParts:
+        return VlmParts(
+            self.vision,
+            self.adapter,
+            self.language,
+            self.image_token_id,
+            self.limits,
+            self.tokenizer,
+            self.frame,
+            self.cross,
+            self.questions,
+            self.released,
+        )
 
     def save_glm_ocr_full(self, directory: str | Path) -> None:
         """Write one directory for transformers' GlmOcrForConditionalGeneration and its processor.
@@ -260,49 +341,24 @@ class VisionLanguageModel(nn.Module):
         Errors: CheckpointError names what GLM-OCR cannot hold: an encoder not of the `cogvit_l` family, another adapter
         than GLM-OCR's, a language model that is not GLM-4 without biases, a tokenizer without its image tokens.
         """
-        if not isinstance(self.adapter, GlmAdapter):
-            kind = adapter_config(self.adapter).kind
-            raise CheckpointError(f"the layout of GLM-OCR cannot hold an adapter of kind {kind}; expected glm")
-        glm_ocr_full.write(
-            Path(directory),
-            (self.vision.cfg, self.vision.state_dict()),
-            self.adapter.state_dict(),
-            (self.language.cfg, self.language.state_dict()),
-            self.limits,
-            self.tokenizer,
-        )
+        save_glm_ocr_full(Path(directory), self._parts())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> VisionLanguageModel:
-        """Read what `save_pretrained` or `save_glm_ocr_full` wrote, or a GLM-OCR checkpoint of transformers.
+    def from_pretrained(cls, directory: str | Path, *, dtype: str | torch.dtype = torch.float32) -> VisionLanguageModel:
+        """Read what `save_pretrained` or `save_glm_ocr_full` wrote, a GLM-OCR of transformers, or a released CogVLM.
 
-        The model is in eval mode, so that answers are the same every time.
+        CogVLM2 and CogAgent are read too, file by file, without holding weights twice. The model is in eval mode, so
+        that answers are the same every time.
 
-        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight.
+        Args:
+            directory: of the checkpoint.
+            dtype: of the weights: a torch dtype or its name (bfloat16, bf16).
+
+        Errors: CheckpointError when a file is missing or damaged, or names every missing, extra or misshaped weight;
+        ConfigError for an unknown dtype.
         """
-        root = Path(directory)
-        read = _read_glm_ocr if vision_language.model_type(root) == glm_ocr_full.MODEL_TYPE else _read_ours
+        wanted = dtype_of(dtype)
         try:
-            return cls(*read(root)).eval()
+            return cls(*read_parts(Path(directory), wanted)).to(wanted).eval()
         except ValueError as error:
-            raise CheckpointError(f"{root}: {error}") from None
-
-
-_Built = tuple[CogViT, PatchGroups, CausalLM, int, ImageLimits, Any]
-
-
-def _read_glm_ocr(root: Path) -> _Built:
-    cfg, weights, token_id, limits = glm_ocr_full.read(root)
-    language, adapter = CausalLM.from_weights(cfg, weights), GlmAdapter.from_pretrained(root)
-    return CogViT.from_pretrained(root), adapter, language, token_id, limits, load_tokenizer(root)
-
-
-def _read_ours(root: Path) -> _Built:
-    joint = vision_language.read(root)
-    vision = CogViT.from_pretrained(root / vision_language.VISION)
-    language = CausalLM.from_pretrained(root / vision_language.LANGUAGE)
-    adapter = make_adapter(joint.adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
-    load_checked(adapter, joint.weights)
-    limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
-    tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
-    return vision, adapter, language, joint.image_token_id, limits, tokenizer
+            raise CheckpointError(f"{directory}: {error}") from None

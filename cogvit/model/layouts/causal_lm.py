@@ -112,7 +112,15 @@ def with_heads(
 
 
 def write_causal_lm(directory: Path, cfg: LanguageConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained` of transformers reads; the directory is made."""
+    """Write what `AutoModelForCausalLM.from_pretrained` of transformers reads; the directory is made.
+
+    Errors: CheckpointError when the model has visual experts or cross attention.
+    """
+    if cfg.expert.every or cfg.cross.dim:
+        raise CheckpointError(
+            f"a {_CLASSES[cfg.family]} of transformers holds no visual experts and no cross attention; save the whole"
+            " vision-language model"
+        )
     family = {"model_type": cfg.family, "architectures": [_CLASSES[cfg.family]], "dtype": "float32"}
     write_files(directory, {**family, **config_values(cfg)}, split(weights, causal_lm_parts(cfg)))
     write_generation(directory, cfg)

@@ -1,7 +1,8 @@
 """Our own layout of a vision-language model: a directory of directories, each of which loads alone.
 
 `vision` is what `CogViT.from_pretrained` reads, `language` what `AutoModelForCausalLM` and `AutoTokenizer` of
-transformers read, `adapter` holds what stands between them.
+transformers read, `adapter` holds what stands between them. `expert`, where there is one, holds visual experts and the
+learned tokens around images.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from cogvit.config import from_json
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.config import AdapterConfig
 from cogvit.model.image_input import ImageLimits
+from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts import glm_ocr_full
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 
-VISION, ADAPTER, LANGUAGE = "vision", "adapter", "language"
+VISION, ADAPTER, LANGUAGE, EXPERT = "vision", "adapter", "language", "expert"
 MODEL_TYPE = "cogvit_vlm"
 
 
@@ -74,6 +76,33 @@ def read(directory: Path) -> Joint:
         adapter=adapter,
         weights=weights,
     )
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What image tokens have of their own beside a language model that stays as it was."""
+
+    expert: ExpertConfig
+    framed: bool  # learned tokens around images, under `frame.*`
+    weights: dict[str, Tensor]
+
+
+def write_expert(directory: Path, grown: Grown) -> None:
+    """Write visual experts and the tokens around images."""
+    write_files(directory / EXPERT, {**asdict(grown.expert), "framed": grown.framed}, grown.weights)
+
+
+def read_expert(directory: Path) -> Grown:
+    """Read what `write_expert` wrote; nothing where it wrote nothing. Errors: CheckpointError."""
+    if not (directory / EXPERT).is_dir():
+        return Grown(ExpertConfig(), False, {})
+    values, weights = read_json(directory / EXPERT / CONFIG), read_weights(directory / EXPERT, "")
+    check_numbers(directory / EXPERT, weights)
+    framed = values.pop("framed", False) is True
+    try:
+        return Grown(from_json(ExpertConfig, values), framed, weights)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / EXPERT / CONFIG}: {error}") from None
 
 
 def _number(directory: Path, values: Mapping[str, Any], name: str) -> float:
