@@ -20,6 +20,7 @@ from cogvit.config import ParallelConfig
 from cogvit.config.environment import Process, device_index, this_process
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.parallel.cpu import prepare_process
+from cogvit.parallel.descriptors import take_descriptors
 
 prepare_process()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -196,6 +197,7 @@ def start_mesh(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Mesh:
     process = this_process()
     device = _local_device(process)
     if not dist.is_initialized():
+        take_descriptors(layout, process.rank, process.world_size, gloo=device.type == "cpu")
         _join_world(process, device, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False

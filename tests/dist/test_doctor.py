@@ -83,7 +83,7 @@ CASES = [
     ({"gpu": "GPU Y"}, {}, False, "not of one kind of GPU: GPU X, GPU Y"),
     ({"shm_gb": 0.06}, {}, False, "0.06 GB free in /dev/shm"),
     ({}, {"skew_s": -7.0}, False, "its clock is -7.0 s off"),
-    ({"open_files": 1024}, {}, False, "1024 open files allowed"),
+    ({"open_files": 200}, {}, True, "ulimit -Hn 200 is too low; it needs"),
     ({"bf16": False}, {}, False, "GPU X has no bf16"),
 ]
 

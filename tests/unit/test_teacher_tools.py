@@ -31,7 +31,15 @@ from tools.demo_corpus import pictograms
 from tools.fit_teacher_stats import fit
 from tools.fit_teacher_stats import main as fit_teacher_stats
 from tools.make_demo_teachers import main as make_demo_teachers
-from tools.precompute_features import asked_of, idle_actors, of_summaries, plan_job, run_job, shard_requests, take_dtype
+from tools.precompute_features import (
+    asked_of,
+    idle_actors,
+    of_summaries,
+    plan_job,
+    run_job,
+    shard_requests,
+    take_dtype,
+)
 from tools.precompute_features import main as precompute
 
 
