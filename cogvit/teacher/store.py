@@ -133,6 +133,7 @@ def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> 
 def claimed(directory: Path, shard: str, contents: str) -> Iterator[bool]:
     """Hold a shard of a store, for its writer alone; yields whether it is ours and not another job's."""
     path = path_of(directory, "", shard, contents).with_suffix(".lock")
+    directory.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         # Who had it before may have removed the file that was opened, and another made one of its name.
         ours = _locked(lock) and path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())

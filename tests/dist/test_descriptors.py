@@ -95,7 +95,7 @@ def test_a_limit_that_is_too_low_is_one_line_and_a_soft_one_is_raised(monkeypatc
     layout = ParallelConfig(tp=2)
     take_descriptors(layout, 1, 8, gloo=True)
     with pytest.raises(
-        ConfigError, match=r"ulimit -n allows 1024 open files, and rank 7 of 256 needs \d+ .* ulimit -Hn"
+        ConfigError, match=r"ulimit -n allows 1024 open files, and rank 7 of 256 needs \d+ .*\(ulimit -Hn \d+"
     ):
         take_descriptors(layout, 7, 256, gloo=True)
     limits.append((1024, 65536))

@@ -98,7 +98,7 @@ def test_each_finding(node: dict[str, object], link: dict[str, object], fatal: b
 
 
 def test_fatal_findings_come_first() -> None:
-    found = judge([replace(WELL, open_files=5, fault="no")], [Links()], LIMITS)
+    found = judge([replace(WELL, shm_gb=0.1, fault="no")], [Links()], LIMITS)
     assert [finding.fatal for finding in found] == [True, False]
 
 

@@ -78,7 +78,16 @@ def test_a_dry_run_starts_nothing_and_a_mistyped_flag_is_refused(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {member.name: member.path for member in config.teachers.members}
-    words = ["demo_stage1", "--data.shards", config.data.shards, "--out", str(tmp_path / "store"), "--dry-run"]
+    words = [
+        "demo_stage1",
+        "--data.shards",
+        config.data.shards,
+        "--out",
+        str(tmp_path / "store"),
+        "--data.duplicates",
+        "keep",
+        "--dry-run",
+    ]
     words += [word for name, path in paths.items() for word in (f"--teachers.members.{name}.path", path)]
     monkeypatch.setitem(sys.modules, "ray", None)  # to import it fails
     assert main([*words, "--eval.every-steps", "0"]) == 0
