@@ -2,7 +2,7 @@
 # Teachers' features of every training image, on a Slurm cluster: sbatch [options] launch/precompute.sh [PRESET] --out DIR [flags]
 #
 # Runs tools.precompute_features on a Ray cluster of all nodes. The same command goes on after an interruption.
-# Large corpora: sbatch --array=1-64 --nodes=1 launch/precompute.sh ..., where each task makes its part of the shards.
+# Large corpora: sbatch --array=0-63 --nodes=1 launch/precompute.sh ..., where each task makes its part of the shards.
 # Ray has the GPUs and CPUs that the job has of each node, and the teachers' actors take what they are told to: two teachers on
 # 4 nodes of 8 GPUs with --teachers.actors-per-teacher 16 --teachers.actor-gpus 1 --teachers.actor-cpus 8.
 #SBATCH --job-name=cogvit-precompute
@@ -25,7 +25,7 @@ progress() { { find "$OUT" -name '*.safetensors' 2>/dev/null || true; } | awk 'E
 
 read_flags stage1_cogvit_l "$@"
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${FLAGS[*]}" != *" --part"* ]]; then
-    FLAGS+=(--part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT")
+    FLAGS+=(--part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT")
     LOGS=$OUT/logs/$SLURM_ARRAY_TASK_ID
     mkdir -p "$LOGS"
 fi

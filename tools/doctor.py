@@ -159,7 +159,11 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
             (True, not link.sums_right, "a sum over all ranks came out wrong"),
             (False, node.shm_gb < _LEAST_SHM_GB, f"{node.shm_gb:.2f} GB free in /dev/shm; NCCL and Ray want 1 or more"),
             (False, abs(link.skew_s) > _MOST_SKEW_S, f"its clock is {link.skew_s:+.1f} s off; logs will not agree"),
-            (True, node.open_files < needed, f"ulimit -Hn {node.open_files} is too low; it needs {needed} open files"),
+            (
+                True,
+                node.open_files < needed,
+                f"ulimit -Hn {node.open_files} is too low; it needs {needed} open files (LimitNOFILE)",
+            ),
             (False, not node.bf16, f"{node.gpu} has no bf16; use --precision fp32"),
         )
         found += [Finding(fatal, where, text) for fatal, wrong, text in checks if wrong]

@@ -12,7 +12,7 @@ goes on after an interruption and after new shards, or adds what a change of the
   --tokens all (default): every patch, and summaries of the teachers whose summary_weight is not 0; summary: one feature
            an image of every teacher (CLS token, pooled output, or mean of the patches).
 
-  --part I/N  every N-th shard, from the I-th on: many jobs fill one store (launch/precompute.sh as an array). Jobs may
+  --part I/N  every N-th shard, from the I-th on, I from 0 to N - 1: many jobs fill one store (launch/precompute.sh as an array). Jobs may
            overlap too: a shard is held by who writes it, and the others leave it out.
   --dry-run  say what lacks and what it will take, and start nothing.
 
@@ -69,6 +69,7 @@ from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
 from data_pipeline.sizing import sizing_of
+from tools.index_shards import read_part
 
 Ints = NDArray[np.int64]
 
@@ -252,16 +253,6 @@ def check_room(job: Job) -> str:
     return said
 
 
-def read_part(text: str | None) -> tuple[int, int]:
-    """Return (which, of how many), from 0, of I/N. Errors: ConfigError for what is none."""
-    if text is None:
-        return 0, 1
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ConfigError(f"--part {text} is none of 1/N to N/N")
-    return int(number) - 1, int(parts)
-
-
 def asked_of(teachers: TeachersConfig, job: Job) -> TeachersConfig:
     """Return the teachers without those of whom nothing lacks."""
     members = (one for one in teachers.members if any(one.name + part in job.lacking for part in one.parts))
@@ -314,7 +305,7 @@ def main(argv: list[str]) -> int:
         dry, words = "--dry-run" in words, [word for word in words if word != "--dry-run"]
         config = read_run(argv[0], words)
         config = of_summaries(config) if tokens == "summary" else config
-        job = plan_job(config, dtype, read_part(part))
+        job = plan_job(config, dtype, read_part(part or "") or (0, 1))
         teachers = asked_of(config.teachers, job)
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:

@@ -18,6 +18,7 @@ from data_pipeline.merge import _Writer
 from data_pipeline.shards import ShardReader
 from tests.data.corpus import indexed, keys_of, members, picture, run_config, table_of, write_corpus, write_tar
 from tests.data.test_index import build
+from tests.disk import files_of_at_most
 from tools.index_shards import main
 
 STRACE = shutil.which("strace")
@@ -202,6 +203,17 @@ def test_parts_that_lack_or_repeat_something_are_refused(tmp_path, capsys):
     for wrong in (["--part", "2/2"], ["--part", "x"], ["--merge", "0"], ["--merge", "2", "--part", "0/2"]):
         assert main([*flags, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_corpus_file_without_room_is_refused_and_the_indexes_stay(tmp_path, capsys):
+    pattern = write_corpus(tmp_path, num_shards=3)
+    assert main([pattern, "--min-side-px", "1"]) == 0
+    (corpus_file,) = tmp_path.glob("corpus*.cogvit")
+    corpus_file.unlink()
+    with files_of_at_most(6000):
+        assert main([pattern, "--min-side-px", "1"]) == 2
+    assert f"cannot write {corpus_file} (File too large)" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.parquet"))) == 3 and not list(tmp_path.glob("corpus*.cogvit"))
 
 
 def test_a_selection_is_made_once_and_again_where_it_is_damaged(tmp_path, monkeypatch):
