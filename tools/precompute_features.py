@@ -12,8 +12,8 @@ goes on after an interruption and after new shards, or adds what a change of the
   --tokens all (default): every patch, and summaries of the teachers whose summary_weight is not 0; summary: one feature
            an image of every teacher (CLS token, pooled output, or mean of the patches).
 
-  --part I/N  every N-th shard, from the I-th on, I from 0 to N - 1: many jobs fill one store (launch/precompute.sh as an array). Jobs may
-           overlap too: a shard is held by who writes it, and the others leave it out.
+  --part I/N  every N-th shard, from the I-th on, I from 0 to N - 1: many jobs fill one store (launch/precompute.sh as
+           an array). Jobs may overlap too: a shard is held by who writes it, and the others leave it out.
   --dry-run  say what lacks and what it will take, and start nothing.
 
 python -m tools.verify_features DIR reads a whole store and names what is damaged.
