@@ -266,6 +266,26 @@ def test_what_a_start_asks_of_the_file_system_does_not_depend_on_the_number_of_s
     assert counts[0] == counts[1] - 1 and counts[1] <= 10  # of three shards, all are compared with the file
 
 
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+def test_an_epoch_on_one_node_opens_a_shard_once(tmp_path):
+    indexed(tmp_path / "shards", num_shards=20, per_shard=12)
+    code = (
+        "from itertools import islice\nfrom data_pipeline.index import load_index\n"
+        "from data_pipeline.loader import step_batches\nfrom tests.data.corpus import run_config\n"
+        "from tests.data.test_bad_input import seat_of\n"
+        "sizes = dict(tokens_per_pack=400, images_per_pack=24, text_tokens_per_pack=4000)\n"
+        f"config, index = run_config(global_batch_images=24, **sizes), load_index({str(tmp_path / 'shards')!r})\n"
+        "batches = step_batches(index, config, seat_of(config), None, reads='captions')\n"
+        "print(sum(int(micro.images.weight.sum()) for step in islice(batches, 10) for micro in step.micro))\n"
+        "batches.close()\n"
+    )
+    log = tmp_path / "log"
+    command = [STRACE, "-f", "--seccomp-bpf", "-e", "trace=open,openat", "-o", str(log), sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "240\n"
+    assert 20 <= sum('.tar"' in line for line in log.read_text().splitlines()) <= 1.2 * 20
+
+
 def test_the_plan_is_one_of_the_corpus_and_not_of_where_it_lies(tmp_path):
     positions = [start_position(indexed(tmp_path / name), run_config(), reads="captions") for name in "ab"]
     assert positions[0] == positions[1]
