@@ -317,7 +317,8 @@ def retry(operation: Callable[[], Result], path: str) -> Result:
         except DataError:
             raise
         except _FINAL_ERRORS as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise DataError(f"cannot read {path}: {reason}; restore it, or index the shards without it") from error
         except Exception as error:  # the drivers of remote stores have errors of their own
             if not isinstance(error, OSError) and not is_remote(path):
                 raise

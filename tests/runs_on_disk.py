@@ -22,7 +22,6 @@ from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
 from cogvit.training.chrono import Chrono
-from cogvit.training.manifest import FORMAT
 from cogvit.training.state import TrainState, state_to_json
 from data_pipeline.index import build_index
 from tests.data.corpus import members, picture, write_tar
@@ -55,7 +54,7 @@ def write_run(directory: Path, config: RunConfig, modules: Mapping[str, nn.Modul
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 2, "step": step, "files": files}))
     (directory / "config.json").write_text(json.dumps(to_json(config)))
     (directory / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
     return directory

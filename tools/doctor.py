@@ -1,6 +1,7 @@
 """Examines every node before a run: software, memory, disk, clocks, ports and collectives.
 
-usage: python -m tools.doctor [--out DIR] [--device KIND] [--disk-gb N] [--message-mb N] [--timeout-s N]
+usage: python -m tools.doctor [--out DIR] [--device KIND] [--disk-gb N] [--message-mb N] [--timeout-s N] [--tp T]
+                              [--pp P]
 
 One table with a row for each rank, then what is wrong. Run it as the run will be: alone, under torchrun, or in an
 allocation with one task a GPU (MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun python -m tools.doctor --out DIR).
@@ -10,6 +11,7 @@ allocation with one task a GPU (MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun p
 --disk-gb N      free space that the run needs there (default: 10; one checkpoint of the 403M encoder takes about 5)
 --message-mb N   size of the reduction whose bandwidth is measured (default: 64)
 --timeout-s N    how long ranks may take to meet and to answer (default: 60)
+--tp T --pp P    the run's layout, which decides how many open files its ranks need (default: 1)
 
 Exit status: 0, also with warnings; 2 when something would break a run.
 """
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shutil
 import socket
 import statistics
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -35,15 +36,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cogvit.config import ParallelConfig
 from cogvit.config.arguments import run_command
 from cogvit.config.device import Device, device_fault, device_flag, local_device
 from cogvit.config.environment import speaks, this_process
 from cogvit.errors import ConfigError
+from cogvit.parallel.descriptors import Descriptors, descriptors, most_descriptors
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "pyarrow", "safetensors")
 _SHM = Path("/dev/shm")
 _GB = 1e9
-_LEAST_SHM_GB, _LEAST_OPEN_FILES = 1.0, 4096
+_LEAST_SHM_GB = 1.0
 _MOST_SKEW_S = 1.0
 _ROUNDS = 5  # of a measurement; its median counts
 
@@ -57,6 +60,8 @@ class Arguments:
     disk_gb: str = "10"
     message_mb: str = "64"
     timeout_s: str = "60"
+    tp: str = "1"
+    pp: str = "1"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Limits:
     disk_gb: float
     message_mb: float
     timeout_s: float
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Node:
     shm_gb: float  # free
     disk_gb: float  # free where the run directory will be
     fault: str  # why that cannot be written; "" where it can
-    open_files: int  # that a process may have
+    open_files: int  # that a process may have, if it asks
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def examine_node(out: Path, asked: Device) -> Node:
         shm_gb=shutil.disk_usage(_SHM).free / _GB if _SHM.exists() else 0.0,
         disk_gb=free_gb,
         fault=fault,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=most_descriptors(),
     )
 
 
@@ -150,6 +156,7 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
     usual = dict(Counter(tuple(sorted(node.versions.items())) for node in nodes).most_common(1)[0][0])
     for node, link in zip(nodes, links, strict=True):
         where = f"rank {node.rank} on {node.host}"
+        needed = _open_files(len(nodes), limits).first if node.rank == 0 else _open_files(len(nodes), limits).rank
         absent = [package for package in _PACKAGES if package not in node.versions]
         other = [f"{name} {v}, not {usual[name]}" for name, v in node.versions.items() if usual.get(name, v) != v]
         short = f"{node.disk_gb:.1f} GB free at --out {limits.out}; --disk-gb {limits.disk_gb:g} are needed"
@@ -164,7 +171,11 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
             (True, not link.sums_right, "a sum over all ranks came out wrong"),
             (False, node.shm_gb < _LEAST_SHM_GB, f"{node.shm_gb:.2f} GB free in /dev/shm; NCCL and Ray want 1 or more"),
             (False, abs(link.skew_s) > _MOST_SKEW_S, f"its clock is {link.skew_s:+.1f} s off; logs will not agree"),
-            (False, node.open_files < _LEAST_OPEN_FILES, f"{node.open_files} open files allowed; see ulimit -n"),
+            (
+                True,
+                node.open_files < needed,
+                f"ulimit -Hn {node.open_files} is too low; it needs {needed} open files (LimitNOFILE)",
+            ),
             (False, not node.bf16, f"{node.gpu} has no bf16; use --precision fp32"),
             (False, bool(node.connections), node.connections),
         )
@@ -180,6 +191,10 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
         named = ", ".join(sorted(gpu or "none" for gpu in gpus))
         found.append(Finding("" in gpus, "all ranks", f"not of one kind of GPU: {named}"))
     return sorted(found, key=lambda finding: not finding.fatal)
+
+
+def _open_files(world_size: int, limits: Limits) -> Descriptors:
+    return descriptors(limits.layout, world_size, gloo=not torch.cuda.is_available())
 
 
 def pinned_differently(node: Node) -> list[str]:
@@ -231,6 +246,8 @@ def diagnose(arguments: Arguments) -> int:
     findings = judge(nodes, links, limits)
     if mine[0].rank == 0:
         print(table(nodes, links))
+        needed = _open_files(len(nodes), limits)
+        print(f"open files: {needed.rank} for a rank of this layout, {needed.first} for the first; a run asks for them")
         for line in pinned_differently(nodes[0]):
             print(f"warning: {line}")
         for finding in findings:
@@ -251,7 +268,15 @@ def _read_limits(arguments: Arguments) -> Limits:
         if not 0.0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {text}: must be a positive number")
         values.append(value)
-    return Limits(Path(arguments.out), device_flag(arguments.device), *values)
+    sizes = []
+    for name in ("tp", "pp"):
+        text = getattr(arguments, name)
+        if not (text.isascii() and text.isdecimal() and int(text) > 0):
+            raise ConfigError(f"--{name} {text}: must be a whole number of at least 1")
+        sizes.append(int(text))
+    disk_gb, message_mb, timeout_s = values
+    device, layout = device_flag(arguments.device), ParallelConfig(tp=sizes[0], pp=sizes[1])
+    return Limits(Path(arguments.out), device, disk_gb, message_mb, timeout_s, layout)
 
 
 def _join(limits: Limits) -> bool:

@@ -6,6 +6,7 @@ usage: python -m tools.plan PRESET [flags]
 --gpus-per-node G   8 by default
 --cluster NAME      a100, h100 or h200 of configs/clusters.py; h100 by default
 --tp T --pp P       plan this layout alone; by default every legal one, the fastest that fits first
+--samples N         of the corpus (8e9): what it costs a rank to open and to plan
 
 Other flags are the trainer's (--data.global-batch-images, --text-encoder.path, ...).
 
@@ -28,6 +29,7 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_run, read_run, stage_of
 from cogvit.stages.cost import Load
 from configs.clusters import CLUSTERS, Cluster
+from tools.corpus_cost import cost_lines, read_samples
 
 _FP32_BYTES, _MOMENTS = 4, {"muon": 1, "adamw": 2, "sgd": 1}  # moments of most parameters
 _BACKWARD = 3  # a step's FLOPs over the forward's
@@ -43,6 +45,7 @@ class Arguments:
     cluster: str = "h100"
     tp: str = ""
     pp: str = ""
+    samples: str = "0"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
         fixed = {name: int(size) for name, size in (("tp", arguments.tp), ("pp", arguments.pp)) if size}
     except ValueError as error:
         raise ConfigError(f"--nodes, --gpus-per-node, --tp and --pp are whole numbers: {error}") from None
+    samples = read_samples(arguments.samples)
     world, cluster = nodes * per_node, CLUSTERS[arguments.cluster]
     layouts = legal_layouts(config, world, per_node)
     layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
@@ -140,6 +144,8 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
             f"{one.memory_bytes / 1e9:>7.1f} GB{one.sent_bytes / 1e9:>8.2f} GB"
             f"{one.bubble:>8.1%}{1000 * one.step_s:>7,.0f} ms{one.mfu:>7.1%}{full}"
         )
+    state_bytes = _FP32_BYTES * (1 + _MOMENTS[config.optim.name]) * sum(load.parameters for load in loads)
+    print(*cost_lines(samples, predictions[0].layout, world, per_node, state_bytes), sep="\n")
     return 0
 
 
@@ -151,7 +157,7 @@ def main(argv: list[str]) -> int:
     try:
         own: dict[str, str] = {}
         words = argv[1:]
-        for name in ("nodes", "gpus_per_node", "cluster", "tp", "pp"):
+        for name in ("nodes", "gpus_per_node", "cluster", "tp", "pp", "samples"):
             value, words = take_flag(words, f"--{name.replace('_', '-')}")
             own |= {} if value is None else {name: value}
         return plan(Arguments(argv[0], **own), read_run(argv[0], words))

@@ -1,7 +1,7 @@
 """Computes the teachers' features of all training images once, with Ray, for --teachers.source store.
 
 usage: python -m tools.precompute_features PRESET --out DIR [--dtype fp32|bf16|fp16|uint8] [--tokens all|summary]
-           [flags of the trainer]
+           [--part I/N] [--dry-run] [flags of the trainer]
 
 PRESET and flags are those of the run that will read the store: its shards (the held-out ones too where it evaluates),
 teachers, patch size and image sizes decide what is stored. A shard whose file fits is left alone, so the same command
@@ -12,6 +12,10 @@ goes on after an interruption and after new shards, or adds what a change of the
   --tokens all (default): every patch, and summaries of the teachers whose summary_weight is not 0; summary: one feature
            an image of every teacher (CLS token, pooled output, or mean of the patches).
 
+  --part I/N  every N-th shard, from the I-th on, I from 0 to N - 1: many jobs fill one store (launch/precompute.sh as
+           an array). Jobs may overlap too: a shard is held by who writes it, and the others leave it out.
+  --dry-run  say what lacks and what it will take, and start nothing.
+
 python -m tools.verify_features DIR reads a whole store and names what is damaged.
 
 The run then takes --teachers.source store --teachers.store DIR. Exit status: 0, or 2 when the configuration cannot run.
@@ -19,6 +23,7 @@ The run then takes --teachers.source store --teachers.store DIR. Exit status: 0,
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -38,11 +43,12 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_recipe, read_run
 from cogvit.stages.distill_targets import makers_of, stored_shards
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
-from cogvit.teacher.encoding import StoreDtype
+from cogvit.teacher.encoding import ROW_DTYPES, StoreDtype
 from cogvit.teacher.room import cpus_of
 from cogvit.teacher.shard import shard_writer
 from cogvit.teacher.store import (
     Maker,
+    claimed,
     dtype_of,
     header_of,
     is_complete,
@@ -63,6 +69,7 @@ from data_pipeline.cache import cache_of
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import image_of
 from data_pipeline.sizing import sizing_of
+from tools.index_shards import read_part
 
 Ints = NDArray[np.int64]
 
@@ -139,9 +146,10 @@ def check_job(config: RunConfig) -> None:
     check_recipe(run)
 
 
-def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
+def plan_job(config: RunConfig, dtype: StoreDtype | None = None, part: tuple[int, int] = (0, 1)) -> Job:
     """Compare the store at config.out with what the configuration needs; no dtype is the teachers' precision.
 
+    part: which of so many parts of the shards.
     Errors: ConfigError for teachers or shards that do not serve.
     """
     check_job(config)
@@ -151,7 +159,7 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None) -> Job:
     shards: dict[tuple[str, str], Shard] = {}
     patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
     for index in [open_index(config.data, pattern) for pattern in patterns]:
-        held = list(stored_shards(index, sizing_of(config)))
+        held = list(stored_shards(index, sizing_of(config), part))
         found = joined(found, {one.path: one.contents for one in held})
         for one in held:
             if lacking := job.lacking_of(one.path, one.contents):
@@ -166,20 +174,29 @@ def run_job(job: Job, source: FeatureSource, in_flight: int = 2) -> None:
     Errors: ConfigError when the store is another job's or other teachers'; DataError for a shard that cannot be read or
     a disk that is full; those of the source.
     """
-    with writing(job.out, job.makers, job.dtype):
+    with writing(job.out, job.makers, job.dtype), ExitStack() as at_the_end:
         # Another job may have made some since this one was planned.
         by_now = [replace(shard, lacking=job.lacking_of(shard.path, shard.contents)) for shard in job.shards]
         shards = [shard for shard in by_now if shard.lacking]
         total, done, start_s = sum(len(shard.rows) for shard in shards), 0, time.monotonic()
-        asked = (
-            (number, request)
-            for number, shard in enumerate(shards)
-            for request in shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens)
-        )
-        under_way = submit_ahead(asked, lambda pair: source.submit(pair[1]), in_flight)  # across the ends of shards
+        held: dict[int, ExitStack] = {}
+
+        def asked() -> Iterator[tuple[int, FeatureRequest]]:
+            for number, shard in enumerate(shards):
+                held[number] = at_the_end.enter_context(ExitStack())
+                ours = held[number].enter_context(claimed(job.out, shard.path, shard.contents))
+                if not ours or not job.lacking_of(shard.path, shard.contents):  # another job makes it, or just did
+                    held[number].close()
+                else:
+                    for request in shard_requests(shard.index, shard.rows, shard.grid_hw, job.max_tokens):
+                        yield number, request
+
+        under_way = submit_ahead(asked(), lambda pair: source.submit(pair[1]), in_flight)  # across the ends of shards
         for number, answers in groupby(under_way, key=lambda answer: answer[0][0]):
             shard = shards[number]
-            num_bytes = _store_shard(job, shard, ((request, source.result(handle)) for (_, request), handle in answers))
+            with held[number]:
+                found = ((request, source.result(handle)) for (_, request), handle in answers)
+                num_bytes = _store_shard(job, shard, found)
             done += len(shard.rows)
             images_per_s = done / (time.monotonic() - start_s)
             print(
@@ -213,6 +230,27 @@ def _store_shard(job: Job, shard: Shard, answers: Iterable[tuple[FeatureRequest,
                 for feature in features[name].split(rows_of_images(name, request)):
                     append(feature)
     return sum(path.stat().st_size for path in paths.values())
+
+
+def check_room(job: Job) -> str:
+    """Return what the job will write, in words. Errors: ConfigError when its disk has no room for it."""
+    num_bytes = 0
+    for shard in job.shards:
+        tokens, images = int(shard.grid_hw.prod(axis=1).sum()), len(shard.rows)
+        for name in shard.lacking:
+            row_bytes = job.makers[name].dim * ROW_DTYPES[dtype_of(name, job.dtype)].itemsize
+            num_bytes += row_bytes * (images if is_summary(name) else tokens)
+    there = next(path for path in (job.out, *job.out.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(there).free
+    said = (
+        f"{len(job.shards):,} shards take {num_bytes / 1e9:,.1f} GB in {job.dtype}; {free_bytes / 1e9:,.1f} GB are free"
+    )
+    if num_bytes > free_bytes:
+        raise ConfigError(
+            f"the features of {said} at --out {job.out}; take another disk, --dtype uint8, --tokens summary, fewer"
+            " --data.shards, or --teachers.source online"
+        )
+    return said
 
 
 def asked_of(teachers: TeachersConfig, job: Job) -> TeachersConfig:
@@ -263,12 +301,16 @@ def main(argv: list[str]) -> int:
         tokens, words = take_flag(words, "--tokens")
         if tokens not in (None, "all", "summary"):
             raise ConfigError(f"--tokens {tokens} is none of all, summary")
+        part, words = take_flag(words, "--part")
+        dry, words = "--dry-run" in words, [word for word in words if word != "--dry-run"]
         config = read_run(argv[0], words)
         config = of_summaries(config) if tokens == "summary" else config
-        job = plan_job(config, dtype)
+        job = plan_job(config, dtype, read_part(part or "") or (0, 1))
         teachers = asked_of(config.teachers, job)
         print(f"{len(job.contents) - len(job.shards)} of {len(job.contents)} shards are in {job.out} already")
         if job.shards:
+            print(check_room(job))
+        if job.shards and not dry:
             if note := idle_actors(teachers, job):
                 print(note)
             with connect(plan_cluster(teachers.ray_address), cpus_of(teachers)):

@@ -125,6 +125,7 @@ def add_pairs(
             sums.d_bias.add_(d_logit_rc.sum())
             d_image_rE.addmm_(d_logit_rc, scaled_cE)
             d_scaled_cE.addmm_(d_logit_rc.T, image_rE)
+            del logit_rc, d_logit_rc, same_rc  # the next block takes their place
         d_text_cE.addcmul_(d_scaled_cE, logits.temperature)
 
 

@@ -208,14 +208,15 @@ def _compare(
         mail.wait()
         for which, passed in behind.items():
             part[which] += passed
-        held = arriving
+        held = [arriving[which] if turn < lane.hops else own for which, lane in enumerate(lanes)]  # the others are done
+    del own, held, arriving
     mail = _Mail(mesh, groups.ranks)
     back = [mail.exchange(part[n], -lane.step * lane.hops, len(d_own)) for n, lane in enumerate(lanes) if lane.hops]
     mail.post()
     mail.wait()
     for passed in back:
         d_own += passed
-    del own, held, part, back, arriving
+    del part, back
     return _scattered(d_own, home.counts, place, groups.inside)
 
 
@@ -273,6 +274,9 @@ def _scattered(everyone: Tensor, counts: Sequence[int], place: int, group: dist.
     """Return the sum over a group's ranks of one rank's rows, given every rank's end to end: `_gathered`'s reverse."""
     if group is None:
         return everyone
+    if everyone.device.type == "cpu":  # gloo would add up a copy of all, and keep a rank's rows of it
+        dist.all_reduce(everyone, group=group)
+        return everyone.split(list(counts))[place].clone()
     most = max(counts)
     own = everyone.new_empty(most, everyone.shape[1])
     if min(counts) != most:

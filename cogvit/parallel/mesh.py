@@ -21,6 +21,7 @@ from cogvit.config.device import local_device
 from cogvit.config.environment import Process, this_process
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.parallel.cpu import prepare_process
+from cogvit.parallel.descriptors import take_descriptors
 
 prepare_process()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -199,6 +200,7 @@ def start_mesh(layout: ParallelConfig, device: torch.device | None = None, *, ti
     if device is None:
         device = local_device("auto" if torch.cuda.is_available() else "cpu", process)
     if not dist.is_initialized():
+        take_descriptors(layout, process.rank, process.world_size, gloo=device.type == "cpu")
         _join_world(process, device, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False

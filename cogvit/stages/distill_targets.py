@@ -52,7 +52,7 @@ def shared_source(config: RunConfig, train: Index | None, held_out: Index | None
     try:
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:
             indexes = [index for index in (train, held_out) if index is not None]
-            source = open_source(config, makers, indexes, first_lane=mesh.dp_rank)
+            source = open_source(config, makers, indexes, first_lane=mesh.dp_rank, askers=mesh.dp_size)
     except CogViTError as error:
         failure = error
     mesh.raise_together(failure)
@@ -60,20 +60,21 @@ def shared_source(config: RunConfig, train: Index | None, held_out: Index | None
 
 
 def open_source(
-    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], first_lane: int = 0
+    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], first_lane: int = 0, askers: int = 1
 ) -> FeatureSource:
     """Open the store for the shards of some indexes, the actors on the cluster that this process is in, or both.
 
-    first_lane: as TeacherPool's.
+    first_lane, askers: as TeacherPool's; the first of those who ask looks whether the store has every shard.
     Errors: ConfigError names what differs.
     """
     teachers = config.teachers
     store = stored_features(config, makers, indexes) if teachers.source != "online" else None
     if store is not None and teachers.source == "store":
-        store.require_all()
+        if first_lane == 0:
+            store.require_all()
         return store
     augmentation, cache = augmentation_of(config.data), cache_of(config.data)
-    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), first_lane)
+    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), first_lane, askers)
     return pool if store is None else FirstThen(store, pool)
 
 
@@ -99,10 +100,10 @@ class StoredShard:
     grid_hw: NDArray[np.int64]  # [len(rows), 2]
 
 
-def stored_shards(index: Index, sizing: Sizing) -> Iterator[StoredShard]:
-    """Yield the shards of an index that have images."""
-    corpus = index.corpus
-    for shard in range(corpus.num_shards):
+def stored_shards(index: Index, sizing: Sizing, part: tuple[int, int] = (0, 1)) -> Iterator[StoredShard]:
+    """Yield the shards of an index that have images; part: of so many parts of equal numbers of shards, this one's."""
+    corpus, (number, parts) = index.corpus, part
+    for shard in range(number, corpus.num_shards, parts):
         rows = index.rows_of_shard(shard)
         if len(rows):
             entries, path = index.take(rows), corpus.shard_path(shard)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
-from cogvit.teacher.room import check_room, idle_gpus
+from cogvit.teacher.room import check_room, idle_gpus, lanes_of
 from cogvit.teacher.scratch import end_children, scratch
 from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, answer_bytes
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
@@ -222,10 +222,11 @@ class TeacherPool:
     puts the actors on the nodes in turn, where there are the CPUs and GPUs that they take.
 
     first_lane: whom the first request goes to; ranks that ask at the same time begin at different ones.
+    askers: how many do; each knows a few of the actors, so that the cluster's head is not asked for all by all.
     Errors: ConfigError when the cluster has no room for the actors.
     """
 
-    def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0) -> None:
+    def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0, askers: int = 1) -> None:
         import ray
 
         nodes = ray.nodes()
@@ -236,16 +237,15 @@ class TeacherPool:
         self._decode = decode
         self._members = {member.name: member for member in config.members}
         self._actor_class = ray.remote(concurrency_groups={_HEALTH: 1})(TeacherActor)
-        self._lanes = (lane % config.actors_per_teacher for lane in itertools.count(first_lane))
+        own = lanes_of(config.actors_per_teacher, first_lane, askers)
+        self._lanes = itertools.cycle(own)
         self._heard: dict[Actor, int] = {}  # who has answered us -> its num_answered when we last looked
         dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
         self._dims = {member.name + part: dims[member.name] for member in config.members for part in member.parts}
         self._waiting: deque[Pending] = deque()  # not sent yet
         self._in_flight_bytes = 0
         self._actors = {
-            (name, lane): self._get_or_start(name, lane, generation=0)
-            for name in self._members
-            for lane in range(config.actors_per_teacher)
+            (name, lane): self._get_or_start(name, lane, generation=0) for name in self._members for lane in own
         }
 
     @property

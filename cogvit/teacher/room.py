@@ -48,3 +48,10 @@ def idle_gpus(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> str
         f" {given:g} GPUs; --teachers.actor-gpus 1 (or a share) puts each on a GPU that Ray has (RAY_GPUS of"
         " launch/env.sh)"
     )
+
+
+def lanes_of(actors: int, first_lane: int, askers: int) -> list[int]:
+    """Return the actors of a teacher that one of so many askers asks, in turn: two or more, and all by somebody."""
+    count = min(actors, max(2, -(-actors // askers)))
+    first = first_lane * actors // askers if 1 < askers < actors else first_lane
+    return [(first + place) % actors for place in range(count)]

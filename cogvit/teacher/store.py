@@ -12,13 +12,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -106,21 +107,21 @@ def is_complete(path: Path, header: Mapping[str, str]) -> bool:
 
 @contextmanager
 def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> Iterator[None]:
-    """Hold a store for writing, with its manifests in place and what an interrupted job left removed.
+    """Hold a store for writing, beside other jobs, with its manifests in place.
 
-    Errors: ConfigError when another job writes to it, when it is another teacher's or cannot be written.
+    What interrupted jobs left is removed where no other job writes.
+    Errors: ConfigError when it is another teacher's or cannot be written.
     """
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((directory / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name, maker in makers.items():
-                _claim(directory / name, _manifest(maker, dtype_of(name, dtype)))
-        except BlockingIOError:
-            raise ConfigError(
-                f"another job writes to the store {directory}; wait for it or choose another --out"
-            ) from None
+            alone = _locked(lock)
+            with (directory / "lock.manifests").open("w") as turn:
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                for name, maker in makers.items():
+                    _claim(directory / name, _manifest(maker, dtype_of(name, dtype)), alone=alone)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the store {directory}: {error}; make room or choose another --out"
@@ -128,7 +129,30 @@ def writing(directory: Path, makers: Mapping[str, Maker], dtype: StoreDtype) -> 
         yield
 
 
-def _claim(directory: Path, manifest: dict[str, str]) -> None:
+@contextmanager
+def claimed(directory: Path, shard: str, contents: str) -> Iterator[bool]:
+    """Hold a shard of a store, for its writer alone; yields whether it is ours and not another job's."""
+    path = path_of(directory, "", shard, contents).with_suffix(".lock")
+    directory.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        # Who had it before may have removed the file that was opened, and another made one of its name.
+        ours = _locked(lock) and path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        try:
+            yield ours
+        finally:
+            if ours:
+                path.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _claim(directory: Path, manifest: dict[str, str], *, alone: bool) -> None:
     path = directory / "manifest.json"
     if path.exists():
         _refuse_other(path, manifest, "choose another --out")
@@ -137,7 +161,7 @@ def _claim(directory: Path, manifest: dict[str, str]) -> None:
         unfinished = path.with_name(path.name + UNFINISHED)
         unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
         unfinished.replace(path)
-    for left in directory.glob(f"*{UNFINISHED}"):
+    for left in directory.glob(f"*{UNFINISHED}") if alone else ():
         left.unlink()
 
 
@@ -198,9 +222,16 @@ class StoreFeatures:
     def require_all(self) -> None:
         """Look for the features of every shard, so that a run does not find out in its middle what is lacking.
 
+        Lists each teacher's directory once, whatever the number of shards.
+
         Errors: ConfigError when a shard has none.
         """
-        lacking = [shard for shard in self._contents if not self._has(shard)]
+        listed = {name: set(os.listdir(self._directory / name)) for name in self._makers}
+        lacking = [
+            shard
+            for shard, contents in self._contents.items()
+            if not all(path_of(self._directory, name, shard, contents).name in listed[name] for name in self._makers)
+        ]
         if lacking:
             raise ConfigError(
                 f"the store {self._directory} lacks {len(lacking)} of {len(self._contents)} shards, or has them for"

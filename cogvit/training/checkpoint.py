@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -37,10 +38,12 @@ from cogvit.training.manifest import (
     another_version,
     dealt,
     fault_of,
+    joined,
     read_manifest,
     verify,
 )
 from cogvit.training.optim import MASTER
+from cogvit.training.passing import pass_on
 from cogvit.training.state import TrainState, state_from_json, state_to_json
 from cogvit.training.storage import (
     METADATA,
@@ -51,7 +54,7 @@ from cogvit.training.storage import (
     write_metadata,
     write_parts,
 )
-from cogvit.training.together import Together
+from cogvit.training.together import Together, turn_of
 
 if TYPE_CHECKING:  # so that reading weights needs neither megatron nor deepspeed
     from cogvit.parallel.mesh import Mesh
@@ -73,6 +76,7 @@ class Checkpoints:
         self._folder, self._mesh, self._config, self._newest = folder, mesh, config, newest
         mesh.from_writer(lambda: _try_to_write(folder))
         self._together = Together(mesh.rank, mesh.world_size)
+        self._turn = turn_of(mesh.rank, mesh.gather(socket.gethostname()), shared=folder.is_local)
         self.bytes_read = 0  # by this rank, of the checkpoint it resumed from
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -88,6 +92,7 @@ class Checkpoints:
         if error is not None:
             self._together.give_up()
         self._thread.shutdown()
+        self._together.close()
 
     def due(self, step: int) -> bool:
         """Whether a step ends with a save; collective where saves go by the clock, which ranks read apart."""
@@ -150,8 +155,8 @@ class Checkpoints:
         if not fault:
             try:
                 reader = PartReader(path, metadata)
-                mine = dealt(sorted(files), self._mesh.rank, self._mesh.world_size)
-                fault = next((found for name in mine if (found := fault_of(name, files[name], reader))), "")
+                mine = [one for rank, one in dealt(files, self._mesh.world_size) if rank == self._mesh.rank]
+                fault = next((found for one in mine if (found := fault_of(one, reader))), "")
             except CheckpointError as found:
                 error = found
             self._mesh.raise_together(error)
@@ -162,11 +167,7 @@ class Checkpoints:
                 _log.warning("%s is not used: %s", path, fault)
             return None
         assert reader is not None
-        try:
-            engine.load_fragments(reader.read)
-        except (CheckpointError, OSError) as found:
-            error = CheckpointError(f"{path} does not hold this model: {found}")
-        self._mesh.raise_together(error)
+        self._load(path, reader, files, engine)
         engine.zero.share_parameters()
         self.bytes_read = reader.bytes_read
         state = self._mesh.from_writer(lambda: read_state(path))
@@ -174,16 +175,43 @@ class Checkpoints:
         self._newest_step = state.step
         return state
 
+    def _load(self, path: Folder, reader: PartReader, files: Digests, engine: Engine) -> None:
+        """Put the engine's state together from what all ranks have read.
+
+        Errors: CheckpointError on every rank when it does not fit on any.
+        """
+
+        def expect() -> None:
+            for part in engine.parts_here():
+                reader.expect(part)
+
+        def attempt(work: Callable[[], None]) -> None:
+            error = None
+            try:
+                work()
+            except CheckpointError as found:
+                error = CheckpointError(f"{path} does not hold this model: {found}")
+            self._mesh.raise_together(error)
+
+        attempt(expect)
+        pass_on(reader, dealt(files, self._mesh.world_size), self._mesh)
+        attempt(lambda: engine.load_fragments(reader.read))
+
     def _write(self, engine: Engine, fragments: list[Fragment], state: TrainState) -> None:
         """Write a snapshot's file on every rank, then the manifest on one; runs in the thread."""
-        target = self._folder / step_name(state.step)
+        target, turn = self._folder / step_name(state.step), self._turn
+        name = f"__{turn.file}_0.distcp"
 
-        def write() -> tuple[list[Written], Digests]:
-            return write_parts(target, f"__{self._mesh.rank}_0.distcp", engine.parts_of(fragments))
+        def write() -> tuple[str, list[Written], dict[str, Any]]:
+            parts = engine.parts_of(fragments)
+            places, entry = self._together.in_turn(
+                turn, lambda: write_parts(target, name, parts, begins=turn.begins, ends=turn.ends)
+            )
+            return name, places, entry
 
-        def publish(answers: list[tuple[list[Written], Digests]]) -> None:
-            files = {name: entry for _, digests in answers for name, entry in digests.items()}
-            files |= write_metadata(target, (place for places, _ in answers for place in places))
+        def publish(answers: list[tuple[str, list[Written], dict[str, Any]]]) -> None:
+            files = joined((name, entry) for name, _, entry in answers)
+            files |= write_metadata(target, (place for _, places, _ in answers for place in places))
             content = json.dumps(state_to_json(state)).encode()
             target.write(STATE, content)
             files[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -175,6 +175,13 @@ class Engine:
                 continue
             yield from _parts(tensor, fragment, fragment.values, self.mesh)
 
+    def parts_here(self) -> Iterator[Part]:
+        """Yield the rectangles that `load_fragments` will read, without memory for their values; talks to no one."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        for fragment in self.zero.fragments(self._named):
+            values = torch.empty_like(fragment.values, device="meta")
+            yield from _parts(by_name[fragment.name], fragment, values, self.mesh)
+
     @torch.no_grad()
     def load_fragments(self, read: Callable[[Part], None]) -> None:
         """Set this rank's fragments of weights and moments; `read` fills a part. `zero.share_parameters` comes next."""

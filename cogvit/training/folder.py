@@ -59,21 +59,19 @@ class Folder:
         with self.reading(name) as stream:
             return stream.read()
 
-    def view(self, name: str) -> memoryview:
-        """Return a file's content; of a file on a disk, as it lies in the system's cache."""
-        if not self.is_local:
-            return memoryview(self.read(name))
-        with open(f"{self.path}/{name}", "rb") as stream:
-            if not os.fstat(stream.fileno()).st_size:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    def view(self, name: str, start: int, stop: int) -> memoryview:
+        """Return some bytes of a file; of a file on a disk, as they lie in the system's cache.
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return some bytes of a file."""
+        Torch wants memory that can be written; what is written there stays in this process.
+        """
         fs, path = self._place()
-        with self._answers():
-            content: bytes = fs.cat_file(f"{path}/{name}", start=start, end=stop)
-        return content
+        if not isinstance(fs, LocalFileSystem):
+            with self._answers():
+                return memoryview(bytearray(fs.cat_file(f"{path}/{name}", start=start, end=stop)))
+        with open(f"{path}/{name}", "rb") as stream:
+            if start == stop:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))[start:stop]
 
     def write(self, name: str, content: bytes) -> None:
         """Make or replace a file."""
@@ -88,8 +86,12 @@ class Folder:
             yield stream
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file that appears at the end of the block, whole and on disk; the folder is made where it must be."""
+    def writing(self, name: str, *, begins: bool = True, ends: bool = True) -> Iterator[IO[bytes]]:
+        """Open a file that appears at the end of the block, whole and on disk; the folder is made where it must be.
+
+        On a disk several processes can write one after the other: the first begins the file, and it appears when the
+        last ends it.
+        """
         fs, path = self._place()
         if not isinstance(fs, LocalFileSystem):  # an object appears when its upload ends
             with self._answers(), fs.open(f"{path}/{name}", "wb") as stream:
@@ -97,11 +99,12 @@ class Folder:
             return
         os.makedirs(path, exist_ok=True)
         partial = f"{path}/.{name}.partial"
-        with open(partial, "wb") as stream:
+        with open(partial, "wb" if begins else "ab") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, f"{path}/{name}")
+        if ends:
+            os.replace(partial, f"{path}/{name}")
 
     def remove(self, name: str = "") -> None:
         """Remove a file, or the folder with all that is in it; what is not there is no error."""

@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from math import prod
 from typing import IO, Any, NamedTuple
 
@@ -37,7 +36,7 @@ from cogvit.training.folder import Folder
 
 METADATA = ".metadata"
 _FP32 = TensorProperties(dtype=torch.float32)
-Digests = dict[str, dict[str, Any]]  # {"bytes": size, "sha256": digest} by file name
+Digests = dict[str, dict[str, Any]]  # {"bytes": size, "sha256": digest} by file name; see `manifest.stretches_of`
 
 # What a metadata file of the library names when it holds tensors; dtypes come on top.
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -80,17 +79,23 @@ class Part(NamedTuple):
     values: Tensor
 
 
-def write_parts(folder: Folder, name: str, parts: Iterable[Part]) -> tuple[list[Written], Digests]:
-    """Write a file of the library's format; returns where everything lies and the file's digest."""
+def write_parts(
+    folder: Folder, name: str, parts: Iterable[Part], *, begins: bool = True, ends: bool = True
+) -> tuple[list[Written], dict[str, Any]]:
+    """Write a stretch of a file of the library's format; returns where everything lies, and its bytes and digest.
+
+    begins, ends: whether the file does here; others write the rest of it.
+    """
     written = []
-    with folder.writing(name) as stream:
+    with folder.writing(name, begins=begins, ends=ends) as stream:
+        before = 0 if begins else stream.tell()
         digesting = _Digesting(stream)
         for key, shape, offsets, values in parts:
             position = digesting.tell()
             torch.save(values.clone(), digesting)  # type: ignore[arg-type]  # a view would bring all of its storage
-            sizes = tuple(values.shape)
-            written.append(Written(key, shape, offsets, sizes, name, position, digesting.tell() - position))
-    return written, {name: digesting.entry()}
+            sizes, num_bytes = tuple(values.shape), digesting.tell() - position
+            written.append(Written(key, shape, offsets, sizes, name, before + position, num_bytes))
+    return written, digesting.entry()
 
 
 def write_metadata(folder: Folder, written: Iterable[Written]) -> Digests:
@@ -111,85 +116,119 @@ def write_metadata(folder: Folder, written: Iterable[Written]) -> Digests:
     return {METADATA: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
 
 
+class Stretch(NamedTuple):
+    """Bytes of a file that one rank wrote and one rank verifies; every tensor lies in one."""
+
+    file: str
+    start: int
+    stop: int
+    sha256: str
+
+
 class PartReader:
-    """Reads rectangles of the tensors of a checkpoint, and no more of its files than that.
+    """Puts rectangles of the tensors of a checkpoint together from the bytes of its files that it is given.
 
     A file of the library holds tensors one after the other, each a zip archive of which one record, not compressed, is
-    the values row by row. bytes_read: so far.
+    the values row by row. bytes_read: so far, by this process.
     """
 
     def __init__(self, folder: Folder, metadata: bytes) -> None:
-        self._folder, self._held = folder, dict[str, memoryview]()
+        self._folder = folder
         self._metadata = load_metadata(metadata, f"{folder}/{METADATA}")
+        self._held: dict[Stretch, memoryview] = {}
+        self._tensors: dict[tuple[str, int], memoryview] = {}  # by file and offset: what others read and this one needs
         self.bytes_read = 0
 
-    def hold(self, name: str) -> memoryview:
-        """Return a file's content and keep it for what is read of it later."""
-        content = self._held[name] = self._folder.view(name)
+    def hold(self, stretch: Stretch) -> memoryview:
+        """Read a stretch, keep it for what is taken out of it later, and return it."""
+        content = self._held[stretch] = self._folder.view(stretch.file, stretch.start, stretch.stop)
         self.bytes_read += len(content)
         return content
 
+    def held(self, stretch: Stretch, start: int, num_bytes: int) -> memoryview:
+        """Return some bytes of its file, from `start` on, out of a stretch that is held."""
+        return self._held[stretch][start - stretch.start :][:num_bytes]
+
+    def expect(self, part: Part) -> None:
+        """Keep room for the stored tensors that a rectangle is made of, where this process does not hold them."""
+        for place in (place for place, *_ in self._pieces(part)):
+            if self._found(place) is None:
+                self._tensors[place.relative_path, place.offset] = memoryview(bytearray(place.length))
+
+    def lacks(self, stretch: Stretch) -> bool:
+        """Whether something that is expected lies in a stretch."""
+        return any(file == stretch.file and stretch.start <= at < stretch.stop for file, at in self._tensors)
+
+    def take(self, file: str, start: int, content: memoryview) -> None:
+        """Keep what is expected out of some bytes of a file."""
+        for (name, at), room in self._tensors.items():
+            low, high = max(at, start), min(at + len(room), start + len(content))
+            if name == file and low < high:
+                room[low - at : high - at] = content[low - start : high - start]
+
     def read(self, part: Part) -> None:
         """Fill a rectangle. Errors: CheckpointError when the checkpoint has no such tensor, or not all of it."""
+        stored, missing = self._stored(part), part.values.numel()
+        for place, shape, inside, sizes, here in self._pieces(part):
+            content = self._found(place)
+            assert content is not None, "what is read is held or was expected"
+            part.values[here] = _cut(content, shape, inside, sizes, stored.properties.dtype)
+            missing -= prod(sizes)
+        if missing:
+            raise CheckpointError(f"{missing} values of {part.key} are not in it")
+
+    def _stored(self, part: Part) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata.get(part.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(f"it has no {part.key}")
         if tuple(stored.size) != part.shape:
             raise CheckpointError(f"{part.key} has shape {tuple(stored.size)} there, {part.shape} here")
-        missing = part.values.numel()
-        for chunk in stored.chunks:
+        return stored
+
+    def _pieces(self, part: Part) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...], Any]]:
+        """Yield place and shape of each stored tensor that a rectangle overlaps, and where.
+
+        The overlap is given by its offsets in the stored tensor, its sizes, and its slices of the rectangle.
+        """
+        for chunk in self._stored(part).chunks:
             low = tuple(map(max, part.offsets, chunk.offsets))
             high = tuple(
                 min(a + m, b + n)
                 for a, m, b, n in zip(part.offsets, part.values.shape, chunk.offsets, chunk.sizes, strict=True)
             )
             sizes = tuple(b - a for a, b in zip(low, high, strict=True))
-            if min(sizes) <= 0:
+            if min(sizes, default=1) <= 0:
                 continue
             place = self._metadata.storage_data[MetadataIndex(part.key, chunk.offsets)]
             inside = tuple(a - b for a, b in zip(low, chunk.offsets, strict=True))
             here = tuple(slice(a - b, c - b) for a, b, c in zip(low, part.offsets, high, strict=True))
-            part.values[here] = self._cut(place, tuple(chunk.sizes), inside, sizes, stored.properties.dtype)
-            missing -= prod(sizes)
-        if missing:
-            raise CheckpointError(f"{missing} values of {part.key} are not in it")
+            yield place, tuple(chunk.sizes), inside, sizes, here
 
-    def _cut(
-        self, place: Any, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """Return a rectangle of one stored tensor, run by run of neighboring values."""
-        content = _Window(self, place.relative_path, place.offset, place.offset + place.length)
-        start = _values_start(content)
-        whole = len(shape)  # dims from this one on are taken whole, so their values are one run
-        while whole > 0 and sizes[whole - 1] == shape[whole - 1]:
-            whole -= 1
-        outer = max(whole - 1, 0)
-        run = prod(sizes[outer:]) * dtype.itemsize
-        strides = [prod(shape[dim + 1 :]) * dtype.itemsize for dim in range(len(shape))]
-        first = start + sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-        values = bytearray()
-        for index in product(*map(range, sizes[:outer])):
-            position = first + sum(i * stride for i, stride in zip(index, strides[:outer], strict=True))
-            values += content.range(position, position + run)
-        return torch.frombuffer(values, dtype=dtype).view(sizes)
+    def _found(self, place: Any) -> memoryview | None:
+        """Return a stored tensor's bytes, if they are here."""
+        for (file, start, stop, _), content in self._held.items():
+            if file == place.relative_path and start <= place.offset < stop:
+                return content[place.offset - start : place.offset - start + place.length]
+        return self._tensors.get((place.relative_path, place.offset))
 
-    def range(self, name: str, start: int, stop: int) -> bytes | memoryview:
-        """Return some bytes of a file."""
-        if name in self._held:
-            return self._held[name][start:stop]
-        self.bytes_read += stop - start
-        return self._folder.read_range(name, start, stop)
+
+def _cut(
+    content: memoryview, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Return a rectangle of one stored tensor."""
+    start = _values_start(content)
+    values = torch.frombuffer(content, dtype=torch.uint8)[start : start + prod(shape) * dtype.itemsize]
+    if values.data_ptr() % dtype.itemsize:  # what precedes it in the file has any length
+        values = values.clone()
+    whole = values.view(dtype).view(shape)
+    return whole[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """Some bytes as a file, without a copy of them."""
 
-    def __init__(self, reader: PartReader, name: str, start: int, stop: int) -> None:
-        self._reader, self._name, self._start, self._size = reader, name, start, stop - start
-        self._position = 0
-
-    def range(self, start: int, stop: int) -> bytes | memoryview:
-        return self._reader.range(self._name, self._start + start, self._start + stop)
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._position = content, 0
 
     def seekable(self) -> bool:
         return True
@@ -201,24 +240,24 @@ class _Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._content)}[whence]
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._position + size, self._size)
-        content = bytes(self.range(self._position, stop))
-        self._position = stop
+        stop = len(self._content) if size < 0 else self._position + size
+        content = bytes(self._content[self._position : stop])
+        self._position += len(content)
         return content
 
 
-def _values_start(content: _Window) -> int:
+def _values_start(content: memoryview) -> int:
     """Return where a stored tensor's values begin: behind the header of their record."""
     try:
-        with zipfile.ZipFile(content) as archive:  # type: ignore[arg-type]
+        with zipfile.ZipFile(_Window(content)) as archive:  # type: ignore[arg-type]
             (record,) = (info for info in archive.infolist() if info.filename.endswith("/data/0"))
     except (zipfile.BadZipFile, ValueError) as error:
         raise CheckpointError(f"a tensor in it cannot be read: {error}") from None
-    header = bytes(content.range(record.header_offset, record.header_offset + 30))
+    header = content[record.header_offset : record.header_offset + 30]
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
     return int(record.header_offset + 30 + name_bytes + extra_bytes)
 

@@ -18,6 +18,7 @@ from data_pipeline.merge import _Writer
 from data_pipeline.shards import ShardReader
 from tests.data.corpus import indexed, keys_of, members, picture, run_config, table_of, write_corpus, write_tar
 from tests.data.test_index import build
+from tests.disk import files_of_at_most
 from tools.index_shards import main
 
 STRACE = shutil.which("strace")
@@ -204,6 +205,17 @@ def test_parts_that_lack_or_repeat_something_are_refused(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_corpus_file_without_room_is_refused_and_the_indexes_stay(tmp_path, capsys):
+    pattern = write_corpus(tmp_path, num_shards=3)
+    assert main([pattern, "--min-side-px", "1"]) == 0
+    (corpus_file,) = tmp_path.glob("corpus*.cogvit")
+    corpus_file.unlink()
+    with files_of_at_most(6000):
+        assert main([pattern, "--min-side-px", "1"]) == 2
+    assert f"cannot write {corpus_file} (File too large)" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.parquet"))) == 3 and not list(tmp_path.glob("corpus*.cogvit"))
+
+
 def test_a_selection_is_made_once_and_again_where_it_is_damaged(tmp_path, monkeypatch):
     indexed(tmp_path)
     rule = {"where": "width_px > 12", "duplicates": "drop"}
@@ -252,6 +264,26 @@ def test_what_a_start_asks_of_the_file_system_does_not_depend_on_the_number_of_s
         subprocess.run(command, check=True, timeout=100)
         counts.append(sum(f'"{directory}' in line for line in log.read_text().splitlines()))
     assert counts[0] == counts[1] - 1 and counts[1] <= 10  # of three shards, all are compared with the file
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+def test_an_epoch_on_one_node_opens_a_shard_once(tmp_path):
+    indexed(tmp_path / "shards", num_shards=20, per_shard=12)
+    code = (
+        "from itertools import islice\nfrom data_pipeline.index import load_index\n"
+        "from data_pipeline.loader import step_batches\nfrom tests.data.corpus import run_config\n"
+        "from tests.data.test_bad_input import seat_of\n"
+        "sizes = dict(tokens_per_pack=400, images_per_pack=24, text_tokens_per_pack=4000)\n"
+        f"config, index = run_config(global_batch_images=24, **sizes), load_index({str(tmp_path / 'shards')!r})\n"
+        "batches = step_batches(index, config, seat_of(config), None, reads='captions')\n"
+        "print(sum(int(micro.images.weight.sum()) for step in islice(batches, 10) for micro in step.micro))\n"
+        "batches.close()\n"
+    )
+    log = tmp_path / "log"
+    command = [STRACE, "-f", "--seccomp-bpf", "-e", "trace=open,openat", "-o", str(log), sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "240\n"
+    assert 20 <= sum('.tar"' in line for line in log.read_text().splitlines()) <= 1.2 * 20
 
 
 def test_the_plan_is_one_of_the_corpus_and_not_of_where_it_lies(tmp_path):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from cogvit.batch import DataPosition
@@ -22,7 +29,8 @@ from cogvit.training.checkpoint import Checkpoints, latest, list_checkpoints, re
 from cogvit.training.chrono import Chrono
 from cogvit.training.folder import Folder
 from cogvit.training.manifest import verify
-from cogvit.training.state import TrainState
+from cogvit.training.state import TrainState, state_to_json
+from cogvit.training.together import Together, turn_of
 from tests.disk import small_file_system
 from tests.dist.runs import Case, Trace, micro_of, run_config, start_engine, train, whole_state
 from tests.pool import Pool
@@ -106,11 +114,88 @@ def bytes_of_resuming(rank: int, world: int, case: Case, directory: Path) -> int
     return checkpoints.bytes_read
 
 
-def test_ranks_that_resume_read_a_checkpoint_once_between_them(pool: Pool, tmp_path: Path) -> None:
+def test_ranks_that_resume_read_a_checkpoint_once_between_them_on_any_layout(pool: Pool, tmp_path: Path) -> None:
     case = Case(world=4, tp=2, optimizer="muon", family="cogvit_l")
     pool.run(train_and_save, world=4, args=(case, tmp_path, 1))
-    stored = sum(file.stat().st_size for file in (tmp_path / "step_00000001").iterdir())
-    assert sum(pool.run(bytes_of_resuming, world=4, args=(case, tmp_path))) <= 1.1 * stored
+    files = {file.name: file.stat().st_size for file in (tmp_path / "step_00000001").iterdir()}
+    assert files.keys() == {".metadata", "__0_0.distcp", "manifest.json", "state.json"}  # one file of this machine
+    for world, tp, pp in ((4, 2, 1), (4, 1, 1), (2, 1, 2), (2, 2, 1), (1, 1, 1)):
+        other = replace(case, world=world, tp=tp, pp=pp, zero=2 if pp == 1 else 1)
+        read = pool.run(bytes_of_resuming, world=world, args=(other, tmp_path))
+        assert sum(read) <= sum(files.values())
+        assert world != 4 or max(read) < 0.5 * sum(read)
+
+
+def wait_for_all(rank: int, rendezvous: Path, said: Connection) -> None:
+    """Be one of four ranks that write a checkpoint, the third of which is killed in the middle; tell what is said."""
+    store = dist.FileStore(str(rendezvous), 4)  # type: ignore[attr-defined]
+    os.environ |= {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    together = Together(rank, 4)
+    together.run(lambda: None, lambda _: None)
+    try:
+        together.run(lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 2 else None, lambda _: None)
+    except CheckpointError as error:
+        said.send(str(error))
+        said.recv()
+
+
+def test_a_rank_that_is_killed_while_a_checkpoint_is_written_is_noticed_by_all(pool: Pool, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")  # the pool's, which has imported everything
+    pipes = [context.Pipe() for _ in range(4)]
+    ranks = [context.Process(target=wait_for_all, args=(rank, tmp_path / "store", pipes[rank][1])) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    try:
+        for rank in (0, 1, 3):
+            assert pipes[rank][0].poll(60), f"rank {rank} waits on"
+            assert pipes[rank][0].recv() == "rank 2 is gone"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def save_as_older_versions(directory: Path, state: dict[str, Tensor]) -> None:
+    """Write what format 2 was: whole tensors by the library, and one digest a file."""
+    directory.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of saving from one process
+        dcp.save(state, checkpoint_id=directory, no_dist=True)
+    (directory / "state.json").write_text(json.dumps(state_to_json(replace(START, step=1))))
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in directory.iterdir()
+    }
+    (directory / "manifest.json").write_text(json.dumps({"format": 2, "step": 1, "files": files}))
+
+
+def test_a_checkpoint_of_an_older_version_resumes_on_any_layout(pool: Pool, tmp_path: Path) -> None:
+    case = Case(world=2, zero=2, optimizer="muon", family="cogvit_l")
+    made = pool.run(train, world=2, args=(case, 1))[0].state
+    save_as_older_versions(tmp_path / "step_00000001", made)
+    assert verify(folder(tmp_path / "step_00000001")) is None
+    for other in (case, replace(case, world=4, tp=2, zero=1)):
+        loaded = pool.run(train_and_save, world=other.world, args=(other, tmp_path, 1))[0].state
+        assert loaded.keys() == made.keys() and all(torch.equal(loaded[key], tensor) for key, tensor in made.items())
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 8])
+def test_ranks_of_a_node_write_one_file_after_one_another_and_few_nodes_at_a_time(nodes: int) -> None:
+    hosts = [f"node{number}" for number in range(nodes) for _ in range(4)]
+    turns = [turn_of(rank, hosts, at_a_time=2) for rank in range(len(hosts))]
+    assert [turn.file for turn in turns] == [int(host[4:]) for host in hosts]
+    assert [turn.begins for turn in turns] == [True, False, False, False] * nodes
+    assert [turn.ends for turn in turns] == [False, False, False, True] * nodes
+    waited_for = [turn.after for turn in turns if turn.after is not None]
+    assert sorted(waited_for) == [rank for rank, turn in enumerate(turns) if turn.followed]
+    done: set[int | None] = {None}
+    while len(done) <= len(turns):  # a round lets write who can
+        writing = {rank for rank, turn in enumerate(turns) if turn.after in done and rank not in done}
+        assert 0 < len(writing) <= 2
+        done |= writing
+    apart = turn_of(3, hosts, shared=False)
+    assert (apart.file, apart.begins, apart.ends, apart.after) == (3, True, True, 2)
 
 
 def skip_then_save(rank: int, world: int, directory: Path, resume: bool) -> dict[str, Tensor]:
@@ -274,8 +359,8 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(pool: Pool, tmp_path
     pool.run(train_and_save, world=1, args=(Case(), tmp_path, 1))
     manifest = tmp_path / "step_00000001" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 7}))
-    assert verify(folder(manifest.parent)) == "its format is 7, this version reads 2"
-    with pytest.raises(CheckpointError, match="its format is 7, this version reads 2; go on with that version"):
+    assert verify(folder(manifest.parent)) == "its format is 7, this version reads 2 and 3"
+    with pytest.raises(CheckpointError, match="its format is 7, this version reads 2 and 3; go on with that version"):
         latest(folder(tmp_path))
 
 

@@ -86,7 +86,7 @@ CASES = [
     ({"gpu": "GPU Y"}, {}, False, "not of one kind of GPU: GPU X, GPU Y"),
     ({"shm_gb": 0.06}, {}, False, "0.06 GB free in /dev/shm"),
     ({}, {"skew_s": -7.0}, False, "its clock is -7.0 s off"),
-    ({"open_files": 1024}, {}, False, "1024 open files allowed"),
+    ({"open_files": 200}, {}, True, "ulimit -Hn 200 is too low; it needs"),
     ({"bf16": False}, {}, False, "GPU X has no bf16"),
     ({"gpu_fault": "Slurm gave GPUs, torch sees none"}, {}, True, "Slurm gave GPUs, torch sees none"),
     ({"connections": "CUDA_DEVICE_MAX_CONNECTIONS=8"}, {}, False, "CUDA_DEVICE_MAX_CONNECTIONS=8"),
@@ -109,7 +109,7 @@ def test_two_ranks_on_one_gpu() -> None:
 
 
 def test_fatal_findings_come_first() -> None:
-    found = judge([replace(WELL, open_files=5, fault="no")], [Links()], LIMITS)
+    found = judge([replace(WELL, shm_gb=0.1, fault="no")], [Links()], LIMITS)
     assert [finding.fatal for finding in found] == [True, False]
 
 

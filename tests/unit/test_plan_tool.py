@@ -22,6 +22,7 @@ from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import QkvHeads, newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
 from tests.text_encoders import bert, write_encoder
+from tools.corpus_cost import cost_of
 from tools.plan import legal_layouts, main, predict
 
 
@@ -132,4 +133,18 @@ def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_the_table_names_what_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stage2_cogvit_l", "--tp", "2", "--pp", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 4
+    assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 6
+    assert lines[4].startswith("save: ") and lines[5].startswith("resume: ")
+
+
+def test_what_a_corpus_costs_hardly_grows_with_it_and_nothing_with_the_square_of_the_ranks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small, large = (cost_of(samples, ParallelConfig(), 4096, 8, 6e9) for samples in (1e7, 8e9))
+    assert large.open_ms < 1000 and large.private_mb < 200 and small.first_batch_s == large.first_batch_s
+    assert small.open_files == large.open_files <= 300 and large.resume_bytes == large.save_bytes == 6e9
+    assert cost_of(8e9, ParallelConfig(), 2048, 8, 6e9).store_words * 2 == large.store_words
+    assert main(["stage2_cogvit_l", "--tp", "1", "--pp", "1", "--samples", "8e9"]) == 0
+    assert "corpus of 8,000,000,000 samples: open 67 ms" in capsys.readouterr().out
+    assert main(["stage2_cogvit_l", "--samples", "many"]) == 2
+    assert "--samples many is no number of samples, like 8e9" in capsys.readouterr().err

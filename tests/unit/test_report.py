@@ -24,7 +24,6 @@ from cogvit.report.font import FAMILY
 from cogvit.report.page import report_page, write_report
 from cogvit.report.style import HEAD
 from cogvit.training.chrono import Chrono
-from cogvit.training.manifest import FORMAT
 from cogvit.training.meter import Meter
 from cogvit.training.state import TrainState, state_to_json
 
@@ -198,7 +197,7 @@ def test_the_wall_time_of_the_newest_checkpoint_is_told(tmp_path: Path) -> None:
     checkpoint = run / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps(state_to_json(state)))
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 4, "files": {}}))
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 2, "step": 4, "files": {}}))
     write_report(tmp_path / "report.html", [run], {}, {})
     page = (tmp_path / "report.html").read_text()
     assert "goodput 75.0%" in page and "5.0 s (5.0%)" in page and "20.0 s (20.0%)" in page

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError, DataError, TeacherUnavailable
 from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, connect, plan_cluster
-from cogvit.teacher.room import check_room, idle_gpus
+from cogvit.teacher.room import check_room, idle_gpus, lanes_of
 from cogvit.teacher.stream import Features, FeatureSource, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -105,6 +106,15 @@ def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: di
     assert lanes == [1, 0, 1, 0]  # ranks that ask at once begin at different actors
     teacher = load_teacher(paths["siglip2"], "bf16")
     assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
+
+
+@pytest.mark.parametrize(("actors", "askers"), [(1, 1), (2, 1), (8, 1), (8, 3), (8, 8), (3, 8), (1024, 4096), (5, 4)])
+def test_askers_know_a_few_actors_each_and_all_between_them(actors: int, askers: int) -> None:
+    known = [lanes_of(actors, asker, askers) for asker in range(askers)]
+    most = max(2, -(-actors // askers))
+    assert all(len(lanes) == len(set(lanes)) == min(actors, most) for lanes in known)
+    asked = Counter(lane for lanes in known for lane in lanes)
+    assert asked.keys() == set(range(actors)) and max(asked.values()) <= min(asked.values()) + 2
 
 
 def test_actors_take_their_share_of_the_cluster(actors: TeacherPool) -> None:

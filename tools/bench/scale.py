@@ -1,10 +1,11 @@
-"""Measures what a corpus of 1e5 to 8e9 samples costs a process to open, to plan and in memory.
+"""Measures what a corpus of 1e5 to 8e9 samples costs a process, and what 64 to 4,096 ranks send and open.
 
 Usage: python -m tools.bench.scale [flags]
 
 --out FILE      write the record there too
---samples LIST  sizes of the corpora, in shards of 10,000 ("1e5,1e6,1e7,1e8,8e9")
+--samples LIST  sizes of the corpora, in shards of 10,000 ("1e5,1e6,1e7,1e8,8e9"); none: they are left out
 --peer LIST     sizes at which streaming is measured, 10.5 bytes of memory a sample ("1e6,1e7"); none: it is left out
+--ranks LIST    worlds whose other ranks are not there ("64,256,1024,4096"); none: they are left out
 
 Every figure is of a process that has just started, in CPU seconds of it and private memory beyond its imports. The
 corpora have a line for every shard and rows of 64 real ones, to which the lines point in turn; plans are of 64 shares
@@ -30,9 +31,10 @@ from data_pipeline.sizing import Sizing
 from data_pipeline.spec import PlanSpec
 from tools.bench._corpora import write_long_corpus
 from tools.bench._record import flags_of, run_benchmark
+from tools.corpus_cost import IMAGES_A_SHARD
 
-IMAGES_A_SHARD = 10_000
 PROCESSES = 8
+PAIRS, WIDTH, RANKS_A_NODE = 16, 768, 8  # of the worlds
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Arguments:
     out: str = ""
     samples: str = "1e5,1e6,1e7,1e8,8e9"
     peer: str = "1e6,1e7"
+    ranks: str = "64,256,1024,4096"
 
 
 def spec_of_runs() -> PlanSpec:
@@ -74,6 +77,40 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield ""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     yield f"{date.today()}, `python -m tools.bench.scale {flags_of(arguments)}`; {cores} cores, load {load:.0f}."
+    if arguments.ranks != "none":
+        yield ""
+        yield from of_ranks(arguments.ranks)
+    if arguments.samples != "none":
+        yield ""
+        yield from of_samples(arguments)
+    yield f"Load {os.getloadavg()[0]:.0f} at the end."
+
+
+def of_ranks(worlds: str) -> Iterator[str]:
+    """Yield the table of what one of many ranks does. Errors: ConfigError for worlds that are no numbers."""
+    words = worlds.split(",")
+    if not all(word.isdecimal() and int(word) >= 2 for word in words):
+        raise ConfigError(f"--ranks takes numbers of at least 2 like 64,4096, not {worlds!r}")
+    yield f"One rank of many whose others are not there (torch's fake process group), dp alone, {PAIRS} pairs of width"
+    yield f"{WIDTH} a rank: the loss's messages, and bytes in them and in collectives; files of a save with"
+    yield f"{RANKS_A_NODE} ranks a node and how many are written at a time (no byte goes between ranks); open files on"
+    yield "GPUs, by the law of the groups."
+    yield ""
+    loss = ("group", "blocks", "messages", "collectives", "MB")
+    head = ("ranks", "join CPU s", *loss, "files", "at a time", "open files", "first")
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for word in words:
+        one = measured("tools.bench._many_ranks", word)
+        yield (
+            f"| {int(word):,} | {one['join_s']:.2f} | {one['group']} | {one['blocks']} | {one['messages']} |"
+            f" {one['collectives']} | {one['mb']:.1f} | {one['files']} | {one['writers']} | {one['open_files']} |"
+            f" {one['open_files_first']:,} |"
+        )
+
+
+def of_samples(arguments: Arguments) -> Iterator[str]:
+    """Yield the tables of what a corpus costs."""
     yield "CPU of one process that just started, and private memory (RssAnon) beyond its imports."
     yield ""
     yield "| samples | shards | open ms | planner ms | first batch of a share s | next step ms | next window ms |"
@@ -98,7 +135,6 @@ def report(arguments: Arguments) -> Iterator[str]:
         yield from memory
         yield ""
         yield from peers(arguments.peer, Path(scratch))
-    yield f"Load {os.getloadavg()[0]:.0f} at the end."
 
 
 def peers(sizes: str, scratch: Path) -> Iterator[str]:
