@@ -120,7 +120,7 @@ def run(start: Start, corpus: Corpus) -> int:
     from cogvit.training.chrono import after_restart
     from cogvit.training.claim import claimed_checkpoints
     from cogvit.training.engine import Engine
-    from cogvit.training.loop import Evaluation, train
+    from cogvit.training.loop import Deliver, Evaluation, train
     from cogvit.training.meter import Meter
     from cogvit.training.signals import StopRequest
     from cogvit.training.spikes import SpikeLog
@@ -135,9 +135,10 @@ def run(start: Start, corpus: Corpus) -> int:
             print(*opening(stage, config, corpus, f"{mesh.world_size} x {mesh.device.type}"), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
-        source = stage.feature_source(config, corpus, mesh)
+        targets = stage.targets(config, corpus, mesh)
+        deliver: Deliver = tuple if targets is None else targets.delivered
         stop = resources.enter_context(StopRequest())
-        model, objective = stage.build(config, mesh, {} if source is None else dict(source.dims))
+        model, objective = stage.build(config, mesh, {} if targets is None else dict(targets.dims))
         engine = Engine(model, config, mesh)
         out = Path(config.out)
         checkpoints = resources.enter_context(
@@ -155,14 +156,15 @@ def run(start: Start, corpus: Corpus) -> int:
         meter = resources.enter_context(Meter(out, config, mesh.is_writer, state.step))
         stacks = out / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
-        held = partial(held_out, config, corpus, intake, source)
+        held = partial(held_out, config, corpus, intake, targets)
         evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held)
-        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, source, state.position)))
+        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, targets, state.position)))
         state = train(
             engine,
             objective,
             batches,
             state,
+            deliver=deliver,
             steps=config.schedule.steps,
             checkpoints=checkpoints,
             evaluation=evaluation,

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cogvit.config import ActivationConfig
+from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.feedforward import tiled_mlp, trains_on_cpu
 from cogvit.model.tokens import PackedLayout
 from cogvit.parallel.mesh import Mesh
-from cogvit.parallel.pieces import Pieces, Weights, compute_dtype
+from cogvit.parallel.pieces import Pieces, Weights, activated, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -85,7 +86,18 @@ class TensorSyncedNorm(nn.Module):
 
 
 class _Cast:
-    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too."""
+    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too.
+
+    Where no tensor ranks share the layer, nothing travels and the bias goes into the product.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output and the bias that is still to be added."""
+        layer: Any = self
+        if layer.config.tensor_model_parallel_size > 1:
+            return super().forward(input_)  # type: ignore[misc]
+        dtype = compute_dtype(input_)
+        return F.linear(input_.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **megatron: Any) -> Tensor:
         dtype = compute_dtype(input)
@@ -135,14 +147,17 @@ class PackedMLP(MLP):
     recompute = False  # do it again in backward, from its input
     pieces = Pieces()
 
-    def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the output without its bias, and the bias."""
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and the bias that is still to be added."""
         out_S1D = checkpointed(self._output, hidden_states) if self.recompute else self._output(hidden_states)
-        return out_S1D, self.linear_fc2.bias
+        return out_S1D, self.linear_fc2.bias if self.config.tensor_model_parallel_size > 1 else None
 
     def _output(self, x_S1D: Tensor) -> Tensor:
-        h_S1F, bias_F = self.linear_fc1(x_S1D)
-        return self.linear_fc2(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
+        fc1, fc2, gated = self.linear_fc1, self.linear_fc2, self.config.gated_linear_unit
+        if self.config.tensor_model_parallel_size == 1 and trains_on_cpu(x_S1D) and self.pieces.activated is activated:
+            return tiled_mlp(x_S1D.squeeze(1), fc1, fc2, gated=gated).unsqueeze(1)
+        h_S1F, bias_F = fc1(x_S1D)
+        return fc2(self.pieces.activated(h_S1F, bias_F, gated=gated))[0]
 
 
 def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -222,7 +237,9 @@ class CogViTBlock(TransformerBlock):
         return hidden_states
 
 
-def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
+def megatron_config(
+    tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, parallel: ParallelConfig
+) -> TransformerConfig:
     """Translate a tower's shape and the layout into Megatron's configuration; `RunConfig.check` refused the rest."""
     return TransformerConfig(
         num_layers=tower.depth,
@@ -231,11 +248,11 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
         ffn_hidden_size=tower.mlp_dim,
         tensor_model_parallel_size=mesh.tp_size,
         pipeline_model_parallel_size=mesh.pp_size,
-        sequence_parallel=sequence,
+        sequence_parallel=parallel.sequence,
         use_cpu_initialization=mesh.device.type == "cpu",
         perform_initialization=False,  # weights come from convert.fill
         params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=torch.bfloat16 if parallel.pipeline_messages == "bf16" else torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         qk_layernorm=tower.use_qk_norm,
@@ -252,6 +269,7 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=True,
+        batch_p2p_sync=False,  # a wait for the device after every message, against a fault of old versions of torch
         # Megatron is told of full recompute alone, which `CogViTBlock` does.
         recompute_granularity="full" if memory.recompute == "full" else None,
         recompute_method="uniform" if memory.recompute == "full" else None,

@@ -15,26 +15,29 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.config import TeacherConfig, TeachersConfig
+from cogvit.config import TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
 from cogvit.teacher.room import check_room, idle_gpus
-from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, answer_bytes
-from cogvit.teacher.zoo import inspect_teacher, load_teacher
+from cogvit.teacher.serving import TeacherActor
+from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer_bytes
+from cogvit.teacher.zoo import inspect_teacher
 
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
+_REQUESTS_AT_ONCE = 2  # of an actor: one at the teacher, one whose images are decoded
 _HEALTH = "health"  # the thread of an actor that says how it does
 _SOCKET_BYTES, _RAY_BYTES = 107, 62  # the longest name of a Unix socket, and what Ray puts behind its directory
 _LOG = logging.getLogger(__name__)
@@ -61,12 +64,14 @@ def plan_cluster(ray_address: str) -> Cluster:
 
 
 @contextmanager
-def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[Cluster]:
+def connect(
+    cluster: Cluster, num_cpus: int, batch_bytes: int = 0, gpus: Sequence[str] | None = None
+) -> Iterator[Cluster]:
     """Join the cluster for the length of the block, from the main thread; yields it with its address.
 
-    A cluster of our own is started by the first to connect, has num_cpus for actors, the machine's GPUs and room for
-    batch_bytes beside features, and ends with the block; its processes are bound to this one, so they end when it is
-    killed too.
+    A cluster of our own is started by the first to connect, has num_cpus for actors, the machine's GPUs or those
+    named, and room for batch_bytes beside features, and ends with the block; its processes are bound to this one, so
+    they end when it is killed too.
 
     Errors: ConfigError when the cluster cannot be reached, TeacherUnavailable when Ray does not start.
     """
@@ -83,9 +88,24 @@ def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[C
     with ExitStack() as stack:
         directory = "" if cluster.address else stack.enter_context(_scratch())
         stack.callback(ray.shutdown)
-        with _kept_sigterm():
+        with _kept_sigterm(), _visible(gpus):
             address = _join(cluster) if cluster.address else _start(cluster, num_cpus, batch_bytes, directory)
         yield replace(cluster, address=address)
+
+
+@contextmanager
+def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
+    """Let a cluster that is started inside see some GPUs alone; None is all that this process sees."""
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus is not None:
+        os.environ[name] = ",".join(gpus)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif gpus is not None:
+            del os.environ[name]
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
@@ -159,47 +179,6 @@ def _kept_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class TeacherActor:
-    """One teacher in a process of its own."""
-
-    def __init__(self, member: TeacherConfig, config: TeachersConfig, decode: DecodeImage) -> None:
-        torch.set_num_threads(max(1, int(config.actor_cpus)))
-        self._name, self._decode, self._num_answered = member.name, decode, 0
-        self._teacher = load_teacher(
-            member.path,
-            config.precision,
-            layer=member.layer,
-            parts=tuple(member.parts),
-            compiled=config.compile,
-            device=_device(config),
-        )
-
-    def features(self, request: FeatureRequest) -> tuple[dict[str, NDArray[Any]], int]:
-        """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for; and num_answered."""
-        try:
-            found = answer(self._name, self._teacher, request, self._decode)
-        finally:
-            self._num_answered += 1
-        wire = {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
-        return wire, self._num_answered
-
-    def num_answered(self) -> int:
-        """Return how many requests it has answered, while it works on another: has it moved since one last looked?"""
-        return self._num_answered
-
-
-def _device(config: TeachersConfig) -> torch.device:
-    """Return where an actor's teacher runs. Errors: ConfigError when Ray has given it a GPU that torch cannot use."""
-    if not config.actor_gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"torch {torch.__version__} on {socket.gethostname()} sees no GPU; pass --teachers.actor-gpus 0, or install"
-            " its CUDA build there"
-        )
-    return torch.device("cuda")
-
-
 @dataclass(frozen=True, slots=True)
 class Actor:
     """Who serves a lane of a teacher. Ray keeps a dead actor's name, so its successor is of the next generation."""
@@ -234,10 +213,17 @@ class TeacherPool:
     puts the actors on the nodes in turn, where there are the CPUs and GPUs that they take.
 
     first_lane: whom the first request goes to; ranks that ask at the same time begin at different ones.
+    ranks_gpus: UUIDs of the GPUs on which ranks train.
     Errors: ConfigError when the cluster has no room for the actors.
     """
 
-    def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0) -> None:
+    def __init__(
+        self,
+        config: TeachersConfig,
+        decode: DecodeImage,
+        first_lane: int = 0,
+        ranks_gpus: frozenset[str] = frozenset(),
+    ) -> None:
         import ray
 
         nodes = ray.nodes()
@@ -245,9 +231,10 @@ class TeacherPool:
         if first_lane == 0 and (note := idle_gpus(config, nodes)):
             _LOG.warning("%s", note)
         self._config = config
-        self._decode = decode
+        self._decode, self._ranks_gpus = decode, ranks_gpus
         self._members = {member.name: member for member in config.members}
         self._actor_class = ray.remote(concurrency_groups={_HEALTH: 1})(TeacherActor)
+        self._turn = Lock()  # a run's own batches and held-out ones are asked for by two threads
         self._lanes = (lane % config.actors_per_teacher for lane in itertools.count(first_lane))
         self._heard: dict[Actor, int] = {}  # who has answered us -> its num_answered when we last looked
         dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
@@ -265,11 +252,17 @@ class TeacherPool:
         """C of each teacher's features, by name."""
         return self._dims
 
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The teachers' precision."""
+        return dict.fromkeys(self._dims, torch.bfloat16 if self._config.precision == "bf16" else torch.float32)
+
     def submit(self, request: FeatureRequest) -> Pending:
         """Send a request to one actor of every teacher, once fewer bytes than max_in_flight_bytes are under way."""
         pending = Pending(request, answer_bytes(request, self._dims, self._config.precision), {})
-        self._waiting.append(pending)
-        self._send_waiting()
+        with self._turn:
+            self._waiting.append(pending)
+            self._send_waiting()
         return pending
 
     def _send_waiting(self) -> None:
@@ -291,6 +284,10 @@ class TeacherPool:
         An actor hangs that has answered nobody for a quarter of max_wait_s; all ranks queue at the same ones.
         Errors: TeacherUnavailable after max_wait_s or when a teacher fails; ConfigError when one does not load.
         """
+        with self._turn:
+            return self._result(handle)
+
+    def _result(self, handle: Pending) -> Features:
         if not handle.calls:
             self._waiting.remove(handle)
             self._start(handle)
@@ -373,9 +370,10 @@ class TeacherPool:
             num_cpus=self._config.actor_cpus,
             num_gpus=self._config.actor_gpus,
             scheduling_strategy="SPREAD",
+            max_concurrency=_REQUESTS_AT_ONCE,
             max_restarts=0,
         )
-        return Actor(name, lane, generation, named.remote(member, self._config, self._decode))
+        return Actor(name, lane, generation, named.remote(member, self._config, self._decode, self._ranks_gpus))
 
     def _unavailable(self, name: str, state: str) -> TeacherUnavailable:
         return TeacherUnavailable(
@@ -394,6 +392,6 @@ def _reason(name: str, error: RayTaskError) -> CogViTError:
 
 
 def _from_wire(array: NDArray[Any]) -> Tensor:
-    """Return [M, C] float32 in memory of its own, so that Ray can free the reply."""
+    """Return [M, C] in memory of its own, so that Ray can free the reply."""
     features = torch.tensor(array)
-    return features.view(torch.bfloat16).float() if features.dtype == torch.uint16 else features
+    return features.view(torch.bfloat16) if features.dtype == torch.uint16 else features

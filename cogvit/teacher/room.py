@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,3 +48,17 @@ def idle_gpus(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> str
         f" {given:g} GPUs; --teachers.actor-gpus 1 (or a share) puts each on a GPU that Ray has (RAY_GPUS of"
         " launch/env.sh)"
     )
+
+
+def free_gpus(visible: Sequence[str], used: Collection[int]) -> list[str]:
+    """Return the GPUs of a machine, by the names in CUDA_VISIBLE_DEVICES, on which no rank trains."""
+    return [name for index, name in enumerate(visible) if index not in used]
+
+
+def check_apart(gpu: str, ranks_gpus: Collection[str]) -> None:
+    """Refuse a GPU, by its UUID, on which a rank trains. Errors: ConfigError."""
+    if gpu in ranks_gpus:
+        raise ConfigError(
+            f"Ray gave a teacher's actor GPU {gpu}, on which a rank trains; start Ray with other GPUs (its"
+            " CUDA_VISIBLE_DEVICES) and fewer ranks, or pass --teachers.share-gpus true"
+        )
