@@ -22,8 +22,9 @@ import torch
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError, DataError, TeacherUnavailable
-from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, connect, plan_cluster
+from cogvit.teacher.actors import Cluster, TeacherPool, connect, plan_cluster
 from cogvit.teacher.room import check_room, idle_gpus
+from cogvit.teacher.serving import TeacherActor
 from cogvit.teacher.stream import Features, FeatureSource, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -89,7 +90,7 @@ def assert_equal_bits(answers: list[Features], expected: list[Features]) -> None
     for answer, wanted in zip(answers, expected, strict=True):
         assert set(answer) == set(wanted)
         for name, features in wanted.items():
-            assert answer[name].dtype == torch.float32 and torch.equal(answer[name], features)
+            assert answer[name].dtype == features.dtype and torch.equal(answer[name], features)
 
 
 def test_actors_answer_as_teachers_in_this_process_to_the_bit(actors: TeacherPool, expected: list[Features]) -> None:
@@ -104,7 +105,9 @@ def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: di
     lanes = [source.submit(request).calls["rounded"].actor.lane for request in REQUESTS]
     assert lanes == [1, 0, 1, 0]  # ranks that ask at once begin at different actors
     teacher = load_teacher(paths["siglip2"], "bf16")
-    assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
+    answers = ask_all(source)
+    assert answers[0]["rounded"].dtype == torch.bfloat16 == source.dtypes["rounded"]
+    assert_equal_bits(answers, ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
 
 
 def test_actors_take_their_share_of_the_cluster(actors: TeacherPool) -> None:
