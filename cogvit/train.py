@@ -120,7 +120,7 @@ def run(start: Start, corpus: Corpus) -> int:
     from cogvit.training.chrono import after_restart
     from cogvit.training.claim import claimed_checkpoints
     from cogvit.training.engine import Engine
-    from cogvit.training.loop import Deliver, Evaluation, train
+    from cogvit.training.loop import Evaluation, train
     from cogvit.training.meter import Meter
     from cogvit.training.signals import StopRequest
     from cogvit.training.spikes import SpikeLog
@@ -136,7 +136,6 @@ def run(start: Start, corpus: Corpus) -> int:
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
         targets = stage.targets(config, corpus, mesh)
-        deliver: Deliver = tuple if targets is None else targets.delivered
         stop = resources.enter_context(StopRequest())
         model, objective = stage.build(config, mesh, {} if targets is None else dict(targets.dims))
         engine = Engine(model, config, mesh)
@@ -148,9 +147,8 @@ def run(start: Start, corpus: Corpus) -> int:
         state = checkpoints.resume(engine) or TrainState(0, first_position(config, corpus), images=0, tokens=0)
         if mesh.is_writer:
             if state.step:
-                print(
-                    f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}", flush=True
-                )
+                said = f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}"
+                print(said, flush=True)
             elapsed_s = time.monotonic() - launched_s
             state = replace(state, chrono=after_restart(state.chrono, out, state.step, elapsed_s))
         meter = resources.enter_context(Meter(out, config, mesh.is_writer, state.step))
@@ -164,7 +162,7 @@ def run(start: Start, corpus: Corpus) -> int:
             objective,
             batches,
             state,
-            deliver=deliver,
+            deliver=tuple if targets is None else targets.delivered,
             steps=config.schedule.steps,
             checkpoints=checkpoints,
             evaluation=evaluation,

@@ -32,7 +32,8 @@ def counted(sent_bytes: Counter[str]) -> Iterator[None]:
         return originals["reduce_scatter_tensor"](received, sent, **options)
 
     def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sent_bytes["all_reduce"] += tensor.nbytes * bool(options.get("async_op"))  # those of gradients alone are
+        if options.get("async_op"):  # those of gradients alone are
+            sent_bytes["all_reduce"] += tensor.nbytes
         return originals["all_reduce"](tensor, *args, **options)
 
     def neighbors(operations: list[dist.P2POp]) -> Any:
