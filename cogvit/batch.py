@@ -21,7 +21,8 @@ class HostView:
     """What the host knows of a pack, so that nothing has to ask the device and wait for it."""
 
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; none of captions
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
+    labels: int | None = None  # that have a weight, of a `PackedSequence`; None waits for the device to count them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
+        host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
+        ahead: what heads for more tokens read and predict, where there are any.
     """
 
     ids: Tensor
@@ -107,6 +110,36 @@ class PackedSequence:
     labels: Tensor
     weight: Tensor
     key: Tensor
+    host: HostView | None = None
+    ahead: TokensAhead | None = None
+
+    def ahead_labels(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the labels [S] and weights [S] of each depth of the heads for more tokens."""
+        if self.ahead is None:
+            return [], []
+        return [self.labels[source_S.long()] for source_S in self.ahead.source], [*self.ahead.weight]
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAhead:
+    """What the M heads behind a language model read and predict of a pack of S tokens.
+
+    Depth m at place i reads the token at `source[m, i]`, which is m + 1 places ahead, and predicts that token's label.
+
+    Attributes:
+        source: [M, S] int32, a place of the same sample: its last where fewer tokens follow.
+        weight: [M, S] float32, of the label; 0 where it is of no answer or behind the sample's end.
+        slot: [S] int32, which of the learned tokens stands at a visual position, -1 elsewhere.
+        counts: how many labels of each depth have a weight, known to the host.
+        lengths: for each depth, tokens of each sample and of the padding whose source is text; known to the host, and
+            only where the heads see no images at all.
+    """
+
+    source: Tensor
+    weight: Tensor
+    slot: Tensor
+    counts: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +183,7 @@ class Batch:
     text: PackedText | None
     targets: TeacherTargets | None
     samples: tuple[SampleRef | None, ...]  # N, in slot order
+    sequence: PackedSequence | None = None  # text with the images in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +206,24 @@ class StepBatch:
     failures: tuple[str, ...] = ()  # those of them that did not decode: which and why
 
 
-Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence)
+Row = TypeVar("Row", PackedImages, PackedText, PackedSequence)
+Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead)
 
 
-def to_device(packed: Packed, device: torch.device) -> Packed:
+def to_device(packed: Row, device: torch.device) -> Row:
     """Move every tensor of a pack to a device; from pinned memory the copy goes on in the background."""
     return _each(packed, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
-    tensors: dict[str, Any] = {f.name: change(getattr(packed, f.name)) for f in fields(packed) if f.name != "host"}
-    return replace(packed, **tensors)
+    changed: dict[str, Any] = {}
+    for name in (field.name for field in fields(packed)):
+        value = getattr(packed, name)
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, TokensAhead):
+            changed[name] = _each(value, change)
+    return replace(packed, **changed)
 
 
 def sent(values: Sequence[Any], device: torch.device) -> Tensor:
@@ -192,7 +233,7 @@ def sent(values: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def pinned(step: StepBatch) -> StepBatch:
-    """Copy the images, captions and targets of a step into page-locked memory; needs CUDA."""
+    """Copy the images, texts and targets of a step into page-locked memory; needs CUDA."""
     return replace(step, micro=tuple(_on_each(batch, _pin) for batch in step.micro))
 
 
@@ -206,11 +247,12 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def _on_each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    text, targets = batch.text, batch.targets
+    text, sequence, targets = batch.text, batch.sequence, batch.targets
     return replace(
         batch,
         images=_each(batch.images, change),
         text=None if text is None else _each(text, change),
+        sequence=None if sequence is None else _each(sequence, change),
         targets=None if targets is None else TeacherTargets({name: change(x) for name, x in targets.features.items()}),
     )
 
@@ -231,16 +273,24 @@ def _emptied(batch: Batch) -> Batch:
         text=None if batch.text is None else _padding_like(batch.text),
         targets=targets,
         samples=(None,) * len(batch.samples),
+        sequence=None if batch.sequence is None else _padding_like(batch.sequence),
     )
 
 
-def _padding_like(packed: Packed) -> Packed:
+def _padding_like(packed: Row) -> Row:
     blank = _each(packed, torch.zeros_like)
     blank.cu_seqlens[-1] = packed.cu_seqlens[-1]
     if isinstance(packed, PackedSequence):
         blank.visual_row.sub_(1)
-        return blank
+        if blank.ahead is not None:
+            blank = replace(blank, ahead=_nothing_ahead(blank.ahead))
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
-    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids)))
+    labels = None if packed.host.labels is None else 0
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))
+
+
+def _nothing_ahead(ahead: TokensAhead) -> TokensAhead:
+    lengths = tuple((0,) * (len(depth) - 1) + (len(ahead.slot),) for depth in ahead.lengths)
+    return replace(ahead, slot=ahead.slot - 1, counts=(0,) * len(ahead.counts), lengths=lengths)

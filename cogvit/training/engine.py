@@ -24,6 +24,7 @@ from cogvit.training.blame import find_suspects
 from cogvit.training.clock import StepClock
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
+from cogvit.training.orthogonal import QkvHeads
 from cogvit.training.snapshot import Snapshot
 from cogvit.training.storage import Part
 from cogvit.training.zero import Fragment, whole_tensors
@@ -51,13 +52,18 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, mesh: Mesh) -> None:
         self.mesh, self.model = mesh, model
         self.skips_in_a_row = 0
-        self.tensors = list(plain_tensors(model))
+        # What is frozen has no gradient, no moments and no part in what is stored.
+        self.tensors = [tensor for tensor in plain_tensors(model) if tensor.parameter.requires_grad]
         self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
         self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         groups = param_groups(named, config.optim, config.schedule)
-        qkv_heads = {t.parameter: t.num_heads // mesh.tp_size for t in self.tensors if t.split is Split.QKV}
+        qkv_heads = {
+            t.parameter: QkvHeads(t.num_heads // mesh.tp_size, t.num_kv_heads // mesh.tp_size)
+            for t in self.tensors
+            if t.split is Split.QKV
+        }
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
         self._snapshot = Snapshot(mesh.device)
         self._training = replace(self.schedule, early=self.zero.early)
@@ -192,6 +198,6 @@ def _parts(tensor: PlainTensor, fragment: Fragment, values: Tensor, mesh: Mesh) 
 def module_of(name: str) -> Module:
     """Return the module whose rates a parameter has, from the first part of its plain name."""
     first = name.split(".")[0]
-    if first in ("vision", "text"):
+    if first in ("vision", "text", "adapter", "language"):
         return cast(Module, first)
     return "temperature" if first == "log_t" else "bias" if first == "bias" else "projection"

@@ -1,4 +1,4 @@
-"""cogvit_l on a CUDA device without data: which kernels run, in which dtypes, and what is kept for backward."""
+"""cogvit_l and a language model on a CUDA device without data: which kernels run, in which dtypes, what is kept."""
 
 from __future__ import annotations
 
@@ -108,3 +108,13 @@ def test_the_planner_counts_kernels_and_what_they_move(figures: dict[str, Figure
         moved = 24 * TOKENS * 1024 * sum(MOVED_BYTES[fused])
         assert moved == pytest.approx(figures[case]["other_bytes"], rel=0.1)
         assert 24 * sum(KERNELS[fused]) == pytest.approx(figures[case]["kernels"], rel=0.1)
+
+
+def test_a_language_model_runs_in_bf16_and_waits_for_nothing(figures: dict[str, Figures]) -> None:
+    """Two layers of GLM-4-9B and its head, on two tensor ranks with sequence parallelism."""
+    found = figures["language"]
+    assert found["forward"][VARLEN] == 2
+    assert list(found["products"]) == ["torch.bfloat16"]
+    assert found["out"] == "torch.float32" and found["gradients"] == ["torch.float32"]
+    assert not found["waits"]
+    assert not [message for message in found["collectives"] if len(set(message[1])) > 1]
