@@ -17,7 +17,7 @@ class Cluster:
     )
 
 
-# Sources: NVIDIA's data sheets of A100 80 GB SXM, H100 SXM, H200 SXM and HGX B200, and its architecture papers of Ada and
+# Sources: data sheets of NVIDIA (A100 80 GB SXM, H100 SXM, H200 SXM, HGX B200), and its architecture papers of Ada and
 # Blackwell for the RTX 4090 and 5090 (dense bf16 with fp32 sums; no NVLink: PCIe 4.0 and 5.0 x16, in nodes that share
 # one port). Data centers have one port of 200 or 400 Gbit/s an accelerator.
 CLUSTERS = {
