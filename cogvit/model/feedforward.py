@@ -20,8 +20,13 @@ TILE_TOKENS = 512
 class LinearWeights(Protocol):
     """A linear layer of any library."""
 
-    weight: Tensor
-    bias: Tensor
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[out]."""
 
 
 def tiles(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> bool:
