@@ -49,11 +49,12 @@ def kept_bytes(load: Load, tp: int, *, sequence: bool, fused: bool, precision: s
     if load.memory.recompute == "full":
         return 4.0 * tokens * width / load.memory.recompute_blocks / outside
     stream = 2 * (4 + half) * width / outside  # the residual stream and the norm of it, before attention and MLP
-    attention, mlp = 4 * half * width / tp, 0.0  # q, k, v and what attention gives
+    attention = 4 * half * width / tp  # q, k, v and what attention gives
+    mlp = half * load.hidden / tp  # what fc2 takes; counted with `selective` too
     fc1 = (2 if load.gated else 1) * half * load.hidden / tp
     if load.memory.recompute == "none":
-        attention += 2 * half * width / tp  # q and k, rotated
-        mlp = fc1 + half * load.hidden / tp + (0.0 if fused else fc1)
+        attention += 3 * half * width / tp  # q and k, rotated, and what attention gives once more, with padding
+        mlp += fc1 * (1 if fused else 2)
     casts = half * sum(rows * columns for rows, columns in load.matrices) / load.depth / tp if half == 2 else 0.0
     return tokens * (stream + attention + mlp) + casts
 
