@@ -35,14 +35,15 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and re
 	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2 \
 	    --data.mixture '[["pictograms", 0.78], ["digits", 0.2], ["photos", 0.02]]'
 	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
-	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval --out $(DEMO)/eval.json
+	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
+	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
-	python -m pytest tests/faults
+	python -m pytest tests/faults -o faulthandler_timeout=3600
 
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
 	python -m pytest tests/slurm -o faulthandler_timeout=3600 -rs

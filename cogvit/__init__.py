@@ -30,6 +30,15 @@ C channels, P patch size in px, D width, E shared space, L caption tokens. Float
 `python -m cogvit.train`.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  pip refuses it, a checkout on the path cannot
+    _told = f"cogvit needs Python 3.11 to 3.13, and {sys.executable} is {sys.version.split()[0]}"
+    if sys.argv[0] != "-m":
+        raise ImportError(_told)
+    print(f"error: {_told}", file=sys.stderr)
+    raise SystemExit(2)
+
 from cogvit.batch import PackedImages, PackedSequence, PackedText
 from cogvit.model.adapter import (
     ConvAdapter,

@@ -14,7 +14,6 @@ def config() -> RunConfig:
         vision=demo_vision(),
         text=demo_text(),
         proj_dim=128,
-        init_log_t=3.0,
         data=DataConfig(
             shards="runs/demo/corpus/train/*.tar",
             eval_shards="runs/demo/corpus/heldout/*.tar",

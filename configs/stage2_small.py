@@ -16,7 +16,6 @@ def config() -> RunConfig:
         vision=cogvit_vision("small"),
         text=byte_text("small"),
         proj_dim=256,
-        init_log_t=3.0,
         data=DataConfig(
             held_out=0.01,
             global_batch_images=128,
@@ -29,7 +28,7 @@ def config() -> RunConfig:
         optim=OptimConfig(
             lr=5e-3, adamw_lr=1e-3, temperature=ModuleConfig(lr_mult=2.0), bias=ModuleConfig(lr_mult=2.0)
         ),
-        schedule=ScheduleConfig(steps=10_000, warmup_steps=100),
+        schedule=ScheduleConfig(steps=10_000, warmup_steps=50),
         checkpoint=CheckpointConfig(every_steps=500, every_minutes=5.0),
         eval=EvalConfig(every_steps=500),
     )

@@ -12,7 +12,7 @@ import xxhash
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, not_understood, parse_metadata, source_of
-from data_pipeline.decode import read_header
+from data_pipeline.decode import is_damaged_exif, read_header
 from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import METADATA_EXTENSIONS, SCHEMA
@@ -59,7 +59,7 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
             problems.note(member.name, "a second image of the same key")
         elif member.extension in IMAGE_EXTENSIONS:
             try:
-                images[member.key] = _image_columns(member, rules)
+                images[member.key] = _image_columns(member, rules, problems)
             except DataError as error:
                 problems.note(member.name, str(error))
         elif member.extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
@@ -84,9 +84,11 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
     return pa.Table.from_pylist(rows, schema=SCHEMA), problems
 
 
-def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
+def _image_columns(member: Member, rules: Rules, problems: LeftOut) -> dict[str, Any]:
     header = read_header(member.data)
     rules.check_size(header.height_px, header.width_px)
+    if header.exif and is_damaged_exif(header.exif):
+        problems.note(member.name, "damaged EXIF (the image is taken as it lies)")
     if max(header.height_px, header.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
         raise DataError(f"a side is longer than {MAX_SIDE_PX:,} px, or the file than {MAX_MEMBER_BYTES:,} bytes")
     return {

@@ -20,7 +20,8 @@ from data_pipeline.decode import Pixels
 _NUM_MAPPED = 8  # images beside their features
 _NUM_QUERIES = 4  # in each language and direction
 _NUM_ANSWERS = 5
-_CELL_PX = 160
+_CELL_PX = 240
+_NUM_COLUMNS = 4  # of the sheet, so that a phone shows cells that can be looked at
 _GAP_PX = 8
 _TILE_PX = 96
 _COLOR_QUANTILE = 0.02  # of the patches lie beyond each end of a color channel
@@ -61,7 +62,7 @@ def feature_picture(subject: Subject) -> bytes:
     found = read_images(index, rows, size_hw_px)
     images = [_gray(size) if image is None else image for image, size in zip(found, size_hw_px.tolist(), strict=True)]
     fields = [color.unflatten(0, grid).numpy() for color, grid in zip(colors, grid_hw.tolist(), strict=True)]
-    return _png(_columns([(_cell(image), _cell(field)) for image, field in zip(images, fields, strict=True)]))
+    return _png(_sheet([(_cell(image), _cell(field)) for image, field in zip(images, fields, strict=True)]))
 
 
 def principal_colors(x: Tensor) -> Tensor:
@@ -138,12 +139,14 @@ def _cell(pixels: Pixels) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
 
 
-def _columns(cells: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Lay images in one row and their fields in the row below, on white."""
+def _sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Lay images in rows of a few and each row's fields below it, on white."""
     pitch_px = _CELL_PX + _GAP_PX
-    sheet = Image.new("RGB", (len(cells) * pitch_px - _GAP_PX, 2 * pitch_px - _GAP_PX), "white")
-    for column, pair in enumerate(cells):
-        for row, cell in enumerate(pair):
+    num_columns, num_bands = min(len(pairs), _NUM_COLUMNS), -(-len(pairs) // _NUM_COLUMNS)
+    sheet = Image.new("RGB", (num_columns * pitch_px - _GAP_PX, 2 * num_bands * pitch_px - _GAP_PX), "white")
+    for number, pair in enumerate(pairs):
+        band, column = divmod(number, _NUM_COLUMNS)
+        for row, cell in enumerate(pair, start=2 * band):
             left, top = column * pitch_px + (_CELL_PX - cell.width) // 2, row * pitch_px + (_CELL_PX - cell.height) // 2
             sheet.paste(cell, (left, top))
     return sheet

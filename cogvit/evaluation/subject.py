@@ -30,6 +30,7 @@ class Subject:
     heldout: Index
     samples: tuple[Samples, ...]  # of the held-out shards, one for each source
     ranks: Ranks = ALONE  # who shares the encoding
+    trained_on: tuple[str, ...] = ()  # sources that are left out, since all of their images are training images
 
     @property
     def labeled(self) -> list[Samples]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogvit.errors import DataError
-from cogvit.model.image_input import open_image
+from cogvit.model.image_input import rgb_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,7 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     plain: list[dict[str, Any]] = []
     for message in messages:
         parts = list(_parts(message))
-        images += [open_image(part["image"]) for part in parts if part["type"] == "image"]
+        images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         has_image = any(part["type"] == "image" for part in shown)
         content = shown if has_image and places_images else "".join(_spelt(part, tokenizer) for part in shown)

@@ -5,13 +5,9 @@ The rule is that of GLM-OCR's processor, so that transformers sees the same pixe
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +16,7 @@ from torch import Tensor
 
 from cogvit.batch import PackedImages, to_device
 from cogvit.errors import DataError
+from cogvit.model.images import ImageLike, Source
 from cogvit.model.packing import Grid, pack_images, patchify
 
 if TYPE_CHECKING:
@@ -76,45 +73,18 @@ class ImageLimits:
         return near
 
 
-def open_image(source: Image | Tensor | str | Path) -> Image:
-    """Return an RGB image of PIL.
+def rgb_image(image: ImageLike) -> Image:
+    """Return one of a user's images as an RGB image of PIL, decoded as `CogViT.encode` decodes it.
 
-    Args:
-        source: a PIL image, uint8 [3, H, W], a path or a data URL (`data:image/png;base64,...`).
-
-    Errors: DataError when it cannot be read or is no image.
+    Errors: DataError when it cannot be read, is no image, or is a tensor of floats.
     """
     from PIL import Image as pil  # only users of images pay for it
-    from PIL import ImageOps
 
-    if isinstance(source, pil.Image):
-        return source.convert("RGB")
-    if isinstance(source, Tensor):
-        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
-            raise DataError(f"an image is {source.dtype} of {tuple(source.shape)}; expected torch.uint8 of (3, H, W)")
-        return pil.fromarray(rearrange(source, "c h w -> h w c").contiguous().cpu().numpy())
-    shown = str(source)[:60]
-    try:
-        is_url = str(source).startswith(("data:", "http:", "https:"))
-        opened = pil.open(io.BytesIO(_from_url(str(source))) if is_url else source)
-        return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"the image {shown} does not exist") from None
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's parsers raise about anything on foreign bytes
-        raise DataError(f"the image {shown} does not decode: {error}") from None
-
-
-def _from_url(url: str) -> bytes:
-    """The bytes of a data URL. Errors: DataError for any other, ValueError for one that is damaged."""
-    head, comma, data = url.partition(",")
-    if not head.startswith("data:") or not comma:
-        raise DataError(f"the image {url[:60]} is on another machine; save it first and pass its path or a data URL")
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 is damaged ({error})") from None
+    source = Source(image, "the image")
+    pixels = source.pixels(source.size_hw_px)
+    if pixels.dtype != torch.uint8:
+        raise DataError(f"the image is {pixels.dtype} of {tuple(pixels.shape)}; expected torch.uint8 of (3, H, W)")
+    return pil.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().cpu().numpy())
 
 
 def image_patches(image: Image, limits: ImageLimits, patch_px: int) -> tuple[Tensor, Grid]:

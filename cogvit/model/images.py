@@ -6,6 +6,8 @@ an image is opened: `import cogvit` needs none of it.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
 from collections.abc import Sequence
@@ -120,7 +122,8 @@ class Source:
     """One of a user's images: its size is known at once, its pixels when they are asked for.
 
     Args:
-        image: a PIL image, uint8 [H, W, 3] or [H, W], a tensor [3, H, W] (uint8, or floats in [-1, 1]), or a path.
+        image: a PIL image, uint8 [H, W, 3] or [H, W], a tensor [3, H, W] (uint8, or floats in [-1, 1]), a path or a
+            data URL (`data:image/png;base64,...`).
         name: what errors call it.
 
     Errors: DataError when it is none of these, does not exist or is no image.
@@ -137,8 +140,8 @@ class Source:
             self.size_hw_px = (self._image.shape[1], self._image.shape[2])
         else:
             if isinstance(image, (str, os.PathLike)):
-                self._name, self._drawn = f"{name} ({os.fspath(image)})", True
-                self._image = self._opened(Path(image))
+                self._name, self._drawn = f"{name} ({_shown(os.fspath(image))})", True
+                self._image = self._opened(image)
             elif hasattr(image, "getexif") and hasattr(image, "convert"):
                 self._image = image
             else:
@@ -165,9 +168,9 @@ class Source:
         except Exception as error:  # Pillow's decoders raise about anything on foreign bytes
             raise DataError(f"{self._name} does not decode: {error}") from error
 
-    def _opened(self, path: Path) -> Image:
+    def _opened(self, where: str | os.PathLike[str]) -> Image:
         try:
-            return open_image(path.read_bytes())
+            return open_image(_bytes_of(where))
         except OSError as error:
             raise DataError(f"{self._name} cannot be read: {error.strerror}") from None
         except Exception as error:
@@ -179,11 +182,29 @@ def sources_of(images: Sequence[ImageLike] | Tensor) -> list[Source]:
 
     Errors: DataError when there are none, one is no image, or floats are mixed with other images.
     """
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "getexif"):
+    if isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__"):
         raise DataError(f"expected a list of images, not one {type(images).__name__}; put it into a list")
     if not len(images):
         raise DataError("the list of images is empty; expected at least one")
     return [Source(image, f"image {number}") for number, image in enumerate(images)]
+
+
+def _bytes_of(where: str | os.PathLike[str]) -> bytes:
+    """Return what lies at a path or in a data URL. Errors: OSError; DataError for another URL or damaged base64."""
+    if not isinstance(where, str) or not where.startswith(("data:", "http:", "https:")):
+        return Path(where).read_bytes()
+    head, _, data = where.partition(",")
+    if not head.startswith("data:"):
+        raise DataError("it is on another machine; save it first and pass its path or a data URL")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise DataError(f"its base64 is damaged ({error})") from None
+
+
+def _shown(where: str) -> str:
+    """A path, or the beginning of a URL."""
+    return f"{where[:60]}..." if where.startswith("data:") and len(where) > 60 else where
 
 
 def _checked_tensor(image: Tensor, name: str) -> Tensor:

@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """Return at most max_tokens ids; a longer caption loses its end, not the end-of-sequence token."""
         ...
 
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """Return what a caption's ids say, for people to read."""
+        ...
+
 
 def load_tokenizer(name: str, vocab_size: int) -> Tokenizer:
     """Return `byt5`, or a transformers tokenizer by hub name or directory.
@@ -72,6 +76,10 @@ class ByteTokenizer:
         ids = np.append(data[: max_tokens - 1].astype(np.int64) + 3, 1)
         return CaptionTokens(ids, cut=len(data) >= max_tokens)
 
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """See Tokenizer."""
+        return bytes(int(number) - 3 for number in ids if number >= 3).decode(errors="replace")
+
 
 class PretrainedTokenizer:
     """A transformers tokenizer; captions repeat over epochs, so their ids are kept.
@@ -92,6 +100,10 @@ class PretrainedTokenizer:
         reached = text[: max_tokens * _LONGEST_TOKEN]
         tokens = self._encode(reached, max_tokens)
         return tokens if len(reached) == len(text) else CaptionTokens(tokens.ids, cut=True)
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """See Tokenizer."""
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     def _encode_anew(self, text: str, max_tokens: int) -> CaptionTokens:
         text = text.lower() if self._lower else text

@@ -18,7 +18,8 @@ from cogvit.model.chat import Message, image_token_id, read_prompt
 from cogvit.model.config import AdapterConfig
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.generation import Draft, Sampling
-from cogvit.model.image_input import ImageLimits, open_image, pack_shown
+from cogvit.model.image_input import ImageLimits, pack_shown, rgb_image
+from cogvit.model.images import ImageLike
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM, place_visual
 from cogvit.model.layouts import glm_ocr_full, vision_language
@@ -104,13 +105,13 @@ class VisionLanguageModel(nn.Module):
         limits = ImageLimits(vision.cfg.patch_size * made.spatial_pool, min_pixels, max_pixels)
         return cls(vision, made, language, image_token_id(tokenizer), limits, tokenizer)
 
-    def token_grid(self, image: Image | Tensor | str | Path) -> Grid:
+    def token_grid(self, image: ImageLike) -> Grid:
         """Return the rows and columns of tokens that an image has in the sequence. Errors: DataError."""
-        opened = open_image(image)
+        opened = rgb_image(image)
         height_px, width_px = self.limits.size_px(opened.height, opened.width)
         return height_px // self.limits.unit_px, width_px // self.limits.unit_px
 
-    def num_visual_tokens(self, image: Image | Tensor | str | Path) -> int:
+    def num_visual_tokens(self, image: ImageLike) -> int:
         """Return how many image tokens stand for an image (PIL, uint8 [3, H, W] or a path). Errors: DataError."""
         rows, columns = self.token_grid(image)
         return rows * columns
@@ -129,9 +130,7 @@ class VisionLanguageModel(nn.Module):
         """
         return self.language.forward_packed(sequence, self.encode_images(images))
 
-    def forward(
-        self, input_ids: Tensor, images: Sequence[Sequence[Image | Tensor | str | Path]] | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, images: Sequence[Sequence[ImageLike]] | None = None) -> Tensor:
         """Return logits [B, T, V].
 
         Args:
@@ -142,7 +141,7 @@ class VisionLanguageModel(nn.Module):
         Errors: ValueError when the ids are not [B, T], one is not of the vocabulary or a row's image tokens are not its
         images'; DataError when an image does not decode.
         """
-        shown = [[]] * len(input_ids) if images is None else [[open_image(image) for image in row] for row in images]
+        shown = [[]] * len(input_ids) if images is None else [[rgb_image(image) for image in row] for row in images]
         if input_ids.ndim != 2 or len(shown) != len(input_ids):
             raise ValueError(
                 f"input_ids have shape {tuple(input_ids.shape)} and there are images of {len(shown)} rows; expected"

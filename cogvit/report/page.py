@@ -21,6 +21,7 @@ from cogvit.evaluation.examples import Example, Item
 from cogvit.evaluation.results import Evaluation
 from cogvit.report.chart import Series, line_chart, number
 from cogvit.report.figures import evaluation_table
+from cogvit.report.font import font_face
 from cogvit.report.style import HEAD
 from cogvit.stages import stage_of
 from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state
@@ -89,7 +90,9 @@ def report_page(
         _section("Software and machine", _table(_environment())),
     ]
     again = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{HEAD}{again}</head>\n<body>\n{"".join(body)}</body>\n</html>\n'
+    face = font_face("".join(body))
+    head = f"{HEAD}\n{again}{f'<style>{face}</style>' if face else ''}"
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}</head>\n<body>\n{"".join(body)}</body>\n</html>\n'
 
 
 def _load(path: Path) -> Run:
@@ -133,7 +136,7 @@ def _run(run: Run) -> str:
         line_chart("Loss", [run.series(name) for name in run.names("loss")]),
         line_chart("Held-out loss", [run.series(name, noisy=False) for name in run.names("eval_loss")]),
         line_chart("Learning rate", [run.series("lr", noisy=False)]),
-        line_chart("Gradient norm", [run.series(name) for name in run.names("grad_norm")]),
+        line_chart("Gradient norm", [line for line in map(run.series, run.names("grad_norm")) if any(line.y)]),
         line_chart("Images per second", [run.series("images_per_s")]),
         line_chart("Tokens per second", [run.series("tokens_per_s")]),
     ]

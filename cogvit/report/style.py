@@ -18,7 +18,8 @@ HEAD = """<meta charset="utf-8">
 * { box-sizing: border-box; }
 body {
   margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  /* Glyphs inside the page, for machines without such a font; first, or Chromium leaves the first words in boxes. */
+  font: 16px/1.55 "Report CJK", system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 0 0 1rem; }
@@ -57,18 +58,21 @@ th { color: var(--quiet); font-weight: 500; white-space: nowrap; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .pairs td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; width: 100%; }
 small { color: var(--quiet); }
-.bar { width: 46%; padding-right: 0; }
+td:first-child { white-space: nowrap; }
+.bar { width: 36%; padding-right: 0; }
 .bar div { position: relative; height: 0.55rem; margin-top: 0.45rem; background: var(--rule); border-radius: 3px; }
 .bar b { display: block; height: 100%; background: var(--accent); border-radius: 3px; }
 .bar i { position: absolute; top: -0.2rem; bottom: -0.2rem; width: 2px; background: var(--ink); }
-@media (max-width: 40rem) { .bar { display: none; } th, td { padding-right: 0.6rem; } }
+@media (max-width: 40rem) { .bar { display: none; } th, td { padding-right: 0.5rem; } table { font-size: 0.8rem; }
+  td:first-child { white-space: normal; } }
 .example { display: flex; gap: 1rem; padding: 0.7rem 0; border-bottom: 1px solid var(--rule); }
 .example > div { flex: 0 0 9rem; font-weight: 600; }
 .example ol { flex: 1; display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 0.5rem; margin: 0;
   padding: 0; list-style: none; }
 .example li { padding: 0.3rem; border: 2px solid transparent; border-radius: 8px; }
 .example .right { border-color: var(--series-3); }
-.example img { width: 4rem; height: 4rem; object-fit: contain; image-rendering: pixelated; margin-bottom: 0.3rem; }
+.example img { width: 4rem; max-width: 100%; height: 4rem; object-fit: contain; image-rendering: pixelated;
+  margin-bottom: 0.3rem; }
 .example span { display: block; font-size: 0.8rem; line-height: 1.3; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { .example { flex-direction: column; } .example > div { flex-basis: auto; } }
 details { margin-top: 1rem; }
@@ -77,6 +81,7 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
   font: 0.8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 th.sorts { cursor: pointer; }
 th.sorts::after { content: "\\2195"; opacity: 0.35; margin-left: 0.3em; }
+@media (max-width: 40rem) { th.sorts::after { content: none; } }
 </style>
 <script>
 addEventListener("click", event => {

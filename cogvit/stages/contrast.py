@@ -41,6 +41,7 @@ class ContrastStage:
     )  # fmt: skip
     execution: tuple[str, ...] = ("contrast.loss", "contrast.group_ranks", "contrast.chunk_pairs")
     reads: Reads = "captions"
+    legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()
 
     def towers(self, config: RunConfig) -> tuple[Tower, ...]:
         """The text tower too, unless it is one of transformers, which lies whole on the last stage."""

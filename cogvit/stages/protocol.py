@@ -87,6 +87,11 @@ class Stage(Protocol):
         """Return answers on held-out images for the report."""
         ...
 
+    @property
+    def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """What the colors mean that `shade` tints with: (words, (red, green, blue))."""
+        ...
+
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """Return an image [height, width, 3] as `tools.view_batch` draws it."""
         ...

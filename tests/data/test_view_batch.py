@@ -2,17 +2,32 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cogvit.config import RunConfig
 from cogvit.model.config import CogViTConfig
+from cogvit.model.tokenizer import ByteTokenizer
 from cogvit.objective.masking import num_masked
 from cogvit.stages.distill import MASK_COLOR, DistillStage
-from data_pipeline.assembly import assemble_images
+from data_pipeline.assembly import Spoken, assemble_images, assemble_text
 from data_pipeline.decode import decode_patches, read_image
 from data_pipeline.loader import pack_limits
 from tests.data.corpus import PATCH_PX, indexed, picture, run_config
-from tools.view_batch import GAP_PX, PADDING_GRAY, WIDTH_PX, draw_pack, main, unpatchify
+from tools.view_batch import (
+    CELL_PX,
+    GAP_PX,
+    LINE_PX,
+    NUM_LINES,
+    PADDING_GRAY,
+    WIDTH_PX,
+    caption_font,
+    captions_of,
+    draw_pack,
+    main,
+    unpatchify,
+    wrapped,
+)
 
 
 def test_a_pack_is_drawn_as_it_lies(tmp_path):
@@ -54,3 +69,29 @@ def test_command_draws_and_prints_the_figures(tmp_path, capsys):
 def test_command_refuses_in_one_line(argv, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_captions_stand_under_their_images_as_the_tower_reads_them():
+    config = run_config()
+    written = ["a cat", "\u4e00\u53ea\u732b", "x" * 90]
+    tokens = [ByteTokenizer().encode(text, config.text.max_tokens) for text in written]
+    spoken = [Spoken(text, number) for number, text in enumerate(written)]
+    limits = pack_limits(config)
+    captions = captions_of(assemble_text(spoken, tokens, torch.ones(limits.images), limits), config)
+    assert captions == ["a cat", "\u4e00\u53ea\u732b", "x" * 15, "", "", ""] and captions_of(None, config) == []
+    grids = np.array([(3, 4), (2, 1), (1, 1)])
+    patches = [torch.full((int(rows * columns), 3 * PATCH_PX**2), 255, dtype=torch.uint8) for rows, columns in grids]
+    images = assemble_images(patches, grids, np.array([5, 6, 7]), 3 * PATCH_PX**2, limits)
+    drawn = np.asarray(draw_pack(images, config, captions))
+    for left in (0, CELL_PX + GAP_PX, 2 * (CELL_PX + GAP_PX)):
+        below = drawn[3 * PATCH_PX : 3 * PATCH_PX + LINE_PX, left : left + CELL_PX]
+        assert (below < 100).any(), left
+
+
+def test_long_captions_are_broken_and_end_in_an_ellipsis():
+    lines = wrapped("\u56fe" * 200, 60)
+    assert len(lines) == NUM_LINES and lines[-1][-1] == "\u2026"
+    assert all(caption_font().getlength(line) <= 72 for line in lines)
+    words = wrapped("a photo of a retina", 70)
+    assert len(words) == 2 and " ".join(words) == "a photo of a retina"
+    assert wrapped("a dog", 200) == ["a dog"] and wrapped("", 60) == []

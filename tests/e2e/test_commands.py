@@ -17,6 +17,7 @@ import torch
 from cogvit.training.checkpoint import folder_of, latest, read_state, weights
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_world
+from tests.e2e.quiet import noise_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -55,6 +56,7 @@ def run(world: Path, command: Sequence[str], status: int = 0, *, timeout_s: floa
     process = start(world, command)
     output, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == status, f"{' '.join(command)} left with {process.returncode}:\n{output[-3000:]}"
+    assert noise_of(output) == [], "lines of a dependency"
     return output
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.data.corpus import picture
+from tests.dist.test_layouts import COVER, SINGLE
 from tests.e2e.corpus import write_world
 from tests.e2e.test_commands import ROOT, SMALL, TEACHERS, environment, run
 
@@ -85,9 +86,12 @@ def cut_to_size(command: str, world: Path) -> list[str]:
         }  # fmt: skip
         return [*(here.get(word, word) for word in words), *TEACHERS, "--schedule.steps", "2", *SMALL]
     if "cogvit.train" in words or "demo_stage2" in words:
-        if "--schedule.steps" in words:
-            words[words.index("--schedule.steps") + 1] = "2"
-        return words if "--help" in words else [*words, *SMALL]
+        if "--help" in words:
+            return words
+        small = {"--schedule.steps": "2", **dict(zip(SMALL[::2], SMALL[1::2], strict=True))}
+        for flag in small.keys() & set(words):
+            words[words.index(flag) + 1] = small.pop(flag)
+        return [*words, *(word for pair in small.items() for word in pair)]
     return words
 
 
@@ -140,3 +144,8 @@ def test_presets_of_the_guide_are_those_that_exist() -> None:
         rows = [line.split("|")[1] for line in (ROOT / guide).read_text().splitlines() if line.startswith("| `")]
         named = {name for row in rows for name in re.findall(r"`((?:demo|stage)\w+)`", row)}
         assert named == set(done.stdout.split())
+
+
+def test_the_readme_counts_the_runs_of_all_layouts() -> None:
+    num_runs = len({*SINGLE, *COVER})
+    assert f"weights and moments of {num_runs} runs" in (ROOT / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -24,8 +25,9 @@ from cogvit.errors import CheckpointError, CogViTError, ConfigError, DataError
 from cogvit.evaluation.features import embed_texts
 from cogvit.evaluation.subject import load_subject
 from cogvit.model.fixed import FixedGridEncoder, write_program
+from cogvit.model.image_input import rgb_image
 from cogvit.model.preprocess import Preprocessing, image_packs
-from data_pipeline.decode import decode_patches
+from data_pipeline.decode import decode_patches, read_image
 from tests.runs_on_disk import VISION, contrast_run, write_shards
 from tools.export import Arguments, export
 
@@ -73,6 +75,14 @@ def test_packs_are_those_of_training_to_the_bit(encoder: CogViT, mode: str) -> N
     rows, columns = pack.grid_hw.tolist()[0]
     assert pack.patches.dtype == torch.uint8
     assert torch.equal(pack.patches, decode_patches(buffer.getvalue(), (rows, columns), VISION.patch_size))
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    assert np.array_equal(rgb_image(url), read_image(buffer.getvalue()))  # what a language model is shown
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
+def test_images_of_every_mode_are_taken(encoder: CogViT, mode: str) -> None:
+    found = encoder.encode([picture(20, 33).convert("L" if mode == "F" else "RGB").convert(mode)])
+    assert found.patches[0].shape[:2] == (4, 6) and bool(found.pooled.isfinite().all())
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -95,8 +105,11 @@ def test_files_of_jpeg_are_decoded_as_training_does(
         ([], "the list of images is empty"),
         ("x.png", "expected a list of images, not one str"),
         (picture(4, 4), "expected a list of images, not one Image"),
+        (None, "expected a list of images, not one NoneType"),
         (["absent.png"], r"image 0 \(absent.png\) cannot be read: No such file"),
         ([__file__], "is no image: no known image format"),
+        (["https://example.org/a.png"], "on another machine; save it first"),
+        (["data:image/png;base64,@@@"], r"image 0 \(data:image/png;base64,@@@\) is no image: its base64 is damaged"),
         ([picture(4, 4), 7], "image 1 is a int; expected a PIL image, a uint8 array"),
         ([np.zeros((4, 4, 3), np.float32)], "float32 of .*; expected uint8 of"),
         ([torch.zeros(4, 4, 3)], r"shape \(4, 4, 3\); expected \(3, H, W\)"),

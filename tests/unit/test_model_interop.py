@@ -47,6 +47,7 @@ def test_every_wrong_weight_is_named(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),
         ('{"model_type": "siglip"}', "not of a CogViT"),
+        ('{"architecture": "vit_base_patch16_224", "num_classes": 0}', "not of a CogViT: model_type is None"),
         ('{"model_type": "cogvit", "width": 3}', "unknown configuration field width"),
         ('{"model_type": "cogvit", "num_heads": 5}', "num_heads=5 does not divide"),
         ('{"model_type": "cogvit", "depth": "two"}', "config.json: depth='two' is not of type int"),
@@ -70,3 +71,11 @@ def test_missing_and_damaged_weights(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
         CogViT.from_pretrained(tmp_path)
+
+
+def test_what_is_no_directory_is_one_line(tmp_path: Path) -> None:
+    """A file of weights, as others pass it, and a folder of pickles."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin", tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"config\.json does not exist; is .* an export\?$"):
+            CogViT.from_pretrained(path)

@@ -24,7 +24,7 @@ from cogvit.errors import CheckpointError, DataError
 from cogvit.model.adapter import make_adapter
 from cogvit.model.config import AdapterKind
 from cogvit.model.generation import Sampling
-from cogvit.model.image_input import open_image, pack_shown
+from cogvit.model.image_input import pack_shown, rgb_image
 from cogvit.model.language_config import Family
 from cogvit.model.packing import pack_images
 from cogvit.model.sequence import part_positions, parts_of_row
@@ -240,11 +240,11 @@ def bad_png() -> str:
         (lambda m: m(torch.tensor([[30]]), [[], []]), "images of 2 rows; expected"),
         (lambda m: m(torch.tensor([[300]])), "token ids are 300 to 300"),
         (lambda m: m.num_visual_tokens(picture(1, 2000)), "1 x 2000 px is too thin"),
-        (lambda m: open_image("nowhere.png"), r"the image nowhere\.png does not exist"),
-        (lambda m: open_image("https://example.org/a.png"), "on another machine; save it first"),
-        (lambda m: open_image(bad_png()), "data:image/png;base64.* does not decode"),
-        (lambda m: open_image("data:image/png;base64,@@@"), "does not decode: its base64 is damaged"),
-        (lambda m: open_image(torch.zeros(3, 8, 8)), r"torch.float32 of \(3, 8, 8\); expected torch.uint8"),
+        (lambda m: rgb_image("nowhere.png"), r"the image \(nowhere\.png\) cannot be read: No such file"),
+        (lambda m: rgb_image("https://example.org/a.png"), "on another machine; save it first"),
+        (lambda m: rgb_image(bad_png()), r"the image \(data:image/png;base64.*\.\.\.\) does not decode"),
+        (lambda m: rgb_image("data:image/png;base64,@@@"), "is no image: its base64 is damaged"),
+        (lambda m: rgb_image(torch.zeros(3, 8, 8)), r"torch.float32 of \(3, 8, 8\); expected torch.uint8"),
         (lambda m: m.generate([{"role": "user"}], 3), "is no message"),
         (lambda m: m.generate([{"role": "user", "content": [{"type": "audio"}]}], 3), "is no part of a message"),
         (lambda m: m.generate([{"role": "user", "content": "<|image|>"}], 3), r"1 <\|image\|> for 0 images"),

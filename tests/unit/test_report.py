@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,10 @@ from cogvit.batch import DataPosition
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
 from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
-from cogvit.report.page import write_report
+from cogvit.report.figures import evaluation_table
+from cogvit.report.font import FAMILY
+from cogvit.report.page import report_page, write_report
+from cogvit.report.style import HEAD
 from cogvit.training.chrono import Chrono
 from cogvit.training.manifest import FORMAT
 from cogvit.training.meter import Meter
@@ -33,7 +38,7 @@ EVALUATION = {
     "fit": {"r2": {"value": -1, "chance": 0}},
 }
 PNG = bytes.fromhex("89504e470d0a1a0a") + b"picture"
-VOID_TAGS = {"meta", "img", "br", "line"}
+VOID_TAGS = {"meta", "img", "br", "line", "wbr"}
 
 
 class WellFormed(HTMLParser):
@@ -84,7 +89,7 @@ def test_names_from_outside_are_escaped(page: str) -> None:
 
 
 def test_page_has_evaluation_with_chance_pictures_settings_and_versions(page: str) -> None:
-    row = next(row for row in page.split("<tr>") if "zeroshot_digits_en" in row)
+    row = next(row for row in page.replace("<wbr>", "").split("<tr>") if "zeroshot_digits_en" in row)
     assert "91.3&#8239;%" in row and "10.0&#8239;%" in row
     assert "width:91.3%" in row and "left:10.0%" in row
     assert base64.b64encode(PNG).decode() in page and "Patch features &amp; images" in page
@@ -92,6 +97,22 @@ def test_page_has_evaluation_with_chance_pictures_settings_and_versions(page: st
     assert "schedule.steps" in settings and "optim.lr" not in settings
     assert "Complete configuration" in page and "megatron-core" in page
     assert "Stage 1: distillation" in page and "Stage 2: image-text alignment" in page
+
+
+def test_every_baseline_stands_in_a_column_of_its_figure() -> None:
+    figure = {"value": 0.06, "chance": 0.004}
+    table = evaluation_table(
+        {
+            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
+            "distill_dinov3": {"explained_all": figure, "explained_all_place": {"value": 0.128, "chance": 0.0}},
+        }
+    )
+    first, further = table.replace("<wbr>", "").split("<details>")
+    rows = {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in first.split("<tr>")[2:]}
+    assert list(rows) == ["r5", "explained_all"] and "r5_usual" in further
+    assert "2.2&#8239;%" in rows["r5"] and "12.8&#8239;%" in rows["explained_all"]
+    assert re.findall(r"sorts\">(\w+)</th>", first) == ["value", "chance", "color", "place"]
+    assert re.findall(r"sorts\">(\w+)</th>", further) == ["value", "chance"]
 
 
 def test_key_figures_come_from_the_metrics(page: str) -> None:
@@ -181,3 +202,24 @@ def test_the_wall_time_of_the_newest_checkpoint_is_told(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", [run], {}, {})
     page = (tmp_path / "report.html").read_text()
     assert "goodput 75.0%" in page and "5.0 s (5.0%)" in page and "20.0 s (20.0%)" in page
+
+
+def test_chinese_captions_bring_their_glyphs(tmp_path: Path) -> None:
+    """The page holds a font of exactly its East Asian characters; without any it holds none."""
+    run = make_run(tmp_path / "run", CONFIG, 3)
+    caption = "\u4e00\u5f20\u56fe: \u8d64\u3044 \uadf8\ub9bc"
+    page = report_page([run], {}, {caption: PNG})
+    (data,) = re.findall(r"url\(\"data:font/woff;base64,([^\"]+)\"\)", page)
+    with TTFont(io.BytesIO(base64.b64decode(data))) as font:
+        assert {chr(code) for code in font.getBestCmap()} == set(caption) - set(": ")
+        assert "Open Font License" in font["name"].getDebugName(13)
+    assert len(data) < 20_000 and FAMILY in HEAD
+    assert "@font-face" not in report_page([run], {}, {"a picture": PNG})
+
+
+def test_norms_of_parts_that_a_stage_has_not_are_left_out(tmp_path: Path) -> None:
+    with Meter(tmp_path, CONFIG, writer=True, start_step=0) as meter:
+        meter.record(1, {"loss": 1.0, "grad_norm": 2.0, "grad_norm_text": 0.0, "images": 8.0, "seconds": 1.0})
+    (tmp_path / "config.json").write_text(json.dumps(to_json(CONFIG)))
+    page = report_page([tmp_path], {}, {})
+    assert "grad_norm" in page and "grad_norm_text" not in page

@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Errors: CheckpointError when the file is missing or holds none."""
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist; is {path.parent} an export?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
