@@ -235,31 +235,28 @@ def sent(values: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def pinned(step: StepBatch) -> StepBatch:
-    """Copy the images and texts of a step into page-locked memory; needs CUDA."""
+    """Copy the images, texts and targets of a step into page-locked memory; needs CUDA."""
+    return replace(step, micro=tuple(_on_each(batch, _pin) for batch in step.micro))
 
-    def pin(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if tensor.numel() else tensor
 
-    micro = (
-        replace(
-            batch,
-            images=_each(batch.images, pin),
-            text=None if batch.text is None else _each(batch.text, pin),
-            sequence=None if batch.sequence is None else _each(batch.sequence, pin),
-        )
-        for batch in step.micro
-    )
-    return replace(step, micro=tuple(micro))
+def _pin(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.numel() else tensor
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Move everything of a microbatch to a device."""
-    text = None if batch.text is None else to_device(batch.text, device)
-    targets = batch.targets
-    if targets is not None:
-        targets = TeacherTargets({name: x.to(device, non_blocking=True) for name, x in targets.features.items()})
-    sequence = None if batch.sequence is None else to_device(batch.sequence, device)
-    return replace(batch, images=to_device(batch.images, device), text=text, targets=targets, sequence=sequence)
+    """Move everything of a microbatch to a device; from pinned memory the copies go on in the background."""
+    return _on_each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _on_each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    text, sequence, targets = batch.text, batch.sequence, batch.targets
+    return replace(
+        batch,
+        images=_each(batch.images, change),
+        text=None if text is None else _each(text, change),
+        sequence=None if sequence is None else _each(sequence, change),
+        targets=None if targets is None else TeacherTargets({name: change(x) for name, x in targets.features.items()}),
+    )
 
 
 def pad_step(step: StepBatch, num_packs: int) -> StepBatch:

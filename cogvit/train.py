@@ -152,9 +152,9 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
             print(*opening(stage, config, corpus, device, mesh.world_size), sep="\n", flush=True)
         resources.enter_context(ray_cluster(config, mesh, asks_actors=stage.asks_actors(config)))
         intake = Intake(seat, batch_server(config, mesh), mesh.device, stage.reads)
-        source = stage.feature_source(config, corpus, mesh)
+        targets = stage.targets(config, corpus, mesh)
         stop = resources.enter_context(StopRequest())
-        model, objective = stage.build(config, mesh, {} if source is None else dict(source.dims))
+        model, objective = stage.build(config, mesh, {} if targets is None else dict(targets.dims))
         engine = Engine(model, config, mesh)
         out = Path(config.out)
         checkpoints = resources.enter_context(
@@ -164,22 +164,22 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         state = checkpoints.resume(engine) or TrainState(0, first_position(config, corpus), images=0, tokens=0)
         if mesh.is_writer:
             if state.step:
-                print(
-                    f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}", flush=True
-                )
+                said = f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}"
+                print(said, flush=True)
             elapsed_s = time.monotonic() - launched_s
             state = replace(state, chrono=after_restart(state.chrono, out, state.step, elapsed_s))
         meter = resources.enter_context(Meter(out, config, mesh.is_writer, state.step))
         stacks = out / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
-        held = partial(held_out, config, corpus, intake, source)
+        held = partial(held_out, config, corpus, intake, targets)
         evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held)
-        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, source, state.position)))
+        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, targets, state.position)))
         state = train(
             engine,
             objective,
             batches,
             state,
+            deliver=tuple if targets is None else targets.delivered,
             steps=config.schedule.steps,
             checkpoints=checkpoints,
             evaluation=evaluation,

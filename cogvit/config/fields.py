@@ -123,6 +123,7 @@ class TeachersConfig:
     actors_per_teacher: int = option(1, "Ray actors that serve each teacher, spread over the nodes of the cluster")
     actor_cpus: float = option(1.0, "CPUs that an actor takes, and its threads, which may change features' last bits")
     actor_gpus: float = option(0.0, "GPUs that it takes: a fraction shares one, 0 is the CPU, with other last bits")
+    share_gpus: bool = option(False, "an actor may lie on a GPU on which a rank trains")
     in_flight_steps: int = option(2, "steps whose features are requested ahead")
     max_in_flight_bytes: int = option(
         128 * 2**20, "a rank sends actors no further request while it waits for this many bytes of features"
@@ -245,11 +246,14 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout: a performance choice that never changes the numbers."""
+    """The layout: a performance choice that never changes the numbers, but for messages in bf16."""
 
     tp: int = option(1, "tensor-parallel ranks")
     pp: int = option(1, "pipeline stages")
     sequence: bool = option(False, "sequence parallelism over the tensor ranks")
+    pipeline_messages: Literal["fp32", "bf16"] = option(
+        "fp32", "what stages send each other; bf16 is half the bytes, and rounds the residual stream at every border"
+    )
     step_timeout_s: float = option(
         600.0, "a step after the first that takes longer dumps all stacks and ends; 0: never"
     )
@@ -287,7 +291,10 @@ class ZeroConfig:
 
     stage: int = option(1, "1: optimizer state is sharded over dp; 2: gradients too, once they are reduced")
     overlap: bool = option(
-        False, "reduce a bucket of gradients while the next one is filled, without pp beside a step's last backward"
+        False, "without pp: average gradients beside a step's last backward, for twice the bytes of doing it afterwards"
+    )
+    gradient_messages: Literal["fp32", "bf16"] = option(
+        "fp32", "what ranks send of gradients; bf16 is half the bytes, and sums over ranks are rounded to 8 bits"
     )
     reduce_bucket_elements: int = option(50_000_000, "gradients that are reduced together")
     gather_bucket_elements: int = option(500_000_000, "updated parameters that are gathered together")

@@ -74,6 +74,10 @@ def check_layout(config: RunConfig, world_size: int, towers: Sequence[Tower]) ->
     )
     for what in ("reduce_bucket_elements", "gather_bucket_elements"):
         require(getattr(config.zero, what) >= 1, f"zero.{what}={getattr(config.zero, what)} must be at least 1")
+    require(
+        config.parallel.pipeline_messages == "fp32" or config.precision == "bf16",
+        "--parallel.pipeline-messages bf16 rounds what --precision fp32 keeps; pass --precision bf16 or leave it",
+    )
     if config.parallel.sequence:
         require(tp > 1, "--parallel.sequence needs --parallel.tp of 2 or more")
         for tower in towers:

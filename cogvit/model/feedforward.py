@@ -5,7 +5,7 @@ What lives here: the tiles' forward and backward. `cogvit.model.blocks.Mlp` has 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,30 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 TILE_TOKENS = 512
 
 
+class LinearWeights(Protocol):
+    """A linear layer of any library."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[out]."""
+
+
 def tiles(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> bool:
     """Whether `tiled_mlp` gives what calling the layers one by one gives, and is worth it: training, on CPU.
 
     It is not where a layer was replaced (adapters, quantization), has hooks (pruning, recorders of activations) or is
     frozen, whose weight gradients nobody needs.
     """
-    return x_SD.device.type == "cpu" and x_SD.ndim == 2 and x_SD.requires_grad and _is_plain(fc1) and _is_plain(fc2)
+    return x_SD.ndim == 2 and trains_on_cpu(x_SD) and _is_plain(fc1) and _is_plain(fc2)
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether a tensor's gradient is wanted, on CPU."""
+    return x.device.type == "cpu" and x.requires_grad
 
 
 def _is_plain(layer: torch.nn.Linear) -> bool:
@@ -31,7 +48,7 @@ def _is_plain(layer: torch.nn.Linear) -> bool:
     return type(layer) is torch.nn.Linear and layer.weight.requires_grad and not any(hooks)
 
 
-def tiled_mlp(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear, *, gated: bool) -> Tensor:
+def tiled_mlp(x_SD: Tensor, fc1: LinearWeights, fc2: LinearWeights, *, gated: bool) -> Tensor:
     """Return fc2(GELU(fc1(x))) or, gated, fc2(SiLU(gate) * up) with [gate; up] = fc1(x); [S, D] in and out.
 
     Keeps the input and what fc1 gives; the activation is computed again in backward. Gradients of the weights are

@@ -30,7 +30,7 @@ def tower_stage(
     fusion: Fusion,
 ) -> TrunkStage:
     """Return this rank's layers of a tower, for packs of num_tokens tokens, CLS tokens included."""
-    config = megatron_config(tower_shape(cfg), mesh, memory, sequence=parallel.sequence)
+    config = megatron_config(tower_shape(cfg), mesh, memory, parallel)
     layers = build_trunk(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
     return TrunkStage(layers, mesh, num_tokens, offload=memory.offload)
 

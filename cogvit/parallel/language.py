@@ -52,7 +52,7 @@ class LanguageStage(nn.Module):
         check_layout(cfg, mesh.tp_size, mesh.pp_size)
         self.cfg, self.mesh = cfg, mesh
         self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
-        config = megatron_config(decoder_shape(cfg), mesh, memory, sequence=parallel.sequence)
+        config = megatron_config(decoder_shape(cfg), mesh, memory, parallel)
         layers = build_decoder(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
         self.trunk = TrunkStage(layers, mesh, num_tokens, offload=memory.offload)
         self.norm = RMSNorm(cfg.embed_dim, eps=cfg.eps) if mesh.is_last_stage else None

@@ -59,7 +59,7 @@ class MtpStage(nn.Module):
             memory = replace(memory, recompute_blocks=1)
         layers = []
         for _ in range(cfg.mmtp.num_layers):
-            config = megatron_config(decoder_shape(one_layer), alone, memory, sequence=parallel.sequence)
+            config = megatron_config(decoder_shape(one_layer), alone, memory, parallel)
             block = build_decoder(one_layer, config, alone, memory, pieces_on(mesh.device, fusion))
             layers.append(MtpLayerStage(cfg, TrunkStage(block, alone, num_tokens, offload=memory.offload)))
         self.layers = nn.ModuleList(layers)

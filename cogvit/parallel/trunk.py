@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cogvit.config import ActivationConfig
+from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.decoder import CausalLayout
+from cogvit.model.feedforward import tiled_mlp, trains_on_cpu
 from cogvit.model.tokens import PackedLayout
 from cogvit.parallel.mesh import Mesh
-from cogvit.parallel.pieces import Pieces, Weights, compute_dtype
+from cogvit.parallel.pieces import Pieces, Weights, activated, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -86,7 +87,19 @@ class TensorSyncedNorm(nn.Module):
 
 
 class _Cast:
-    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too."""
+    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too.
+
+    Where no tensor ranks share the layer, nothing travels and the bias goes into the product.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output and the bias that is still to be added."""
+        layer: Any = self
+        if layer.config.tensor_model_parallel_size > 1:
+            return super().forward(input_)  # type: ignore[misc]
+        dtype = compute_dtype(input_)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(input_.to(dtype), layer.weight.to(dtype), bias), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **megatron: Any) -> Tensor:
         dtype = compute_dtype(input)
@@ -136,14 +149,18 @@ class PackedMLP(MLP):
     recompute = False  # do it again in backward, from its input
     pieces = Pieces()
 
-    def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the output without its bias, and the bias."""
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and the bias that is still to be added."""
         out_S1D = checkpointed(self._output, hidden_states) if self.recompute else self._output(hidden_states)
-        return out_S1D, self.linear_fc2.bias
+        return out_S1D, self.linear_fc2.bias if self.config.tensor_model_parallel_size > 1 else None
 
     def _output(self, x_S1D: Tensor) -> Tensor:
-        h_S1F, bias_F = self.linear_fc1(x_S1D)
-        return self.linear_fc2(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
+        fc1, fc2, gated = self.linear_fc1, self.linear_fc2, self.config.gated_linear_unit
+        plain = self.config.tensor_model_parallel_size == 1 and self.pieces.activated is activated
+        if plain and trains_on_cpu(x_S1D) and fc1.bias is not None and fc1.weight.requires_grad:
+            return tiled_mlp(x_S1D.squeeze(1), fc1, fc2, gated=gated).unsqueeze(1)
+        h_S1F, bias_F = fc1(x_S1D)
+        return fc2(self.pieces.activated(h_S1F, bias_F, gated=gated))[0]
 
 
 def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -257,7 +274,9 @@ def tower_shape(tower: TowerConfig) -> LayersShape:
     )
 
 
-def megatron_config(shape: LayersShape, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
+def megatron_config(
+    shape: LayersShape, mesh: Mesh, memory: ActivationConfig, parallel: ParallelConfig
+) -> TransformerConfig:
     """Translate a stack's shape and the layout into Megatron's configuration; `check_layout` refused the rest."""
     return TransformerConfig(
         num_layers=shape.depth,
@@ -268,11 +287,11 @@ def megatron_config(shape: LayersShape, mesh: Mesh, memory: ActivationConfig, *,
         ffn_hidden_size=shape.mlp_dim,
         tensor_model_parallel_size=mesh.tp_size,
         pipeline_model_parallel_size=mesh.pp_size,
-        sequence_parallel=sequence,
+        sequence_parallel=parallel.sequence,
         use_cpu_initialization=mesh.device.type == "cpu",
         perform_initialization=False,  # weights come from convert.fill
         params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=torch.bfloat16 if parallel.pipeline_messages == "bf16" else torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         qk_layernorm=shape.qk_norm,
@@ -289,6 +308,7 @@ def megatron_config(shape: LayersShape, mesh: Mesh, memory: ActivationConfig, *,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=True,
+        batch_p2p_sync=False,  # a wait for the device after every message, against a fault of old versions of torch
         # Megatron is told of full recompute alone, which `CogViTBlock` does.
         recompute_granularity="full" if memory.recompute == "full" else None,
         recompute_method="uniform" if memory.recompute == "full" else None,

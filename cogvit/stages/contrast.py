@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.parallel.encoder import WholeTextStage
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
-    from cogvit.teacher.stream import FeatureSource
+    from cogvit.teacher.targets import Targets
     from cogvit.training.feed import Corpus
     from cogvit.training.objective import Objective
 
@@ -104,7 +104,7 @@ class ContrastStage:
         """Nobody: a pair is its own target."""
         return False
 
-    def feature_source(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource | None:
+    def targets(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> Targets | None:
         """Nobody makes targets."""
         return None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cogvit.config import RunConfig
+from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
@@ -23,13 +23,40 @@ class Load:
     """One tower's share of a step, over all ranks."""
 
     parameters: int
+    matrices: tuple[tuple[int, int], ...]  # of the blocks, which Muon makes orthogonal; none of a tower that is whole
     depth: int
     width: int
+    hidden: int  # F, the MLP's width, of which fc1 gives one or, gated, two
+    gated: bool
     tokens: int
     pack_tokens: int
-    forward_flops: float
+    product_flops: float  # of a forward
+    attention_flops: float  # of a forward
     muon_flops: float  # of making every matrix of the blocks orthogonal once; 0 where Muon does not train them
+    memory: ActivationConfig
     whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
+
+    @property
+    def forward_flops(self) -> float:
+        """Of matrix products and attention."""
+        return self.product_flops + self.attention_flops
+
+
+def kept_bytes(load: Load, tp: int, *, sequence: bool, fused: bool, precision: str) -> float:
+    """Return what a block keeps for backward of one pack on one rank; within 10 % of what autograd keeps (tests)."""
+    half, tokens, width = (2 if precision == "bf16" else 4), load.pack_tokens, load.width
+    outside = tp if sequence else 1
+    if load.memory.recompute == "full":
+        return 4.0 * tokens * width / load.memory.recompute_blocks / outside
+    stream = 2 * (4 + half) * width / outside  # the residual stream and the norm of it, before attention and MLP
+    attention = 4 * half * width / tp  # q, k, v and what attention gives
+    mlp = half * load.hidden / tp  # what fc2 takes; counted with `selective` too
+    fc1 = (2 if load.gated else 1) * half * load.hidden / tp
+    if load.memory.recompute == "none":
+        attention += 3 * half * width / tp  # q and k, rotated, and what attention gives once more, with padding
+        mlp += fc1 * (1 if fused else 2)
+    casts = half * sum(rows * columns for rows, columns in load.matrices) / load.depth / tp if half == 2 else 0.0
+    return tokens * (stream + attention + mlp) + casts
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -37,11 +64,16 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def forward_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_tokens: int) -> float:
-    """Return the FLOPs of the blocks' matrix products and attention for tokens in sequences of one length."""
-    width, swiglu = tower.embed_dim, getattr(tower, "mlp", "gelu") == "swiglu"
-    matrices = 4 * width**2 + (3 if swiglu else 2) * width * tower.mlp_dim
-    return tower.depth * tokens * (2.0 * matrices + 4.0 * sequence_tokens * width)
+def product_flops(tower: CogViTConfig | TextConfig, tokens: int) -> float:
+    """Return the FLOPs of the blocks' matrix products in a forward."""
+    gated = getattr(tower, "mlp", "gelu") == "swiglu"
+    matrices = 4 * tower.embed_dim**2 + (3 if gated else 2) * tower.embed_dim * tower.mlp_dim
+    return tower.depth * tokens * 2.0 * matrices
+
+
+def attention_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_tokens: int) -> float:
+    """Return the FLOPs of attention in a forward of sequences of one length."""
+    return tower.depth * tokens * 4.0 * sequence_tokens * tower.embed_dim
 
 
 def muon_flops(tower: CogViTConfig | TextConfig, module: nn.Module, qkv: str) -> float:
@@ -77,13 +109,19 @@ def tower_load(
     """Return a tower's load in sequences of one length, one for each image of the largest global batch."""
     data, optim = config.data, config.optim
     tokens = length * max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
+    matrices = [p for name, p in module.named_parameters() if role_of(name, p) == "block_matrix"]
     return Load(
         parameters=count_parameters(module),
+        matrices=() if whole else tuple((p.shape[0], p.shape[1]) for p in matrices),
         depth=tower.depth,
         width=tower.embed_dim,
+        hidden=tower.mlp_dim,
+        gated=getattr(tower, "mlp", "gelu") == "swiglu",
         tokens=tokens,
         pack_tokens=pack_tokens,
-        forward_flops=forward_flops(tower, tokens, length),
+        product_flops=product_flops(tower, tokens),
+        attention_flops=attention_flops(tower, tokens, length),
         muon_flops=muon_flops(tower, module, optim.muon_qkv) if optim.name == "muon" else 0.0,
+        memory=config.memory.text if isinstance(tower, TextConfig) or whole else config.memory.vision,
         whole=whole,
     )

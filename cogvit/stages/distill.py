@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.evaluation.subject import Subject
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
-    from cogvit.teacher.stream import FeatureSource
+    from cogvit.teacher.targets import Targets
     from cogvit.training.feed import Corpus
     from cogvit.training.objective import Objective
 
@@ -37,12 +37,12 @@ class DistillStage:
     fields: tuple[str, ...] = (
         "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
         "teachers.visible_weight",
-        "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.in_flight_steps",
-        "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision", "teachers.compile",
-        "teachers.stats", "teachers.stats_images", "teachers.standardize",
+        "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.share_gpus",
+        "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision",
+        "teachers.compile", "teachers.stats", "teachers.stats_images", "teachers.standardize",
     )  # fmt: skip
     execution: tuple[str, ...] = (
-        "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus",
+        "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.share_gpus",
         "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
         "teachers.source", "teachers.store", "teachers.stats_images",
     )  # fmt: skip
@@ -73,11 +73,11 @@ class DistillStage:
         """Unless all features are stored."""
         return config.teachers.source != "store"
 
-    def feature_source(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource | None:
+    def targets(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> Targets | None:
         """The teachers' actors or their store; the Ray cluster of actors is there already."""
-        from cogvit.stages.distill_targets import shared_source  # transformers takes seconds
+        from cogvit.stages.distill_targets import shared_targets  # transformers takes seconds
 
-        return shared_source(config, corpus.train, corpus.held_out, mesh)
+        return shared_targets(config, corpus.train, corpus.held_out, mesh)
 
     def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
         """The student with a head for each target, and the masked loss."""

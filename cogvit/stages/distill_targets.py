@@ -11,15 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
 from cogvit.teacher.actors import TeacherPool
-from cogvit.teacher.standardize import Standardized, Stats, fit_stats, load_stats, save_stats
+from cogvit.teacher.room import ALONE, Asker
+from cogvit.teacher.standardize import Stats, fit_stats, load_stats, save_stats
 from cogvit.teacher.store import Maker, StoreFeatures, contents_of, joined
-from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, Shared, request_of
+from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, request_of
+from cogvit.teacher.targets import Targets
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
 from data_pipeline.augment import augmentation_of
 from data_pipeline.cache import cache_of
@@ -42,17 +45,19 @@ def makers_of(teachers: TeachersConfig) -> dict[str, Maker]:
     return makers
 
 
-def shared_source(config: RunConfig, train: Index | None, held_out: Index | None, mesh: Mesh) -> FeatureSource:
-    """Return where features come from: one rank of each model replica asks and shares the answers with its replica.
+def shared_targets(config: RunConfig, train: Index | None, held_out: Index | None, mesh: Mesh) -> Targets:
+    """Return where targets come from: one rank of each model replica asks and shares the answers with its replica.
 
     Errors: ConfigError or DataError, on all ranks, for teachers, a store or statistics that do not serve.
     """
     makers = mesh.from_writer(lambda: makers_of(config.teachers))
+    on_gpu = mesh.device.type == "cuda"
+    gpus = frozenset(mesh.gather(str(torch.cuda.get_device_properties(mesh.device).uuid) if on_gpu else "cpu"))
     source, failure = None, None
     try:
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:
             indexes = [index for index in (train, held_out) if index is not None]
-            source = open_source(config, makers, indexes, first_lane=mesh.dp_rank, askers=mesh.dp_size)
+            source = open_source(config, makers, indexes, Asker(mesh.dp_rank, mesh.dp_size, gpus))
     except CogViTError as error:
         failure = error
     mesh.raise_together(failure)
@@ -60,21 +65,21 @@ def shared_source(config: RunConfig, train: Index | None, held_out: Index | None
 
 
 def open_source(
-    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], first_lane: int = 0, askers: int = 1
+    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], asker: Asker = ALONE
 ) -> FeatureSource:
     """Open the store for the shards of some indexes, the actors on the cluster that this process is in, or both.
 
-    first_lane, askers: as TeacherPool's; the first of those who ask looks whether the store has every shard.
+    asker: who asks; the first of several looks whether the store has every shard.
     Errors: ConfigError names what differs.
     """
     teachers = config.teachers
     store = stored_features(config, makers, indexes) if teachers.source != "online" else None
     if store is not None and teachers.source == "store":
-        if first_lane == 0:
+        if asker.number == 0:
             store.require_all()
         return store
     augmentation, cache = augmentation_of(config.data), cache_of(config.data)
-    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), first_lane, askers)
+    pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), asker)
     return pool if store is None else FirstThen(store, pool)
 
 
@@ -165,24 +170,30 @@ def _counted(requests: Iterable[FeatureRequest], num_images: int) -> Iterator[Fe
 
 def _standardized(
     config: RunConfig, train: Index | None, mesh: Mesh, source: FeatureSource | None, makers: dict[str, Maker]
-) -> FeatureSource:
+) -> Targets:
     """Share one rank's source with its replica, with features standardized by what the run's first start was given."""
     teachers, path = config.teachers, Path(config.out) / "teacher_stats.safetensors"
     fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
 
-    def prepare() -> None:
-        if source is None or path.exists():
-            return
-        if teachers.stats:
-            stats = load_stats(
-                Path(teachers.stats), fingerprints, teachers.standardize, "fit them anew: tools.fit_teacher_stats"
-            )
-        else:
-            stats = fit_sample(config, train, source, fingerprints, teachers.stats_images)
-        save_stats(path, stats)
+    def prepare() -> dict[str, torch.dtype]:
+        assert source is not None, "the writer is the first rank of its replica"
+        if not path.exists():
+            if teachers.stats:
+                stats = load_stats(
+                    Path(teachers.stats), fingerprints, teachers.standardize, "fit them anew: tools.fit_teacher_stats"
+                )
+            else:
+                stats = fit_sample(config, train, source, fingerprints, teachers.stats_images)
+            save_stats(path, stats)
+        return dict(source.dtypes)
 
-    mesh.from_writer(prepare)
-    dims = {name: maker.dim for name, maker in makers.items()}
-    shared = Shared(source, dims, mesh.new_target_group(), leader=0, device=mesh.device)
+    dtypes = mesh.from_writer(prepare)
     way_out = "pass the teacher the run began with, or choose another --out"
-    return Standardized(shared, load_stats(path, fingerprints, teachers.standardize, way_out))
+    return Targets(
+        source=source,
+        dims={name: maker.dim for name, maker in makers.items()},
+        dtypes=dtypes,
+        stats=load_stats(path, fingerprints, teachers.standardize, way_out),
+        mask_ratio=teachers.asked_ratio,
+        group=mesh.new_target_group(),
+    )

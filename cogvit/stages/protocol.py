@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.evaluation.subject import Subject
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
-    from cogvit.teacher.stream import FeatureSource
+    from cogvit.teacher.targets import Targets
     from cogvit.training.feed import Corpus
     from cogvit.training.objective import Objective
 
@@ -65,7 +65,7 @@ class Stage(Protocol):
         """Whether ranks need a Ray cluster for the targets of their batches."""
         ...
 
-    def feature_source(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> FeatureSource | None:
+    def targets(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> Targets | None:
         """Return who makes the targets of a batch; None where the batch is its own target.
 
         Errors: ConfigError or DataError, on all ranks.

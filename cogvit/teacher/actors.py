@@ -14,27 +14,30 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.config import TeacherConfig, TeachersConfig
+from cogvit.config import TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
-from cogvit.teacher.room import check_room, idle_gpus, lanes_of
+from cogvit.teacher.room import ALONE, Asker, check_room, idle_gpus, lanes_of
 from cogvit.teacher.scratch import end_children, scratch
-from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, answer_bytes
-from cogvit.teacher.zoo import inspect_teacher, load_teacher
+from cogvit.teacher.serving import TeacherActor
+from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer_bytes
+from cogvit.teacher.zoo import inspect_teacher
 
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
+_REQUESTS_AT_ONCE = 2  # of an actor: one at the teacher, one whose images are decoded
 _HEALTH = "health"  # the thread of an actor that says how it does
 _LOG = logging.getLogger(__name__)
 
@@ -60,12 +63,14 @@ def plan_cluster(ray_address: str) -> Cluster:
 
 
 @contextmanager
-def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[Cluster]:
+def connect(
+    cluster: Cluster, num_cpus: int, batch_bytes: int = 0, gpus: Sequence[str] | None = None
+) -> Iterator[Cluster]:
     """Join the cluster for the length of the block, from the main thread; yields it with its address.
 
-    A cluster of our own is started by the first to connect, has num_cpus for actors, the machine's GPUs and room for
-    batch_bytes beside features, and ends with the block; its processes are bound to this one, so they end when it is
-    killed too.
+    A cluster of our own is started by the first to connect, has num_cpus for actors, the machine's GPUs or those
+    named, and room for batch_bytes beside features, and ends with the block; its processes are bound to this one, so
+    they end when it is killed too.
 
     Errors: ConfigError when the cluster cannot be reached, TeacherUnavailable when Ray does not start.
     """
@@ -81,9 +86,24 @@ def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[C
 
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
-        with _kept_sigterm():
+        with _kept_sigterm(), _visible(gpus):
             address = _join(cluster) if cluster.address else _start(cluster, num_cpus, batch_bytes, stack)
         yield replace(cluster, address=address)
+
+
+@contextmanager
+def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
+    """Let a cluster that is started inside see some GPUs alone; None is all that this process sees."""
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus is not None:
+        os.environ[name] = ",".join(gpus)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        elif gpus is not None:
+            del os.environ[name]
 
 
 def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, stack: ExitStack) -> str:
@@ -147,47 +167,6 @@ def _kept_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class TeacherActor:
-    """One teacher in a process of its own."""
-
-    def __init__(self, member: TeacherConfig, config: TeachersConfig, decode: DecodeImage) -> None:
-        torch.set_num_threads(max(1, int(config.actor_cpus)))
-        self._name, self._decode, self._num_answered = member.name, decode, 0
-        self._teacher = load_teacher(
-            member.path,
-            config.precision,
-            layer=member.layer,
-            parts=tuple(member.parts),
-            compiled=config.compile,
-            device=_device(config),
-        )
-
-    def features(self, request: FeatureRequest) -> tuple[dict[str, NDArray[Any]], int]:
-        """Answer a request: [M, C] float32, or bfloat16 as uint16, which numpy has no type for; and num_answered."""
-        try:
-            found = answer(self._name, self._teacher, request, self._decode)
-        finally:
-            self._num_answered += 1
-        wire = {name: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
-        return wire, self._num_answered
-
-    def num_answered(self) -> int:
-        """Return how many requests it has answered, while it works on another: has it moved since one last looked?"""
-        return self._num_answered
-
-
-def _device(config: TeachersConfig) -> torch.device:
-    """Return where an actor's teacher runs. Errors: ConfigError when Ray has given it a GPU that torch cannot use."""
-    if not config.actor_gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"torch {torch.__version__} on {socket.gethostname()} sees no GPU; pass --teachers.actor-gpus 0, or install"
-            " its CUDA build there"
-        )
-    return torch.device("cuda")
-
-
 @dataclass(frozen=True, slots=True)
 class Actor:
     """Who serves a lane of a teacher. Ray keeps a dead actor's name, so its successor is of the next generation."""
@@ -221,23 +200,23 @@ class TeacherPool:
     Which actor answers does not matter to the answer, so a dead one is replaced and its requests are sent again. Ray
     puts the actors on the nodes in turn, where there are the CPUs and GPUs that they take.
 
-    first_lane: whom the first request goes to; ranks that ask at the same time begin at different ones.
-    askers: how many do; each knows a few of the actors, so that the cluster's head is not asked for all by all.
+    asker: who has this pool.
     Errors: ConfigError when the cluster has no room for the actors.
     """
 
-    def __init__(self, config: TeachersConfig, decode: DecodeImage, first_lane: int = 0, askers: int = 1) -> None:
+    def __init__(self, config: TeachersConfig, decode: DecodeImage, asker: Asker = ALONE) -> None:
         import ray
 
         nodes = ray.nodes()
         check_room(config, nodes)
-        if first_lane == 0 and (note := idle_gpus(config, nodes)):
+        if asker.number == 0 and (note := idle_gpus(config, nodes)):
             _LOG.warning("%s", note)
         self._config = config
-        self._decode = decode
+        self._decode, self._ranks_gpus = decode, asker.gpus
         self._members = {member.name: member for member in config.members}
         self._actor_class = ray.remote(concurrency_groups={_HEALTH: 1})(TeacherActor)
-        own = lanes_of(config.actors_per_teacher, first_lane, askers)
+        own = lanes_of(config.actors_per_teacher, asker)
+        self._turn = Lock()  # a run's own batches and held-out ones are asked for by two threads
         self._lanes = itertools.cycle(own)
         self._heard: dict[Actor, int] = {}  # who has answered us -> its num_answered when we last looked
         dims = {member.name: inspect_teacher(member.path, member.layer).dim for member in config.members}
@@ -253,11 +232,17 @@ class TeacherPool:
         """C of each teacher's features, by name."""
         return self._dims
 
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The teachers' precision."""
+        return dict.fromkeys(self._dims, torch.bfloat16 if self._config.precision == "bf16" else torch.float32)
+
     def submit(self, request: FeatureRequest) -> Pending:
         """Send a request to one actor of every teacher, once fewer bytes than max_in_flight_bytes are under way."""
         pending = Pending(request, answer_bytes(request, self._dims, self._config.precision), {})
-        self._waiting.append(pending)
-        self._send_waiting()
+        with self._turn:
+            self._waiting.append(pending)
+            self._send_waiting()
         return pending
 
     def _send_waiting(self) -> None:
@@ -279,6 +264,10 @@ class TeacherPool:
         An actor hangs that has answered nobody for a quarter of max_wait_s; all ranks queue at the same ones.
         Errors: TeacherUnavailable after max_wait_s or when a teacher fails; ConfigError when one does not load.
         """
+        with self._turn:
+            return self._result(handle)
+
+    def _result(self, handle: Pending) -> Features:
         if not handle.calls:
             self._waiting.remove(handle)
             self._start(handle)
@@ -361,9 +350,10 @@ class TeacherPool:
             num_cpus=self._config.actor_cpus,
             num_gpus=self._config.actor_gpus,
             scheduling_strategy="SPREAD",
+            max_concurrency=_REQUESTS_AT_ONCE,
             max_restarts=0,
         )
-        return Actor(name, lane, generation, named.remote(member, self._config, self._decode))
+        return Actor(name, lane, generation, named.remote(member, self._config, self._decode, self._ranks_gpus))
 
     def _unavailable(self, name: str, state: str) -> TeacherUnavailable:
         return TeacherUnavailable(
@@ -382,6 +372,6 @@ def _reason(name: str, error: RayTaskError) -> CogViTError:
 
 
 def _from_wire(array: NDArray[Any]) -> Tensor:
-    """Return [M, C] float32 in memory of its own, so that Ray can free the reply."""
+    """Return [M, C] in memory of its own, so that Ray can free the reply."""
     features = torch.tensor(array)
-    return features.view(torch.bfloat16).float() if features.dtype == torch.uint16 else features
+    return features.view(torch.bfloat16) if features.dtype == torch.uint16 else features

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +51,43 @@ def idle_gpus(config: TeachersConfig, nodes: Sequence[Mapping[str, Any]]) -> str
     )
 
 
-def lanes_of(actors: int, first_lane: int, askers: int) -> list[int]:
-    """Return the actors of a teacher that one of so many askers asks, in turn: two or more, and all by somebody."""
-    count = min(actors, max(2, -(-actors // askers)))
-    first = first_lane * actors // askers if 1 < askers < actors else first_lane
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks a run's actors.
+
+    Attributes:
+        number: of this asker, from 0; those that ask at the same time begin at different actors.
+        count: how many ask.
+        gpus: UUIDs of the GPUs on which ranks train.
+    """
+
+    number: int = 0
+    count: int = 1
+    gpus: frozenset[str] = frozenset()
+
+
+ALONE = Asker()
+
+
+def lanes_of(actors: int, asker: Asker) -> list[int]:
+    """Return the actors of a teacher that one asker asks, in turn: two or more, and all are asked by somebody.
+
+    So the cluster's head is not asked for all by all.
+    """
+    count = min(actors, max(2, -(-actors // asker.count)))
+    first = asker.number * actors // asker.count if 1 < asker.count < actors else asker.number
     return [(first + place) % actors for place in range(count)]
+
+
+def free_gpus(visible: Sequence[str], used: Collection[int]) -> list[str]:
+    """Return the GPUs of a machine, by the names in CUDA_VISIBLE_DEVICES, on which no rank trains."""
+    return [name for index, name in enumerate(visible) if index not in used]
+
+
+def check_apart(gpu: str, ranks_gpus: Collection[str]) -> None:
+    """Refuse a GPU, by its UUID, on which a rank trains. Errors: ConfigError."""
+    if gpu in ranks_gpus:
+        raise ConfigError(
+            f"Ray gave a teacher's actor GPU {gpu}, on which a rank trains; start Ray with other GPUs (its"
+            " CUDA_VISIBLE_DEVICES) and fewer ranks, or pass --teachers.share-gpus true"
+        )

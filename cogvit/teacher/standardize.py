@@ -41,8 +41,8 @@ class ChannelStats:
     fingerprint: str  # of the teacher
 
     def apply(self, features: Tensor) -> Tensor:
-        """Return (features - mean) / std for [..., C] float32 features."""
-        return (features - self.mean.to(features.device)) / self.std.to(features.device)
+        """Return (features - mean) / std for [..., C] features, in float32."""
+        return (features.float() - self.mean.to(features.device)) / self.std.to(features.device)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class RotationStats:
     fingerprint: str  # of the teacher
 
     def apply(self, features: Tensor) -> Tensor:
-        """Return rotation (features - mean) for [..., C] float32 features."""
-        return (features - self.mean.to(features.device)) @ self.rotation.T.to(features.device)
+        """Return rotation (features - mean) for [..., C] features, in float32."""
+        return (features.float() - self.mean.to(features.device)) @ self.rotation.T.to(features.device)
 
 
 Stats = ChannelStats | RotationStats

@@ -31,7 +31,7 @@ from cogvit.batch import SampleRef
 from cogvit.errors import ConfigError
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
-from cogvit.teacher.stream import FeatureRequest, Features, is_summary, rows_asked
+from cogvit.teacher.stream import FeatureRequest, Features, is_summary, rows_asked, rows_of_images
 
 _VERSION = "4"
 _OPEN_FILES = 128
@@ -203,6 +203,10 @@ class StoreFeatures:
         for name, maker in makers.items():
             expected = {field: value for field, value in _manifest(maker, "").items() if field != "dtype"}
             _refuse_other(directory / name / "manifest.json", expected, "pass another --teachers.store")
+        said = {name: read_manifest(directory / name / "manifest.json", COMMAND) for name in makers}
+        self._dtypes = {
+            name: torch.bfloat16 if one.get("dtype") == "bf16" else torch.float32 for name, one in said.items()
+        }
         self._open = lru_cache(_OPEN_FILES)(self._open_file)
         self._has = lru_cache(maxsize=None)(self._has_shard)
         # One thread, in the order of the requests; it waits for the disk and adds checksums while the step computes.
@@ -214,6 +218,11 @@ class StoreFeatures:
     def dims(self) -> Mapping[str, int]:
         """C of each teacher, by name."""
         return {name: maker.dim for name, maker in self._makers.items()}
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Bf16 where it is stored so, else float32."""
+        return self._dtypes
 
     def has(self, sample: SampleRef) -> bool:
         """Whether there are features of an image by every teacher."""
@@ -264,8 +273,8 @@ class StoreFeatures:
     def _read(self, name: str, request: FeatureRequest) -> Tensor:
         present = ((slot, sample) for slot, sample in enumerate(request.samples) if sample is not None)
         asked = [(sample, rows_asked(name, request, slot)) for slot, sample in present]
-        sizes = [int(chosen_n.sum()) for _, chosen_n in asked]
-        features = torch.empty(sum(sizes), self._makers[name].dim)
+        sizes = rows_of_images(name, request)
+        features = torch.empty(sum(sizes), self._makers[name].dim, dtype=self._dtypes[name])
         for (sample, chosen_n), out in zip(asked, features.split(sizes), strict=True):
             self._open(name, sample.shard).read(sample.sample_id, chosen_n, out)
         return features

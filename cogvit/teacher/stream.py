@@ -1,31 +1,31 @@
 """From teachers to batches: what is asked, who answers, and how the answers join the stream of batches.
 
 A FeatureSource answers requests; there is one in this process (LocalFeatures), one behind Ray (actors.py) and one on
-disk (store.py), and all give the same bits for the same request. Shared and standardize.Standardized wrap any of them.
+disk (store.py), and all give the same values for the same request. targets.Targets brings them to the ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.batch import Batch, SampleRef, StepBatch, TeacherTargets
 from cogvit.config import SUMMARY
-from cogvit.errors import CogViTError
-from cogvit.objective.masking import mask_image
+from cogvit.objective.masking import mask_image, num_masked
 
 Grid = tuple[int, int]  # rows, columns, in patches
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 Item = TypeVar("Item")
-Features = dict[str, Tensor]  # teacher name -> [M, C] float32, or with SUMMARY behind it: one row an image present
+Features = dict[str, Tensor]  # teacher name -> [M, C] float, or with SUMMARY behind it: one row an image present
 
 # (sample, key, (height, width) in pixels) -> the image at that size, or None when its bytes do not decode. The key
 # seeds augmentation that the student sees too; without one the image is as it is. It runs inside the actors, so it must
@@ -50,6 +50,10 @@ class FeatureSource(Protocol):
     @property
     def dims(self) -> Mapping[str, int]:
         """C of what it answers with, by name."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Of what it answers with, by name."""
 
     def submit(self, request: FeatureRequest) -> Any:
         """Begin to answer a request."""
@@ -80,14 +84,19 @@ class PatchTeacher(Protocol):
         """Return the (height, width) at which it wants an image of a student's grid."""
 
     def features(self, images: Sequence[Pixels], grids: Sequence[Grid]) -> list[Tensor]:
-        """Return [rows, C] for each image: its summary where `parts` has one, then its patches."""
+        """Return [rows, C] for each image, on one device: its summary where `parts` has one, then its patches."""
 
 
 def request_of(batch: Batch, mask_ratio: float, *, augmented: bool = True) -> FeatureRequest:
-    """Ask for the targets of one microbatch."""
-    images = batch.images
-    grids = tuple((int(rows), int(columns)) for rows, columns in images.grid_hw.tolist())
-    return FeatureRequest(batch.samples, grids, tuple(images.key.tolist()), mask_ratio, augmented)
+    """Ask for the targets of one microbatch, which is on the host."""
+    return FeatureRequest(batch.samples, grids_of(batch), tuple(batch.images.key.tolist()), mask_ratio, augmented)
+
+
+def grids_of(batch: Batch) -> tuple[Grid, ...]:
+    """Return the grid of every slot."""
+    if batch.images.host is not None:
+        return batch.images.host.grids
+    return tuple((int(rows), int(columns)) for rows, columns in batch.images.grid_hw.tolist())
 
 
 def is_summary(name: str) -> bool:
@@ -103,10 +112,15 @@ def rows_asked(name: str, request: FeatureRequest, slot: int) -> Tensor:
     return mask_image(request.keys[slot], rows * columns, request.mask_ratio)
 
 
+def count_rows(name: str, grid: Grid, mask_ratio: float) -> int:
+    """Return how many rows of an image's features a request asks for, without drawing its mask."""
+    return 1 if is_summary(name) else num_masked(grid[0] * grid[1], mask_ratio)
+
+
 def rows_of_images(name: str, request: FeatureRequest) -> list[int]:
     """Return how many rows each image has in an answer of this name."""
-    present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
-    return [int(rows_asked(name, request, slot).sum()) for slot in present]
+    pairs = zip(request.samples, request.grids, strict=True)
+    return [count_rows(name, grid, request.mask_ratio) for sample, grid in pairs if sample is not None]
 
 
 def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: str) -> int:
@@ -115,30 +129,53 @@ def answer_bytes(request: FeatureRequest, dims: Mapping[str, int], precision: st
     return sum(sum(rows_of_images(name, request)) * dim * value_bytes for name, dim in dims.items())
 
 
-def answer(name: str, teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage) -> Features:
+Images = dict[int, Pixels | None]  # by slot; None where the bytes do not decode
+
+
+def decoded(
+    teacher: PatchTeacher, request: FeatureRequest, decode: DecodeImage, threads: Executor | None = None
+) -> Images:
+    """Decode the images of a request as a teacher wants them, with threads where there are any."""
+
+    def image_at(slot: int) -> Pixels | None:
+        sample = request.samples[slot]
+        assert sample is not None
+        key = request.keys[slot] if request.augmented else None
+        return decode(sample, key, teacher.input_px(request.grids[slot]))
+
+    present = [slot for slot, sample in enumerate(request.samples) if sample is not None]
+    return dict(
+        zip(present, map(image_at, present) if threads is None else threads.map(image_at, present), strict=True)
+    )
+
+
+def answer(name: str, teacher: PatchTeacher, request: FeatureRequest, images: Images) -> Features:
     """Answer a request with one teacher, in the teacher's precision.
 
-    The rows of an image that does not decode are zeros, so that the order of the others stands.
+    The rows that are asked for are chosen where the teacher is, and leave its device at once. Those of an image that
+    does not decode are zeros, so that the order of the others stands.
     """
-    images = {
-        slot: decode(sample, request.keys[slot] if request.augmented else None, teacher.input_px(request.grids[slot]))
-        for slot, sample in enumerate(request.samples)
-        if sample is not None
-    }
     readable = {slot: image for slot, image in images.items() if image is not None}
     found = teacher.features(list(readable.values()), [request.grids[slot] for slot in readable])
-    by_slot = dict(zip(readable, found, strict=True))
-    chosen: dict[str, list[Tensor]] = {name + part: [] for part in teacher.parts}
-    for slot in images:
-        for own, rows in chosen.items():
+    firsts = dict(zip(readable, accumulate(map(len, found), initial=0), strict=False))
+    lengths = dict(zip(readable, map(len, found), strict=True))
+    blank = sum(lengths.values())  # the row behind all of them is 0
+    wanted: list[Tensor] = []
+    for own in (name + part for part in teacher.parts):
+        for slot in images:
             asked = rows_asked(own, request, slot)
-            if slot in by_slot:
-                feature = by_slot[slot]
-                rows.append(feature[:1] if is_summary(own) else feature[-len(asked) :][asked])
+            if slot not in firsts:
+                wanted.append(torch.full((int(asked.sum()),), blank))
             else:
-                rows.append(torch.zeros(int(asked.sum()), teacher.dim, dtype=teacher.dtype))
-    nothing = torch.zeros(0, teacher.dim, dtype=teacher.dtype)
-    return {own: torch.cat([nothing, *rows]) for own, rows in chosen.items()}
+                skipped = 0 if is_summary(own) else lengths[slot] - len(asked)
+                wanted.append(firsts[slot] + skipped + asked.nonzero().squeeze(1))
+    if not found:
+        found = [torch.zeros(0, teacher.dim, dtype=teacher.dtype)]
+    rows = torch.cat([*found, found[0].new_zeros(1, teacher.dim)])
+    index = torch.cat([torch.zeros(0, dtype=torch.int64), *wanted])
+    chosen = rows[index.to(rows.device)].cpu()
+    counts = [sum(rows_of_images(name + part, request)) for part in teacher.parts]
+    return {name + part: x for part, x in zip(teacher.parts, chosen.split(counts), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -153,14 +190,21 @@ class LocalFeatures:
         """C of each teacher's features, by name."""
         return {name + part: teacher.dim for name, teacher in self.teachers.items() for part in teacher.parts}
 
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The teachers' own."""
+        return {name + part: teacher.dtype for name, teacher in self.teachers.items() for part in teacher.parts}
+
     def submit(self, request: FeatureRequest) -> FeatureRequest:
         """Keep the request; the work is done when the result is asked for."""
         return request
 
     def result(self, handle: FeatureRequest) -> Features:
         """Compute the features."""
-        answers = [answer(name, teacher, handle, self.decode) for name, teacher in self.teachers.items()]
-        return {name: features.float() for found in answers for name, features in found.items()}
+        features: Features = {}
+        for name, teacher in self.teachers.items():
+            features |= answer(name, teacher, handle, decoded(teacher, handle, self.decode))
+        return features
 
 
 class PartialSource(FeatureSource, Protocol):
@@ -192,6 +236,11 @@ class FirstThen:
         """C of each teacher, by name."""
         return self.first.dims
 
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Of both where they agree, else the wider."""
+        return {name: torch.promote_types(dtype, self.second.dtypes[name]) for name, dtype in self.first.dtypes.items()}
+
     def submit(self, request: FeatureRequest) -> Split:
         """Ask each source for its images."""
         in_first = tuple(sample is not None and self.first.has(sample) for sample in request.samples)
@@ -206,54 +255,13 @@ class FirstThen:
         features = {}
         for name, dim in self.dims.items():
             own = [
-                torch.full((int(rows_asked(name, request, slot).sum()),), there)
+                torch.full((count_rows(name, request.grids[slot], request.mask_ratio),), there)
                 for slot, there in enumerate(handle.in_first)
                 if request.samples[slot] is not None
             ]
-            in_first_M = torch.cat([torch.zeros(0, dtype=torch.bool), *own])
-            features[name] = torch.empty(len(in_first_M), dim)
-            features[name][in_first_M], features[name][~in_first_M] = first[name], second[name]
-        return features
-
-
-@dataclass(frozen=True)
-class Shared:
-    """One rank of a group asks and all of them receive: the ranks of a group train on the same packs.
-
-    `source` is None on every rank but the leader. An error of the leader is raised on all of them, so that none waits
-    for a peer that has left. A rank that trains on no features has no group and gets none.
-    """
-
-    source: FeatureSource | None
-    dims: Mapping[str, int]
-    group: dist.ProcessGroup | None
-    leader: int  # rank inside the group
-    device: torch.device  # where the group's backend communicates
-
-    def submit(self, request: FeatureRequest) -> Any:
-        """Ask the source, on the leader."""
-        return None if self.source is None else self.source.submit(request)
-
-    def result(self, handle: Any) -> Features:
-        """Broadcast what the leader's source answers. Collective: every rank of the group calls it."""
-        features: Features = {}
-        if self.group is None:
-            return features
-        header: list[Any] = [None]
-        if self.source is not None:
-            try:
-                features = self.source.result(handle)
-                header[0] = {name: tuple(tensor.shape) for name, tensor in features.items()}
-            except CogViTError as error:
-                header[0] = error
-        dist.broadcast_object_list(header, group=self.group, group_src=self.leader, device=self.device)
-        if isinstance(header[0], CogViTError):
-            raise header[0]
-        for name, shape in header[0].items():
-            if self.source is None:
-                features[name] = torch.empty(shape, device=self.device)
-            features[name] = features[name].to(self.device)
-            dist.broadcast(features[name], group=self.group, group_src=self.leader)
+            in_first_M, dtype = torch.cat([torch.zeros(0, dtype=torch.bool), *own]), self.dtypes[name]
+            features[name] = torch.empty(len(in_first_M), dim, dtype=dtype)
+            features[name][in_first_M], features[name][~in_first_M] = first[name].to(dtype), second[name].to(dtype)
         return features
 
 

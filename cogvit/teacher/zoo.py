@@ -73,7 +73,7 @@ class Teacher:
     forward: Forward
     dtype: torch.dtype  # of the features
     parts: tuple[str, ...] = ("",)  # "" for patches, SUMMARY
-    device: torch.device = CPU  # of the model; images and features are on the CPU
+    device: torch.device = CPU  # of the model and of features; images are on the CPU
 
     @property
     def dim(self) -> int:
@@ -94,15 +94,16 @@ class Teacher:
         """
         if not images:
             return []
-        pixels = [self._normalize(image) for image in images]
-        features = self.forward(self.model, pixels, grids, SUMMARY in self.parts)
-        return [feature.to(CPU, self.dtype) for feature in features]
+        features = self.forward(self.model, self._normalized(images), grids, SUMMARY in self.parts)
+        return [feature.to(self.dtype) for feature in features]
 
-    def _normalize(self, image: Pixels) -> Tensor:
-        """Return float32 [3, H, W]."""
+    def _normalized(self, images: Sequence[Pixels]) -> list[Tensor]:
+        """Return float32 [3, H, W] of each; all go to the device at once."""
         means = (self.spec.image_mean, self.spec.image_std)
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in means)
-        return (rearrange(torch.tensor(image, device=self.device), "h w c -> c h w") / 255 - mean) / std
+        flat = torch.cat([torch.tensor(image).view(-1) for image in images]).to(self.device)
+        parts = zip(flat.split([image.size for image in images]), images, strict=True)
+        return [(rearrange(part.view(image.shape), "h w c -> c h w") / 255 - mean) / std for part, image in parts]
 
 
 def inspect_teacher(path: str, layer: int = -1) -> TeacherSpec:

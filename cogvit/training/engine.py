@@ -25,6 +25,7 @@ from cogvit.training.clock import StepClock
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
 from cogvit.training.orthogonal import QkvHeads
+from cogvit.training.snapshot import Snapshot
 from cogvit.training.storage import Part
 from cogvit.training.zero import Fragment, whole_tensors
 
@@ -66,6 +67,7 @@ class Engine:
             if t.split is Split.QKV
         }
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
+        self._snapshot = Snapshot(mesh.device)
         self._training = replace(self.schedule, early=self.zero.early)
 
     def step(self, objective: Objective, micro: Sequence[Batch], step: int, beside: Tensor | None = None) -> StepReport:
@@ -149,8 +151,8 @@ class Engine:
         self.zero.drop_gradients()
 
     def snapshot(self) -> list[Fragment]:
-        """Copy this rank's part of weights and moments to the CPU; talks to no one."""
-        return [fragment.copy() for fragment in self.zero.fragments(self._named)]
+        """Copy this rank's part of weights and moments to the CPU, perhaps over the one before; talks to no one."""
+        return self._snapshot.take(self.zero.fragments(self._named))
 
     def plain_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ("master/NAME" or "MOMENT/NAME", full plain tensor) of the state, one at a time; clone what is kept.

@@ -5,8 +5,10 @@ The training loop sees an iterator of batches, and neither Ray nor a file behind
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from cogvit.batch import DataPosition, Reads, StepBatch
     from cogvit.parallel.mesh import Mesh
-    from cogvit.teacher.stream import FeatureSource
+    from cogvit.teacher.targets import Targets
     from data_pipeline.index import Index
     from data_pipeline.server import BatchServer
     from data_pipeline.topology import Seat
@@ -118,7 +120,8 @@ def ray_cluster(config: RunConfig, mesh: Mesh, *, asks_actors: bool) -> Iterator
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             planned = plan_cluster(teachers.ray_address)
-            cluster = mesh.from_writer(lambda: stack.enter_context(connect(planned, num_cpus, store_bytes)))
+            gpus = None if teachers.share_gpus else _gpus_left(mesh)
+            cluster = mesh.from_writer(lambda: stack.enter_context(connect(planned, num_cpus, store_bytes, gpus)))
             failure = None
             if not mesh.is_writer and (served or leads_replica(mesh)):
                 try:
@@ -127,6 +130,20 @@ def ray_cluster(config: RunConfig, mesh: Mesh, *, asks_actors: bool) -> Iterator
                     failure = error
             mesh.raise_together(failure)
         yield
+
+
+def _gpus_left(mesh: Mesh) -> list[str] | None:
+    """Name the GPUs of this machine that no rank has, for a cluster that is started here; None without any."""
+    import torch
+
+    from cogvit.teacher.room import free_gpus
+
+    ranks = mesh.gather((socket.gethostname(), mesh.device.index))
+    if mesh.device.type != "cuda":
+        return None
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return free_gpus(visible, {index for host, index in ranks if host == socket.gethostname()})
 
 
 @dataclass(frozen=True)
@@ -158,30 +175,20 @@ def rank_batches(
     config: RunConfig,
     index: Index | None,
     intake: Intake,
-    source: FeatureSource | None,
+    targets: Targets | None,
     position: DataPosition | None,
 ) -> Generator[StepBatch]:
-    """Yield this rank's batches, with the targets that a source makes."""
-    from cogvit.teacher.stream import attach_targets
+    """Return this rank's batches, with the features that it asks for its replica; `Targets.delivered` comes last."""
     from data_pipeline.augment import AS_IT_IS, augmentation_of
     from data_pipeline.pinned import pinned_ahead
 
     config = replace(config, data=train_part(config.data))  # a batch server opens the index by it
     batches = image_batches(config, index, intake, position)
-    if intake.device.type == "cuda":
-        batches = pinned_ahead(batches, intake.device)
-    with closing(batches):
-        if source is None:
-            yield from batches
-        else:
-            teachers = config.teachers
-            yield from attach_targets(
-                batches,
-                source,
-                mask_ratio=teachers.asked_ratio,
-                in_flight_steps=teachers.in_flight_steps,
-                augmented=augmentation_of(config.data) != AS_IT_IS,
-            )
+    if targets is not None:
+        augmented = augmentation_of(config.data) != AS_IT_IS
+        batches = targets.attached(batches, in_flight_steps=config.teachers.in_flight_steps, augmented=augmented)
+    # A thread waits for features and pins them with the images; no message of the ranks is sent from it.
+    return pinned_ahead(batches, intake.device) if intake.device.type == "cuda" else batches
 
 
 def image_batches(
@@ -198,10 +205,10 @@ def image_batches(
     return load(index, config, intake.seat, position, reads=intake.reads)
 
 
-def held_out(config: RunConfig, corpus: Corpus, intake: Intake, source: FeatureSource | None) -> Generator[StepBatch]:
+def held_out(config: RunConfig, corpus: Corpus, intake: Intake, targets: Targets | None) -> Generator[StepBatch]:
     """Return the global batches of the held-out shards, the same each time."""
     data = held_out_part(config.data)
     assert corpus.held_out is not None and data is not None
     data = replace(data, mixture=(), batch_schedule=(), budget_schedule=())
     data = replace(data, flip=False, crop=1.0, color=0.0)
-    return rank_batches(replace(config, data=data), corpus.held_out, intake, source, None)
+    return rank_batches(replace(config, data=data), corpus.held_out, intake, targets, None)

@@ -29,6 +29,10 @@ from cogvit.training.watchdog import Watchdog
 _STACKS_FIRST_S = 30.0
 
 
+# What makes a step's packs complete once they are on the device; collective over the ranks of a replica.
+Deliver = Callable[[Sequence[Batch]], tuple[Batch, ...]]
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a global batch held, over all dp ranks."""
@@ -60,6 +64,7 @@ def train(
     batches: Iterable[StepBatch],
     state: TrainState,
     *,
+    deliver: Deliver = tuple,
     steps: int,
     checkpoints: Checkpoints,
     evaluation: Evaluation,
@@ -77,12 +82,12 @@ def train(
     source = iter(batches)
     try:
         while state.step < steps:
-            state, values, report = advance(engine, objective, source, state)
+            state, values, report = advance(engine, objective, source, state, deliver)
             watchdog.feed()
             try:
                 if evaluation.due(state.step):
                     start_s = time.perf_counter()
-                    losses = evaluate(engine, objective, evaluation, watchdog)
+                    losses = evaluate(engine, objective, evaluation, watchdog, deliver)
                     spent = Chrono(evaluation_s=time.perf_counter() - start_s)
                     state = state.with_evaluation(losses["eval_loss"]).spending(spent)
                     values |= losses
@@ -112,11 +117,15 @@ def train(
 
 
 def advance(
-    engine: Engine, objective: Objective, source: Iterator[StepBatch], state: TrainState
+    engine: Engine,
+    objective: Objective,
+    source: Iterator[StepBatch],
+    state: TrainState,
+    deliver: Deliver = tuple,
 ) -> tuple[TrainState, dict[str, float], StepReport]:
     """Train on the next global batch; returns the state after it, its metrics, and the engine's report."""
     start_s = time.perf_counter()
-    batch = take(source, engine.mesh)
+    batch = take(source, engine.mesh, deliver)
     data_s = time.perf_counter() - start_s
     report = engine.step(objective, batch.micro, state.step, counted(batch, engine.mesh))
     work = Workload(*map(int, report.beside))
@@ -134,7 +143,7 @@ def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[s
         print(line, file=sys.stderr, flush=True)
 
 
-def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
+def take(source: Iterator[StepBatch], mesh: Mesh, deliver: Deliver = tuple) -> StepBatch:
     """Return the next global batch, on the device, with as many packs on every rank as the fullest needs.
 
     When one rank's data or teachers fail, all ranks raise and none waits for it. Errors: StopIteration at the end.
@@ -149,7 +158,7 @@ def take(source: Iterator[StepBatch], mesh: Mesh) -> StepBatch:
         mesh.raise_together(failure)
     assert batch is not None
     batch = pad_step(batch, num_packs)
-    return replace(batch, micro=put_together([move(one, mesh.device) for one in batch.micro], mesh))
+    return replace(batch, micro=deliver(put_together([move(one, mesh.device) for one in batch.micro], mesh)))
 
 
 def put_together(micro: Sequence[Batch], mesh: Mesh) -> tuple[Batch, ...]:
@@ -173,12 +182,14 @@ def put_together(micro: Sequence[Batch], mesh: Mesh) -> tuple[Batch, ...]:
     return tuple(whole)
 
 
-def evaluate(engine: Engine, objective: Objective, evaluation: Evaluation, watchdog: Watchdog) -> dict[str, float]:
+def evaluate(
+    engine: Engine, objective: Objective, evaluation: Evaluation, watchdog: Watchdog, deliver: Deliver = tuple
+) -> dict[str, float]:
     """Return the mean loss terms over the held-out batches, named eval_*."""
     sums: dict[str, float] = {}
     with closing(evaluation.batches()) as source:
         for _ in range(evaluation.steps):
-            batch = take(source, engine.mesh)
+            batch = take(source, engine.mesh, deliver)
             watchdog.feed()
             for name, value in engine.evaluate(objective, batch.micro).items():
                 sums[name] = sums.get(name, 0.0) + value

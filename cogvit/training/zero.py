@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,12 @@ from cogvit.training.muon import MOMENTS, InnerOptimizer
 from cogvit.training.optim import MASTER, Module, ParamGroup
 from cogvit.training.orthogonal import QkvHeads
 from cogvit.training.partition import MatrixSpan, Partition
+from cogvit.training.reduction import FlatGroup, Reduction
 
 prepare_process()
 import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
+
+_ROW = 1024  # elements
 
 
 class StateTensor(NamedTuple):
@@ -49,10 +52,6 @@ class Fragment(NamedTuple):
     shape: torch.Size  # of the whole
     start: int  # of the stretch
     values: Tensor
-
-    def copy(self) -> Fragment:
-        """Return the same in memory of its own, on the CPU."""
-        return self._replace(values=self.values.to("cpu", copy=True))
 
 
 def whole_tensors(
@@ -98,8 +97,6 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.zero.stage,
             "compute_grad_norm": False,
-            "overlap_comm": config.zero.overlap,
-            "reduce_bucket_size": config.zero.reduce_bucket_elements,
             "allgather_bucket_size": config.zero.gather_bucket_elements,
         },
     }
@@ -173,6 +170,14 @@ def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, Qk
     return Partition(dist.get_rank(zero_optimizer.real_dp_process_group[index]) * size, size, matrices)
 
 
+def _norm(flat: Tensor) -> Tensor:
+    """Return a norm in fp64, 0-dim; short rows are summed in fp32, which a long sum of fp32 values would falsify."""
+    whole = len(flat) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:]).view(1)
+    return torch.linalg.vector_norm(torch.cat([rows, rest]), dtype=torch.float64)
+
+
 def _is_sharded(param: Tensor) -> bool:
     return getattr(param, "tensor_model_parallel", False)
 
@@ -186,10 +191,16 @@ class ZeroEngine:
         self._zero = engine.optimizer
         self._groups = groups
         self._kinds = {param: (MASTER, *MOMENTS[group.kind]) for group in groups for param in group.params}
-        self._group_of = {param: index for index, params in enumerate(self._zero.bit16_groups) for param in params}
+        self._flat = [
+            FlatGroup.of(params, flat.numel())
+            for params, flat in zip(self._zero.round_robin_bit16_groups, _flat_params(self._zero), strict=True)
+        ]
+        dtype = torch.bfloat16 if config.zero.gradient_messages == "bf16" else torch.float32
+        ranks = self._zero.dp_process_group
+        self._reduction = Reduction(self._flat, ranks, config.zero.reduce_bucket_elements, dtype)
         # One rank has nobody to send to.
-        shared = config.zero.overlap and dist.get_world_size(self._zero.dp_process_group) > 1
-        self.early = EarlyGradients(engine.module.model.parameters(), self._send) if shared else None
+        shared = config.zero.overlap and ranks.size() > 1
+        self.early = EarlyGradients(engine.module.model.parameters(), self._reduction.send) if shared else None
         self._clip_norm = config.optim.clip_norm
         self.measured = torch.zeros(len(groups) + 1)  # of the last reduction: norm of each group; ranks that overflow
         self._known: list[float] | None = None  # the same on the host
@@ -202,23 +213,23 @@ class ZeroEngine:
         takes part with zeros: a rank that skipped it would hang the others. A body that raises gives up its gradients
         and talks to no one any more.
         """
-        zero = self._zero
+        self._reduction.forget()
         if self.early is not None:
             self.early.forget()
         with self._local():
-            zero.set_gradient_accumulation_boundary(True)
-            zero.setup_buckets()
             try:
                 yield
             except BaseException:
-                self._abandon()
+                self._reduction.forget()
+                self._zero.zero_grad()
                 raise
-            sent = set() if self.early is None else self.early.sent
-            for param in (param for params in zero.bit16_groups for param in params if param not in sent):
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param)
-                self._send(param)
-            zero.overlapping_partition_gradients_reduce_epilogue()
+        sent = set() if self.early is None else self.early.sent
+        unsent = [param for group in self._flat for param in group.params if param not in sent]
+        for param in unsent:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        slices = self._reduction.finish(unsent)
+        self._zero.averaged_gradients.update((index, [flat]) for index, flat in enumerate(slices))
         self._measure_gradients()
 
     @contextmanager
@@ -229,17 +240,6 @@ class ZeroEngine:
             yield
         finally:
             self._zero._coalesce_grad_reduction = False
-
-    def _abandon(self) -> None:
-        """Give up gradients, sent or not."""
-        for bucket in self._zero.ipg_buckets.values():
-            bucket.clear()
-        self._zero.params_already_reduced = [False] * len(self._zero.params_already_reduced)
-        self._zero._release_ipg_buffers()
-        self._zero.zero_grad()
-
-    def _send(self, param: Parameter) -> None:
-        self._zero.reduce_ready_partitions_and_remove_grads(param, self._group_of[param])
 
     @contextmanager
     def local_gradients(self) -> Iterator[None]:
@@ -272,13 +272,24 @@ class ZeroEngine:
         A parameter that every tensor rank holds counts on one of them.
         """
         zero = self._zero
-        gradients = [g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-        norms = [torch.linalg.vector_norm(gradient.to(torch.float64)) for gradient in gradients]
-        counts = [_is_sharded(param) or zero.model_parallel_rank == 0 for param in zero.params_in_partition[index]]
-        counted = [norm for norm, counts in zip(norms, counts, strict=False) if counts]  # padding comes last
-        zero_0 = torch.zeros((), device=zero.device)
-        square = torch.stack(counted).pow(2.0).sum().float() if counted else zero_0
-        return square, (~torch.stack(norms).isfinite()).any().float() if norms else zero_0
+        (gradients,) = zero.averaged_gradients[index]
+        norm = _norm(gradients)
+        runs = [gradients]
+        if zero.model_parallel_rank > 0:
+            counted = groupby(self._held(index), lambda held: _is_sharded(held[0]))
+            runs = [torch.cat([part for *_, part in parts]) for sharded, parts in counted if sharded]
+        squares = [_norm(run).square() for run in runs]
+        square = torch.stack(squares).sum() if squares else torch.zeros_like(norm)
+        return square.float(), (~norm.isfinite()).float()
+
+    def _held(self, index: int) -> list[tuple[Parameter, int, Tensor]]:
+        """Return what this rank holds of a group's reduced gradients: parameter, first element of it, flat stretch."""
+        group, (gradients,) = self._flat[index], self._zero.averaged_gradients[index]
+        start = self._zero.dp_process_group.rank() * group.slice_size
+        stretches = list(group.stretches(start, start + group.slice_size))
+        sizes = [last - first for _, first, last in stretches]
+        parts = gradients[: sum(sizes)].split(sizes)  # padding comes last
+        return [(param, first, part) for (param, first, _), part in zip(stretches, parts, strict=True)]
 
     def read(self, values: list[float]) -> None:
         """Take `measured` as it left the device, so that nobody has to ask for it again."""
@@ -324,8 +335,8 @@ class ZeroEngine:
             raise NonFiniteStep(f"the gradient norm is {self.grad_norm()}; nothing was updated")
         if self._clip_norm > 0.0:
             excess = (torch.linalg.vector_norm(self.measured[:-1]) + 1e-6) / self._clip_norm
-            for gradients in self._zero.averaged_gradients.values():
-                torch._foreach_mul_(gradients, 1.0 / excess.clamp(min=1.0))
+            gradients = [flat for (flat,) in self._zero.averaged_gradients.values()]
+            torch._foreach_mul_(gradients, 1.0 / excess.clamp(min=1.0))
         self._engine.step()
 
     def kinds_of(self, param: Parameter) -> tuple[str, ...]:
@@ -356,8 +367,13 @@ class ZeroEngine:
 
     def full_gradients(self, named: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's last reduced gradient before clipping, whole over dp; collective as `full_tensors`."""
-        for name, param in named.items():
-            yield name, safe_get_full_grad(param)
+        held = {param: (first, part) for index in range(len(self._flat)) for param, first, part in self._held(index)}
+        fragments = (
+            Fragment(name, "gradient", param.shape, *held.get(param, (0, param.new_empty(0))))
+            for name, param in named.items()
+        )
+        for fragment, tensor in whole_tensors(fragments, MegatronGroups.get_data_parallel_group()):
+            yield fragment.name, tensor
 
     @torch.no_grad()
     def share_parameters(self) -> None:

@@ -66,6 +66,8 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"
     summary: bool = False  # a loss of a teacher's summary too
     fusion: Literal["on", "off"] = "off"
+    pipeline_messages: Literal["fp32", "bf16"] = "fp32"
+    gradient_messages: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def teacher_dims(self) -> dict[str, int]:
@@ -127,13 +129,15 @@ def run_config(case: Case) -> RunConfig:
             muon_tp=case.muon_tp,
         ),
         schedule=ScheduleConfig(steps=20, warmup_steps=2),
-        parallel=ParallelConfig(tp=case.tp, pp=case.pp, sequence=case.sequence),
+        parallel=ParallelConfig(
+            tp=case.tp, pp=case.pp, sequence=case.sequence, pipeline_messages=case.pipeline_messages
+        ),
         memory=MemoryConfig(
             vision=ActivationConfig(case.recompute, recompute_blocks=1 if case.pp == 4 else 2, offload=case.offload),
             text=ActivationConfig(case.recompute, offload=case.offload),
             projection_recompute=case.recompute != "none",
         ),
-        zero=ZeroConfig(case.zero, overlap=case.overlap),
+        zero=ZeroConfig(case.zero, overlap=case.overlap, gradient_messages=case.gradient_messages),
         precision=case.precision,
         fusion=case.fusion,
     )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from cogvit.batch import DataPosition, StepBatch
+from cogvit.batch import Batch, DataPosition, StepBatch
 from cogvit.config import ParallelConfig, RunConfig, TeacherConfig, TeachersConfig
 from cogvit.parallel.mesh import start_mesh, stop_mesh
 from cogvit.stages import build
-from cogvit.teacher.stream import LocalFeatures, Shared, attach_targets
+from cogvit.teacher.standardize import ChannelStats
+from cogvit.teacher.stream import LocalFeatures
+from cogvit.teacher.targets import Targets
 from cogvit.teacher.zoo import load_teacher
 from cogvit.training.engine import Engine
 from cogvit.training.feed import leads_replica, take_seat
-from cogvit.training.loop import advance
+from cogvit.training.loop import Deliver, advance
 from cogvit.training.state import TrainState
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import image_of, step_batches
@@ -73,18 +76,23 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
     mesh = start_mesh(config.parallel)
     decoded: list[int] = []
 
-    def counted(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    def counted(batches: Generator[StepBatch]) -> Generator[StepBatch]:
         for batch in batches:
             decoded.append(batch.decoded)
             yield batch
 
     features = 0
 
-    def noting(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
-        nonlocal features
-        for batch in batches:
-            features += sum(len(micro.targets.features) for micro in batch.micro if micro.targets is not None)
-            yield batch
+    def noting(deliver: Deliver) -> Deliver:
+        def noted(micro: Sequence[Batch]) -> tuple[Batch, ...]:
+            nonlocal features
+            whole = deliver(micro)
+            features += sum(len(batch.targets.features) for batch in whole if batch.targets is not None)
+            return whole
+
+        return noted
+
+    deliver: Deliver = tuple
 
     try:
         seat = take_seat(config, mesh)
@@ -99,12 +107,18 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
             source = counted(batches)
             if not contrast:
                 teachers = LocalFeatures({"own": load_teacher("tests.teachers:own", "fp32")}, partial(image_of))
-                own = teachers if leads_replica(mesh) else None
-                asked = Shared(own, teachers.dims, mesh.new_target_group(), leader=0, device=mesh.device)
-                source = attach_targets(source, asked if apart else teachers, mask_ratio=0.35, in_flight_steps=0)
-                source = noting(source)
+                targets = Targets(
+                    source=teachers if leads_replica(mesh) or not apart else None,
+                    dims=teachers.dims,
+                    dtypes=teachers.dtypes,
+                    stats={"own": ChannelStats(torch.zeros(12), torch.ones(12), "")},
+                    mask_ratio=0.35,
+                    group=mesh.new_target_group(),
+                )
+                source = targets.attached(source, in_flight_steps=0, augmented=True)
+                deliver = noting(targets.delivered if apart else tuple)
             for _ in range(STEPS):
-                state, values, _ = advance(engine, objective, source, state)
+                state, values, _ = advance(engine, objective, source, state, deliver)
                 metrics.append({name: values[name] for name in ("loss", "grad_norm", "images", "failed_images")})
         return Trained(metrics, decoded, features > 0)
     finally:

@@ -107,6 +107,7 @@ def step(tp: int, recompute: str, depth: int, fusion: bool = False) -> dict[str,
         "collectives": trace.collectives,
         "kernels": trace.kernels,
         "milliseconds": trace.milliseconds(14 * depth * stage.cfg.embed_dim * sum(n * n for n in LENGTHS)),
+        "other_bytes": trace.other_bytes,
         "saved_gib": trace.saved_bytes / 2**30,
         "out": str(features.patch_TD.dtype),
         "gradients": sorted({str(parameter.grad.dtype) for parameter in stage.parameters()}),
@@ -175,7 +176,9 @@ def main(library: str) -> None:
         "none": (1, "none", 24),
         "fused": (1, "none", 24, True),
         "full": (1, "full", 24),
+        "selective": (1, "selective", 4),
         "sequence": (2, "none", 2),
+        "sequence_fused": (2, "none", 2, True),
     }
     found: dict[str, Any] = {name: step(*case) for name, case in cases.items()}
     found["language"] = language_step(2, 2)

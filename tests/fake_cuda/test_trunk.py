@@ -7,12 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cogvit.config import ActivationConfig, MemoryConfig
+from cogvit.config.flags import load_preset
+from cogvit.stages import stage_of
+from cogvit.stages.cost import kept_bytes
 from tests.fake_cuda.fake import build_guard
+from tools.step_cost import KERNELS, MOVED_BYTES
 
 Figures = dict[str, Any]
 # Operators that raise on CUDA under torch.use_deterministic_algorithms: those of its documentation, as aten names them.
@@ -20,6 +26,7 @@ ATOMIC = re.compile(
     r"aten\.(upsample_(bi|tri)?(linear|cubic)\w*_backward|(avg|adaptive_\w+|fractional_max)_pool\dd\w*|max_unpool|put_"
     r"|nll_loss|_?ctc_loss|histc|median|grid_sampler\w*_backward|reflection_pad\w*_backward|bincount|cumsum|kthvalue)\b"
 )
+TOKENS = 16_384  # of a pack
 VARLEN = "torch_attn._varlen_attn.default"
 
 
@@ -74,6 +81,39 @@ def test_a_message_goes_out_in_the_dtype_in_which_it_comes_in(figures: dict[str,
     kinds = [name.split(".")[1] for name, _ in messages]
     assert {"_allgather_base_", "_reduce_scatter_base_"} <= set(kinds)
     assert not [message for message in messages if len(set(message[1])) > 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "depth", "fused", "tp"),
+    [
+        ("none", 24, False, 1),
+        ("fused", 24, True, 1),
+        ("selective", 4, False, 1),
+        ("full", 24, False, 1),
+        ("sequence_fused", 2, True, 2),
+    ],
+)
+def test_the_planner_counts_what_is_kept(
+    figures: dict[str, Figures], case: str, depth: int, fused: bool, tp: int
+) -> None:
+    """Within a tenth, beside what the embedding keeps."""
+    recompute = case if case in ("selective", "full") else "none"
+    config = load_preset("stage1_cogvit_l")
+    memory = MemoryConfig(vision=ActivationConfig(recompute))  # type: ignore[arg-type]
+    data = replace(config.data, tokens_per_pack=TOKENS)
+    config = replace(config, data=data, memory=memory)
+    (load,) = stage_of(config).loads(config)
+    block = kept_bytes(load, tp, sequence=tp > 1, fused=fused, precision="bf16")
+    embedding = TOKENS * (588 * 4 + 588 * 2 + 1024 * 4)  # patches normalized and cast, the first hidden states
+    assert (depth * block + embedding) / 2**30 == pytest.approx(figures[case]["saved_gib"], rel=0.1)
+
+
+def test_the_planner_counts_kernels_and_what_they_move(figures: dict[str, Figures]) -> None:
+    """By the rates of the roofline: what is neither a product nor attention, of 24 blocks."""
+    for case, fused in (("none", False), ("fused", True)):
+        moved = 24 * TOKENS * 1024 * sum(MOVED_BYTES[fused])
+        assert moved == pytest.approx(figures[case]["other_bytes"], rel=0.1)
+        assert 24 * sum(KERNELS[fused]) == pytest.approx(figures[case]["kernels"], rel=0.1)
 
 
 def test_a_language_model_runs_in_bf16_and_waits_for_nothing(figures: dict[str, Figures]) -> None:

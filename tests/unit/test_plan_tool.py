@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,18 +13,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
-from cogvit.config import ParallelConfig, RunConfig, TextEncoderConfig
+from cogvit.config import ParallelConfig, RunConfig, TeacherConfig, TextEncoderConfig
 from cogvit.config.flags import load_preset
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
 from cogvit.stages import check_run, stage_of
-from cogvit.stages.cost import Load, forward_flops, muon_flops
+from cogvit.stages.cost import Load, attention_flops, muon_flops, product_flops
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import QkvHeads, newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
 from tests.text_encoders import bert, write_encoder
 from tools.corpus_cost import cost_of
-from tools.plan import legal_layouts, main, predict
+from tools.plan import legal_layouts, main, refusal, teacher_flops
+from tools.step_cost import Prediction, muon_bytes, predict
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -43,7 +45,7 @@ def test_flops_are_those_of_the_blocks(mlp: str) -> None:
         model(torch.zeros(images, 3, 32, 32))
     patches = images * 16
     embedding = 2 * patches * 3 * 8 * 8 * 32
-    assert counter.get_total_flops() == forward_flops(cfg, patches, 16) + embedding
+    assert counter.get_total_flops() == product_flops(cfg, patches) + attention_flops(cfg, patches, 16) + embedding
 
 
 @pytest.mark.parametrize("qkv", ["split", "heads", "fused"])
@@ -79,17 +81,88 @@ def test_layouts_are_legal_and_keep_tensor_ranks_on_a_node() -> None:
         assert 8 % layout.parallel.tp == 0
 
 
-def cost(config: RunConfig, tp: int, pp: int) -> tuple[float, float, float]:
-    config = replace(config, parallel=ParallelConfig(tp=tp, pp=pp))
-    one = predict(config, loads_of(config), 32, 8, CLUSTERS["h100"])
-    return one.memory_bytes, one.bubble, one.sent_bytes
+def cost(config: RunConfig, tp: int = 1, pp: int = 1, world: int = 32, cluster: str = "h100") -> Prediction:
+    config = replace(config, parallel=replace(config.parallel, tp=tp, pp=pp))
+    return predict(config, loads_of(config), world, 8, CLUSTERS[cluster])
 
 
 def test_estimates_move_the_right_way() -> None:
     config = load_preset("stage1_cogvit_l")
-    alone, tensor, pipeline = cost(config, 1, 1), cost(config, 2, 1), cost(config, 1, 2)
-    assert tensor[0] < alone[0] and alone[1] == tensor[1] == 0.0 < pipeline[1] < 0.5
-    assert tensor[2] > alone[2]
+    alone, tensor, pipeline = cost(config), cost(config, tp=2), cost(config, pp=2)
+    assert tensor.memory_bytes < alone.memory_bytes
+    assert alone.seconds.bubble == tensor.seconds.bubble == 0.0 < pipeline.seconds.bubble < pipeline.seconds.step / 2
+    assert tensor.sent.tensor > 0.0 == alone.sent.tensor and pipeline.sent.pipeline > 0.0 == tensor.sent.pipeline
+    slower = cost(replace(config, fusion="off"))
+    assert slower.seconds.moved > 3 * alone.seconds.moved and slower.memory_bytes > alone.memory_bytes
+    assert {name: cost(config, cluster=name).mfu < 0.6 for name in CLUSTERS} == dict.fromkeys(CLUSTERS, True)
+
+
+def test_both_passes_of_stage_2_are_counted() -> None:
+    """Four forwards' worth of products where there is more than one microbatch, three where one holds everything."""
+    config = load_preset("stage2_cogvit_l")
+    many, world = cost(config), 64
+    data = replace(config.data, global_batch_images=8 * world, max_patches=1024)
+    one = replace(config, data=data)
+    single = cost(one, world=world)
+    assert many.micro > 1 == single.micro
+    for found, forwards, ranks in ((many, 4, 32), (single, 3, world)):
+        products = sum(load.product_flops for load in loads_of(config if found is many else one))
+        rate = CLUSTERS["h100"].flops * CLUSTERS["h100"].attained
+        assert found.seconds.products == pytest.approx(forwards * products / (ranks * rate))
+    assert many.seconds.loss > single.seconds.loss > 0.0 and many.sent.loss > single.sent.loss > 0.0
+
+
+def test_messages_of_gradients_follow_the_flags() -> None:
+    config = load_preset("stage1_cogvit_l")
+    (load,), dp = loads_of(config), 32
+    assert cost(config).sent.gradients == pytest.approx((dp - 1) / dp * 4 * load.parameters)
+    half = replace(config, zero=replace(config.zero, gradient_messages="bf16"))
+    beside = replace(config, zero=replace(config.zero, overlap=True))
+    assert 2 * cost(half).sent.gradients == cost(config).sent.gradients == cost(beside).sent.gradients / 2
+    staged = replace(config, precision="bf16", parallel=ParallelConfig(pipeline_messages="bf16"))
+    assert 2 * cost(staged, pp=2).sent.pipeline == cost(config, pp=2).sent.pipeline
+
+
+def test_muons_messages_are_those_that_were_counted_and_fall_with_the_ranks() -> None:
+    """MB a rank of cogvit_l; `tests/unit/test_partition.py` counts buffers, which hold a rank's own pieces too."""
+    (load,) = loads_of(load_preset("stage1_cogvit_l"))
+    found = [muon_bytes(load, 1, 1, dp) / 1e6 for dp in (8, 32, 64, 128, 256)]
+    assert found == pytest.approx([0.0, 8.4, 11.5, 11.0, 8.4], abs=0.1)
+
+
+def test_more_ranks_than_there_are_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_preset("stage1_cogvit_l")
+    assert refusal(config, cost(config)) == ""
+    few = replace(config, data=replace(config.data, global_batch_images=256))
+    assert refusal(few, cost(few)).startswith("too few images for so many ranks: 256 fill 25%")
+    assert main(["stage1_cogvit_l", "--data.global-batch-images", "256", "--tp", "1", "--pp", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "too few images for so many ranks" in line and "--data.global-batch-images" in line
+
+
+def test_layouts_that_wait_for_the_host_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_preset("stage1_cogvit_l")
+    split = cost(config, tp=8, pp=1)
+    assert split.launch_bound and not cost(config).launch_bound
+    assert refusal(config, split).startswith("launch-bound: the host needs")
+    assert main(["demo_stage1", "--nodes", "1", "--gpus-per-node", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "launch-bound" in line and "--data.tokens-per-pack" in line
+    assert main(["stage1_cogvit_l"]) == 0
+    assert "layouts left out, the first as launch-bound" in capsys.readouterr().out
+
+
+def test_teachers_are_counted_by_their_files_or_their_names(tmp_path: Path) -> None:
+    member, tokens = TeacherConfig(name="one", path=str(tmp_path)), 100
+    assert teacher_flops(member, tokens, 10) is None
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16})
+    )
+    assert teacher_flops(member, tokens, 10) == 3 * tokens * (2 * (4 * 64 + 2 * 8 * 16) + 4 * 10 * 8)
+    config = load_preset("stage1_cogvit_l")
+    (load,) = loads_of(config)
+    found = [teacher_flops(one, load.tokens, 256) for one in config.teachers.members]
+    assert 0.5 < sum(flops for flops in found if flops) / (3 * load.forward_flops) < 0.7
 
 
 def test_a_text_encoder_of_transformers_is_counted_whole(tmp_path: Path) -> None:
@@ -113,11 +186,12 @@ def test_a_text_encoder_of_transformers_is_counted_whole(tmp_path: Path) -> None
 def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     encoder = str(write_encoder(tmp_path, bert))
     flags = ["--nodes", "1", "--gpus-per-node", "2", "--text-encoder.path", encoder]
-    assert main(["demo_stage2", *flags, "--data.global-batch-images=512"]) == 0
+    assert main(["stage2_cogvit_l", *flags, "--data.tokenizer", "byt5", "--data.global-batch-images=512"]) == 0
     printed = capsys.readouterr().out
-    assert "demo_stage2 on 1 nodes x 2" in printed
-    config = replace(load_preset("demo_stage2"), text_encoder=TextEncoderConfig(encoder))
-    config = replace(config, data=replace(config.data, global_batch_images=512))
+    assert "stage2_cogvit_l on 1 nodes x 2" in printed
+    config = load_preset("stage2_cogvit_l")
+    data = replace(config.data, global_batch_images=512, tokenizer="byt5")
+    config = replace(config, data=data, text_encoder=TextEncoderConfig(encoder))
     assert f"{sum(load.parameters for load in loads_of(config)):,} parameters" in printed
     assert f"{3 * sum(load.forward_flops for load in loads_of(config)):.3g} FLOPs" in printed
     for argv, expected in (
@@ -133,8 +207,9 @@ def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_the_table_names_what_it_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stage2_cogvit_l", "--tp", "2", "--pp", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 6
-    assert lines[4].startswith("save: ") and lines[5].startswith("resume: ")
+    assert "stage2_cogvit_l on 4 nodes x 8 h100" in lines[0] and len(lines) == 7
+    assert lines[4].startswith("fastest: products ") and "microbatches" in lines[4]
+    assert lines[5].startswith("save: ") and lines[6].startswith("resume: ")
 
 
 def test_what_a_corpus_costs_hardly_grows_with_it_and_nothing_with_the_square_of_the_ranks(

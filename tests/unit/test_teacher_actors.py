@@ -23,8 +23,9 @@ import torch
 
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import ConfigError, DataError, TeacherUnavailable
-from cogvit.teacher.actors import Cluster, TeacherActor, TeacherPool, connect, plan_cluster
-from cogvit.teacher.room import check_room, idle_gpus, lanes_of
+from cogvit.teacher.actors import Cluster, TeacherPool, connect, plan_cluster
+from cogvit.teacher.room import Asker, check_room, idle_gpus, lanes_of
+from cogvit.teacher.serving import TeacherActor
 from cogvit.teacher.stream import Features, FeatureSource, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -90,7 +91,7 @@ def assert_equal_bits(answers: list[Features], expected: list[Features]) -> None
     for answer, wanted in zip(answers, expected, strict=True):
         assert set(answer) == set(wanted)
         for name, features in wanted.items():
-            assert answer[name].dtype == torch.float32 and torch.equal(answer[name], features)
+            assert answer[name].dtype == features.dtype and torch.equal(answer[name], features)
 
 
 def test_actors_answer_as_teachers_in_this_process_to_the_bit(actors: TeacherPool, expected: list[Features]) -> None:
@@ -101,16 +102,20 @@ def test_actors_answer_as_teachers_in_this_process_to_the_bit(actors: TeacherPoo
 
 def test_bf16_travels_to_the_bit_from_several_actors(cluster: Cluster, paths: dict[str, str]) -> None:
     members = (TeacherConfig(name="rounded", path=paths["siglip2"]),)
-    source = TeacherPool(TeachersConfig(members=members, actors_per_teacher=2, precision="bf16"), teachers.draw, 3)
+    source = TeacherPool(
+        TeachersConfig(members=members, actors_per_teacher=2, precision="bf16"), teachers.draw, Asker(3)
+    )
     lanes = [source.submit(request).calls["rounded"].actor.lane for request in REQUESTS]
     assert lanes == [1, 0, 1, 0]  # ranks that ask at once begin at different actors
     teacher = load_teacher(paths["siglip2"], "bf16")
-    assert_equal_bits(ask_all(source), ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
+    answers = ask_all(source)
+    assert answers[0]["rounded"].dtype == torch.bfloat16 == source.dtypes["rounded"]
+    assert_equal_bits(answers, ask_all(LocalFeatures({"rounded": teacher}, teachers.draw)))
 
 
 @pytest.mark.parametrize(("actors", "askers"), [(1, 1), (2, 1), (8, 1), (8, 3), (8, 8), (3, 8), (1024, 4096), (5, 4)])
 def test_askers_know_a_few_actors_each_and_all_between_them(actors: int, askers: int) -> None:
-    known = [lanes_of(actors, asker, askers) for asker in range(askers)]
+    known = [lanes_of(actors, Asker(number, askers)) for number in range(askers)]
     most = max(2, -(-actors // askers))
     assert all(len(lanes) == len(set(lanes)) == min(actors, most) for lanes in known)
     asked = Counter(lane for lanes in known for lane in lanes)

@@ -9,20 +9,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvit.batch import SampleRef
+from cogvit.batch import SampleRef, TeacherTargets, pad_step
 from cogvit.config import SUMMARY
-from cogvit.errors import ConfigError, TeacherUnavailable
+from cogvit.errors import ConfigError
 from cogvit.objective.masking import mask_tokens
-from cogvit.teacher.standardize import Standardized, fit_stats, hadamard, load_stats, save_stats
+from cogvit.teacher.standardize import ChannelStats, Standardized, fit_stats, hadamard, load_stats, save_stats
 from cogvit.teacher.stream import (
     FeatureRequest,
     Features,
     LocalFeatures,
     Pixels,
-    Shared,
     attach_targets,
     request_of,
+    rows_asked,
+    rows_of_images,
 )
+from cogvit.teacher.targets import Targets
 from cogvit.teacher.zoo import Teacher, load_teacher
 from tests import teachers
 from tests.pool import Pool
@@ -216,29 +218,76 @@ def test_statistics_need_images(source: LocalFeatures) -> None:
         fit_stats(source, [teachers.request((None,), ((0, 0),), 1.0)], FINGERPRINTS, "channel")
 
 
-class Failing(Recorder):
-    def result(self, handle: int) -> Features:
-        raise TeacherUnavailable("no features in 1 s")
+def deliver(rank: int, world: int, masked: float) -> tuple[list[Features], list[tuple[str, int]]]:
+    """A step of two packs and one of padding, of which rank 0 has the features; counts the broadcasts and their bytes.
+
+    "wide" comes in fp32 and "half" in bf16; both as the numbers of their values.
+    """
+    (step,) = (pad_step(teachers.step_batch(0, (PACK, PACK[:2])), 3),)
+    dims, dtypes = {"half": 3, "wide": 2, "wide_summary": 2}, {"half": torch.bfloat16}
+    sent: list[tuple[str, int]] = []
+    broadcast = dist.broadcast
+
+    def counted(tensor: Tensor, **options: object) -> None:
+        sent.append((str(tensor.dtype), tensor.nbytes))
+        broadcast(tensor, **options)
+
+    stats = {name: ChannelStats(torch.full((dim,), 1.0), torch.full((dim,), 2.0), "") for name, dim in dims.items()}
+    targets = Targets(
+        source=Recorder() if rank == 0 else None,
+        dims=dims,
+        dtypes={name: dtypes.get(name, torch.float32) for name in dims},
+        stats=stats,
+        mask_ratio=masked,
+        group=dist.group.WORLD,
+    )
+    micro = step.micro
+    if rank == 0:
+        asked = [request_of(batch, masked) for batch in micro]
+        features = [
+            {
+                name: torch.arange(sum(rows_of_images(name, one)) * dim).view(-1, dim).to(targets.dtypes[name])
+                for name, dim in dims.items()
+            }
+            for one in asked
+        ]
+        micro = tuple(
+            replace(batch, targets=TeacherTargets(found)) for batch, found in zip(micro, features, strict=True)
+        )
+    dist.broadcast = counted
+    try:
+        found = [batch.targets.features for batch in targets.delivered(micro) if batch.targets is not None]
+    finally:
+        dist.broadcast = broadcast
+    return found, sent
 
 
-def share(rank: int, world: int) -> list[Tensor | str]:
-    """Ask once with a leader that answers and once with one that fails, as the last rank leads."""
-    answers: list[Tensor | str] = []
-    for source in (Recorder(), Failing()):
-        group = dist.group.WORLD
-        assert group is not None
-        leads = rank == world - 1
-        shared = Shared(source if leads else None, {"one": 1}, group, leader=world - 1, device=torch.device("cpu"))
-        try:
-            features = shared.result(shared.submit(teachers.request((42,), ((1, 1),), 1.0)))
-            answers.append(features["one"])
-            assert len(source.events) == (2 if leads else 0)
-        except TeacherUnavailable as error:
-            answers.append(str(error))
-    return answers
+@pytest.mark.parametrize("masked", [0.35, 1.0])
+def test_a_step_reaches_a_replica_in_one_broadcast_and_one_rank_in_none(pool: Pool, masked: float) -> None:
+    """The features of 1.0 are those of visible patches too; bytes are those of the rows that are asked for."""
+    (alone, nothing), *_ = pool.run(deliver, 1, (masked,))
+    assert nothing == []
+    rows = 2 * (13 if masked < 1 else 35) - (6 if masked < 1 else 16)
+    for found, sent in pool.run(deliver, 2, (masked,)):
+        assert sent == [("torch.uint8", rows * (3 * 2 + 2 * 4) + 5 * 2 * 4)]
+        for pack, expected in zip(found, alone, strict=True):
+            assert pack.keys() == expected.keys()
+            for name, x in pack.items():
+                assert x.dtype == torch.float32 and torch.equal(x, expected[name])
+    assert torch.equal(alone[0]["wide"][1], torch.tensor([0.5, 1.0]))  # 2 and 3, less 1, over 2
+    assert [len(pack["half"]) for pack in alone] == [rows - len(alone[1]["half"]), len(alone[1]["half"]), 0]
 
 
-def test_a_group_shares_the_leaders_features_and_its_failure(pool: Pool) -> None:
-    for tensor, error in pool.run(share, 2):
-        assert torch.equal(tensor, torch.tensor([[42.0]]))
-        assert error == "no features in 1 s"
+def test_a_rank_that_trains_on_no_features_gets_none() -> None:
+    step = teachers.step_batch(0, (PACK,))
+    apart = Targets(source=None, dims={}, dtypes={}, stats={}, mask_ratio=0.35, group=None)
+    assert [batch.targets for batch in apart.delivered(step.micro)] == [None]
+
+
+def test_rows_are_counted_without_masks() -> None:
+    """So that a pack of 16,384 patches needs no sorting to know the size of its answer."""
+    for grid in ((3, 3), (2, 5), (7, 9), (16, 16)):
+        asked = teachers.request((1, None), (grid, (2, 2)), 0.35)
+        assert rows_of_images("one", asked) == [int(rows_asked("one", asked, 0).sum())]
+    summary = teachers.request((1, None, 2), ((3, 3), (1, 1), (2, 2)), 0.35)
+    assert rows_of_images("one" + SUMMARY, summary) == [1, 1]

@@ -16,7 +16,7 @@ from cogvit.config import SUMMARY, DataConfig, EvalConfig, RunConfig, TeacherCon
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig
 from cogvit.parallel.mesh import start_mesh
-from cogvit.stages.distill_targets import _counted, makers_of, sample_requests, shared_source
+from cogvit.stages.distill_targets import _counted, makers_of, sample_requests, shared_targets
 from cogvit.teacher.standardize import ChannelStats, Method, Standardized, fit_stats, load_stats, save_stats, try_place
 from cogvit.teacher.store import StoreFeatures, path_of
 from cogvit.teacher.stream import FeatureRequest, Features, LocalFeatures
@@ -284,7 +284,9 @@ def test_statistics_of_a_sample_are_written_for_runs_and_are_their_teachers_alon
 def first_answer(rank: int, world: int, run: RunConfig) -> Features:
     """What a run's first pack gets from its source, standardized."""
     mesh, index = start_mesh(run.parallel), open_index(run.data, run.data.shards)
-    source = shared_source(run, index, None, mesh)
+    targets = shared_targets(run, index, None, mesh)
+    assert targets.source is not None
+    source = Standardized(targets.source, targets.stats)
     return source.result(source.submit(next(sample_requests(run, index))))
 
 

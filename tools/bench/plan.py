@@ -13,6 +13,7 @@ thread a process. Ratios, not times, are what a busy machine can say something a
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -38,7 +39,7 @@ from cogvit.training.engine import Engine
 from configs.clusters import Cluster
 from tools.bench._ranks import on_ranks
 from tools.bench._record import flags_of, run_benchmark
-from tools.plan import predict
+from tools.step_cost import predict
 
 GRID, IMAGES_PER_PACK = (6, 6), 32
 TOKENS_PER_PACK = GRID[0] * GRID[1] * IMAGES_PER_PACK
@@ -150,10 +151,10 @@ def predictions_s(layout: ParallelConfig, dp: int, machine: Measured, attained: 
     Ranks that share a core lose nothing to the bubble: while a stage waits, another one has the core.
     """
     config, ranks = run_config(layout), layout.tp * layout.pp * dp
-    cluster = Cluster(machine.flops, 1e12, machine.bytes_per_s, machine.bytes_per_s, attained)
-    found = predict(config, stage_of(config).loads(config), ranks, ranks, cluster)
-    waiting_s = found.bubble * found.mfu * found.step_s / attained / (1.0 - found.bubble)
-    return found.step_s, found.step_s - waiting_s
+    # What a CPU's memory takes is in the share of the products' rate that training attains.
+    cluster = Cluster(machine.flops, 1e12, math.inf, machine.bytes_per_s, machine.bytes_per_s, attained)
+    seconds = predict(config, stage_of(config).loads(config), ranks, ranks, cluster).seconds
+    return seconds.step, seconds.step - seconds.bubble
 
 
 def parse_layouts(text: str) -> list[tuple[ParallelConfig, int]]:

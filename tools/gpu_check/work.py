@@ -28,7 +28,7 @@ from cogvit.model.config import CogViTConfig
 from cogvit.model.packing import Grid, pack_images
 from cogvit.objective.masking import mask_tokens
 from cogvit.parallel.mesh import Mesh, start_mesh, stop_mesh
-from cogvit.stages.cost import forward_flops
+from cogvit.stages.cost import attention_flops, product_flops
 from configs.models import cogvit_l_vision
 
 Figures = dict[str, Any]  # values that JSON has; a list of dicts is a table
@@ -142,7 +142,8 @@ def pack_of(setting: Setting, num_tokens: int, seed: int) -> tuple[Batch, float]
         name: torch.randn(masked, dim, generator=generator) for name, dim in TEACHER_DIMS.items()
     }
     batch = Batch(images, None, TeacherTargets(features), (None,) * SLOTS)
-    flops = sum(forward_flops(setting.vision, length, length) for length in lengths)
+    tower = setting.vision
+    flops = sum(product_flops(tower, length) + attention_flops(tower, length, length) for length in lengths)
     return move(batch, setting.device), flops
 
 
