@@ -30,11 +30,11 @@ from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice, Captions, captions_of, parse_metadata
 from data_pipeline.shards import ShardReader, is_pipe, is_remote, retry
-from data_pipeline.table import CAPTION_EXTENSIONS
+from data_pipeline.table import CAPTION_EXTENSIONS, CONVERSATION
 
 Ints = NDArray[np.int64]
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"CVCORPUS"
 PRELUDE = struct.Struct("<8sIIQQQQ")  # magic, version, bytes of a row, offset, size and hash of the tail, hash of these
 
@@ -49,14 +49,23 @@ ROW = np.dtype(
         ("caption_start", np.uint32),  # of its caption lengths among the shard's, language after language
         ("source", np.uint32),
         ("label", np.int32),  # class for evaluation; NO_LABEL where there is none
-        ("height_px", np.uint16),  # upright
+        ("height_px", np.uint16),  # upright; 0 where there is no image
         ("width_px", np.uint16),
         ("num_captions", np.uint8, (len(LANGUAGES),)),
-        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
+        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS, or CONVERSATION; -1 where nothing is said
         ("format", np.uint8),  # index into Corpus.formats
     ]
 )
 HASHES = np.dtype([("content_hash", np.int64), ("content_check", np.int64)])  # of the encoded image
+MORE = np.dtype(  # a further image of a conversation
+    [
+        ("row", np.uint32),  # of its sample in the shard
+        ("image_block", np.uint32),
+        ("size_bytes", np.uint32),
+        ("height_px", np.uint16),
+        ("width_px", np.uint16),
+    ]
+)
 TAR_BLOCK_BYTES = 512
 BLOCKS_AT = 2 * ROW.itemsize  # where the first block may begin; all begin at a multiple of a row
 SHARDS = pa.schema(
@@ -69,6 +78,9 @@ SHARDS = pa.schema(
         ("images", pa.int64()),
         *((f"captions_{language}", pa.int64()) for language in LANGUAGES),
         ("captioned", pa.int64()),  # images with a caption
+        ("pictured", pa.int64()),  # samples with an image
+        ("spoken", pa.int64()),  # with a caption or a conversation
+        ("more", pa.int64()),  # further images
         ("key_bytes", pa.int64()),
         ("rows_hash", pa.uint64()),
         ("apart_hash", pa.uint64()),
@@ -96,18 +108,20 @@ class Sections:
 
     hashes: int
     lengths: int
+    more: int
     key_ends: int
     keys: int
     end: int  # a whole number of rows
 
     @staticmethod
-    def of(images: int, captions: int, key_bytes: int) -> Sections:
-        """Return those of a shard of so many images, captions and bytes of keys."""
+    def of(images: int, captions: int, more: int, key_bytes: int) -> Sections:
+        """Return those of a shard of so many samples, captions, further images and bytes of keys."""
         hashes = images * ROW.itemsize
         lengths = hashes + images * HASHES.itemsize
-        key_ends = lengths + 4 * captions
+        further = lengths + 4 * captions
+        key_ends = further + MORE.itemsize * more
         keys = key_ends + 4 * images
-        return Sections(hashes, lengths, key_ends, keys, -(-(keys + key_bytes) // ROW.itemsize) * ROW.itemsize)
+        return Sections(hashes, lengths, further, key_ends, keys, -(-(keys + key_bytes) // ROW.itemsize) * ROW.itemsize)
 
 
 def corpus_place(pattern: str, index_dir: str = "") -> Place:
@@ -203,25 +217,49 @@ class Corpus:
             self.rows_of(one)
         return self.mapped[self.block[shard] + rows - self.first[shard]]
 
-    def ref(self, row: int) -> SampleRef:
-        """Return where the image of a sample lies."""
+    def ref(self, row: int, number: int = 0) -> SampleRef:
+        """Return where the image of a sample lies, or further ones from 1 on."""
         shard, entry = self._entry(row)
-        offset_bytes = int(entry["image_block"]) * TAR_BLOCK_BYTES
-        size_bytes = int(entry["size_bytes"])
+        image = self.further(shard, row)[number - 1] if number else entry
+        offset_bytes = int(image["image_block"]) * TAR_BLOCK_BYTES
+        size_bytes = int(image["size_bytes"])
         return SampleRef(int(entry["sample_id"]), self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
+
+    def further(self, shard: int, row: int) -> NDArray[Any]:
+        """Return MORE of the images of a sample behind its first one."""
+        every = self.more(shard)
+        first, last = np.searchsorted(every["row"], [row - self.first[shard], row - self.first[shard] + 1])
+        return every[first:last]
+
+    def more(self, shard: int) -> NDArray[Any]:
+        """Return MORE of a shard, in the order of its samples."""
+        if not self.fact(shard, "more"):
+            return np.zeros(0, MORE)
+        start = int(self.block[shard]) * ROW.itemsize + self._sections(shard).more
+        return np.frombuffer(self.buffer, MORE, self.fact(shard, "more"), start)
+
+    def metadata(self, row: int, reader: ShardReader) -> tuple[dict[str, Any], str]:
+        """Read what is said of a sample: its json or txt, and which of them it is; nothing where it has none.
+
+        Errors: DataError.
+        """
+        shard, entry = self._entry(row)
+        if entry["caption_member"] < 0:
+            return {}, "txt"
+        offset_bytes, size_bytes = int(entry["caption_block"]) * TAR_BLOCK_BYTES, int(entry["caption_size_bytes"])
+        data = reader.read(self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
+        extension = (*CAPTION_EXTENSIONS, "json")[entry["caption_member"]]
+        return parse_metadata(data, extension), extension
 
     def captions(self, row: int, reader: ShardReader, field: str = "") -> Captions:
         """Read the captions of a sample, all of them; none where it has none. field is data.caption_field.
 
         Errors: DataError.
         """
-        shard, entry = self._entry(row)
-        if entry["caption_member"] < 0:
+        if self._entry(row)[1]["caption_member"] == CONVERSATION:
             return captions_of({})
-        offset_bytes, size_bytes = int(entry["caption_block"]) * TAR_BLOCK_BYTES, int(entry["caption_size_bytes"])
-        data = reader.read(self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
-        extension = CAPTION_EXTENSIONS[entry["caption_member"]]
-        return captions_of(parse_metadata(data, extension), field if extension == "json" else "")
+        metadata, extension = self.metadata(row, reader)
+        return captions_of(metadata, field if extension == "json" else "")
 
     def name(self, row: int) -> str:
         """Return shard and key of a sample, for messages."""
@@ -248,18 +286,22 @@ class Corpus:
         """Return the UTF-8 lengths of a shard's captions, in the order that caption_start counts."""
         sections = self._sections(shard)
         start = int(self.block[shard]) * ROW.itemsize + sections.lengths
-        return np.frombuffer(self.buffer, np.uint32, (sections.key_ends - sections.lengths) // 4, start)
+        return np.frombuffer(self.buffer, np.uint32, (sections.more - sections.lengths) // 4, start)
 
     def chosen_bytes(self, rows: Ints, choice: CaptionChoice) -> Ints:
         """Return the UTF-8 length of the chosen caption of each of some rows, all of which have one."""
-        entries, shard = self.take(rows), self.shard_of(rows)
-        before = np.cumsum(entries["num_captions"], axis=1, dtype=np.int64) - entries["num_captions"]
-        place = entries["caption_start"] + np.take_along_axis(before, choice.language[:, None], axis=1)[:, 0]
-        sizes = np.zeros(len(rows), np.int64)
+        shard, place, sizes = self.shard_of(rows), self.caption_place(rows, choice), np.zeros(len(rows), np.int64)
         for one in np.unique(shard).tolist():
             here = shard == one
-            sizes[here] = self.lengths(one)[(place + choice.number)[here]]
+            sizes[here] = self.lengths(one)[place[here]]
         return sizes
+
+    def caption_place(self, rows: Ints, choice: CaptionChoice) -> Ints:
+        """Return where the chosen captions of some rows stand among those of their shards, as `lengths` has them."""
+        entries = self.take(rows)
+        before = np.cumsum(entries["num_captions"], axis=1, dtype=np.int64) - entries["num_captions"]
+        place = entries["caption_start"] + np.take_along_axis(before, choice.language[:, None], axis=1)[:, 0]
+        return place.astype(np.int64) + choice.number
 
     def check_shards(self, shards: Iterable[int]) -> None:
         """Compare the rows and all else of some shards with what was written. Errors: DataError."""
@@ -275,7 +317,9 @@ class Corpus:
 
     def _sections(self, shard: int) -> Sections:
         captions = sum(self.fact(shard, f"captions_{language}") for language in LANGUAGES)
-        return Sections.of(self.fact(shard, "images"), captions, self.fact(shard, "key_bytes"))
+        return Sections.of(
+            self.fact(shard, "images"), captions, self.fact(shard, "more"), self.fact(shard, "key_bytes")
+        )
 
     def _apart(self, shard: int) -> memoryview:
         """Return what lies behind a shard's rows."""

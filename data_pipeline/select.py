@@ -26,6 +26,9 @@ from data_pipeline.caption import LANGUAGES
 from data_pipeline.corpus import Corpus
 from data_pipeline.rules import read_rule
 from data_pipeline.stored import stored
+from data_pipeline.table import CONVERSATION
+
+Needs = Literal["anything", "image", "caption", "text"]  # text: a caption or a conversation
 
 VERSION = 1
 RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh", DRAW)
@@ -41,7 +44,7 @@ class Choice:
 
     where: str = ""  # a rule over RULE_COLUMNS
     duplicates: Literal["keep", "drop"] = "keep"  # of equal images, the first that has a caption or else the first
-    captioned: bool = False  # only samples with a caption
+    needs: Needs = "anything"  # only samples that have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +134,10 @@ def _make(corpus: Corpus, choice: Choice, start: NDArray[np.int64]) -> pa.Table:
     for shard in range(corpus.num_shards):
         rows = corpus.rows_of(shard)
         kept = _get(chosen, int(start[shard]), len(rows))
-        if choice.captioned:
-            spoken = rows["caption_member"] >= 0
-            reasons["no caption"] = reasons.get("no caption", 0) + int((kept & ~spoken).sum())
-            kept &= spoken
+        if choice.needs != "anything":
+            fit, reason = has(rows, choice.needs), f"no {choice.needs}"
+            reasons[reason] = reasons.get(reason, 0) + int((kept & ~fit).sum())
+            kept &= fit
             _put(chosen, int(start[shard]), kept)
         counts += np.bincount(rows["source"][kept], minlength=len(counts))
         captions += rows["num_captions"][kept].sum(axis=0, dtype=np.int64)
@@ -149,6 +152,20 @@ def _make(corpus: Corpus, choice: Choice, start: NDArray[np.int64]) -> pa.Table:
         "content": content if reasons else corpus.content,
     }
     return pa.table({"left_out": left_out}).replace_schema_metadata({_FACTS: json.dumps(facts)})
+
+
+def has(rows: NDArray[Any], needs: Needs) -> NDArray[np.bool_]:
+    """Return which rows have what is needed."""
+    spoken = rows["caption_member"] >= 0
+    match needs:
+        case "image":
+            return rows["height_px"] > 0
+        case "caption":
+            return spoken & (rows["caption_member"] != CONVERSATION)
+        case "text":
+            return spoken
+        case "anything":
+            return np.ones(len(rows), np.bool_)
 
 
 def _put(bits: NDArray[np.uint8], start: int, values: NDArray[np.bool_]) -> None:
@@ -204,7 +221,9 @@ def _buckets(corpus: Corpus, chosen: NDArray[np.uint8], start: NDArray[np.int64]
             hashed = np.zeros(len(rows), _HASHED)
             hashed["hash"], hashed["check"] = hashes["content_hash"], hashes["content_check"]
             hashed["mute"], hashed["row"] = rows["caption_member"] < 0, corpus.first[shard] + np.arange(len(rows))
-            hashed = hashed[_get(chosen, int(start[shard]), len(rows))]
+            # Many conversations may be about one image.
+            alone = rows["caption_member"] != CONVERSATION
+            hashed = hashed[_get(chosen, int(start[shard]), len(rows)) & alone]
             owner = hashed["hash"].view(np.uint64) % np.uint64(count) if count > 1 else np.zeros(len(hashed), np.uint64)
             for number in np.unique(owner).tolist():
                 files[number].write(hashed[owner == number].tobytes())

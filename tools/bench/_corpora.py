@@ -19,7 +19,7 @@ from data_pipeline.mixture import cost_at_all_budgets, costing_of
 from data_pipeline.select import Choice, select
 from data_pipeline.spec import PlanSpec
 from data_pipeline.stored import stored
-from data_pipeline.table import SCHEMA
+from data_pipeline.table import MORE_COLUMNS, SCHEMA
 
 Ints = NDArray[np.int64]
 
@@ -40,7 +40,7 @@ def index_table(height_px: Ints, width_px: Ints, first: int, captions: int = 0) 
     lists = {
         "en_bytes": pa.ListArray.from_arrays(ends, pa.array(np.full(count * captions, 60, np.int32))),
         "zh_bytes": pa.array([[]] * count, pa.list_(pa.int32())),
-    }
+    } | {f"more_{name}": pa.array([[]] * count, pa.list_(pa.int64())) for name in MORE_COLUMNS}
     texts = {"key": numbers.astype(str), "source": np.full(count, "web"), "format": np.full(count, "jpeg")}
     whole = {name: pa.array(columns[name]) for name in SCHEMA.names} | lists
     return pa.table(whole | {name: pa.array(text) for name, text in texts.items()}).select(SCHEMA.names).cast(SCHEMA)
