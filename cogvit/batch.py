@@ -99,6 +99,7 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
+        host: as in `PackedImages`, without grids.
     """
 
     ids: Tensor
@@ -108,6 +109,7 @@ class PackedSequence:
     labels: Tensor
     weight: Tensor
     key: Tensor
+    host: HostView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Batch:
     text: PackedText | None
     targets: TeacherTargets | None
     samples: tuple[SampleRef | None, ...]  # N, in slot order
+    sequence: PackedSequence | None = None  # text with the images in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +197,18 @@ def sent(values: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def pinned(step: StepBatch) -> StepBatch:
-    """Copy the images and captions of a step into page-locked memory; needs CUDA."""
+    """Copy the images and texts of a step into page-locked memory; needs CUDA."""
 
     def pin(tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if tensor.numel() else tensor
 
     micro = (
-        replace(batch, images=_each(batch.images, pin), text=None if batch.text is None else _each(batch.text, pin))
+        replace(
+            batch,
+            images=_each(batch.images, pin),
+            text=None if batch.text is None else _each(batch.text, pin),
+            sequence=None if batch.sequence is None else _each(batch.sequence, pin),
+        )
         for batch in step.micro
     )
     return replace(step, micro=tuple(micro))
@@ -212,7 +220,8 @@ def move(batch: Batch, device: torch.device) -> Batch:
     targets = batch.targets
     if targets is not None:
         targets = TeacherTargets({name: x.to(device, non_blocking=True) for name, x in targets.features.items()})
-    return replace(batch, images=to_device(batch.images, device), text=text, targets=targets)
+    sequence = None if batch.sequence is None else to_device(batch.sequence, device)
+    return replace(batch, images=to_device(batch.images, device), text=text, targets=targets, sequence=sequence)
 
 
 def pad_step(step: StepBatch, num_packs: int) -> StepBatch:
@@ -231,6 +240,7 @@ def _emptied(batch: Batch) -> Batch:
         text=None if batch.text is None else _padding_like(batch.text),
         targets=targets,
         samples=(None,) * len(batch.samples),
+        sequence=None if batch.sequence is None else _padding_like(batch.sequence),
     )
 
 
@@ -239,7 +249,6 @@ def _padding_like(packed: Packed) -> Packed:
     blank.cu_seqlens[-1] = packed.cu_seqlens[-1]
     if isinstance(packed, PackedSequence):
         blank.visual_row.sub_(1)
-        return blank
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)

@@ -223,6 +223,8 @@ class OptimConfig:
     projection: ModuleConfig = field(default_factory=ModuleConfig)  # and distillation heads
     temperature: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
     bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
+    adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
+    language: ModuleConfig = field(default_factory=ModuleConfig)
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,7 @@ class MemoryConfig:
 
     vision: ActivationConfig = field(default_factory=ActivationConfig)
     text: ActivationConfig = field(default_factory=ActivationConfig)
+    language: ActivationConfig = field(default_factory=ActivationConfig)
     projection_recompute: bool = option(False, "projections and distillation heads are done again in backward")
 
 

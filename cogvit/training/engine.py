@@ -50,7 +50,8 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, mesh: Mesh) -> None:
         self.mesh, self.model = mesh, model
         self.skips_in_a_row = 0
-        self.tensors = list(plain_tensors(model))
+        # What is frozen has no gradient, no moments and no part in what is stored.
+        self.tensors = [tensor for tensor in plain_tensors(model) if tensor.parameter.requires_grad]
         self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
         self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
@@ -190,6 +191,6 @@ def _parts(tensor: PlainTensor, fragment: Fragment, values: Tensor, mesh: Mesh) 
 def module_of(name: str) -> Module:
     """Return the module whose rates a parameter has, from the first part of its plain name."""
     first = name.split(".")[0]
-    if first in ("vision", "text"):
+    if first in ("vision", "text", "adapter", "language"):
         return cast(Module, first)
     return "temperature" if first == "log_t" else "bias" if first == "bias" else "projection"

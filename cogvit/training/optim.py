@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
 
-Module = Literal["vision", "text", "projection", "temperature", "bias"]
+Module = Literal["vision", "text", "projection", "temperature", "bias", "adapter", "language"]
 Kind = Literal["muon", "adamw", "sgd"]
 Role = Literal["block_matrix", "matrix", "vector"]
 
@@ -21,6 +21,8 @@ _ROLES: dict[Module, tuple[Role, ...]] = {
     "projection": ("matrix", "vector"),
     "temperature": ("vector",),
     "bias": ("vector",),
+    "adapter": ("matrix", "vector"),
+    "language": ("block_matrix", "matrix", "vector"),
 }
 
 MASTER = "master"  # what the fp32 parameter is called beside its moments
@@ -87,6 +89,8 @@ def module_config(module: Module, config: OptimConfig) -> ModuleConfig:
         "projection": config.projection,
         "temperature": config.temperature,
         "bias": config.bias,
+        "adapter": config.adapter,
+        "language": config.language,
     }[module]
 
 
