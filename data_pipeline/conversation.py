@@ -1,6 +1,6 @@
-"""Conversations: turns of text and images, as a sample's json holds them in the forms that people write.
+r"""Conversations: turns of text and images, as a sample's json holds them in the forms that people write.
 
-LLaVA's {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": ...}]}, or
+LLaVA's {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": ...}]}, or
 OpenAI's {"messages": [{"role": "user", "content": text or parts}, ...]}, whose texts may hold <image> too. A json that
 has either is a conversation, and captions in it are not read.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from cogvit.errors import DataError
 from cogvit.model.dialog import Conversation, Role, Turn
-from data_pipeline.caption import Captions, is_encodable
+from data_pipeline.caption import is_encodable
 
 Names = tuple[str, ...]
 
@@ -76,11 +76,6 @@ def asked_about(prompt: str, caption: str) -> Conversation:
 def spelt_bytes(conversation: Conversation) -> int:
     """Return the UTF-8 bytes of what is said."""
     return ASK + sum(len(part.encode()) for turn in conversation for part in turn.parts if part is not None)
-
-
-def captions_as(captions: Captions, language: str, number: int, prompts: dict[str, str]) -> Conversation:
-    """Return one of a sample's captions as a conversation; prompts are what is asked in each language."""
-    return asked_about(prompts.get(language, ""), captions[language][number])
 
 
 def _names(value: Any) -> list[str]:

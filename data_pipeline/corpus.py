@@ -8,11 +8,11 @@ or a writer that dies, sees a whole file. What is mapped belongs to the page cac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,68 +29,24 @@ from cogvit.batch import SampleRef, ShardVersion
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice, Captions, captions_of, parse_metadata
+from data_pipeline.corpus_form import (
+    BLOCKS_AT,
+    FACTS,
+    FURTHER,
+    HASHES,
+    MAGIC,
+    MORE,
+    PRELUDE,
+    ROW,
+    TAR_BLOCK_BYTES,
+    VERSION,
+    Sections,
+)
 from data_pipeline.shards import ShardReader, is_pipe, is_remote, retry
 from data_pipeline.table import CAPTION_EXTENSIONS, CONVERSATION
 
 Ints = NDArray[np.int64]
 
-VERSION = 2
-MAGIC = b"CVCORPUS"
-PRELUDE = struct.Struct("<8sIIQQQQ")  # magic, version, bytes of a row, offset, size and hash of the tail, hash of these
-
-# One sample. Members of a tar begin at multiples of 512 bytes, which is the unit of the blocks.
-ROW = np.dtype(
-    [
-        ("sample_id", np.int64),
-        ("image_block", np.uint32),
-        ("size_bytes", np.uint32),
-        ("caption_block", np.uint32),
-        ("caption_size_bytes", np.uint32),
-        ("caption_start", np.uint32),  # of its caption lengths among the shard's, language after language
-        ("source", np.uint32),
-        ("label", np.int32),  # class for evaluation; NO_LABEL where there is none
-        ("height_px", np.uint16),  # upright; 0 where there is no image
-        ("width_px", np.uint16),
-        ("num_captions", np.uint8, (len(LANGUAGES),)),
-        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS, or CONVERSATION; -1 where nothing is said
-        ("format", np.uint8),  # index into Corpus.formats
-    ]
-)
-HASHES = np.dtype([("content_hash", np.int64), ("content_check", np.int64)])  # of the encoded image
-MORE = np.dtype(  # a further image of a conversation
-    [
-        ("row", np.uint32),  # of its sample in the shard
-        ("image_block", np.uint32),
-        ("size_bytes", np.uint32),
-        ("height_px", np.uint16),
-        ("width_px", np.uint16),
-    ]
-)
-TAR_BLOCK_BYTES = 512
-BLOCKS_AT = 2 * ROW.itemsize  # where the first block may begin; all begin at a multiple of a row
-SHARDS = pa.schema(
-    [
-        ("name", pa.string()),  # behind the head of the pattern
-        ("mark", pa.string()),  # with size_bytes its version
-        ("size_bytes", pa.int64()),
-        ("made_from", pa.uint64()),  # hash of what its index was made from
-        ("block", pa.int64()),  # where its block begins, in rows
-        ("images", pa.int64()),
-        *((f"captions_{language}", pa.int64()) for language in LANGUAGES),
-        ("captioned", pa.int64()),  # images with a caption
-        ("pictured", pa.int64()),  # samples with an image
-        ("spoken", pa.int64()),  # with a caption or a conversation
-        ("more", pa.int64()),  # further images
-        ("key_bytes", pa.int64()),
-        ("rows_hash", pa.uint64()),
-        ("apart_hash", pa.uint64()),
-        ("content", pa.uint64()),  # hash of what plans depend on; moving a shard keeps it
-        ("sources", pa.list_(pa.uint32())),
-        ("source_images", pa.list_(pa.int64())),
-    ]
-)
-SOURCES = pa.schema([("name", pa.string())])
-_FACTS = b"cogvit.corpus"
 CHECKED_AT_START = 4  # shards whose versions are compared when a corpus is opened; the others when they are
 
 
@@ -100,28 +56,6 @@ class Place:
 
     path: str
     head: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sections:
-    """Where the parts of a shard's block begin, in bytes after its first row."""
-
-    hashes: int
-    lengths: int
-    more: int
-    key_ends: int
-    keys: int
-    end: int  # a whole number of rows
-
-    @staticmethod
-    def of(images: int, captions: int, more: int, key_bytes: int) -> Sections:
-        """Return those of a shard of so many samples, captions, further images and bytes of keys."""
-        hashes = images * ROW.itemsize
-        lengths = hashes + images * HASHES.itemsize
-        further = lengths + 4 * captions
-        key_ends = further + MORE.itemsize * more
-        keys = key_ends + 4 * images
-        return Sections(hashes, lengths, further, key_ends, keys, -(-(keys + key_bytes) // ROW.itemsize) * ROW.itemsize)
 
 
 def corpus_place(pattern: str, index_dir: str = "") -> Place:
@@ -192,9 +126,20 @@ class Corpus:
         name: str = self.fact(shard, "name")
         return name if name.startswith("/") or is_remote(name) else self.head + name
 
+    def identity(self) -> str:
+        """Return a hash of which shards are where: what plans depend on does not tell renamed keys."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in ("rows_hash", "apart_hash"):
+            digest.update(self.shards[name].to_numpy().tobytes())
+        return digest.hexdigest()
+
     def version(self, shard: int) -> ShardVersion:
         """Return what tells that a shard is still the one that was indexed."""
         return ShardVersion(self.fact(shard, "size_bytes"), self.fact(shard, "mark"))
+
+    def shard(self, row: int) -> int:
+        """Return the shard of a row."""
+        return int(np.searchsorted(self.first, row, "right")) - 1
 
     def shard_of(self, rows: Ints) -> Ints:
         """Return the shards of some rows."""
@@ -230,6 +175,23 @@ class Corpus:
         every = self.more(shard)
         first, last = np.searchsorted(every["row"], [row - self.first[shard], row - self.first[shard] + 1])
         return every[first:last]
+
+    def further_of(self, rows: Ints) -> NDArray[Any]:
+        """Return the images of some rows behind their first ones: which of the rows, number from 1, height, width."""
+        shard, found = self.shard_of(rows), [np.zeros(0, FURTHER)]
+        for one in np.unique(shard).tolist():
+            if self.fact(one, "more"):
+                every, places = self.more(one), np.flatnonzero(shard == one)
+                inside = rows[places] - self.first[one]
+                first, last = (np.searchsorted(every["row"], inside, side) for side in ("left", "right"))
+                own = np.zeros(int((last - first).sum()), FURTHER)
+                own["owner"] = np.repeat(places, last - first)
+                before = np.repeat(np.cumsum(last - first) - (last - first), last - first)
+                own["number"] = np.arange(len(own)) - before + 1
+                chosen = every[np.repeat(first, last - first) + own["number"] - 1]
+                own["height_px"], own["width_px"] = chosen["height_px"], chosen["width_px"]
+                found.append(own)
+        return np.concatenate(found)
 
     def more(self, shard: int) -> NDArray[Any]:
         """Return MORE of a shard, in the order of its samples."""
@@ -267,7 +229,7 @@ class Corpus:
         return f"{self.shard_path(shard)}:{self.keys(shard)[row - int(self.first[shard])]}"
 
     def _entry(self, row: int) -> tuple[int, Any]:
-        shard = int(np.searchsorted(self.first, row, "right")) - 1
+        shard = self.shard(row)
         return shard, self.rows_of(shard)[row - int(self.first[shard])]
 
     def hashes(self, shard: int) -> NDArray[Any]:
@@ -388,7 +350,7 @@ def parse_corpus(buffer: memoryview, path: str, head: str) -> Corpus:
         raise _damaged(path, "its list of shards changed since it was written")
     stream = pa.BufferReader(pa.py_buffer(tail))
     with pa.ipc.open_stream(stream) as reader:
-        facts = json.loads(reader.schema.metadata[_FACTS])
+        facts = json.loads(reader.schema.metadata[FACTS])
         shards = reader.read_next_batch()
         reader.read_all()  # up to its end, where the other one begins
     with pa.ipc.open_stream(stream) as reader:
@@ -408,26 +370,3 @@ def parse_corpus(buffer: memoryview, path: str, head: str) -> Corpus:
         block=shards["block"].to_numpy(),
         checked=np.zeros(len(images), np.bool_),
     )
-
-
-def tail_bytes(
-    shards: pa.Table, sources: list[str], formats: list[str], content: str, part: tuple[int, int, int] | None
-) -> pa.Buffer:
-    """Return the tail of a corpus file."""
-    sink = pa.BufferOutputStream()
-    facts = json.dumps({"formats": formats, "content": content, "part": part})
-    for table in (
-        shards.replace_schema_metadata({_FACTS: facts}),
-        pa.table({"name": sources}, schema=SOURCES),
-    ):
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            batches = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
-            writer.write_batch(batches[0])
-    return sink.getvalue()
-
-
-def prelude_bytes(offset: int, tail: pa.Buffer) -> bytes:
-    """Return the start of a corpus file whose tail lies at an offset."""
-    fields = (MAGIC, VERSION, ROW.itemsize, offset, tail.size, xxhash.xxh3_64_intdigest(tail))
-    start = PRELUDE.pack(*fields, 0)[:-8]
-    return start + xxhash.xxh3_64_intdigest(start).to_bytes(8, "little")

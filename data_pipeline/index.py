@@ -19,7 +19,8 @@ from cogvit.batch import SampleRef, ShardVersion
 from cogvit.config import DataConfig
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice
-from data_pipeline.corpus import CHECKED_AT_START, HASHES, Corpus, Place, corpus_place, open_corpus
+from data_pipeline.corpus import CHECKED_AT_START, Corpus, Place, corpus_place, open_corpus
+from data_pipeline.corpus_form import HASHES
 from data_pipeline.merge import Entry, made_from_hash, merge, temporary_corpus
 from data_pipeline.rules import Rules
 from data_pipeline.scan import scan_shard

@@ -24,19 +24,15 @@ from numpy.typing import NDArray
 
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
-from data_pipeline.corpus import (
+from data_pipeline.corpus import Corpus, Place, map_file, open_corpus, parse_corpus
+from data_pipeline.corpus_form import (
     BLOCKS_AT,
     HASHES,
     MORE,
     ROW,
     SHARDS,
     TAR_BLOCK_BYTES,
-    Corpus,
-    Place,
     Sections,
-    map_file,
-    open_corpus,
-    parse_corpus,
     prelude_bytes,
     tail_bytes,
 )

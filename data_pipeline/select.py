@@ -79,7 +79,7 @@ def select(corpus: Corpus, choice: Choice) -> Selection:
     start = np.concatenate([[0], start[:-1]]).astype(np.int64)
     if choice == Choice():
         return _whole(corpus, start)
-    question = json.dumps([VERSION, corpus.content, _identity(corpus), asdict(choice)])
+    question = json.dumps([VERSION, corpus.content, corpus.identity(), asdict(choice)])
     table = stored(corpus.path, "chosen", question, lambda: _make(corpus, choice, start))
     facts = json.loads(table.schema.metadata[_FACTS])
     bits = table["left_out"].chunk(0).to_numpy() if table.num_rows else None
@@ -93,14 +93,6 @@ def select(corpus: Corpus, choice: Choice) -> Selection:
         facts["reasons"],
         facts["content"],
     )
-
-
-def _identity(corpus: Corpus) -> str:
-    """Return a hash of which shards are where in a corpus: what its plans depend on does not tell renamed keys."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("rows_hash", "apart_hash"):
-        digest.update(corpus.shards[name].to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _whole(corpus: Corpus, start: NDArray[np.int64]) -> Selection:

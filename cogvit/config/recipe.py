@@ -49,6 +49,7 @@ def files_of(config: RunConfig) -> dict[str, str]:
         "init": config.init,
         "data.tokenizer": config.data.tokenizer,
         "text_encoder.path": config.text_encoder.path,
+        "language.path": config.language.path,
         "teachers.stats": config.teachers.stats,
     }
     return {field: path for field, path in (named | members).items() if path}

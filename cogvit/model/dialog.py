@@ -70,7 +70,7 @@ class DialogReader:
             raise DataError(f"{directory}: {error}") from None
         if (most := max(tokenizer.get_vocab().values())) >= vocab_size:
             raise DataError(f"{directory} has a tokenizer with ids to {most}, and its vocab_size is {vocab_size}")
-        self.fingerprint = _fingerprint(directory)
+        self.fingerprint = tokenizer_fingerprint(directory)
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._ends = (*own, *eos_ids)
         self._tokenizer = tokenizer
@@ -126,7 +126,8 @@ def _typed(turn: Turn) -> list[dict[str, Any]]:
     return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
 
-def _fingerprint(directory: Path) -> str:
+def tokenizer_fingerprint(directory: Path) -> str:
+    """Return a hash of a tokenizer's files: of what decides how text is cut into tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for name in _FILES:
         if (directory / name).is_file():

@@ -51,12 +51,17 @@ def read_causal_lm(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the family or an option is not ours, a weight is no
     float, NaN or infinite, or names every missing, extra and misshaped weight.
     """
+    cfg = read_shape(directory)
+    return cfg, from_causal_lm(directory, read_weights(directory, ""), cfg)
+
+
+def read_shape(directory: Path) -> LanguageConfig:
+    """Read config.json and generation_config.json, and no weights. Errors: as `read_causal_lm`."""
     values = read_json(directory / CONFIG) | read_generation(directory)
     try:
-        cfg = language_config(values)
+        return language_config(values)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from None
-    return cfg, from_causal_lm(directory, read_weights(directory, ""), cfg)
 
 
 def read_generation(directory: Path) -> dict[str, Any]:
