@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from cogvit.batch import Batch, HostView, PackedImages, PackedText, TeacherTargets
+from cogvit.batch import Batch, HostView, PackedImages, PackedSequence, PackedText, TeacherTargets
 from cogvit.draws import mix
+from cogvit.model.packing import Grid
+from cogvit.model.sequence import Part, part_positions
 from cogvit.objective.masking import mask_tokens
 from cogvit.teacher.stream import is_summary
 
@@ -61,6 +66,77 @@ def random_batch(seed: int, teacher_dims: dict[str, int]) -> Batch:
     rows = {name: int((images.grid_hw[:, 0] > 0).sum()) if is_summary(name) else masked for name in teacher_dims}
     features = {name: torch.randn(rows[name], dim, generator=g) for name, dim in teacher_dims.items()}
     return Batch(images, random_text(seed, images), TeacherTargets(features), (None,) * images.num_slots)
+
+
+Shown = Literal["mixed", "text", "images", "nothing"]  # what is in a pack of stage 3
+
+
+def no_images(*, num_tokens: int = 96, num_slots: int = 8, patch_px: int = 8) -> PackedImages:
+    """A pack of images that is all padding."""
+    return PackedImages(
+        patches=torch.zeros(num_tokens, 3 * patch_px**2, dtype=torch.uint8),
+        row_col=torch.zeros(num_tokens, 2, dtype=torch.int32),
+        cu_seqlens=_int32([0] * (num_slots + 1) + [num_tokens]),
+        grid_hw=torch.zeros(num_slots, 2, dtype=torch.int32),
+        key=torch.zeros(num_slots, dtype=torch.int64),
+        weight=torch.zeros(num_slots),
+        host=HostView((0,) * num_slots + (num_tokens,), ((0, 0),) * num_slots),
+    )
+
+
+def random_sequence(
+    seed: int,
+    samples: Sequence[Sequence[Part]],
+    *,
+    num_tokens: int = 96,
+    num_slots: int = 6,
+    vocab_size: int = 288,
+    by_place: bool = True,
+) -> PackedSequence:
+    """A pack of samples, each of texts and images' grids in visual tokens, in the order of the images' pack."""
+    g = torch.Generator().manual_seed(seed)
+    positions, rows, lengths, seen = [torch.zeros(3, 0, dtype=torch.int64)], [], [], 0
+    for parts in samples:
+        positions.append(part_positions(parts, by_place=by_place))
+        lengths.append(positions[-1].shape[1])
+        for part in parts:
+            if isinstance(part, int):
+                rows += [-1] * part
+            else:
+                rows += range(seen, seen + part[0] * part[1])
+                seen += part[0] * part[1]
+    padding, absent = num_tokens - len(rows), num_slots - len(samples)
+    bounds = torch.tensor([0, *lengths, *[0] * absent, padding]).cumsum(0)
+    ids, weight = torch.randint(4, vocab_size, (num_tokens,), generator=g), torch.rand(num_tokens, generator=g)
+    visual_row = _int32(rows + [-1] * padding)
+    weight = torch.where(visual_row < 0, weight.mul(2).round().mul(weight), 0.0)  # a quarter has none
+    weight[bounds[1:-1] - 1] = 0.0
+    weight[len(rows) :] = 0.0
+    return PackedSequence(
+        ids=torch.where(visual_row < 0, ids, 3),
+        position=torch.cat([*positions, torch.zeros(3, padding, dtype=torch.int64)], dim=1).to(torch.int32),
+        cu_seqlens=bounds.to(torch.int32),
+        visual_row=visual_row,
+        labels=ids.roll(-1),
+        weight=weight,
+        key=mix(torch.arange(num_slots) + 1000 * seed, 11),
+        host=HostView((*lengths, *[0] * absent, padding)),
+    )
+
+
+def joint_batch(seed: int, shown: Shown, *, by_place: bool) -> Batch:
+    """A microbatch of stage 3 with 8-px patches, merged 2 x 2: samples with several images, one, and none."""
+    with_images = shown in ("mixed", "images")
+    images = random_images(seed) if with_images else no_images()
+    grids: list[Grid] = [(-(-rows // 2), -(-columns // 2)) for rows, columns in images.grid_hw.tolist() if rows]
+    samples: dict[Shown, list[list[Part]]] = {
+        "mixed": [[4, *grids[:1], 5, *grids[1:2], 7], [11], [*grids[2:], 6]],
+        "text": [[13], [1], [20], [13]],
+        "images": [[grid, 1] for grid in grids[:5]],
+        "nothing": [],
+    }
+    sequence = random_sequence(seed, samples[shown], by_place=by_place)
+    return Batch(images, None, None, (None,) * images.num_slots, sequence)
 
 
 def _int32(values: list[int] | list[tuple[int, int]]) -> Tensor:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from cogvit.errors import ConfigError
+
 Family = Literal["llama", "glm4", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
 
@@ -131,3 +133,17 @@ class LanguageConfig:
     def fill_id(self) -> int:
         """What stands behind the end of an answer that finished before the others of its batch."""
         return self.pad_id if self.pad_id is not None else next(iter(self.eos_ids), 0)
+
+
+def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
+    """Check that a language model can be split over tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
+    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+        if getattr(cfg, name) % tp:
+            raise ConfigError(
+                f"--parallel.tp {tp} does not divide the language model's {name}={getattr(cfg, name)}; use a divisor of"
+                " it"
+            )
+    if cfg.depth % pp:
+        raise ConfigError(
+            f"--parallel.pp {pp} does not divide the language model's depth={cfg.depth}; use a divisor of it"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cogvit.batch import PackedImages, PackedSequence
 from cogvit.errors import CheckpointError
-from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
+from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, fitted_adapter, make_adapter
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
 from cogvit.model.config import AdapterConfig
@@ -98,10 +98,7 @@ class VisionLanguageModel(nn.Module):
 
         Errors: DataError when the tokenizer has no image token, ValueError when something does not fit.
         """
-        hidden = adapter.hidden_dim
-        if hidden is None and adapter.kind in ("swiglu", "conv"):
-            adapter = AdapterConfig(adapter.kind, language.cfg.mlp_dim, adapter.spatial_pool)
-        made = make_adapter(adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
+        made = fitted_adapter(adapter, vision.cfg.embed_dim, language.cfg)
         limits = ImageLimits(vision.cfg.patch_size * made.spatial_pool, min_pixels, max_pixels)
         return cls(vision, made, language, image_token_id(tokenizer), limits, tokenizer)
 

@@ -21,8 +21,9 @@ from cogvit.config import ContrastConfig
 from cogvit.model.tokens import PackedFeatures, pool_mean
 from cogvit.objective.distill import reduce_terms
 from cogvit.objective.pairwise import Groups, Pairs, SigmoidGradients, sigmoid_gradients
-from cogvit.parallel.encoder import TextStage, TrunkStage, VisionStage, WholeTextStage
+from cogvit.parallel.encoder import TextStage, VisionStage, WholeTextStage
 from cogvit.parallel.schedule import Schedule
+from cogvit.parallel.stage import TrunkStage
 
 
 class ContrastModel(nn.Module):

@@ -1,8 +1,8 @@
 """Maps weights between Megatron's shards and the plain model, exactly and both ways.
 
 The plain model's names and full tensors are what is stored, exported and initialized; a shard is a view of them.
-Megatron fuses and reorders two matrices: attention's qkv is interleaved by head, and a rank's SwiGLU fc1 is
-[gate_r; up_r], so their concatenation over ranks is not the plain tensor.
+Megatron fuses and reorders two matrices: attention's qkv lies by key-value head, each with the queries that it serves,
+and a rank's SwiGLU fc1 is [gate_r; up_r], so their concatenation over ranks is not the plain tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Split(Enum):
     REPLICATED = "replicated"
     ROWS = "rows"
     COLUMNS = "columns"
-    QKV = "qkv"  # rows, [3, H, K] in the plain model, [H, 3, K] in Megatron
+    QKV = "qkv"  # rows, [H + G + G, K] in the plain model, [G, H / G + 2, K] in Megatron
     GATE_UP = "gate_up"  # rows, [2, F] in the plain model, [gate_r; up_r] on each rank
 
 
@@ -39,7 +39,8 @@ class PlainTensor:
     name: str
     parameter: nn.Parameter
     split: Split
-    num_heads: int  # of its tower; used by QKV
+    num_heads: int  # H of its tower, of the queries; used by QKV
+    num_kv_heads: int  # G, of keys and values; H where each query has its own
 
     def plain_shape(self, tp_size: int) -> tuple[int, ...]:
         """The shape of the full tensor."""
@@ -61,6 +62,8 @@ _RENAMES = (
     ("mlp.linear_fc1.", "mlp.fc1.", Split.ROWS),
     ("mlp.linear_fc2.weight", "mlp.fc2.weight", Split.COLUMNS),
     ("mlp.linear_fc2.bias", "mlp.fc2.bias", Split.REPLICATED),
+    ("self_attn_bda.norm.", "post_norm1.", Split.REPLICATED),
+    ("mlp_bda.norm.", "post_norm2.", Split.REPLICATED),
     ("self_attn_bda.", "ls1.", Split.REPLICATED),
     ("mlp_bda.", "ls2.", Split.REPLICATED),
 )
@@ -71,7 +74,9 @@ def plain_tensors(module: nn.Module) -> Iterator[PlainTensor]:
     for local_name, parameter in module.named_parameters():
         match = _LAYER.match(local_name)
         if match is None:
-            yield PlainTensor(local_name, parameter, Split.REPLICATED, 0)
+            # Outside the layers only a vocabulary is cut, by rows.
+            split = Split.ROWS if getattr(parameter, "tensor_model_parallel", False) else Split.REPLICATED
+            yield PlainTensor(local_name, parameter, split, 0, 0)
             continue
         layers = module.get_submodule(f"{match['tower']}trunk.layers.layers")
         layer = cast(Any, layers)[int(match["index"])]
@@ -79,7 +84,8 @@ def plain_tensors(module: nn.Module) -> Iterator[PlainTensor]:
         if split is Split.ROWS and layer.config.gated_linear_unit:
             split = Split.GATE_UP
         name = f"{match['tower']}blocks.{layer.layer_number - 1}.{new}{match['rest'][len(old) :]}"
-        yield PlainTensor(name, parameter, split, layer.config.num_attention_heads)
+        config = layer.config
+        yield PlainTensor(name, parameter, split, config.num_attention_heads, config.num_query_groups)
 
 
 def to_local(tensor: PlainTensor, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
@@ -93,8 +99,11 @@ def to_local(tensor: PlainTensor, full: Tensor, tp_rank: int, tp_size: int) -> T
     if tensor.split is Split.GATE_UP:
         by_rank = rearrange(full, "(gate_up tp f) ... -> tp gate_up f ...", gate_up=2, tp=tp_size)
         return rearrange(by_rank[tp_rank], "gate_up f ... -> (gate_up f) ...").contiguous()
-    by_head = rearrange(full, "(qkv h k) ... -> h qkv k ...", qkv=3, h=tensor.num_heads)
-    return rearrange(by_head.chunk(tp_size)[tp_rank], "h qkv k ... -> (h qkv k) ...").contiguous()
+    heads, groups = tensor.num_heads, tensor.num_kv_heads
+    by_head = rearrange(full, "(n k) ... -> n k ...", n=heads + 2 * groups)
+    query, key, value = by_head.split([heads, groups, groups])
+    by_group = torch.cat([query.unflatten(0, (groups, -1)), key.unsqueeze(1), value.unsqueeze(1)], dim=1)
+    return rearrange(by_group.chunk(tp_size)[tp_rank], "g n k ... -> (g n k) ...").contiguous()
 
 
 def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
@@ -107,7 +116,10 @@ def to_plain(tensor: PlainTensor, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards, dim=0)
     if tensor.split is Split.GATE_UP:
         return rearrange(shards, "tp (gate_up f) ... -> (gate_up tp f) ...", gate_up=2)
-    return rearrange(torch.cat(shards), "(h qkv k) ... -> (qkv h k) ...", qkv=3, h=tensor.num_heads)
+    heads, groups = tensor.num_heads, tensor.num_kv_heads
+    by_group = rearrange(torch.cat(shards), "(g n k) ... -> g n k ...", g=groups, n=heads // groups + 2)
+    query, key, value = by_group.split([heads // groups, 1, 1], dim=1)
+    return torch.cat([rearrange(part, "g n k ... -> (g n k) ...") for part in (query, key, value)])
 
 
 def gather_plain(tensor: PlainTensor, local: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

@@ -16,7 +16,7 @@ class EarlyGradients:
     """
 
     def __init__(self, parameters: Iterable[Parameter], send: Callable[[Parameter], None]) -> None:
-        self._backward = list(parameters)[::-1]
+        self._backward = [parameter for parameter in parameters if parameter.requires_grad][::-1]
         self._send = send
         self._turn: list[Parameter] = []  # those to be sent, the next one last
         self._ready: set[Parameter] = set()

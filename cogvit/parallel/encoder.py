@@ -6,11 +6,7 @@ names, and its share of the layers under `trunk`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from cogvit.batch import PackedImages, PackedText
 from cogvit.config import ActivationConfig, ParallelConfig
@@ -21,72 +17,27 @@ from cogvit.model.tokens import PackedFeatures, PackedLayout, pool_mean
 from cogvit.model.vit import VisionEmbedding, split_packed, vision_layout
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Fusion, pieces_on
-from cogvit.parallel.trunk import PackedStream, build_trunk, local_layout, megatron_config
-
-from megatron.core.tensor_parallel.mappings import (  # isort: skip
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.enums import ModelType  # isort: skip
+from cogvit.parallel.stage import TrunkStage
+from cogvit.parallel.trunk import PackedStream, build_trunk, local_layout, megatron_config, tower_shape
 
 
-def offloaded() -> saved_tensors_hooks:
-    """Keep what autograd saves in host memory; weights, which stay where they are anyway, are left there."""
+def tower_stage(
+    cfg: CogViTConfig | TextConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    memory: ActivationConfig,
+    num_tokens: int,
+    fusion: Fusion,
+) -> TrunkStage:
+    """Return this rank's layers of a tower, for packs of num_tokens tokens, CLS tokens included."""
+    config = megatron_config(tower_shape(cfg), mesh, memory, sequence=parallel.sequence)
+    layers = build_trunk(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
+    return TrunkStage(layers, mesh, num_tokens, offload=memory.offload)
 
-    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if isinstance(tensor, nn.Parameter):
-            return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor)
 
-    def unpack(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        return saved if isinstance(saved, Tensor) else saved[1].to(saved[0], non_blocking=True)
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-class TrunkStage(nn.Module):
-    """This rank's layers of one tower, with what Megatron's schedule asks of a model."""
-
-    def __init__(
-        self,
-        cfg: CogViTConfig | TextConfig,
-        mesh: Mesh,
-        parallel: ParallelConfig,
-        memory: ActivationConfig,
-        num_tokens: int,
-        fusion: Fusion = "auto",
-    ) -> None:
-        super().__init__()
-        self.mesh = mesh
-        self.num_tokens = num_tokens  # S: the rows that travel between stages
-        self.offload = memory.offload
-        self.config = megatron_config(cfg, mesh, memory, sequence=parallel.sequence)
-        self.model_type = ModelType.encoder_or_decoder
-        self.layers = build_trunk(cfg, self.config, mesh, memory, pieces_on(mesh.device, fusion))
-
-    def set_input_tensor(self, received: list[Tensor | None]) -> None:
-        """Take the previous stage's output (the schedule calls it before each forward)."""
-        self.layers.set_input_tensor(received[0])
-
-    def run(self, x_SD: Tensor | None, layout: PackedLayout) -> Tensor:
-        """Run the layers on the embedded tokens, or on the previous stage's output where x_SD is None.
-
-        Returns [S, 1, D] for the next stage (a share of S under sequence parallelism), or [S, D] on the last.
-        """
-        stream = PackedStream(
-            qkv_format="thd", layout=layout, local=local_layout(layout, self.mesh, self.config.sequence_parallel)
-        )
-        x_S1D = None if x_SD is None else x_SD.unsqueeze(1)
-        if x_S1D is not None and self.config.sequence_parallel:
-            x_S1D = scatter_to_sequence_parallel_region(x_S1D)
-        with offloaded() if self.offload else nullcontext():
-            x_S1D = self.layers(hidden_states=x_S1D, attention_mask=None, packed_seq_params=stream)
-        if not self.mesh.is_last_stage:
-            return x_S1D
-        if self.config.sequence_parallel:
-            x_S1D = gather_from_sequence_parallel_region(x_S1D, tensor_parallel_output_grad=False)
-        return x_S1D.squeeze(1)
+def _run(trunk: TrunkStage, x_SD: Tensor | None, layout: PackedLayout) -> Tensor:
+    local = local_layout(layout, trunk.mesh, trunk.config.sequence_parallel)
+    return trunk.run(x_SD, PackedStream(qkv_format="thd", layout=layout, local=local))
 
 
 def _disown(stage: nn.Module, *names: str) -> None:
@@ -115,17 +66,17 @@ class VisionStage(VisionEmbedding):
         if not mesh.is_last_stage:
             _disown(self, "norm")
         cls_tokens = num_slots if cfg.use_cls_token else 0
-        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens + cls_tokens, fusion)
+        self.trunk = tower_stage(cfg, mesh, parallel, memory, num_tokens + cls_tokens, fusion)
 
     def forward(self, images: PackedImages, mask_T: Tensor | None = None) -> Tensor | PackedFeatures:
         """Return the features on the last stage, hidden states for the next one elsewhere."""
         if self.trunk.mesh.is_first_stage:
             tokens = self.embed_packed(images, mask_T)
             layout: PackedLayout = tokens
-            x = self.trunk.run(tokens.x_SD, tokens)
+            x = _run(self.trunk, tokens.x_SD, tokens)
         else:
             layout = vision_layout(images, self.cfg)
-            x = self.trunk.run(None, layout)
+            x = _run(self.trunk, None, layout)
         return split_packed(self.norm(x), layout, images.num_tokens) if self.trunk.mesh.is_last_stage else x
 
 
@@ -147,7 +98,7 @@ class TextStage(TextEmbedding):
             _disown(self, "token_embed", "pos_embed")
         if not mesh.is_last_stage:
             _disown(self, "norm")
-        self.trunk = TrunkStage(cfg, mesh, parallel, memory, num_tokens, fusion)
+        self.trunk = tower_stage(cfg, mesh, parallel, memory, num_tokens, fusion)
 
     @property
     def dim(self) -> int:
@@ -162,10 +113,10 @@ class TextStage(TextEmbedding):
         if self.trunk.mesh.is_first_stage:
             tokens = self.embed_packed(text, key_N)
             layout: PackedLayout = tokens
-            x = self.trunk.run(tokens.x_SD, tokens)
+            x = _run(self.trunk, tokens.x_SD, tokens)
         else:
             layout = text_layout(text, key_N)
-            x = self.trunk.run(None, layout)
+            x = _run(self.trunk, None, layout)
         return pool_mean(self.norm(x), layout.slot_S, len(text.caption_id)) if self.trunk.mesh.is_last_stage else x
 
 

@@ -21,6 +21,7 @@ from cogvit.model.position import apply_rotary
 
 Fusion = Literal["auto", "on", "off"]
 Weights = tuple[Tensor, Tensor | None]  # of a norm: weight, and bias of a layer norm
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]  # heads, cosines, sines
 
 _SHAPES = 64
 log = logging.getLogger(__name__)
@@ -48,12 +49,16 @@ def heads(
     angles: tuple[Tensor, Tensor] | None,
     eps: float,
     dtype: torch.dtype,
+    rotate: Rotation = apply_rotary,
 ) -> tuple[Tensor, Tensor]:
-    """Return queries and keys after QK-norm and rotation (by fp32 cosines and sines [S, K]), where there are any."""
+    """Return queries and keys after QK-norm and rotation, where there are any.
+
+    angles: fp32 cosines and sines as `rotate` takes them, by default [S, K].
+    """
     if norms is not None:
         q_SHK, k_SHK = normalized(q_SHK, norms[0], eps, dtype), normalized(k_SHK, norms[1], eps, dtype)
     if angles is not None:
-        q_SHK, k_SHK = apply_rotary(q_SHK, *angles), apply_rotary(k_SHK, *angles)
+        q_SHK, k_SHK = rotate(q_SHK, *angles), rotate(k_SHK, *angles)
     return q_SHK, k_SHK
 
 
@@ -64,9 +69,10 @@ def lean_heads(
     angles: tuple[Tensor, Tensor] | None,
     eps: float,
     dtype: torch.dtype,
+    rotate: Rotation = apply_rotary,
 ) -> tuple[Tensor, Tensor]:
     """Do what `heads` does; of half-precision queries and keys no fp32 copies are kept, which norms would."""
-    inputs = (q_SHK, k_SHK, norms, angles, eps, dtype)
+    inputs = (q_SHK, k_SHK, norms, angles, eps, dtype, rotate)
     if norms is None or q_SHK.dtype == norms[0][0].dtype or not torch.is_grad_enabled():
         return heads(*inputs)
     turned: tuple[Tensor, Tensor] = checkpoint(heads, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -54,12 +54,15 @@ def _blocks(tensor: PlainTensor, tp_rank: int, tp_size: int) -> Iterator[_Block]
         for which in range(2):
             yield _Block(which * half, half, ((which * tp_size + tp_rank) * half, *zeros))
     else:
-        heads = tensor.num_heads // tp_size
-        size = rows // (3 * heads)
-        for index in range(3 * heads):
-            head, which = divmod(index, 3)
-            place = which * tensor.num_heads + tp_rank * heads + head
-            yield _Block(index * size, size, (place * size, *zeros))
+        # Of each key-value head of this rank: the queries that it serves, its keys, its values.
+        heads, groups = tensor.num_heads, tensor.num_kv_heads
+        queries = heads // groups
+        size = rows // (groups // tp_size * (queries + 2))  # of one head
+        first = 0
+        for group in range(tp_rank * groups // tp_size, (tp_rank + 1) * groups // tp_size):
+            for place, count in ((group * queries, queries), (heads + group, 1), (heads + groups + group, 1)):
+                yield _Block(first, count * size, (place * size, *zeros))
+                first += count * size
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cogvit.parallel.early import EarlyGradients
-from cogvit.parallel.encoder import TrunkStage
 from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.stage import TrunkStage
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
@@ -86,7 +86,7 @@ class Schedule:
 
         def forward_step(indices: Any, model: TrunkStage) -> tuple[Any, Callable[..., Any]]:
             index = next(indices)
-            with self._autocast():
+            with self.autocast():
                 output = forward(index)
 
             def on_last_stage(result: Any, non_loss_data: bool = False) -> Any:
@@ -111,7 +111,7 @@ class Schedule:
         """Do with a tower of one stage what Megatron's schedule does with a pipeline."""
         reports = []
         for index in range(num_micro if self.mesh.is_last_stage else 0):
-            with self._autocast():
+            with self.autocast():
                 output = forward(index)
             report = last(output, index)
             if not forward_only:
@@ -120,7 +120,8 @@ class Schedule:
             reports.append(report)
         return reports
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which models run; losses are computed outside."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.mesh.device.type, torch.bfloat16)

@@ -22,6 +22,7 @@ from cogvit.config import ActivationConfig
 from cogvit.model.attention import packed_attention
 from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.decoder import CausalLayout
 from cogvit.model.tokens import PackedLayout
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Pieces, Weights, compute_dtype
@@ -49,7 +50,7 @@ TowerConfig = CogViTConfig | TextConfig
 class PackedStream(PackedSeqParams):
     """What every layer needs beside the hidden states, in the place where Megatron carries packing."""
 
-    layout: PackedLayout | None = None  # of all S tokens, for attention
+    layout: PackedLayout | CausalLayout | None = None  # of all S tokens, for attention
     local: PackedLayout | None = None  # of this rank's tokens under sequence parallelism, for stochastic depth
 
 
@@ -118,7 +119,7 @@ class PackedSelfAttention(SelfAttention):
         out_SF = checkpointed(self._attend, qkv_S1F, layout) if self.recompute else self._attend(qkv_S1F, layout)
         return self.linear_proj(out_SF.unsqueeze(1))
 
-    def _attend(self, qkv_S1F: Tensor, layout: PackedLayout) -> Tensor:
+    def _attend(self, qkv_S1F: Tensor, layout: Any) -> Tensor:
         by_head_SHF = qkv_S1F.view(len(qkv_S1F), self.num_attention_heads_per_partition, -1)
         q_SHK, k_SHK, v_SHK = by_head_SHF.chunk(3, dim=-1)
         norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
@@ -222,13 +223,49 @@ class CogViTBlock(TransformerBlock):
         return hidden_states
 
 
-def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
-    """Translate a tower's shape and the layout into Megatron's configuration; `RunConfig.check` refused the rest."""
+@dataclass(frozen=True)
+class LayersShape:
+    """What Megatron is told of a stack of layers."""
+
+    depth: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm: Literal["layernorm", "rmsnorm"]
+    eps: float
+    gated: bool
+    qk_norm: bool
+    biases: bool
+
+
+def tower_shape(tower: TowerConfig) -> LayersShape:
+    """Return the shape of a tower's layers."""
+    return LayersShape(
+        depth=tower.depth,
+        embed_dim=tower.embed_dim,
+        num_heads=tower.num_heads,
+        num_kv_heads=tower.num_heads,
+        head_dim=tower.head_dim,
+        mlp_dim=tower.mlp_dim,
+        norm=tower.norm,
+        eps=tower.eps,
+        gated=tower.mlp == "swiglu",
+        qk_norm=tower.use_qk_norm,
+        biases=True,
+    )
+
+
+def megatron_config(shape: LayersShape, mesh: Mesh, memory: ActivationConfig, *, sequence: bool) -> TransformerConfig:
+    """Translate a stack's shape and the layout into Megatron's configuration; `check_layout` refused the rest."""
     return TransformerConfig(
-        num_layers=tower.depth,
-        hidden_size=tower.embed_dim,
-        num_attention_heads=tower.num_heads,
-        ffn_hidden_size=tower.mlp_dim,
+        num_layers=shape.depth,
+        hidden_size=shape.embed_dim,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.mlp_dim,
         tensor_model_parallel_size=mesh.tp_size,
         pipeline_model_parallel_size=mesh.pp_size,
         sequence_parallel=sequence,
@@ -238,13 +275,13 @@ def megatron_config(tower: TowerConfig, mesh: Mesh, memory: ActivationConfig, *,
         pipeline_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        qk_layernorm=tower.use_qk_norm,
-        add_qkv_bias=True,
-        add_bias_linear=True,
-        normalization="LayerNorm" if tower.norm == "layernorm" else "RMSNorm",
-        layernorm_epsilon=tower.eps,
-        gated_linear_unit=tower.mlp == "swiglu",
-        activation_func=F.silu if tower.mlp == "swiglu" else F.gelu,
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.biases,
+        add_bias_linear=shape.biases,
+        normalization="LayerNorm" if shape.norm == "layernorm" else "RMSNorm",
+        layernorm_epsilon=shape.eps,
+        gated_linear_unit=shape.gated,
+        activation_func=F.silu if shape.gated else F.gelu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -287,9 +324,16 @@ def build_trunk(
             mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
         ),
     )
+    return build_layers(layer, config, mesh, memory, pieces)
+
+
+def build_layers(
+    layer: ModuleSpec, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
+) -> TransformerBlock:
+    """Return this stage's share of a stack of equal layers, without a final norm."""
     block = CogViTBlock(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * (tower.depth // mesh.pp_size), layer_norm=IdentityOp),
+        TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // mesh.pp_size), layer_norm=IdentityOp),
         post_layer_norm=False,
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
@@ -298,7 +342,7 @@ def build_trunk(
     for module in block.modules():
         if isinstance(module, (PackedSelfAttention, PackedMLP)):
             module.recompute = memory.recompute == "selective"
-        if isinstance(module, (PackedSelfAttention, PackedMLP, TensorSyncedNorm, ResidualBranch)):
+        if isinstance(getattr(module, "pieces", None), Pieces):
             module.pieces = pieces
     return block
 
@@ -311,12 +355,13 @@ def _mark_shards(block: TransformerBlock) -> None:
     for module in block.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             rows = isinstance(module, ColumnParallelLinear)
-            _mark_shard(module.weight, dim=0 if rows else 1)
-            if rows:
-                _mark_shard(module.bias, dim=0)
+            mark_shard(module.weight, dim=0 if rows else 1)
+            if rows and module.bias is not None:
+                mark_shard(module.bias, dim=0)
 
 
-def _mark_shard(parameter: nn.Parameter, *, dim: int) -> None:
+def mark_shard(parameter: nn.Parameter, *, dim: int) -> None:
+    """Say that a parameter is this tensor rank's part of a plain tensor that is split along a dim."""
     for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         if hasattr(parameter, name):
             delattr(parameter, name)

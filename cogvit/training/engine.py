@@ -57,7 +57,11 @@ class Engine:
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         groups = param_groups(named, config.optim, config.schedule)
-        qkv_heads = {t.parameter: t.num_heads // mesh.tp_size for t in self.tensors if t.split is Split.QKV}
+        qkv_heads = {
+            t.parameter: t.num_heads // mesh.tp_size
+            for t in self.tensors
+            if t.split is Split.QKV and t.num_heads == t.num_kv_heads
+        }
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
         self._training = replace(self.schedule, early=self.zero.early)
 

@@ -18,20 +18,23 @@ SHAPES = {
     Split.GATE_UP: [(16,), (16, 3)],
     Split.QKV: [(48,), (48, 5)],
 }
+# Heads of queries, and of keys and values.
+CASES = [(split, one, (4, 4)) for split, shapes in SHAPES.items() for one in shapes]
+CASES += [(Split.QKV, one, (8, 4)) for one in SHAPES[Split.QKV]]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize(("split", "shape"), [(split, one) for split, shapes in SHAPES.items() for one in shapes])
+@pytest.mark.parametrize(("split", "shape", "heads"), CASES)
 @given(data=st.data())
 def test_stretches_of_all_ranks_are_the_plain_tensor(
-    split: Split, shape: tuple[int, ...], tp_size: int, data: st.DataObject
+    split: Split, shape: tuple[int, ...], heads: tuple[int, int], tp_size: int, data: st.DataObject
 ) -> None:
     full = torch.arange(torch.Size(shape).numel()).view(shape)
     stored = torch.full_like(full, -1)
     for tp_rank in range(tp_size):
-        described = PlainTensor("name", nn.Parameter(torch.empty(0)), split, num_heads=4)
+        described = PlainTensor("name", nn.Parameter(torch.empty(0)), split, *heads)
         local = to_local(described, full, tp_rank, tp_size)
-        described = PlainTensor("name", nn.Parameter(local.float()), split, num_heads=4)
+        described = PlainTensor("name", nn.Parameter(local.float()), split, *heads)
         cuts = data.draw(st.lists(st.integers(0, local.numel()), max_size=5).map(sorted))
         for start, stop in zip([0, *cuts], [*cuts, local.numel()], strict=True):
             expected = start
@@ -45,7 +48,7 @@ def test_stretches_of_all_ranks_are_the_plain_tensor(
 
 
 def test_a_stretch_of_a_matrix_is_three_rectangles_at_most() -> None:
-    described = PlainTensor("name", nn.Parameter(torch.empty(9, 10)), Split.REPLICATED, 0)
+    described = PlainTensor("name", nn.Parameter(torch.empty(9, 10)), Split.REPLICATED, 0, 0)
     assert list(rectangles(described, 17, 63, 0, 1)) == [
         (17, (1, 7), (1, 3)),
         (20, (2, 0), (4, 10)),

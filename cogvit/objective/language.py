@@ -1,0 +1,228 @@
+"""Stage 3: the next-token loss of a language model that sees images.
+
+The loss of a step is the mean over all labels of the global batch, by their weights, so neither packing nor layout
+weighs a sample differently.
+
+One stage takes one pass. With several, the encoder runs as a pipeline of its own over all of them, so that none
+carries both models' load: first without gradients, for the visual tokens, which go from the last stage to the first;
+then the language model with them as leaves; then, with their gradients, the encoder again, unless it is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cogvit.batch import Batch, PackedImages, PackedSequence
+from cogvit.model.adapter import fitted_adapter
+from cogvit.model.config import AdapterConfig
+from cogvit.model.tokens import PackedFeatures
+from cogvit.model.vit import grids_of
+from cogvit.objective.distill import reduce_terms
+from cogvit.parallel.encoder import VisionStage
+from cogvit.parallel.ends import to_first_stage, to_last_stage
+from cogvit.parallel.language import LanguageStage
+from cogvit.parallel.schedule import Schedule
+
+JointPart = Literal["vision", "adapter", "language"]
+
+
+class JointModel(nn.Module):
+    """This rank's stages of encoder and language model; the adapter lies whole on every tensor rank of the last stage.
+
+    frozen: parts that keep their weights. They get no gradients and no optimizer state, and stay in eval mode.
+    """
+
+    def __init__(
+        self,
+        vision: VisionStage,
+        adapter: AdapterConfig,
+        language: LanguageStage,
+        frozen: Sequence[JointPart] = (),
+    ) -> None:
+        super().__init__()
+        self.vision, self.language = vision, language
+        self.spatial_pool, self.frozen = adapter.spatial_pool, frozenset(frozen)
+        self.adapter = None
+        if vision.trunk.mesh.is_last_stage:
+            self.adapter = fitted_adapter(adapter, vision.cfg.embed_dim, language.cfg)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> JointModel:
+        """Set the mode of what is not frozen."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules = [getattr(self, part) for part in self.frozen]
+        return [module for module in modules if module is not None]
+
+    def visual_shape(self, images: PackedImages) -> tuple[int, int]:
+        """Return how many visual tokens a pack's images have, and their width; every stage knows it."""
+        pool = self.spatial_pool
+        tokens = sum(-(-rows // pool) * -(-columns // pool) for rows, columns in grids_of(images))
+        return tokens, self.language.cfg.embed_dim
+
+    def features(self, batch: Batch) -> Tensor:
+        """Return the encoder's features [T, D] of a pack's patches on the last stage, hidden states elsewhere."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            out = self.vision(batch.images)
+        return out.patch_TD if isinstance(out, PackedFeatures) else out
+
+    def visual(self, patch_TD: Tensor, batch: Batch) -> Tensor:
+        """Return the visual tokens [E, D of the language model] of a pack's features; on the last stage."""
+        assert self.adapter is not None
+        return self.adapter.forward_packed(patch_TD, grids_of(batch.images))
+
+    def spoken(self, batch: Batch, visual_ED: Tensor | None) -> Tensor:
+        """Return the sum of a pack's weighted losses on the last stage, hidden states elsewhere.
+
+        visual_ED: on the first stage.
+        """
+        sequence = _sequence(batch)
+        out: Tensor = self.language(sequence, visual_ED)
+        return self.language.loss(out, sequence) if self.language.mesh.is_last_stage else out
+
+
+class Language:
+    """The next-token objective on encoder, adapter and language model."""
+
+    def train(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Leave the gradients of one step on the parameters; returns the global loss terms (0-dim tensors).
+
+        "loss" is in nats a label, "answer_tokens" how many labels count.
+        """
+        labels = _count_labels(micro, schedule)
+        if schedule.mesh.pp_size > 1:
+            return _terms(_three_passes(model, micro, schedule, labels), labels, schedule)
+
+        def forward(index: int) -> Tensor:
+            return _one_pass(model, micro[index])
+
+        def loss(total: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            return total / labels.weight, total.detach()
+
+        sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+        return _terms(sums, labels, schedule)
+
+    def evaluate(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
+        """Return the loss terms without gradients."""
+        labels = _count_labels(micro, schedule)
+        visual: list[Tensor] = []
+        if schedule.mesh.pp_size > 1:
+            visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
+
+        def forward(index: int) -> Tensor:
+            if schedule.mesh.pp_size == 1:
+                return _one_pass(model, micro[index])
+            return model.spoken(micro[index], visual[index] if visual else None)
+
+        with model.language.tied_head(train=False):
+            sums = schedule.forward_only(model.language.trunk, forward, len(micro), lambda total, index: total)
+        return _terms(sums, labels, schedule)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the labels of a global batch add up to; 0-dim fp32."""
+
+    weight: Tensor  # 1 where it is 0, so that one can divide by it
+    count: Tensor  # of those with a weight
+
+
+def _count_labels(micro: Sequence[Batch], schedule: Schedule) -> _Labels:
+    """Collective over the data-parallel ranks; every tensor and pipeline rank of a replica has the same labels."""
+    weights = [_sequence(batch).weight.double() for batch in micro]
+    total = torch.stack([torch.stack([weight.sum(), (weight > 0).double().sum()]) for weight in weights]).sum(0)
+    dist.all_reduce(total, group=schedule.mesh.dp_group)
+    weight, count = total.float()
+    return _Labels(torch.where(weight > 0, weight, 1.0), count)
+
+
+def _terms(sums: Sequence[Tensor], labels: _Labels, schedule: Schedule) -> dict[str, Tensor]:
+    local = torch.stack([*sums, torch.zeros((), device=schedule.mesh.device)]).sum()
+    (loss,) = reduce_terms((local / labels.weight).reshape(1), schedule)
+    return {"loss": loss, "answer_tokens": labels.count}
+
+
+def _sequence(batch: Batch) -> PackedSequence:
+    assert batch.sequence is not None, "stage 3 needs sequences"
+    return batch.sequence
+
+
+def _one_pass(model: JointModel, batch: Batch) -> Tensor:
+    """The sum of a pack's weighted losses, where one stage has everything."""
+    return model.spoken(batch, model.visual(model.features(batch), batch))
+
+
+def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule, labels: _Labels) -> list[Tensor]:
+    features = _seen(model, micro, schedule)
+    visual = _bring(model, features, micro, schedule)
+    learns = not model.frozen.issuperset(("vision", "adapter"))
+    for visual_ED in visual:
+        visual_ED.requires_grad_(learns)
+
+    def forward(index: int) -> Tensor:
+        return model.spoken(micro[index], visual[index] if visual else None)
+
+    def loss(total: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        return total / labels.weight, total.detach()
+
+    with model.language.tied_head(train=True):
+        sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+    if learns:
+        found = [torch.zeros_like(x) if x.grad is None else x.grad for x in visual]
+        _back(model, features, to_last_stage(found, _shapes(model, micro), schedule.mesh), micro, schedule)
+    return sums
+
+
+def _shapes(model: JointModel, micro: Sequence[Batch]) -> list[tuple[int, int]]:
+    return [model.visual_shape(batch.images) for batch in micro]
+
+
+def _seen(model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
+    """The encoder's pass without gradients: features of every pack on the last stage, nothing elsewhere."""
+    return schedule.forward_only(
+        model.vision.trunk, lambda index: model.features(micro[index]), len(micro), lambda out, index: out
+    )
+
+
+def _bring(model: JointModel, features: Sequence[Tensor], micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
+    """Make visual tokens of features and bring them to the first stage; nothing elsewhere."""
+    with torch.no_grad(), schedule.autocast():
+        made = [model.visual(x_TD, batch) for x_TD, batch in zip(features, micro, strict=False)]
+    return to_first_stage(made, _shapes(model, micro), schedule.mesh)
+
+
+def _back(
+    model: JointModel,
+    features: Sequence[Tensor],
+    found: Sequence[Tensor],
+    micro: Sequence[Batch],
+    schedule: Schedule,
+) -> None:
+    """Back the visual tokens' gradients through adapter and encoder; of a frozen encoder the features are here."""
+
+    def forward(index: int) -> Tensor:
+        out = model.features(micro[index])
+        return model.visual(out, micro[index]) if schedule.mesh.is_last_stage else out
+
+    def loss(visual_ED: Tensor, index: int) -> tuple[Tensor, None]:
+        # The schedule multiplies by the dp ranks once more.
+        return (visual_ED.float() * found[index]).sum() / schedule.mesh.dp_size, None
+
+    if "vision" not in model.frozen:
+        schedule.forward_backward(model.vision.trunk, forward, len(micro), loss)
+        return
+    for patch_TD, gradient_ED, batch in zip(features, found, micro, strict=False):
+        with schedule.autocast():
+            visual_ED = model.visual(patch_TD, batch)
+        (visual_ED.float() * gradient_ED).sum().backward()

@@ -1,0 +1,168 @@
+"""The blocks of a causal language model as Megatron-core transformer layers, on packed sequences.
+
+Each layer computes what `cogvit.model.decoder.DecoderBlock` computes; `convert.py` maps the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from cogvit.config import ActivationConfig
+from cogvit.model.attention import packed_attention
+from cogvit.model.decoder import CausalLayout, turn
+from cogvit.model.language_config import LanguageConfig
+from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.pieces import Pieces, compute_dtype
+from cogvit.parallel.trunk import (
+    ColumnLinear,
+    LayersShape,
+    PackedMLP,
+    PackedSelfAttention,
+    RowLinear,
+    TensorSyncedNorm,
+    build_layers,
+)
+
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # isort: skip
+from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+_turn_neighbors = partial(turn, interleaved=True)
+_turn_halves = partial(turn, interleaved=False)
+
+
+class CausalSelfAttention(PackedSelfAttention):
+    """Attention of each token over its predecessors; key-value heads lie with the queries that they serve."""
+
+    interleaved = False  # whether neighboring channels turn together
+
+    def _attend(self, qkv_S1F: Tensor, layout: CausalLayout) -> Tensor:
+        groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        sharing = self.num_attention_heads_per_partition // groups
+        by_group_SGMK = qkv_S1F.view(len(qkv_S1F), groups, sharing + 2, head_dim)
+        q_SGMK, k_SGK, v_SGK = by_group_SGMK[:, :, :sharing], by_group_SGMK[:, :, -2], by_group_SGMK[:, :, -1]
+        norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
+        q_SHK, k_SGK = self.pieces.heads(
+            q_SGMK.flatten(1, 2),
+            k_SGK,
+            norms,
+            (layout.cos_SR, layout.sin_SR),
+            self.config.layernorm_epsilon,
+            compute_dtype(qkv_S1F),
+            _turn_neighbors if self.interleaved else _turn_halves,
+        )
+        assert layout.segments is not None
+        return packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True).flatten(1)
+
+
+class CausalBranch(nn.Module):
+    """Megatron's bias-dropout-add slot: the bias, and the sandwich norm where a family has it."""
+
+    pieces = Pieces()
+
+    def __init__(self, config: TransformerConfig, *, sandwich_norm: bool) -> None:
+        super().__init__()
+        self.sync = config.sequence_parallel
+        self.norm = None
+        if sandwich_norm:
+            self.norm = TensorSyncedNorm(config, config.hidden_size, config.layernorm_epsilon, "rmsnorm", self.sync)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return the function that adds the branch to the residual, as Megatron asks for it."""
+
+        def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            x, bias = x_with_bias
+            if bias is not None and self.sync:
+                bias = copy_to_tensor_model_parallel_region(bias)
+            if self.norm is not None:
+                x, bias = self.norm(x if bias is None else x + bias.to(x.dtype)), None
+            return self.pieces.with_branch(residual, x, bias, None, None)
+
+        return add
+
+
+class DecoderLayer(TransformerLayer):
+    """A Megatron layer whose branches may be normalized before they are added."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, sandwich_norm: bool, **megatron: Any
+    ) -> None:
+        super().__init__(config, submodules, **megatron)
+        # Megatron turns gradients on around the residual branches even in a forward-only pass; ours must not.
+        self.bias_dropout_add_exec_handler = nullcontext
+        self.self_attn_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
+        self.mlp_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
+
+
+def decoder_shape(cfg: LanguageConfig) -> LayersShape:
+    """Return the shape of a language model's layers."""
+    return LayersShape(
+        depth=cfg.depth,
+        embed_dim=cfg.embed_dim,
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        mlp_dim=cfg.mlp_dim,
+        norm="rmsnorm",
+        eps=cfg.eps,
+        gated=True,
+        qk_norm=cfg.qk_norm,
+        biases=cfg.qkv_bias or cfg.proj_bias or cfg.mlp_bias,
+    )
+
+
+def build_decoder(
+    cfg: LanguageConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
+) -> TransformerBlock:
+    """Return this stage's share of a language model's layers, without the final norm."""
+    norm = ModuleSpec(TensorSyncedNorm, params={"kind": "rmsnorm", "sync": config.sequence_parallel})
+    # Each tensor rank normalizes its own heads with the shared weight.
+    head_norm = ModuleSpec(TensorSyncedNorm, params={"kind": "rmsnorm", "sync": mesh.tp_size > 1})
+    qk_norm = head_norm if cfg.qk_norm else None
+    layer = ModuleSpec(
+        DecoderLayer,
+        params={"sandwich_norm": cfg.sandwich_norm},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                CausalSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnLinear,
+                    core_attention=IdentityOp,
+                    linear_proj=RowLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
+        ),
+    )
+    block = build_layers(layer, config, mesh, memory, pieces)
+    # Megatron's layers have all biases or none; families choose.
+    for module in block.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.interleaved = cfg.interleaved_rotary
+            _keep_bias(module.linear_qkv, cfg.qkv_bias)
+            _keep_bias(module.linear_proj, cfg.proj_bias)
+        elif isinstance(module, PackedMLP):
+            _keep_bias(module.linear_fc1, cfg.mlp_bias)
+            _keep_bias(module.linear_fc2, cfg.mlp_bias)
+    return block
+
+
+def _keep_bias(linear: nn.Module, keep: bool) -> None:
+    if not keep:
+        linear.register_parameter("bias", None)

@@ -1,0 +1,108 @@
+"""The causal language model as pipeline stages: embedding and head over the tensor ranks, Megatron's layers between.
+
+A stage keeps the parts of `cogvit.model.language.CausalLM` that it owns under the plain names: `embed` on the first,
+`norm` and `head` on the last, and its share of the blocks under `trunk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from cogvit.batch import PackedSequence
+from cogvit.config import ActivationConfig, ParallelConfig
+from cogvit.model.attention import segments_of
+from cogvit.model.blocks import RMSNorm
+from cogvit.model.decoder import CausalLayout, rotary_1d
+from cogvit.model.language import place_visual
+from cogvit.model.language_config import LanguageConfig
+from cogvit.parallel.decoder import build_decoder, decoder_shape
+from cogvit.parallel.ends import to_first_stage, to_last_stage
+from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.pieces import Fusion, pieces_on
+from cogvit.parallel.stage import TrunkStage
+from cogvit.parallel.trunk import PackedStream, megatron_config
+from cogvit.parallel.vocabulary import Vocabulary, label_loss
+
+
+class LanguageStage(nn.Module):
+    """This rank's stage of a language model, for packs of num_tokens tokens.
+
+    Where a tied head and the embedding are of two stages, the first one owns the weight: `tied_head` lends it to the
+    last for a pass, so that it has one owner, one place in a checkpoint and one share of the gradient's norm.
+    """
+
+    def __init__(
+        self,
+        cfg: LanguageConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        memory: ActivationConfig,
+        *,
+        num_tokens: int,
+        fusion: Fusion = "auto",
+    ) -> None:
+        super().__init__()
+        self.cfg, self.mesh = cfg, mesh
+        self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
+        config = megatron_config(decoder_shape(cfg), mesh, memory, sequence=parallel.sequence)
+        layers = build_decoder(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
+        self.trunk = TrunkStage(layers, mesh, num_tokens, offload=memory.offload)
+        self.norm = RMSNorm(cfg.embed_dim, eps=cfg.eps) if mesh.is_last_stage else None
+        self.head = None
+        if mesh.is_last_stage and not cfg.tied:
+            self.head = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh)
+        self._lent: Tensor | None = None  # the first stage's weight, on the last
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This tensor rank's rows [V / tp, D] of the head; on the last stage."""
+        owner = self.embed if self.head is None else self.head
+        weight = self._lent if owner is None else owner.weight
+        assert weight is not None, "the last stage has a head; a tied one is lent to it for a pass"
+        return weight
+
+    def forward(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+        """Return what the head reads [S, D] on the last stage, hidden states for the next one elsewhere.
+
+        Args:
+            sequence: the pack; its ids are of the vocabulary, which is not looked at here.
+            visual_ED: the adapter's output, on the first stage: `sequence.visual_row` names its rows.
+        """
+        layout = CausalLayout(segments_of(sequence.cu_seqlens, sequence.host), *rotary_1d(sequence.position, self.cfg))
+        x_SD = None
+        if self.embed is not None:
+            x_SD = place_visual(self.embed(sequence.ids), visual_ED, sequence.visual_row)
+        x_SD = self.trunk.run(x_SD, PackedStream(qkv_format="thd", layout=layout))
+        return x_SD if self.norm is None else self.norm(x_SD)
+
+    def loss(self, hidden_SD: Tensor, sequence: PackedSequence) -> Tensor:
+        """Return the sum over the pack's labels of weight times cross entropy in nats, 0-dim fp32; on the last stage.
+
+        hidden_SD: what `forward` gave.
+        """
+        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight)
+
+    @contextmanager
+    def tied_head(self, *, train: bool) -> Iterator[None]:
+        """Lend a tied head to the last stage, where it is not the embedding's own, for the passes inside.
+
+        What their backwards find there is added to the embedding's gradient. Collective over the stages.
+        """
+        if not self.cfg.tied or self.mesh.pp_size == 1:
+            yield
+            return
+        shape = (self.cfg.vocab_size // self.mesh.tp_size, self.cfg.embed_dim)
+        learns = train and any(parameter.requires_grad for parameter in self.parameters())  # same on all stages
+        for weight in to_last_stage([] if self.embed is None else [self.embed.weight], [shape], self.mesh):
+            self._lent = weight.requires_grad_(learns)
+        try:
+            yield
+            found = [] if self._lent is None or self._lent.grad is None else [self._lent.grad]
+        finally:
+            self._lent = None
+        for gradient in to_first_stage(found, [shape], self.mesh) if learns else ():
+            assert self.embed is not None and self.embed.weight.grad is not None
+            self.embed.weight.grad += gradient

@@ -1,0 +1,75 @@
+"""The vocabulary split over the tensor ranks: embedding, head, and the cross entropy of labels.
+
+Shape letters beyond the project's: V tokens of the vocabulary, R labels that count.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.trunk import mark_shard
+
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy  # isort: skip
+from megatron.core.tensor_parallel.mappings import (  # isort: skip
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+
+_CHUNK_LABELS = 1024  # whose logits exist at once: 0.6 GB of a vocabulary of 152K in fp32
+
+
+class Vocabulary(nn.Module):
+    """This tensor rank's rows of an embedding or of a head."""
+
+    def __init__(self, vocab_size: int, dim: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size // mesh.tp_size, dim, device=mesh.device))
+        mark_shard(self.weight, dim=0)
+        self.first = mesh.tp_rank * len(self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the embedded ids [..., D], whole on every tensor rank. An id outside the vocabulary gives zeros."""
+        row = ids - self.first
+        here = (row >= 0) & (row < len(self.weight))
+        x_D = F.embedding(row.clamp(0, len(self.weight) - 1), self.weight)
+        return reduce_from_tensor_model_parallel_region(x_D.masked_fill(~here.unsqueeze(-1), 0.0))
+
+
+def logits_of(hidden_D: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return this tensor rank's logits [..., V / tp] of hidden states that every tensor rank holds whole."""
+    return F.linear(copy_to_tensor_model_parallel_region(hidden_D), weight_VD)
+
+
+def label_loss(hidden_SD: Tensor, weight_VD: Tensor, label_S: Tensor, weight_S: Tensor) -> Tensor:
+    """Return the sum over labels of weight times cross entropy in nats, 0-dim fp32.
+
+    Labels of weight 0 cost nothing; to know which they are waits for the device. The logits of the others exist a chunk
+    at a time and are made again in backward, so that their memory does not grow with the pack.
+
+    Args:
+        hidden_SD: what the head reads, whole on every tensor rank.
+        weight_VD: this tensor rank's rows of the head.
+        label_S: what follows each token.
+        weight_S: of the labels.
+    """
+    row_R = weight_S.nonzero().squeeze(1)
+    chunks = zip(
+        *(x.index_select(0, row_R).split(_CHUNK_LABELS) for x in (hidden_SD, label_S, weight_S.float())), strict=True
+    )  # one empty chunk where no label counts: the head takes part with zeros
+    losses = [
+        checkpoint(_chunk_loss, hidden, weight_VD, label, weight, use_reentrant=False, preserve_rng_state=False)
+        for hidden, label, weight in chunks
+    ]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(hidden_RD: Tensor, weight_VD: Tensor, label_R: Tensor, weight_R: Tensor) -> Tensor:
+    logits_1RV = logits_of(hidden_RD, weight_VD).unsqueeze(0)
+    if not len(label_R):
+        return logits_1RV.float().sum()
+    loss_1R: Tensor = vocab_parallel_cross_entropy(logits_1RV, label_R.unsqueeze(0))
+    return (loss_1R[0] * weight_R).sum()
