@@ -156,7 +156,9 @@ def run(start: Start, corpus: Corpus) -> int:
         stacks = out / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         held = partial(held_out, config, corpus, intake, source)
-        evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held)
+        evaluation = Evaluation(
+            config.eval.every_steps, config.eval.steps, held, config.schedule.steps, partial(stage.concern, config)
+        )
         batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, source, state.position)))
         state = train(
             engine,

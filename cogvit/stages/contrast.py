@@ -145,6 +145,10 @@ class ContrastStage:
         )
         return [vision_load(config), text]
 
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Nothing that the losses do not say."""
+        return ""
+
     def examples(self, subject: Subject) -> list[Example]:
         """Captions that are found for images, and images for captions."""
         from cogvit.evaluation.examples import retrieval_examples

@@ -97,6 +97,10 @@ class DistillStage:
 
         return [vision_load(config)]
 
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Nothing that the losses do not say."""
+        return ""
+
     def examples(self, subject: Subject) -> list[Example]:
         """None: it has learned no words."""
         return []

@@ -83,6 +83,10 @@ class Stage(Protocol):
         """Return what each tower costs in a step, for the planner."""
         ...
 
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Return what somebody should be told after an evaluation, in one line; nothing where all is well."""
+        ...
+
     def examples(self, subject: Subject) -> list[Example]:
         """Return answers on held-out images for the report."""
         ...
