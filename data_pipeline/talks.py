@@ -52,7 +52,7 @@ def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int) -> La
     lengths = np.ones(len(dialog.ids), np.int64)
     lengths[is_image] = [rows * columns for rows, columns in grids]
     kept = int(np.searchsorted(np.cumsum(lengths), max_tokens, "right"))
-    ids, answer = (np.repeat(values[:kept], lengths[:kept]) for values in (dialog.ids, dialog.answer))
+    ids, answer = np.repeat(dialog.ids[:kept], lengths[:kept]), np.repeat(dialog.answer[:kept], lengths[:kept])
     parts: list[Part] = []
     places = [-1, *np.flatnonzero(is_image[:kept]).tolist(), kept]
     for number, (before, here) in enumerate(pairwise(places)):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cogvit.batch import Reads
 from cogvit.config import RunConfig
+from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.model.layouts.causal_lm import read_shape
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
-    from torch import Tensor, nn
+    from torch import nn
 
     from cogvit.evaluation.examples import Example
     from cogvit.evaluation.subject import Subject
@@ -26,9 +27,6 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.teacher.stream import FeatureSource
     from cogvit.training.feed import Corpus
     from cogvit.training.objective import Objective
-
-Part = Literal["vision", "adapter", "language"]
-PARTS: tuple[Part, ...] = ("vision", "adapter", "language")
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,7 @@ class LanguageStage:
         from cogvit.objective.language import JointModel
         from cogvit.parallel.language import LanguageStage as LanguageModelStage
         from cogvit.training.build import fill_on_device, initial_weights, vision_stage
+        from cogvit.training.joint import given_weights
 
         language = LanguageModelStage(
             language_shape(config),
@@ -153,11 +152,6 @@ class LanguageStage:
         return pixels
 
 
-def frozen_parts(config: RunConfig) -> tuple[Part, ...]:
-    """Return the parts whose rate is 0: they keep their weights, which are not stored again."""
-    return tuple(part for part in PARTS if getattr(config.optim, part).lr_mult == 0.0)
-
-
 def language_shape(config: RunConfig) -> LanguageConfig:
     """Return the shape of a run's language model. Errors: ConfigError when it is not there or not of a known family."""
     path = config.language.path
@@ -170,21 +164,3 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         return read_shape(Path(path))
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
-
-
-def given_weights(config: RunConfig) -> dict[str, Tensor]:
-    """Return what a run does not draw: the language model's weights, and over them those of --init.
-
-    Errors: CheckpointError when the vision tower of --init is not this run's, or weights are missing or damaged.
-    """
-    from cogvit.model.layouts.causal_lm import read_causal_lm
-    from cogvit.training.restore import initial_towers
-
-    found: dict[str, Tensor] = {}
-    if config.init:
-        started = initial_towers(config)
-        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
-    if not any(name.startswith("language.") for name in found):
-        _, weights = read_causal_lm(Path(config.language.path))
-        found |= {f"language.{name}": tensor for name, tensor in weights.items()}
-    return found
