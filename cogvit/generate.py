@@ -1,8 +1,9 @@
 """Asks a vision-language model about pictures; the answer appears as it is made.
 
-usage: python -m cogvit.generate EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
+usage: python -m cogvit.generate RUN_OR_EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
 
-EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, or a GLM-OCR of transformers.
+RUN_OR_EXPORT is a run of stage 3, or a directory that VisionLanguageModel.from_pretrained reads: ours, or a GLM-OCR of
+transformers.
 
 --prompt TEXT         the question
 --image FILE,...      pictures that stand before it
@@ -24,7 +25,7 @@ import torch
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.model.generation import Sampling
-from cogvit.model.vlm import VisionLanguageModel
+from cogvit.training.joint import load_joint
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def generate(arguments: Arguments) -> int:
         raise ConfigError("--prompt TEXT is needed: what to ask")
     sampling = _sampling(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = VisionLanguageModel.from_pretrained(arguments.run_or_export).eval().to(device)
+    model = load_joint(Path(arguments.run_or_export)).to(device)
     if model.tokenizer is None:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")
     images = [name for name in arguments.image.split(",") if name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -65,7 +65,7 @@ def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int) -> La
 def dialog_reader(path: str) -> tuple[DialogReader, LanguageConfig]:
     """Return what reads conversations for a language model, and its shape. Errors: DataError, CheckpointError."""
     shape = read_shape(Path(path))
-    return DialogReader(Path(path), shape.vocab_size, shape.eos_ids), shape
+    return DialogReader.of(Path(path), shape.vocab_size, shape.eos_ids), shape
 
 
 def open_talks(index: Index, config: RunConfig, reader: ShardReader) -> Talks:
@@ -77,7 +77,7 @@ def open_talks(index: Index, config: RunConfig, reader: ShardReader) -> Talks:
     spec = plan_spec(config).language
     assert spec is not None, "stage 3 names a language model"
     field = config.data.caption_field
-    counts = open_counts(index.corpus, dialogs, config.language.prompts, field, reader)
+    counts = open_counts(index.corpus, dialogs, spec, field, reader)
     return Talks(index, config, dialogs, shape.mrope_section is not None, spec, counts, reader)
 
 
@@ -185,8 +185,3 @@ def _visual_rows(parts: tuple[Part, ...], first_rows: list[int]) -> Ints:
     sizes = [part[0] * part[1] for part in parts if not isinstance(part, int)]
     runs = [np.arange(first, first + size) for first, size in zip(first_rows, sizes, strict=True)]
     return np.concatenate([np.zeros(0, np.int64), *runs])
-
-
-def without_images(sequence: PackedSequence) -> PackedSequence:
-    """Return a pack whose image tokens keep their own embedding: what a blind model reads."""
-    return replace(sequence, visual_row=torch.full_like(sequence.visual_row, -1))

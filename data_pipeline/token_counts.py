@@ -20,11 +20,11 @@ from data_pipeline.caption import LANGUAGES, CaptionChoice, captions_of
 from data_pipeline.conversation import asked_about, conversation_of
 from data_pipeline.corpus import Corpus
 from data_pipeline.shards import ShardReader
+from data_pipeline.spec import LanguageSpec
 from data_pipeline.stored import stored
 from data_pipeline.table import CONVERSATION
 
 Ints = NDArray[np.int64]
-Prompts = tuple[tuple[str, str], ...]
 
 VERSION = 1
 KIND = "tokens"
@@ -48,13 +48,13 @@ class TokenCounts:
 
 
 def open_counts(
-    corpus: Corpus, dialogs: DialogReader, prompts: Prompts, field: str, reader: ShardReader
+    corpus: Corpus, dialogs: DialogReader, spec: LanguageSpec, field: str, reader: ShardReader
 ) -> TokenCounts:
     """Return the counts as they are stored beside the corpus, or made now; field is data.caption_field.
 
     Errors: DataError when a text cannot be read as it was indexed.
     """
-    question = json.dumps([VERSION, corpus.content, corpus.identity(), dialogs.fingerprint, prompts, field])
+    question = json.dumps([VERSION, corpus.content, corpus.identity(), spec.tokenizer, spec.prompts, field])
     sizes = [len(corpus.lengths(shard)) for shard in range(corpus.num_shards)]
 
     def make() -> pa.Table:
@@ -62,7 +62,7 @@ def open_counts(
             log.warning("counting the tokens of %s texts; the next start finds them", f"{sum(sizes):,}")
         counted = [np.zeros(0, np.uint32)]
         for shard in range(corpus.num_shards):
-            texts = _texts(corpus, shard, dict(prompts), field, reader)
+            texts = _texts(corpus, shard, dict(spec.prompts), field, reader)
             counted.append(np.array([len(dialogs.read(text)) for text in texts], np.uint32))
         return pa.table({"tokens": np.concatenate(counted)})
 

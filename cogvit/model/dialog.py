@@ -53,28 +53,36 @@ class DialogReader:
 
     Attributes:
         image_id: of the image token.
-        fingerprint: of the tokenizer's files.
 
-    Errors: DataError when the directory has no tokenizer, or it lacks a template or the image token, or has an id
-    beyond the language model's vocabulary.
+    Errors: DataError when the tokenizer lacks a template or the image token.
     """
 
-    def __init__(self, directory: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        tokenizer = load_tokenizer(directory)
-        if tokenizer is None:
-            raise DataError(f"{directory} has no tokenizer; copy one beside the language model")
-        try:
-            check_template(tokenizer)
-            self.image_id = image_token_id(tokenizer)
-        except DataError as error:
-            raise DataError(f"{directory}: {error}") from None
-        if (most := max(tokenizer.get_vocab().values())) >= vocab_size:
-            raise DataError(f"{directory} has a tokenizer with ids to {most}, and its vocab_size is {vocab_size}")
-        self.fingerprint = tokenizer_fingerprint(directory)
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
+        check_template(tokenizer)
+        self.image_id = image_token_id(tokenizer)
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._ends = (*own, *eos_ids)
         self._tokenizer = tokenizer
         self.read = lru_cache(_KEPT)(self._read)
+
+    @classmethod
+    def of(cls, directory: Path, vocab_size: int, eos_ids: Sequence[int]) -> DialogReader:
+        """Read the tokenizer of a language model.
+
+        Errors: DataError when there is none, it has an id beyond the vocabulary, or as the class.
+        """
+        tokenizer = load_tokenizer(directory)
+        if tokenizer is None:
+            raise DataError(f"{directory} has no tokenizer; copy one beside the language model")
+        if (most := max(tokenizer.get_vocab().values())) >= vocab_size:
+            raise DataError(
+                f"{directory} has a tokenizer with ids to {most}, and its vocab_size is {vocab_size}; give the language"
+                " model as many rows"
+            )
+        try:
+            return cls(tokenizer, eos_ids)
+        except DataError as error:
+            raise DataError(f"{directory}: {error}") from None
 
     def _read(self, conversation: Conversation) -> Dialog:
         """Return a conversation's tokens.
