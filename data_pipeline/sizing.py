@@ -41,11 +41,11 @@ class Sizing:
         if self.kind == "square":
             return np.tile(np.array(self.square_hw, np.int64), (len(height_px), 1))
         height, width = height_px.astype(np.int64), width_px.astype(np.int64)
-        budget = self._budget(len(height), key)
-        if most is not None:
-            budget = np.minimum(budget, np.maximum(most // self.multiple**2, 1))
+        patches = self._budget(len(height), key, most)
         if self.kind == "glm":
-            return self._near(height.astype(np.float64), width.astype(np.float64), budget) * self.multiple
+            groups = np.maximum(patches / self.multiple**2, 1.0)
+            return self._near(height.astype(np.float64), width.astype(np.float64), groups) * self.multiple
+        budget = patches // self.multiple**2
         rows, columns = _largest_side(height, width, budget), _largest_side(width, height, budget)
         tall = rows * width >= columns * height
         fitted = np.stack(
@@ -63,12 +63,10 @@ class Sizing:
         """Return which images have more patches than their budget, and so are downsized; none where kind is square."""
         if self.kind == "square":
             return np.zeros(len(height_px), np.bool_)
-        budget = self._budget(len(height_px), key)
-        if most is not None:
-            budget = np.minimum(budget, np.maximum(most // self.multiple**2, 1))
+        budget = self._budget(len(height_px), key, most) // self.multiple**2
         return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > budget
 
-    def _near(self, height: Sides, width: Sides, budget: Ints) -> Ints:
+    def _near(self, height: Sides, width: Sides, budget: Sides) -> Ints:
         """Return the groups of whole images near their own size. Source: as `cogvit.ImageLimits.size_px`."""
         unit_px = float(self.patch_size_px * self.multiple)
         scale = np.where((height < unit_px) | (width < unit_px), np.maximum(unit_px / height, unit_px / width), 1.0)
@@ -85,12 +83,12 @@ class Sizing:
         over, under = groups.prod(axis=1) > budget, groups.prod(axis=1) < least
         return np.where(over[:, None], shrunk, np.where(under[:, None], enlarged, groups)).astype(np.int64)
 
-    def _budget(self, count: int, key: Ints | None) -> Ints:
-        """Return the most groups of multiple x multiple patches that each image may have."""
-        if key is None or not self.budgets:
-            return np.full(count, self.max_patches // self.multiple**2)
-        drawn = mix(torch.from_numpy(key), _BUDGET_SALT).numpy() % len(self.budgets)
-        return np.array(self.budgets)[drawn] // self.multiple**2
+    def _budget(self, count: int, key: Ints | None, most: Ints | None) -> Ints:
+        """Return the most patches that each image may have: at least one group of multiple x multiple."""
+        budget = np.full(count, self.max_patches)
+        if key is not None and self.budgets:
+            budget = np.array(self.budgets)[mix(torch.from_numpy(key), _BUDGET_SALT).numpy() % len(self.budgets)]
+        return budget if most is None else np.minimum(budget, np.maximum(most, self.multiple**2))
 
     def _native(self, height_px: Ints, width_px: Ints) -> Ints:
         """Return the grids of groups of patches that hold the images as they are."""
