@@ -14,7 +14,7 @@ from data_pipeline.conversation import conversation_of, image_names
 from data_pipeline.index import load_index
 from data_pipeline.loader import usable_index
 from data_pipeline.scan import scan_shard
-from data_pipeline.shards import ShardReader, read_members
+from data_pipeline.shards import ShardReader
 from data_pipeline.token_counts import read_text
 from tests.conversations import TWO_TURNS, indexed, said, talk, write_talks
 from tests.data.corpus import ANY_SIZE, members, picture, write_tar
@@ -28,10 +28,7 @@ def test_both_forms_say_the_same() -> None:
         assert conversation_of(metadata, 1) == expected
     several = {"messages": [{"role": "system", "content": "be brief"}, *said("one <image> and <image>", "two")]}
     turns = conversation_of(several, 2)
-    assert (
-        turns[0] == Turn("system", ("be brief",))
-        and turns[1].parts == ("one ", None, " and ", None)[: len(turns[1].parts)]
-    )
+    assert turns[:2] == (Turn("system", ("be brief",)), Turn("user", ("one ", None, " and ", None)))
 
 
 def test_images_are_named_in_parts_or_beside_them() -> None:
@@ -124,4 +121,3 @@ def test_conversations_about_one_image_are_no_duplicates(tmp_path: Path) -> None
     write_tar(tmp_path / "a.tar", entries)
     indexed(tmp_path)
     assert len(load_index(str(tmp_path), duplicates="drop")) == 3 + 1
-    assert [member.name for member in read_members(str(tmp_path / "a.tar"))][0] == "t0.json"
