@@ -208,6 +208,22 @@ class VisionLanguageModel(nn.Module):
                 said = text
         yield text[len(said) :]
 
+    def generate_many(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
+        """Return the greedy answers to several conversations, each as `generate` gives it alone."""
+        prompts = [self.prompt(messages) for messages in conversations]
+        with torch.no_grad():
+            embedded = self._embedded([ids for ids, _ in prompts], [images for _, images in prompts])
+        answers = torch.stack(list(self.language.stream(*embedded, Sampling(max_new_tokens))), dim=1)
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.tolist()]
+
+    def hidden_rows(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Tensor:
+        """Return what the head reads of rows of token ids end to end, [S, D].
+
+        images: of each row, as in `forward`. Errors: as `forward`.
+        """
+        device = self.language.embed.weight.device
+        return self.language.hidden(*self._embedded([row.to(device) for row in rows], images))
+
     def prompt(self, messages: Sequence[Message]) -> tuple[Tensor, list[Image]]:
         """Return a conversation as token ids [T], each image as a run of its length, and its images.
 

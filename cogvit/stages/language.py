@@ -126,10 +126,11 @@ class LanguageStage:
         return model, Watched(config.adapter.spatial_pool)
 
     def loads(self, config: RunConfig) -> list[Load]:
-        """The vision tower and the language model; the adapter counts with nothing."""
+        """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
         from cogvit.stages.cost import language_load, vision_load
 
-        return [vision_load(config), *([language_load(config, language_shape(config))] if config.language.path else [])]
+        there = Path(config.language.path or "?").is_dir()
+        return [vision_load(config), *([language_load(config, language_shape(config))] if there else [])]
 
     def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
         """Say so where images are worth nothing once the rates are warm."""
@@ -143,9 +144,12 @@ class LanguageStage:
 
     def examples(self, subject: Subject) -> list[Example]:
         """What is said of held-out images."""
-        from cogvit.evaluation.answers import answer_examples
+        from cogvit.evaluation.answers import answer_examples, exams
 
-        return answer_examples(subject)
+        assert subject.joint is not None and subject.config is not None and subject.talks is not None
+        config = subject.config
+        found = exams(subject.talks, dict(config.language.prompts), config.data.caption_field)
+        return answer_examples(subject.joint, list(found))
 
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """The image as it is."""

@@ -15,6 +15,8 @@ from cogvit.model.image_input import ImageLimits
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
 from cogvit.model.layouts.causal_lm import read_causal_lm, read_shape
+from cogvit.model.layouts.files import CONFIG, read_json
+from cogvit.model.layouts.vision_language import MODEL_TYPE
 from cogvit.model.pretrained import load_tokenizer
 from cogvit.model.vit import CogViT
 from cogvit.model.vlm import VisionLanguageModel
@@ -46,9 +48,15 @@ def given_weights(config: RunConfig) -> dict[str, Tensor]:
     return found
 
 
-def is_joint_run(path: Path) -> bool:
-    """Whether a path is a run that trains a language model."""
-    return is_run(path) and bool(load_config(path / "config.json").language.path)
+def is_joint(path: Path) -> bool:
+    """Whether a path is a run of stage 3, or a directory of a whole vision-language model."""
+    if is_run(path):
+        return bool(load_config(path / "config.json").language.path)
+    try:
+        values = read_json(path / CONFIG)
+    except CheckpointError:
+        return False
+    return values.get("model_type") == MODEL_TYPE or "text_config" in values
 
 
 def load_joint(path: Path) -> VisionLanguageModel:
