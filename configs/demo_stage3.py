@@ -25,9 +25,9 @@ def config() -> RunConfig:
         adapter=AdapterConfig("glm"),
         language=LanguageTowerConfig(path="runs/demo/language", max_tokens=96, max_patches=36),
         data=DataConfig(
-            shards="runs/demo/corpus/train/*.tar",
-            eval_shards="runs/demo/corpus/heldout/*.tar",
-            mixture=(("pictograms", 0.7), ("digits", 0.3)),
+            shards="runs/demo/corpus/train*/*.tar",
+            eval_shards="runs/demo/corpus/heldout*/*.tar",
+            mixture=(("pictograms", 0.4), ("digits", 0.3), ("questions", 0.3)),
             global_batch_images=128,
             tokens_per_pack=2304,
             images_per_pack=68,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from cogvit.evaluation.results import Evaluation, Score
+from cogvit.evaluation.results import PLAIN, Evaluation, Score
 
 _BASELINES = ("untrained", "pixels")  # a metric that ends so belongs to the metric without it
 
@@ -42,16 +42,19 @@ def _row(task: str, metric: str, score: Score, beside: Mapping[str, float], colu
     value, chance = score["value"], score["chance"]
     others = "".join(_cell(beside.get(name)) for name in columns)
     bar = f'<div><b style="width:{_percent(value)}"></b><i style="left:{_percent(chance)}"></i></div>'
+    plain = metric.startswith(PLAIN)
+    bar = "" if plain else bar
     return (
-        f"<tr><td>{escape(task)}<br><small>{escape(metric)}</small></td>{_cell(value, bold=True)}{_cell(chance)}"
+        f"<tr><td>{escape(task)}<br><small>{escape(metric)}</small></td>{_cell(value, bold=True, plain=plain)}"
+        f"{_cell(chance, plain=plain)}"
         f"{others}<td class=bar>{bar}</td></tr>"
     )
 
 
-def _cell(value: float | None, *, bold: bool = False) -> str:
+def _cell(value: float | None, *, bold: bool = False, plain: bool = False) -> str:
     if value is None:
         return '<td class=num data-value=""></td>'
-    shown = f"{100 * value:.1f}&#8239;%"
+    shown = f"{value:.3f}" if plain else f"{100 * value:.1f}&#8239;%"
     return f'<td class=num data-value="{value!r}">{f"<b>{shown}</b>" if bold else shown}</td>'
 
 

@@ -34,6 +34,7 @@ class ContrastStage:
     """Two towers, and captions beside the images."""
 
     title: str = "Stage 2: image-text alignment"
+    shows: str = "Retrieval on held-out images"
     fields: tuple[str, ...] = (
         "contrast.", "text.", "text_encoder.", "proj_dim", "init_log_t", "init_bias", "memory.text.",
         "optim.text.", "optim.temperature.", "optim.bias.",

@@ -34,6 +34,7 @@ class DistillStage:
     """The vision tower, images alone, and teachers who say what is behind the masked patches."""
 
     title: str = "Stage 1: distillation"
+    shows: str = ""
     fields: tuple[str, ...] = (
         "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
         "teachers.visible_weight",

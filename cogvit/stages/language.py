@@ -34,6 +34,7 @@ class LanguageStage:
     """Encoder, adapter and language model, and conversations in which images stand."""
 
     title: str = "Stage 3: language"
+    shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
         "language.", "adapter.", "memory.language.", "optim.adapter.", "optim.language.",
         "data.text_tokens_per_pack", "data.zh_fraction",

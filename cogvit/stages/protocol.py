@@ -32,6 +32,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def shows(self) -> str:
+        """What its examples in a report are called."""
+        ...
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Paths of the fields that stages without them have no use for; one that ends with a dot is a whole part."""
         ...
