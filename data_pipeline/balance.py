@@ -133,31 +133,42 @@ def place(
     Errors: DataError when a single image or caption exceeds a cap.
     """
     slots = np.ones_like(cost) if slots is None else slots
-    for name, demand, cap in (
-        ("data.tokens_per_pack", tokens, limits.tokens),
-        ("data.text_tokens_per_pack", text_tokens, limits.text_tokens),
-    ):
-        if demand.max(initial=0) > cap:
-            raise DataError(f"one sample needs {demand.max()} tokens of {name}={cap}; raise that")
-    if slots.max(initial=0) > limits.images:
-        raise DataError(f"one sample has {slots.max()} images, and data.images_per_pack={limits.images}; raise that")
+    check_caps(np.stack([tokens, text_tokens, slots], axis=1), limits)
     order = np.argsort(-cost, kind="stable")
     items = np.stack([cost, tokens, text_tokens, slots], axis=1)[order].tolist()
-    load = np.array([tokens.sum(), slots.sum(), text_tokens.sum()])
-    caps = np.maximum([limits.tokens, limits.images, limits.text_tokens], 1)  # no text at all has a cap of 0
+    load = np.array([tokens.sum(), text_tokens.sum(), slots.sum()])
+    caps = np.maximum(caps_of(limits), 1)  # no text at all has a cap of 0
     packs_per_rank = max(limits.min_packs, int((-(-load // (caps * num_ranks))).max()))
     while len(spots := _fill(items, limits, num_ranks, packs_per_rank)) < len(items):
         packs_per_rank += 1
     spot = np.empty(len(cost), np.int64)
     spot[order] = spots
     demand = np.stack([cost, tokens, text_tokens, slots], axis=1)
-    room = np.tile(np.array([limits.tokens, limits.text_tokens, limits.images]), (num_ranks * packs_per_rank, 1))
+    room = np.tile(caps_of(limits), (num_ranks * packs_per_rank, 1))
     np.subtract.at(room, spot, demand[:, 1:])
     load = np.zeros(num_ranks, np.int64)
     np.add.at(load, spot // packs_per_rank, cost)
     _even_out(_Loads(spot, demand, room, load))
     rank, pack = np.divmod(spot, packs_per_rank)
     return Placement(packs_per_rank, rank, pack)
+
+
+def caps_of(limits: PackLimits) -> Ints:
+    """Return what a pack holds of tokens, text tokens and images."""
+    return np.array([limits.tokens, limits.text_tokens, limits.images], np.int64)
+
+
+def check_caps(demand: Ints, limits: PackLimits) -> None:
+    """Look whether every sample fits a pack alone; demand is [B, 3] as `caps_of`. Errors: DataError."""
+    most = demand.max(axis=0, initial=0)
+    for name, need, cap in (
+        ("data.tokens_per_pack", most[0], limits.tokens),
+        ("data.text_tokens_per_pack", most[1], limits.text_tokens),
+    ):
+        if need > cap:
+            raise DataError(f"one sample needs {need} tokens of {name}={cap}; raise that")
+    if most[2] > limits.images:
+        raise DataError(f"one sample has {most[2]} images, and data.images_per_pack={limits.images}; raise that")
 
 
 @dataclass(slots=True)

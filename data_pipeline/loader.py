@@ -35,6 +35,7 @@ from data_pipeline.caption import (
 from data_pipeline.decode import Pixels, read_image_at
 from data_pipeline.index import Index
 from data_pipeline.pack import Decoded, Made, decode_pack, pack_limits
+from data_pipeline.phases import place_phases
 from data_pipeline.plan import GlobalBatch, Planner, check_plan, plan_hash
 from data_pipeline.select import Needs
 from data_pipeline.shards import ShardReader
@@ -206,7 +207,11 @@ def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int,
         cost = cost + caption_cost(text_tokens, config)
     # A sample without an image has a place among the sequences, and each image one among the images.
     slots = np.maximum(batch.images, 1)
-    placement = place(cost, num_tokens, text_tokens, slots, num_ranks=num_ranks, limits=pack_limits(config))
+    limits = pack_limits(config)
+    if reads == "conversations" and config.parallel.pp > 1:
+        placement = place_phases(batch.phases, num_tokens, text_tokens, slots, num_ranks=num_ranks, limits=limits)
+    else:
+        placement = place(cost, num_tokens, text_tokens, slots, num_ranks=num_ranks, limits=limits)
     return Layout(placement, choice, text_tokens, cost)
 
 

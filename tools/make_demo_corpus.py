@@ -1,8 +1,9 @@
 """Write the demo corpus: pictograms, handwritten digits and photographs with English and Chinese captions.
 
 Every picture comes with a package that pip installs; nothing is downloaded. DIR/train and DIR/heldout hold webdataset
-shards, DIR/train-questions and DIR/heldout-questions questions about such pictures, DIR/corpus.json says what is in them, from which seed and under which licenses. Held-out pictograms are other
-drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
+shards, DIR/train-questions and DIR/heldout-questions questions about such pictures; DIR/corpus.json says what is in
+them, from which seed and under which licenses. Held-out pictograms are other drawings of the same pictograms; held-out
+digits are other digits. Equal seeds give equal bytes.
 
 usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
 """

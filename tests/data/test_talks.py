@@ -22,6 +22,7 @@ from cogvit.model.dialog import Dialog
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.index import Index
 from data_pipeline.loader import step_batches, step_loader
+from data_pipeline.phases import place_phases
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import plan_spec
 from data_pipeline.talks import lay
@@ -197,30 +198,48 @@ def test_images_have_the_size_that_users_give_them(height: int, ratio: float, pa
         assert (rows, columns) == tuple(grid.tolist())
 
 
-@pytest.mark.parametrize("ranks", [64, 4096])
-@pytest.mark.parametrize("unit", [9.0, 0.9])  # of a language model's cost
-def test_loads_by_the_sum_of_both_costs_are_even(ranks: int, unit: float) -> None:
-    """Text alone, one image, many: of the shapes of real mixtures; nodes of 64 ranks place for themselves."""
+UNITS = [9.0, 0.9]  # of what a token costs a language model of 9B and of 0.9B parameters
+LIMITS = PackLimits(tokens=16384, images=64, text_tokens=8192)
+A_NODE = 64  # ranks, which place for themselves
+
+
+def mixture(ranks: int, unit: float) -> tuple[Any, Any, Any]:
+    """Costs of both phases, patches and tokens of text alone, one image and many, in the shapes of real mixtures."""
     rng = np.random.default_rng(0)
-    count, group = ranks * 24, 64
+    count = ranks * 24
     kind = rng.choice(3, count, p=[0.35, 0.5, 0.15])
-    drawn = [
-        np.zeros(count),
-        rng.lognormal(7.0, 0.9, count).clip(64, 9216),
-        rng.lognormal(8.6, 0.5, count).clip(1024, 12288),
-    ]
-    patches = np.choose(kind, drawn).astype(np.int64) // 4 * 4
+    one, many = rng.lognormal(7.0, 0.9, count).clip(64, 9216), rng.lognormal(8.6, 0.5, count).clip(1024, 12288)
+    patches = np.choose(kind, [np.zeros(count), one, many]).astype(np.int64) // 4 * 4
     text = rng.lognormal(5.6, 0.9, count).clip(16, 3000).astype(np.int64) + patches // 4
-    cost = patches * (6144 + patches) * 2 + (text * (24576 + text) * unit).astype(np.int64)
-    limits = PackLimits(tokens=16384, images=64, text_tokens=8192)
-    loads, packs = [], 0
-    for start in range(0, count, group * 24):
-        mine = slice(start, start + group * 24)
-        placement = place(cost[mine], patches[mine], text[mine], num_ranks=group, limits=limits)
-        load = np.bincount(placement.rank, cost[mine], group)
+    vision, language = patches * (6144 + patches) * 2, (text * (24576 + text) * unit).astype(np.int64)
+    return np.stack([vision, language], axis=1), patches, text
+
+
+@pytest.mark.parametrize("ranks", [64, 4096])
+@pytest.mark.parametrize("unit", UNITS)
+def test_loads_by_the_sum_of_both_costs_are_even(ranks: int, unit: float) -> None:
+    phases, patches, text = mixture(ranks, unit)
+    cost = phases.sum(axis=1)
+    loads = []
+    for start in range(0, len(cost), A_NODE * 24):
+        mine = slice(start, start + A_NODE * 24)
+        placement = place(cost[mine], patches[mine], text[mine], num_ranks=A_NODE, limits=LIMITS)
+        load = np.bincount(placement.rank, cost[mine], A_NODE)
         loads.append(load.max() / max(load.mean(), cost[mine].max()))
-        packs = max(packs, placement.packs_per_rank)
     assert max(loads) < 1.01
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_with_a_pipeline_both_phases_are_even(unit: float) -> None:
+    phases, patches, text = mixture(A_NODE, unit)
+    slots = np.maximum(patches > 0, 1)
+    limits = replace(LIMITS, min_packs=4)
+    placement = place_phases(phases, patches, text, slots, num_ranks=A_NODE, limits=limits)
+    load = np.stack([np.bincount(placement.rank, phases[:, one], A_NODE) for one in (0, 1)])
+    assert (load.max(axis=1) / load.mean(axis=1) < 1.05).all()
+    spot = placement.rank * placement.packs_per_rank + placement.pack
+    for demand, cap in ((patches, limits.tokens), (text, limits.text_tokens), (slots, limits.images)):
+        assert np.bincount(spot, demand).max() <= cap
 
 
 def test_a_picture_alone_fills_its_pack(tmp_path: Path, language: Path) -> None:

@@ -81,8 +81,11 @@ def test_every_layout_has_the_same_losses(
     base: RunConfig, straight: Path, pool: Pool, tmp_path: Path, world: int, parallel: ParallelConfig
 ) -> None:
     out = run(pool, world, replace(base, parallel=parallel), tmp_path / "run")
-    for name in ("loss", "image_effect"):
-        assert losses(out, name) == pytest.approx(losses(straight, name), rel=1e-5, abs=1e-5)
+    for name in ("loss", "eval_loss"):
+        assert losses(out, name) == pytest.approx(losses(straight, name), rel=1e-5)
+    # Other images are those of the same pack, and packs differ between numbers of ranks.
+    if parallel.tp > 1:
+        assert losses(out, "image_effect") == pytest.approx(losses(straight, "image_effect"), abs=1e-5)
 
 
 def train_until_killed(rank: int, world: int, argv: list[str], metrics: str, step: int) -> int:
