@@ -75,7 +75,7 @@ def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tm
                 "content": [{"type": "image", "image": one.images[0]}, {"type": "text", "text": PROMPTS["en"]}],
             }
         ]
-    )  # noqa: E501
+    )
     end = model.tokenizer.eos_token_id
     answer = [*model.tokenizer(one.right[0], add_special_tokens=False)["input_ids"], end]
     with torch.no_grad():
