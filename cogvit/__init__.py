@@ -15,7 +15,8 @@ What is here, by purpose:
 
     encoder             CogViT, CogViTConfig, EncodedImages, Preprocessing
     images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
-    images and language VisionLanguageModel, ImageLimits, CausalLM, LanguageConfig, RopeScaling, PackedSequence
+    images and language VisionLanguageModel, ImageLimits, CausalLM, LanguageConfig, MmtpConfig, RopeScaling,
+                        PackedSequence
     between the two     AdapterConfig, MLPAdapter, GlmAdapter, SwiGLUAdapter, ConvAdapter, insert_visual_tokens_mmtp,
                         save_glm_ocr
     stage 1             CogViTForMIM, TeacherWrapper
@@ -42,7 +43,7 @@ from cogvit.model.config import AdapterConfig, CogViTConfig, TextConfig
 from cogvit.model.contrastive import CogViTForContrastive, SigLIPLoss
 from cogvit.model.image_input import ImageLimits
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import LanguageConfig, RopeScaling
+from cogvit.model.language_config import LanguageConfig, MmtpConfig, RopeScaling
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups
@@ -65,6 +66,7 @@ __all__ = [
     "ImageLimits",
     "LanguageConfig",
     "MLPAdapter",
+    "MmtpConfig",
     "PackedFeatures",
     "PackedImages",
     "PackedSequence",

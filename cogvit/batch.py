@@ -22,7 +22,8 @@ class HostView:
     """What the host knows of a pack, so that nothing has to ask the device and wait for it."""
 
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; none of captions
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
+    labels: int | None = None  # that have a weight, of a `PackedSequence`; None waits for the device to count them
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
-        host: as in `PackedImages`, without grids.
+        host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
     """
 
     ids: Tensor
@@ -110,6 +111,23 @@ class PackedSequence:
     weight: Tensor
     key: Tensor
     host: HostView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAhead:
+    """What the M heads behind a language model read and predict of a pack of S tokens.
+
+    Depth m at place i reads the token at `source[m, i]`, which is m + 1 places ahead, and predicts that token's label.
+
+    Attributes:
+        source: [M, S] int32, a place of the same sample: its last where fewer tokens follow.
+        weight: [M, S] float32, of the label; 0 where it is of no answer or behind the sample's end.
+        slot: [S] int32, which of the learned tokens stands at a visual position, -1 elsewhere.
+    """
+
+    source: Tensor
+    weight: Tensor
+    slot: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,4 +270,5 @@ def _padding_like(packed: Packed) -> Packed:
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
-    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids)))
+    labels = None if packed.host.labels is None else 0
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))

@@ -11,6 +11,7 @@ transformers.
 --temperature T       0 takes the most likely token, 1 draws as the model says (default: 0)
 --top-p P             draws among the most likely tokens that have this much of the probability (default: 1)
 --seed N              of the draws (default: 0)
+--draft mtp|none      mtp lets heads propose tokens: the same answer in fewer passes, and how many (default: none)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
+from cogvit.model.drafting import Drafted
 from cogvit.model.generation import Sampling
 from cogvit.training.joint import load_joint
 
@@ -39,13 +41,16 @@ class Arguments:
     temperature: str = "0"
     top_p: str = "1"
     seed: str = "0"
+    draft: str = "none"
 
 
 def generate(arguments: Arguments) -> int:
     """Print the answer piece by piece; returns the exit status."""
     if not arguments.prompt:
         raise ConfigError("--prompt TEXT is needed: what to ask")
-    sampling = _sampling(arguments)
+    if arguments.draft not in ("none", "mtp"):
+        raise ConfigError(f"--draft {arguments.draft} must be mtp or none")
+    sampling, drafted = _sampling(arguments), Drafted() if arguments.draft == "mtp" else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_joint(Path(arguments.run_or_export)).to(device)
     if model.tokenizer is None:
@@ -53,12 +58,16 @@ def generate(arguments: Arguments) -> int:
     images = [name for name in arguments.image.split(",") if name]
     parts: list[dict[str, Any]] = [{"type": "image", "image": Path(name)} for name in images]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
+    if drafted is not None and model.language.mtp is None:
+        raise ConfigError(f"--draft mtp: {arguments.run_or_export} has no heads; a run with --mmtp.depths trains them")
     try:
-        for piece in model.stream(messages, sampling):
+        for piece in model.stream(messages, sampling, drafted):
             print(piece, end="", flush=True)
     except ValueError as error:
         raise ConfigError(f"--max-new-tokens {sampling.max_new_tokens}: {error}") from None
     print()
+    if drafted is not None:
+        print(drafted, file=sys.stderr)
     return 0
 
 

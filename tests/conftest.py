@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,6 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pool() -> Pool:
     """The gloo workers of the whole run."""
     return Pool()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each suite took, fixtures included: seconds of one of the processes that run side by side."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    lines = [f"{seconds[suite]:7.0f} s  {suite}" for suite in sorted(seconds, key=seconds.__getitem__, reverse=True)]
+    terminalreporter.write("\n".join(["", *lines, ""]))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def random_sequence(
         labels=ids.roll(-1),
         weight=weight,
         key=mix(torch.arange(num_slots) + 1000 * seed, 11),
-        host=HostView((*lengths, *[0] * absent, padding)),
+        host=HostView((*lengths, *[0] * absent, padding), labels=int((weight > 0).sum())),
     )
 
 

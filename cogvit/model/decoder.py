@@ -70,7 +70,7 @@ class CausalLayout:
     """What every block needs beside the hidden states of S tokens.
 
     Attributes:
-        segments: sequences of a pack; None where each token is the next one of a row of the cache.
+        segments: sequences of a pack; None where the tokens are the newest of the rows of the cache.
         cos_SR: of the rotation.
         sin_SR: likewise.
     """
@@ -81,7 +81,7 @@ class CausalLayout:
 
 
 class KeyValueCache:
-    """Keys and values of B sequences of any lengths, each in a row of W places.
+    """Keys and values of B sequences of any lengths, each in a row of W places, its newest tokens last.
 
     Args:
         cfg: the model's.
@@ -95,32 +95,41 @@ class KeyValueCache:
         self.key = [like.new_zeros(size) for _ in range(cfg.depth)]
         self.value = [like.new_zeros(size) for _ in range(cfg.depth)]
         self.length_B = torch.tensor(length_B, device=like.device)
-        self._rows, self._width, self._longest = len(length_B), width, max(length_B)
+        self._rows, self._width, self._longest, self._new = len(length_B), width, max(length_B), 0
         self._ragged = len({*length_B}) > 1
         starts = (torch.arange(n) + row * width for row, n in enumerate(length_B))
         self._place_S = torch.cat([*starts]).to(like.device)
 
-    def append(self) -> None:
-        """Make room for one more token in each row."""
-        self._place_S = torch.arange(self._rows, device=self.length_B.device) * self._width + self.length_B
-        self.length_B = self.length_B + 1
-        self._longest += 1
+    def append(self, count: int = 1) -> None:
+        """Make room for so many more tokens in each row."""
+        row_B1 = torch.arange(self._rows, device=self.length_B.device).unsqueeze(1) * self._width
+        new = torch.arange(count, device=self.length_B.device)
+        self._place_S = (row_B1 + self.length_B.unsqueeze(1) + new).flatten()
+        self.length_B = self.length_B + count
+        self._longest, self._new = self._longest + count, count
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first so many tokens of the only row."""
+        assert self._rows == 1, "rows of several prompts end at different places"
+        self.length_B, self._longest = torch.full_like(self.length_B, length), length
 
     def write(self, layer: int, key_SGK: Tensor, value_SGK: Tensor) -> None:
-        """Keep the keys and values of the prompts' tokens, or of the token that `append` made room for."""
+        """Keep the keys and values of the prompts' tokens, or of the tokens that `append` made room for."""
         self.key[layer].index_copy_(0, self._place_S, key_SGK[: len(self._place_S)])
         self.value[layer].index_copy_(0, self._place_S, value_SGK[: len(self._place_S)])
 
-    def attend(self, layer: int, query_BHK: Tensor) -> Tensor:
-        """Return what the last token of each row gathers from the row, [B, H, K]."""
+    def attend(self, layer: int, query_SHK: Tensor) -> Tensor:
+        """Return what the newest tokens of each row, row after row, gather from it up to themselves, [S, H, K]."""
         rows = (rearrange(x[layer], "(b w) g k -> b g w k", b=self._rows) for x in (self.key, self.value))
         key, value = (x[:, :, : self._longest] for x in rows)
+        query = rearrange(query_SHK, "(b n) h k -> b h n k", b=self._rows)
         mask = None
-        if self._ragged:
-            place_W = torch.arange(self._longest, device=query_BHK.device)
-            mask = (place_W < self.length_B.unsqueeze(1))[:, None, None]
-        out = F.scaled_dot_product_attention(query_BHK.unsqueeze(2), key, value, attn_mask=mask, enable_gqa=True)
-        return out.squeeze(2)
+        if self._ragged or self._new > 1:
+            place_W = torch.arange(self._longest, device=query.device)
+            seen_BN = self.length_B.unsqueeze(1) - torch.arange(self._new - 1, -1, -1, device=query.device)
+            mask = (place_W < seen_BN.unsqueeze(2)).unsqueeze(1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return rearrange(out, "b h n k -> (b n) h k")
 
 
 class CausalAttention(nn.Module):
@@ -150,7 +159,7 @@ class CausalAttention(nn.Module):
         if cache is not None:
             cache.write(layer, k_SGK, v_SGK)
             if layout.segments is None:
-                return self.proj(rearrange(cache.attend(layer, q_SHK), "b h k -> b (h k)"))
+                return self.proj(rearrange(cache.attend(layer, q_SHK), "s h k -> s (h k)"))
         assert layout.segments is not None, "tokens that follow a cache need it"
         out_SHK = packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True)
         return self.proj(rearrange(out_SHK, "s h k -> s (h k)"))

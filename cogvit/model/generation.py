@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cogvit.draws import mix, uniform
 
+Draft = Literal["none", "mtp"]
 _SAMPLING_SALT = 0x73616D70  # "samp"
 
 
@@ -40,13 +42,14 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
 
 
-def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int) -> Tensor:
+def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int, first_row: int = 0) -> Tensor:
     """Return the id [B] that follows in each row.
 
     Args:
         logits_BV: of the rows' last tokens.
         sampling: how to choose.
         step: number of the answer's token, from 0.
+        first_row: number of the first of these rows among all that are answered.
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(1)
@@ -54,7 +57,7 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int) -> Tensor:
     mass_BV = likely_BV.cumsum(1)
     kept_BV = mass_BV - likely_BV < sampling.top_p  # the first one always
     mass_BV = torch.where(kept_BV, mass_BV, mass_BV.new_tensor(math.inf))
-    row_B = torch.arange(len(logits_BV), device=logits_BV.device)
+    row_B = first_row + torch.arange(len(logits_BV), device=logits_BV.device)
     draw_B = uniform(mix(row_B, sampling.seed, _SAMPLING_SALT), step).double()
     total_B = (likely_BV * kept_BV).sum(1)
     place_B = (mass_BV <= (draw_B * total_B).unsqueeze(1)).sum(1).clamp(max=kept_BV.sum(1) - 1)

@@ -29,6 +29,49 @@ class RopeScaling:
     original_max_tokens: int
 
 
+SeenAtImages = Literal["embeddings", "masked", "token", "token_path", "tokens"]
+SEEN_AT_IMAGES: tuple[SeenAtImages, ...] = ("embeddings", "masked", "token", "token_path", "tokens")
+
+
+@dataclass(frozen=True)
+class MmtpConfig:
+    """Heads behind the last block, which predict the tokens after the next one.
+
+    Attributes:
+        depths: M, how many tokens after the next one are predicted; 0 has no heads.
+        share: one layer serves all depths.
+        images: what the heads see where an image stands: its `embeddings`, nothing (`masked`: its tokens are left out
+            of their sequence), the image `token`'s embedding, that without the predictions whose path crosses an image
+            (`token_path`), or a learned set of `tokens`, chosen by the place inside the image.
+        tokens: K, size of that set.
+        weight: of the mean of the depths' losses beside the loss of the next token.
+        trunk_gradient: the heads' loss reaches the blocks before them.
+
+    Errors: ValueError when a number is out of range or `images` is unknown.
+    Source: GLM-5V-Turbo's report, section 2.2 (its options 1, 2 and 3); the weight is DeepSeek-V3's.
+    """
+
+    depths: int = 0
+    share: bool = True
+    images: SeenAtImages = "token"
+    tokens: int = 4
+    weight: float = 0.3
+    trunk_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        if self.depths < 0 or self.tokens < 1:
+            raise ValueError(f"mmtp.depths={self.depths} must be at least 0 and mmtp.tokens={self.tokens} at least 1")
+        if self.images not in SEEN_AT_IMAGES:
+            raise ValueError(f"mmtp.images={self.images!r} must be one of {', '.join(SEEN_AT_IMAGES)}")
+        if not 0.0 <= self.weight < math.inf:
+            raise ValueError(f"mmtp.weight={self.weight} must be 0 or above")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with weights of their own."""
+        return min(self.depths, 1) if self.share else self.depths
+
+
 def mrope_section(pairs: int) -> tuple[int, int, int]:
     """Return how GLM-OCR divides a head's turning pairs among time, row and column: 8, 12 and 12 of 32."""
     time = pairs // 4
@@ -67,6 +110,7 @@ class LanguageConfig:
         eos_ids: tokens that end an answer.
         bos_id: the token that begins a text, if any.
         pad_id: the token that fills up finished answers; the first of eos_ids if None.
+        mmtp: heads that predict more tokens than the next one.
 
     Errors: ValueError when a size is not positive, heads do not divide or an option is unknown.
     """
@@ -92,6 +136,7 @@ class LanguageConfig:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
+    mmtp: MmtpConfig = MmtpConfig()
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_tokens")
@@ -136,7 +181,12 @@ class LanguageConfig:
 
 
 def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
-    """Check that a language model can be split over tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
+    """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
+    if cfg.mmtp.depths:
+        raise ConfigError(
+            f"the language model has mmtp.depths={cfg.mmtp.depths} heads, which the trunk does not train; take one"
+            " without them"
+        )
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from cogvit.batch import PackedSequence, TokensAhead
+from cogvit.model.language_config import MmtpConfig
 from cogvit.model.packing import Grid
 
 Part = int | Grid  # so many tokens of text, or the rows and columns of an image's tokens
@@ -64,3 +66,43 @@ def part_positions(parts: Iterable[Part], *, by_place: bool) -> Tensor:
             positions.append(following + torch.stack([torch.zeros_like(row), row, column]))
             following += max(rows, columns)
     return torch.cat(positions, dim=1)
+
+
+def tokens_ahead(sequence: PackedSequence, mmtp: MmtpConfig, image_tokens: Sequence[int]) -> TokensAhead:
+    """Return what the heads of a pack read and predict.
+
+    Args:
+        sequence: the pack.
+        mmtp: how many depths, and what they see at images.
+        image_tokens: for each image of the pack the rows that it has in the adapter's output.
+    """
+    num_tokens, is_image_S = len(sequence.ids), sequence.visual_row >= 0
+    place_S = torch.arange(num_tokens)
+    stop_S = torch.searchsorted(sequence.cu_seqlens[1:].contiguous(), place_S, right=True)
+    stop_S = sequence.cu_seqlens[1:][stop_S.clamp(max=len(sequence.cu_seqlens) - 2)].long()
+    before_S = is_image_S.cumsum(0)
+    sources, weights = [], []
+    for depth in range(1, mmtp.depths + 1):
+        source_S = torch.minimum(place_S + depth, stop_S - 1)
+        counts_S = place_S + depth < stop_S
+        if mmtp.images == "token_path":
+            counts_S &= before_S[source_S] == before_S
+        elif mmtp.images == "masked":
+            counts_S &= ~is_image_S[source_S]
+        sources.append(source_S)
+        weights.append(sequence.weight[source_S] * counts_S)
+    return TokensAhead(
+        source=torch.stack(sources).to(torch.int32),
+        weight=torch.stack(weights),
+        slot=slots_of_images(sequence.visual_row, image_tokens, mmtp.tokens),
+    )
+
+
+def slots_of_images(visual_row_S: Tensor, image_tokens: Sequence[int], num_slots: int) -> Tensor:
+    """Return which of K tokens stands at each place of an image, [S]: its rows in K equal stretches; -1 for text."""
+    stop_N = torch.tensor([0, *image_tokens], device=visual_row_S.device).cumsum(0)
+    row_S = visual_row_S.clamp(min=0).long()
+    image_S = (torch.searchsorted(stop_N, row_S, right=True) - 1).clamp(max=max(len(image_tokens) - 1, 0))
+    size_S = torch.tensor([*image_tokens] or [1], device=visual_row_S.device)[image_S]
+    slot_S = (row_S - stop_N[image_S]) * num_slots // size_S
+    return torch.where(visual_row_S >= 0, slot_S, -1).to(torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,15 @@ from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, fitted
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
 from cogvit.model.config import AdapterConfig
-from cogvit.model.generation import Sampling
+from cogvit.model.drafting import Drafted, Prompt
+from cogvit.model.generation import Draft, Sampling
 from cogvit.model.image_input import ImageLimits, open_image, pack_shown
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM, place_visual
 from cogvit.model.layouts import glm_ocr_full, vision_language
 from cogvit.model.packing import Grid
 from cogvit.model.pretrained import load_tokenizer
-from cogvit.model.sequence import part_positions, parts_of_row
+from cogvit.model.sequence import part_positions, parts_of_row, slots_of_images
 from cogvit.model.vit import CogViT
 
 if TYPE_CHECKING:
@@ -176,6 +178,7 @@ class VisionLanguageModel(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        draft: Draft = "none",
     ) -> str:
         """Return the answer to a conversation as text, without special tokens.
 
@@ -187,20 +190,27 @@ class VisionLanguageModel(nn.Module):
             temperature: 0 takes the most likely token; above 0 it draws.
             top_p: draws among the most likely tokens that have this much of the probability together.
             seed: of the draws.
+            draft: `mtp` lets the heads propose tokens, which gives the same answer in fewer passes, and prints the
+                accepted length.
 
         Errors: DataError when a message, image, chat template or image token is wrong or missing; ValueError when a
-        number is out of range or prompt and answer exceed the language model's max_tokens.
+        number is out of range, prompt and answer exceed the language model's max_tokens or it has no heads to draft
+        with.
         """
-        return "".join(self.stream(messages, Sampling(max_new_tokens, temperature, top_p, seed)))
+        drafted = Drafted() if draft == "mtp" else None
+        answer = "".join(self.stream(messages, Sampling(max_new_tokens, temperature, top_p, seed), drafted))
+        if drafted is not None:
+            print(drafted, file=sys.stderr)
+        return answer
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """Yield the answer to a conversation piece by piece; messages and errors are those of `generate`."""
-        ids, images = self.prompt(messages)
-        with torch.no_grad():
-            embedded = self._embedded([ids], [images])
+    def stream(self, messages: Sequence[Message], sampling: Sampling, drafted: Drafted | None = None) -> Iterator[str]:
+        """Yield the answer to a conversation piece by piece; messages and errors are those of `generate`.
+
+        drafted: the heads propose tokens, and it counts them; None leaves the heads alone.
+        """
         answer: list[int] = []
         text = said = ""
-        for id_B in self.language.stream(*embedded, sampling):
+        for id_B in self._next_ids(*self.prompt(messages), sampling, drafted):
             answer.append(int(id_B))
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there
@@ -223,6 +233,20 @@ class VisionLanguageModel(nn.Module):
         """
         device = self.language.embed.weight.device
         return self.language.hidden(*self._embedded([row.to(device) for row in rows], images))
+
+    @torch.no_grad()
+    def _next_ids(
+        self, ids_S: Tensor, images: list[Image], sampling: Sampling, drafted: Drafted | None
+    ) -> Iterator[Tensor]:
+        x_SD, position_3S, segments = self._embedded([ids_S], [images])
+        if drafted is None:
+            return self.language.stream(x_SD, position_3S, segments, sampling)
+        is_image_S = ids_S == self.image_token_id
+        row_S = torch.where(is_image_S, is_image_S.cumsum(0) - 1, -1)
+        sizes = [self.num_visual_tokens(image) for image in images]
+        slot_S = slots_of_images(row_S, sizes, self.language.cfg.mmtp.tokens)
+        prompt = Prompt(x_SD, self.language.embed_ids(ids_S), slot_S, position_3S)
+        return self.language.stream_drafted(prompt, sampling, drafted)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[Tensor, list[Image]]:
         """Return a conversation as token ids [T], each image as a run of its length, and its images.

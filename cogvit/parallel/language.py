@@ -17,7 +17,7 @@ from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, rotary_1d
 from cogvit.model.language import place_visual
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.ends import to_first_stage, to_last_stage
 from cogvit.parallel.mesh import Mesh
@@ -32,6 +32,8 @@ class LanguageStage(nn.Module):
 
     Where a tied head and the embedding are of two stages, the first one owns the weight: `tied_head` lends it to the
     last for a pass, so that it has one owner, one place in a checkpoint and one share of the gradient's norm.
+
+    Errors: ConfigError when the layout does not divide it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LanguageStage(nn.Module):
         fusion: Fusion = "auto",
     ) -> None:
         super().__init__()
+        check_layout(cfg, mesh.tp_size, mesh.pp_size)
         self.cfg, self.mesh = cfg, mesh
         self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
         config = megatron_config(decoder_shape(cfg), mesh, memory, sequence=parallel.sequence)
@@ -83,7 +86,8 @@ class LanguageStage(nn.Module):
 
         hidden_SD: what `forward` gave.
         """
-        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight)
+        count = None if sequence.host is None else sequence.host.labels
+        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
 
     @contextmanager
     def tied_head(self, *, train: bool) -> Iterator[None]:

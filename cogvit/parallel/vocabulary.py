@@ -44,19 +44,22 @@ def logits_of(hidden_D: Tensor, weight_VD: Tensor) -> Tensor:
     return F.linear(copy_to_tensor_model_parallel_region(hidden_D), weight_VD)
 
 
-def label_loss(hidden_SD: Tensor, weight_VD: Tensor, label_S: Tensor, weight_S: Tensor) -> Tensor:
+def label_loss(
+    hidden_SD: Tensor, weight_VD: Tensor, label_S: Tensor, weight_S: Tensor, count: int | None = None
+) -> Tensor:
     """Return the sum over labels of weight times cross entropy in nats, 0-dim fp32.
 
-    Labels of weight 0 cost nothing; to know which they are waits for the device. The logits of the others exist a chunk
-    at a time and are made again in backward, so that their memory does not grow with the pack.
+    Labels of weight 0 cost nothing. The logits of the others exist a chunk at a time and are made again in backward, so
+    that their memory does not grow with the pack.
 
     Args:
         hidden_SD: what the head reads, whole on every tensor rank.
         weight_VD: this tensor rank's rows of the head.
         label_S: what follows each token.
         weight_S: of the labels.
+        count: R, how many labels have a weight; None waits for the device to know.
     """
-    row_R = weight_S.nonzero().squeeze(1)
+    row_R = (weight_S.nonzero() if count is None else torch.nonzero_static(weight_S, size=count)).squeeze(1)
     chunks = zip(
         *(x.index_select(0, row_R).split(_CHUNK_LABELS) for x in (hidden_SD, label_S, weight_S.float())), strict=True
     )  # one empty chunk where no label counts: the head takes part with zeros

@@ -24,6 +24,7 @@ from cogvit.training.blame import find_suspects
 from cogvit.training.clock import StepClock
 from cogvit.training.objective import Objective
 from cogvit.training.optim import Module, lr_at, param_groups
+from cogvit.training.orthogonal import QkvHeads
 from cogvit.training.storage import Part
 from cogvit.training.zero import Fragment, whole_tensors
 
@@ -58,9 +59,9 @@ class Engine:
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         groups = param_groups(named, config.optim, config.schedule)
         qkv_heads = {
-            t.parameter: t.num_heads // mesh.tp_size
+            t.parameter: QkvHeads(t.num_heads // mesh.tp_size, t.num_kv_heads // mesh.tp_size)
             for t in self.tensors
-            if t.split is Split.QKV and t.num_heads == t.num_kv_heads
+            if t.split is Split.QKV
         }
         self.zero = zero.initialize(model, groups, qkv_heads, config, mesh.mpu, mesh.dp_size)
         self._training = replace(self.schedule, early=self.zero.early)

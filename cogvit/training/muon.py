@@ -194,7 +194,7 @@ class InnerOptimizer(torch.optim.Optimizer):
     def _orthogonal_whole(self, span: MatrixSpan, shards: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return all tp ranks' parts of a matrix made orthogonal, given all its parts."""
         assert span.tp_dim is not None
-        heads = None if span.qkv_heads is None else span.qkv_heads * len(shards)
+        heads = None if span.qkv_heads is None else span.qkv_heads.times(len(shards))
         matrix_RC = torch.cat(list(shards), dim=span.tp_dim)
         return self._orthogonalize(replace(span, qkv_heads=heads), matrix_RC, None).chunk(len(shards), dim=span.tp_dim)
 
@@ -208,14 +208,18 @@ class InnerOptimizer(torch.optim.Optimizer):
     def _orthogonalize(self, span: MatrixSpan, matrix_RC: Tensor, shards: Shards | None) -> Tensor:
         kind = self._config.muon_qkv
         heads = span.qkv_heads
-        parts_BRC = matrix_RC.unsqueeze(0) if heads is None else parts_of_qkv(matrix_RC, heads, kind)
-        self.newton_schulz_calls += len(parts_BRC)
-        rows, columns = parts_BRC.shape[1:]
-        if shards is not None:
-            split = dist.get_world_size(shards.group)
-            rows, columns = (rows * split, columns) if shards.dim == 0 else (rows, columns * split)
-        parts_BRC = newton_schulz(parts_BRC, shards) * rms_matched_scale(rows, columns)
-        return parts_BRC[0] if heads is None else qkv_of_parts(parts_BRC, heads, kind)
+        parts = [matrix_RC.unsqueeze(0)] if heads is None else parts_of_qkv(matrix_RC, heads, kind)
+        self.newton_schulz_calls += sum(map(len, parts))
+        parts = [newton_schulz(part_BRC, shards) * _scale_of(part_BRC, shards) for part_BRC in parts]
+        return parts[0][0] if heads is None else qkv_of_parts(parts, heads, kind)
+
+
+def _scale_of(part_BRC: Tensor, shards: Shards | None) -> float:
+    rows, columns = part_BRC.shape[1:]
+    if shards is None:
+        return rms_matched_scale(rows, columns)
+    split = dist.get_world_size(shards.group)
+    return rms_matched_scale(*((rows * split, columns) if shards.dim == 0 else (rows, columns * split)))
 
 
 def _buckets(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:

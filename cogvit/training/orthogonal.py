@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,16 +77,44 @@ def rms_matched_scale(rows: int, columns: int) -> float:
     return _RMS_OF_ADAMW * max(rows, columns) ** 0.5
 
 
-def parts_of_qkv(matrix_RC: Tensor, num_heads: int, kind: Literal["split", "heads", "fused"]) -> Tensor:
-    """Return what is made orthogonal of Megatron's [H, 3, K] rows: [3, H*K, C], [H*3, K, C] or [1, R, C]."""
+class QkvHeads(NamedTuple):
+    """The heads of a fused q, k, v matrix, whose rows are Megatron's [G, H / G + 2, K]."""
+
+    queries: int  # H
+    keys: int  # G, and as many of values; H where each query has its own
+
+    def times(self, count: int) -> QkvHeads:
+        """Return the heads of so many such matrices."""
+        return QkvHeads(self.queries * count, self.keys * count)
+
+
+QkvKind = Literal["split", "heads", "fused"]
+
+
+def parts_of_qkv(matrix_RC: Tensor, heads: QkvHeads, kind: QkvKind) -> list[Tensor]:
+    """Return what is made orthogonal of a fused matrix, in batches of one shape.
+
+    split: q, k and v, [3, H*K, C] where they are alike, else [1, H*K, C] and [2, G*K, C]; heads: [H + 2*G, K, C];
+    fused: [1, R, C].
+    """
     if kind == "fused":
-        return matrix_RC.unsqueeze(0)
-    pattern = "(h qkv k) c -> qkv (h k) c" if kind == "split" else "(h qkv k) c -> (h qkv) k c"
-    return rearrange(matrix_RC, pattern, h=num_heads, qkv=3)
+        return [matrix_RC.unsqueeze(0)]
+    if kind == "heads":
+        return [rearrange(matrix_RC, "(n k) c -> n k c", n=heads.queries + 2 * heads.keys)]
+    by_group = rearrange(matrix_RC, "(g n k) c -> g n k c", g=heads.keys, n=heads.queries // heads.keys + 2)
+    if heads.queries == heads.keys:
+        return [rearrange(by_group, "g qkv k c -> qkv (g k) c")]
+    query, rest = by_group.split([by_group.shape[1] - 2, 2], dim=1)
+    return [rearrange(query, "g n k c -> 1 (g n k) c"), rearrange(rest, "g kv k c -> kv (g k) c")]
 
 
-def qkv_of_parts(parts_BRC: Tensor, num_heads: int, kind: Literal["split", "heads", "fused"]) -> Tensor:
+def qkv_of_parts(parts: Sequence[Tensor], heads: QkvHeads, kind: QkvKind) -> Tensor:
     """Put the rows back where `parts_of_qkv` took them from."""
-    if kind == "split":
-        return rearrange(parts_BRC, "qkv (h k) c -> (h qkv k) c", h=num_heads)
-    return rearrange(parts_BRC, "b r c -> (b r) c")
+    if kind != "split":
+        return parts[0].flatten(0, 1)
+    if heads.queries == heads.keys:
+        return rearrange(parts[0], "qkv (g k) c -> (g qkv k) c", g=heads.keys)
+    sharing = heads.queries // heads.keys
+    query = rearrange(parts[0], "1 (g n k) c -> g n k c", g=heads.keys, n=sharing)
+    rest = rearrange(parts[1], "kv (g k) c -> g kv k c", g=heads.keys)
+    return torch.cat([query, rest], dim=1).flatten(0, 2)

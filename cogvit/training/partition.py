@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvit.training.orthogonal import QkvHeads
+
 
 @dataclass(frozen=True)
 class MatrixSpan:
@@ -22,7 +24,7 @@ class MatrixSpan:
     start: int
     shape: tuple[int, int]
     tp_dim: int | None = None  # dim that tp splits; None where every tp rank holds the whole matrix
-    qkv_heads: int | None = None  # of this tp rank, where the rows are Megatron's [H, 3, K]; None for other matrices
+    qkv_heads: QkvHeads | None = None  # of this tp rank; None for other matrices
 
     @property
     def stop(self) -> int:

@@ -25,6 +25,7 @@ from cogvit.parallel.early import EarlyGradients
 from cogvit.parallel.mesh import MegatronGroups
 from cogvit.training.muon import MOMENTS, InnerOptimizer
 from cogvit.training.optim import MASTER, Module, ParamGroup
+from cogvit.training.orthogonal import QkvHeads
 from cogvit.training.partition import MatrixSpan, Partition
 
 prepare_process()
@@ -121,7 +122,7 @@ class _Trainee(nn.Module):
 def initialize(
     module: nn.Module,
     groups: list[ParamGroup],
-    qkv_heads: Mapping[Parameter, int],
+    qkv_heads: Mapping[Parameter, QkvHeads],
     config: RunConfig,
     mpu: type[MegatronGroups],
     dp_size: int,
@@ -129,8 +130,8 @@ def initialize(
     """Partition the optimizer over dp and return the engine; `module` itself stays the one to run.
 
     groups: the list of `param_groups`, of one length and order on all ranks. qkv_heads: heads of this rank in its fused
-    q, k, v matrices, whose rows are [H, 3, K]. Parameters are broadcast from dp rank 0,
-    and each has at least one dim because DeepSpeed cannot broadcast a scalar.
+    q, k, v matrices. Parameters are broadcast from dp rank 0, and each has at least one dim because DeepSpeed cannot
+    broadcast a scalar.
     """
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist.get_backend())
@@ -155,7 +156,7 @@ def _flat_params(zero_optimizer: Any) -> list[Tensor]:
     return zero_optimizer.single_partition_of_fp32_groups
 
 
-def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, int], tp_size: int) -> Partition:
+def _partition(zero_optimizer: Any, index: int, qkv_heads: Mapping[Parameter, QkvHeads], tp_size: int) -> Partition:
     """Describe the slice of a group's flat buffer that this rank owns, and where the group's matrices lie in it."""
     params, starts = zero_optimizer.round_robin_bit16_groups[index], zero_optimizer.round_robin_bit16_offsets[index]
     size = _flat_params(zero_optimizer)[index].numel()

@@ -42,7 +42,7 @@ CAPTIONS = [
 ]
 
 
-def write_img2dataset(directory: Path, captions: list[str], shards: int = 2) -> Path:
+def write_img2dataset(directory: Path, captions: list[str], shards: int = 2, *, first_seed: int = 0) -> Path:
     """Shards with KEY.jpg, KEY.txt and KEY.json, and beside each shard its table and statistics."""
     for shard in range(shards):
         entries, table = [], []
@@ -53,7 +53,7 @@ def write_img2dataset(directory: Path, captions: list[str], shards: int = 2) -> 
                 "error_message": None, "width": 40, "height": 24, "original_width": 400, "original_height": 240,
                 "exif": "{}", "sha256": "0" * 64,
             }  # fmt: skip
-            image = picture(24, 40, seed=100 * shard + number, image_format="JPEG")
+            image = picture(24, 40, seed=first_seed + 100 * shard + number, image_format="JPEG")
             entries += [(f"{key}.jpg", image), (f"{key}.json", json.dumps(metadata).encode())]
             entries += [(f"{key}.txt", caption.encode())]
             table.append(metadata)
@@ -154,7 +154,7 @@ def test_a_text_encoder_of_transformers_locked_and_free(pool: Pool, tmp_path: Pa
         assert all(torch.equal(found[key], start[key]) for key in found) != changes
     more = train(pool, 1, shards, tmp_path / "locked", *flags, "--optim.text.lr-mult", "0", "--schedule.steps", "2")
     assert [line["step"] for line in more] == [1, 2]  # it had come to its end
-    heldout = write_img2dataset(tmp_path / "heldout", ["red", "green", "blue"])
+    heldout = write_img2dataset(tmp_path / "heldout", ["red", "green", "blue"], first_seed=1000)
     assert pool.run(evaluate_on_rank, 1, (tmp_path / "free", heldout, tmp_path / "eval.json"), timeout_s=100.0) == [0]
     (figures,) = json.loads((tmp_path / "eval.json").read_text()).values()
     assert figures["image_to_text_r1"]["chance"] == pytest.approx(1 / 3)

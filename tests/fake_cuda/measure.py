@@ -113,6 +113,47 @@ def step(tp: int, recompute: str, depth: int, fusion: bool = False) -> dict[str,
     }
 
 
+def language_step(tp: int, depth: int) -> dict[str, Any]:
+    """One forward and backward of GLM-4-9B's layers and head in bf16 on one pack."""
+    import torch
+
+    from cogvit.batch import HostView, PackedSequence
+    from cogvit.config import ActivationConfig, ParallelConfig
+    from cogvit.model.language_config import LanguageConfig
+    from cogvit.parallel.language import LanguageStage
+
+    mesh, trace = mesh_of(tp), fake.Trace()
+    cfg = LanguageConfig("glm4", 151_552, 4096, depth, 32, 2, 128, 13_696, rotary_fraction=0.5, qkv_bias=True)
+    with fake.on_fake_cuda(trace), torch.device(fake.DEVICE):
+        parallel = ParallelConfig(tp=tp, sequence=tp > 1)
+        stage = LanguageStage(cfg, mesh, parallel, ActivationConfig(), num_tokens=8192, fusion="off")
+        sequence = PackedSequence(
+            ids=torch.empty(8192, dtype=torch.int64),
+            position=torch.empty(3, 8192, dtype=torch.int32),
+            cu_seqlens=torch.empty(6, dtype=torch.int32),
+            visual_row=torch.empty(8192, dtype=torch.int32),
+            labels=torch.empty(8192, dtype=torch.int64),
+            weight=torch.empty(8192),
+            key=torch.empty(4, dtype=torch.int64),
+            host=HostView((4000, 3000, 100, 0, 1092), labels=3000),
+        )
+        visual_ED = torch.empty(1024, 4096, requires_grad=True)
+        trace.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = stage(sequence, visual_ED)
+            loss = stage.loss(hidden, sequence)
+        forward = dict(trace.calls)
+        loss.backward()
+    return {
+        "forward": forward,
+        "products": dict(trace.products),
+        "waits": dict(trace.waits),
+        "collectives": trace.collectives,
+        "out": str(loss.dtype),
+        "gradients": sorted({str(parameter.grad.dtype) for parameter in stage.parameters()}),
+    }
+
+
 def main(library: str) -> None:
     """Print the figures of every case."""
     fake.pretend(Path(library))
@@ -122,7 +163,8 @@ def main(library: str) -> None:
         "full": (1, "full", 24),
         "sequence": (2, "none", 2),
     }
-    json.dump({name: step(*case) for name, case in cases.items()}, sys.stdout)
+    found = {name: step(*case) for name, case in cases.items()}
+    json.dump(found | {"language": language_step(2, 2)}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""cogvit_l on a CUDA device without data: which kernels run, in which dtypes, and what is kept for backward."""
+"""cogvit_l and a language model on a CUDA device without data: which kernels run, in which dtypes, what is kept."""
 
 from __future__ import annotations
 
@@ -68,3 +68,13 @@ def test_a_message_goes_out_in_the_dtype_in_which_it_comes_in(figures: dict[str,
     kinds = [name.split(".")[1] for name, _ in messages]
     assert {"_allgather_base_", "_reduce_scatter_base_"} <= set(kinds)
     assert not [message for message in messages if len(set(message[1])) > 1]
+
+
+def test_a_language_model_runs_in_bf16_and_waits_for_nothing(figures: dict[str, Figures]) -> None:
+    """Two layers of GLM-4-9B and its head, on two tensor ranks with sequence parallelism."""
+    found = figures["language"]
+    assert found["forward"][VARLEN] == 2
+    assert list(found["products"]) == ["torch.bfloat16"]
+    assert found["out"] == "torch.float32" and found["gradients"] == ["torch.float32"]
+    assert not found["waits"]
+    assert not [message for message in found["collectives"] if len(set(message[1])) > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -110,9 +110,11 @@ def run_config(layout: Layout) -> RunConfig:
     )
 
 
-def start(family: str, layout: Layout, frozen: Sequence[JointPart], mesh: Mesh) -> tuple[Engine, JointModel]:
+def start(
+    family: str, layout: Layout, frozen: Sequence[JointPart], mesh: Mesh, config: RunConfig
+) -> tuple[Engine, JointModel]:
     """The engine with the plain model's weights."""
-    config, memory = run_config(layout), ActivationConfig(layout.recompute, offload=layout.offload)
+    memory = ActivationConfig(layout.recompute, offload=layout.offload)
     vision = VisionStage(VISION, mesh, config.parallel, memory, num_tokens=96, num_slots=8)
     language = LanguageStage(LANGUAGES[family], mesh, config.parallel, memory, num_tokens=96)
     model = JointModel(vision, ADAPTERS[family], language, frozen)
@@ -149,7 +151,7 @@ def both_ways(rank: int, world: int, layout: Layout, cases: Sequence[tuple[str, 
         batches = [joint_batch(seed, shown, by_place=family == "glm4") for seed, shown in enumerate(SHOWN)]
         share = len(batches) // mesh.dp_size
         micro = batches[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
-        engine, model = start(family, layout, frozen, mesh)
+        engine, model = start(family, layout, frozen, mesh, run_config(layout))
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         assert not any(name.split(".")[0] in frozen for name in names)
         evaluated = engine.evaluate(Language(), micro)["loss"]
@@ -167,7 +169,7 @@ def both_ways(rank: int, world: int, layout: Layout, cases: Sequence[tuple[str, 
         }
         error, equal = 0.0, True
         if mesh.pp_size == 1:
-            engine, model = start(family, layout, frozen, mesh)
+            engine, model = start(family, layout, frozen, mesh, run_config(layout))
             valid = int(batches[0].sequence.cu_seqlens[-2])
             error = float((trunk_logits(engine, model, batches[0], True) - logits)[:valid].abs().max() / logits.max())
             seeing, blind = (trunk_logits(engine, model, batches[1], see) for see in (True, False))
@@ -226,3 +228,24 @@ def test_the_trunk_trains_the_plain_model(
 def test_a_layout_that_cannot_be_is_refused(tp: int, pp: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(LANGUAGES["glm4"], tp, pp)
+
+
+def state_after_step(rank: int, world: int, layout: Layout, family: str) -> tuple[dict[str, Tensor], int]:
+    """Weights after a step of Muon, and how many matrices were made orthogonal."""
+    mesh = start_mesh(run_config(layout).parallel)
+    config = replace(run_config(layout), optim=OptimConfig(lr=0.02, adamw_lr=1e-3))
+    engine, _ = start(family, layout, (), mesh, config)
+    batches = [joint_batch(seed, shown, by_place=False) for seed, shown in enumerate(SHOWN)]
+    share = len(batches) // mesh.dp_size
+    engine.step(Language(), batches[mesh.dp_rank * share : (mesh.dp_rank + 1) * share], 0)
+    calls = mesh.all_reduce(torch.tensor([engine.zero.inner.newton_schulz_calls]))
+    return {name: x for name, x in whole(engine.plain_state(), mesh).items() if name.startswith("master")}, int(calls)
+
+
+def test_muon_updates_grouped_heads_as_on_one_process(pool: Pool) -> None:
+    expected, calls = pool.run(state_after_step, 1, (Layout(), "qwen3"))[0]
+    actual, _ = pool.run(state_after_step, 4, (Layout(tp=2, dp=2), "qwen3"))[0]
+    assert calls == 2 * 2 * 6  # of two blocks in each model: q, k, v, projection and the MLP's two
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

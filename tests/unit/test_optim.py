@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
 from cogvit.training.muon import InnerOptimizer
 from cogvit.training.optim import ParamGroup, lr_at, param_groups, role_of
-from cogvit.training.orthogonal import newton_schulz, parts_of_qkv, qkv_of_parts, rms_matched_scale
+from cogvit.training.orthogonal import QkvHeads, newton_schulz, parts_of_qkv, qkv_of_parts, rms_matched_scale
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,12 +53,27 @@ def test_qkv_parts_are_what_they_say(kind: str) -> None:
     heads, dim = 2, 4
     plain = rand(3, heads, dim, 5)  # the plain model's order
     megatron = plain.transpose(0, 1).reshape(-1, 5)
-    parts = parts_of_qkv(megatron, heads, kind)
-    torch.testing.assert_close(qkv_of_parts(parts, heads, kind), megatron, atol=0, rtol=0)
+    parts = parts_of_qkv(megatron, QkvHeads(heads, heads), kind)
+    torch.testing.assert_close(qkv_of_parts(parts, QkvHeads(heads, heads), kind), megatron, atol=0, rtol=0)
     expected = {
         "split": plain.reshape(3, heads * dim, 5),
         "heads": plain.transpose(0, 1).reshape(3 * heads, dim, 5),
         "fused": megatron.unsqueeze(0),
+    }[kind]
+    torch.testing.assert_close(parts, [expected], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["split", "heads", "fused"])
+def test_parts_of_grouped_qkv_are_what_they_say(kind: str) -> None:
+    heads, dim = QkvHeads(6, 2), 4
+    query, key, value = rand(2, 3, dim, 5), rand(2, dim, 5, seed=1), rand(2, dim, 5, seed=2)
+    megatron = torch.cat([query, key.unsqueeze(1), value.unsqueeze(1)], dim=1)
+    parts = parts_of_qkv(megatron.reshape(-1, 5), heads, kind)
+    torch.testing.assert_close(qkv_of_parts(parts, heads, kind), megatron.reshape(-1, 5), atol=0, rtol=0)
+    expected = {
+        "split": [query.reshape(1, -1, 5), torch.stack([key.reshape(-1, 5), value.reshape(-1, 5)])],
+        "heads": [megatron.reshape(10, dim, 5)],
+        "fused": [megatron.reshape(1, -1, 5)],
     }[kind]
     torch.testing.assert_close(parts, expected, atol=0, rtol=0)
 

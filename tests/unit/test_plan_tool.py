@@ -19,7 +19,7 @@ from cogvit.model.vit import CogViT
 from cogvit.stages import check_run, stage_of
 from cogvit.stages.cost import Load, forward_flops, muon_flops
 from cogvit.training.optim import role_of
-from cogvit.training.orthogonal import newton_schulz, parts_of_qkv
+from cogvit.training.orthogonal import QkvHeads, newton_schulz, parts_of_qkv
 from configs.clusters import CLUSTERS
 from tests.text_encoders import bert, write_encoder
 from tools.plan import legal_layouts, main, predict
@@ -52,7 +52,9 @@ def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for name, parameter in model.named_parameters():
             if role_of(name, parameter) == "block_matrix":
-                newton_schulz(parts_of_qkv(parameter, 4, qkv) if "qkv" in name else parameter)
+                parts = parts_of_qkv(parameter, QkvHeads(4, 4), qkv) if "qkv" in name else [parameter]
+                for part in parts:
+                    newton_schulz(part)
     assert counter.get_total_flops() == muon_flops(model, cfg.num_heads, qkv) > 0
 
 

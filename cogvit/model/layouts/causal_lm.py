@@ -9,14 +9,14 @@ Source: transformers 5.23, models/{llama,glm4,qwen3}.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
-from cogvit.model.language_config import FAMILIES, LanguageConfig, RopeScaling, mrope_section
+from cogvit.model.language_config import FAMILIES, LanguageConfig, MmtpConfig, RopeScaling, mrope_section
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 from cogvit.model.layouts.parts import Parts, Shapes, split, stack
 
@@ -51,8 +51,9 @@ def read_causal_lm(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the family or an option is not ours, a weight is no
     float, NaN or infinite, or names every missing, extra and misshaped weight.
     """
-    cfg = read_shape(directory)
-    return cfg, from_causal_lm(directory, read_weights(directory, ""), cfg)
+    values, weights = read_json(directory / CONFIG), read_weights(directory, "")
+    cfg = with_heads(directory, read_shape(directory), values, weights, "model.")
+    return cfg, from_causal_lm(directory, weights, cfg)
 
 
 def read_shape(directory: Path) -> LanguageConfig:
@@ -84,11 +85,34 @@ def from_causal_lm(
     check_numbers(directory, weights)
     if cfg.tied:
         weights.pop("lm_head.weight", None)  # some store it twice
-    known = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    known = {name: weight for name, weight in weights.items() if not _is_copy(name)}
     try:
         return stack(known, causal_lm_parts(cfg, prefix))
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
+
+
+def _is_copy(name: str) -> bool:
+    """Whether it repeats what the model has elsewhere: rotations, and the two tables in the heads for more tokens."""
+    tables = "layers." in name and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+    return tables or name.endswith("rotary_emb.inv_freq")
+
+
+def with_heads(
+    directory: Path, cfg: LanguageConfig, values: Mapping[str, Any], weights: Mapping[str, Tensor], prefix: str
+) -> LanguageConfig:
+    """Return the shape with the heads for more tokens that are among the weights: layers behind the last one.
+
+    Errors: CheckpointError when the config.json describes them wrongly.
+    """
+    layers = {int(name.split(".")[2 - (not prefix)]) for name in weights if name.startswith(f"{prefix}layers.")}
+    found = len([layer for layer in layers if layer >= cfg.depth])
+    if not found:
+        return cfg
+    try:
+        return replace(cfg, mmtp=MmtpConfig(**{"depths": found, "share": found == 1, **(values.get("mmtp") or {})}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
 
 
 def write_causal_lm(directory: Path, cfg: LanguageConfig, weights: Mapping[str, Tensor]) -> None:
@@ -158,14 +182,15 @@ def config_values(cfg: LanguageConfig) -> dict[str, Any]:
         "attention_bias": cfg.qkv_bias,
         **({"mlp_bias": cfg.mlp_bias} if cfg.family == "llama" else {}),
         "tie_word_embeddings": cfg.tied,
+        **({"num_nextn_predict_layers": cfg.mmtp.num_layers, "mmtp": asdict(cfg.mmtp)} if cfg.mmtp.depths else {}),
         **special_ids(cfg),
     }
 
 
 def causal_lm_parts(cfg: LanguageConfig, prefix: str = "model.") -> Parts:
     """Return where our weights lie; `prefix` stands before all names there but the head's."""
-    dim, head, mlp = cfg.embed_dim, cfg.head_dim, cfg.mlp_dim
-    q, kv = cfg.num_heads * head, cfg.num_kv_heads * head
+    dim, head_dim, mlp = cfg.embed_dim, cfg.head_dim, cfg.mlp_dim
+    q, kv = cfg.num_heads * head_dim, cfg.num_kv_heads * head_dim
     parts: Parts = {
         "embed.weight": {f"{prefix}embed_tokens.weight": (cfg.vocab_size, dim)},
         "norm.weight": {f"{prefix}norm.weight": (dim,)},
@@ -182,12 +207,20 @@ def causal_lm_parts(cfg: LanguageConfig, prefix: str = "model.") -> Parts:
         "mlp.fc1": (dim, cfg.mlp_bias, {f"mlp.{name}": rows for name, rows in gate_up.items()}),
         "mlp.fc2": (mlp, cfg.mlp_bias, {"mlp.down_proj": dim}),
     }
-    for layer in range(cfg.depth):
-        ours, theirs = f"blocks.{layer}.", f"{prefix}layers.{layer}."
+    places = {f"blocks.{layer}.": f"{prefix}layers.{layer}." for layer in range(cfg.depth)}
+    for head in range(cfg.mmtp.num_layers):
+        ours, theirs = f"mtp.layers.{head}.", f"{prefix}layers.{cfg.depth + head}."
+        places[f"{ours}block."] = theirs
+        named = {"enorm": "enorm", "hnorm": "hnorm", "norm": "shared_head.norm"}
+        parts |= {f"{ours}{a}.weight": {f"{theirs}{b}.weight": (dim,)} for a, b in named.items()}
+        parts[f"{ours}eh_proj.weight"] = {f"{theirs}eh_proj.weight": (dim, 2 * dim)}
+    if cfg.mmtp.depths and cfg.mmtp.images == "tokens":
+        parts["mtp.image_token"] = {f"{prefix}mtp_image_token": (cfg.mmtp.tokens, dim)}
+    for ours, theirs in places.items():
         parts |= {f"{ours}{a}.weight": {f"{theirs}{b}.weight": (dim,)} for a, b in norms.items()}
         if cfg.qk_norm:
             names = ("q_norm.weight", "k_norm.weight")
-            parts |= {f"{ours}attn.{name}": {f"{theirs}self_attn.{name}": (head,)} for name in names}
+            parts |= {f"{ours}attn.{name}": {f"{theirs}self_attn.{name}": (head_dim,)} for name in names}
         for name, (columns, bias, rows) in linear.items():
             weight: Shapes = {f"{theirs}{matrix}.weight": (n, columns) for matrix, n in rows.items()}
             parts[f"{ours}{name}.weight"] = weight

@@ -27,6 +27,7 @@ from cogvit.model.layouts.causal_lm import (
     from_causal_lm,
     language_config,
     read_generation,
+    with_heads,
     write_generation,
 )
 from cogvit.model.layouts.files import CONFIG, read_json, read_weights, write_files, write_json
@@ -53,7 +54,7 @@ Vision = tuple[CogViTConfig, Mapping[str, Tensor]]
 def read(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor], int, ImageLimits]:
     """Return the language model's shape and weights, the image token's id and the size of images.
 
-    Heads for several tokens (layers behind the last one) are left out, as transformers leaves them out.
+    Heads for more tokens are layers behind the last one.
 
     Errors: CheckpointError when a file is missing or damaged, or names every missing, extra and misshaped weight.
     """
@@ -69,9 +70,8 @@ def read(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor], int, Image
         cfg = language_config(said)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / CONFIG}: text_config: {error}") from None
-    weights = {
-        name: weight for name, weight in read_weights(directory, _LANGUAGE).items() if not _behind(name, cfg.depth)
-    }
+    weights = read_weights(directory, _LANGUAGE)
+    cfg = with_heads(directory, cfg, text, weights, "")
     weights |= {f"{_HEAD}{name}": weight for name, weight in read_weights(directory, _HEAD).items()}
     plain = from_causal_lm(directory, weights, cfg, prefix="")
     return cfg, plain, values.get("image_token_id", 59280), _read_limits(directory, values.get("vision_config", {}))
@@ -116,11 +116,6 @@ def write(
     tokenizer.save_pretrained(directory)
 
 
-def _behind(name: str, depth: int) -> bool:
-    place = name.split(".")
-    return place[0] == "layers" and int(place[1]) >= depth
-
-
 def _checked_tokens(cfg: LanguageConfig, tokenizer: Any) -> dict[str, int]:
     """The ids of the image tokens. Errors: CheckpointError names what GLM-OCR cannot hold."""
     problems = []
@@ -128,6 +123,11 @@ def _checked_tokens(cfg: LanguageConfig, tokenizer: Any) -> dict[str, int]:
         problems.append(
             f"a language model of family {cfg.family} with qkv_bias={cfg.qkv_bias} and"
             f" mrope_section={cfg.mrope_section} (expected glm4 without biases, with sections)"
+        )
+    if cfg.mmtp.num_layers > 1 or (cfg.mmtp.depths and cfg.mmtp.images == "tokens"):
+        problems.append(
+            f"{cfg.mmtp.num_layers} heads with mmtp.images={cfg.mmtp.images} (expected one shared layer without tokens"
+            " of its own)"
         )
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     lacking = [token for token in _TOKENS.values() if token not in vocabulary]
