@@ -176,7 +176,7 @@ class Talks:
             labels=torch.from_numpy(labels),
             weight=torch.from_numpy(weight),
             key=torch.from_numpy(np.pad(key[order], (0, slots - len(order)))),
-            host=HostView(tuple(np.diff(bounds).tolist())),
+            host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum())),
         )
 
 

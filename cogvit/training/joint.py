@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cogvit.config import RunConfig, load_config
@@ -79,7 +80,10 @@ def load_joint(path: Path) -> VisionLanguageModel:
     vision.preprocessing = preprocessing_of(config)
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
     load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)))
-    language = CausalLM.from_weights(shape, _weights(config, checkpoint, "language", {}))
+    with torch.device("meta"):
+        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens, which the run did not have
+    spoken = _weights(config, checkpoint, "language", {})
+    language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
     return VisionLanguageModel(
         vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer
     ).eval()

@@ -187,7 +187,11 @@ def _sequences_together(sequences: Sequence[PackedSequence | None], mesh: Mesh) 
         return sequences
     weight_kS = torch.stack([sequence.weight for sequence in found])
     dist.all_reduce(weight_kS, dist.ReduceOp.MIN, group=mesh.model_group)
-    return [replace(sequence, weight=weight_S) for sequence, weight_S in zip(found, weight_kS, strict=True)]
+    counts = (weight_kS > 0).sum(dim=1).tolist()  # one wait for the device instead of one a pass
+    return [
+        replace(sequence, weight=weight_S, host=sequence.host and replace(sequence.host, labels=count))
+        for sequence, weight_S, count in zip(found, weight_kS, counts, strict=True)
+    ]
 
 
 def evaluate(
