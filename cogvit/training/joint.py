@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from cogvit.model.chat import image_token_id
 from cogvit.model.image_input import ImageLimits
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.layouts.causal_lm import read_causal_lm, read_shape
+from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.vision_language import MODEL_TYPE
 from cogvit.model.pretrained import load_tokenizer
@@ -34,8 +38,8 @@ from cogvit.training.restore import (
 )
 
 
-def given_weights(config: RunConfig) -> dict[str, Tensor]:
-    """Return what a run does not draw: the language model's weights, and over them those of --init.
+def given_weights(config: RunConfig) -> Mapping[str, Tensor]:
+    """Return what a run does not draw: those of --init, and the language model's where that has none, read when asked.
 
     Errors: CheckpointError when the vision tower of --init is not this run's, or weights are missing or damaged.
     """
@@ -43,10 +47,9 @@ def given_weights(config: RunConfig) -> dict[str, Tensor]:
     if config.init:
         started = initial_towers(config)
         found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
-    if not any(name.startswith("language.") for name in found):
-        _, own = read_causal_lm(Path(config.language.path))
-        found |= {f"language.{name}": tensor for name, tensor in own.items()}
-    return found
+    if any(name.startswith("language.") for name in found):
+        return found
+    return ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language.")))  # both are only read
 
 
 def is_joint(path: Path) -> bool:
@@ -102,5 +105,6 @@ def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, 
     if stored:
         return stored
     check_source(config, "language.path" if part == "language" else "init")
-    given = fresh | {name: tensor for name, tensor in given_weights(config).items() if name.startswith(f"{part}.")}
+    began = given_weights(config)
+    given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
     return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()}
