@@ -26,18 +26,25 @@ requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.to
 # Without byte-compiling, which would take longer than the download; Python compiles what it imports.
 install = $(PYTHON) -m pip install -qq --no-compile --constraint requirements.lock
 
-demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stage 2 at dp=2, evaluation and report, on CPU
+demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation and report, on CPU
 	python -m tools.make_demo_corpus --out $(DEMO)/corpus
 	python -m tools.index_shards '$(DEMO)/corpus/train/*.tar'
 	python -m tools.index_shards '$(DEMO)/corpus/heldout/*.tar'
+	python -m tools.index_shards '$(DEMO)/corpus/train*/*.tar'
+	python -m tools.index_shards '$(DEMO)/corpus/heldout*/*.tar'
 	python -m tools.make_demo_teachers --out $(DEMO)/teachers
 	launch/local.sh 2 demo_stage1 --parallel.tp 2 --out $(DEMO)/stage1
 	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2 \
 	    --data.mixture '[["pictograms", 0.78], ["digits", 0.2], ["photos", 0.02]]'
+	[[ -e $(DEMO)/language/config.json ]] || \
+	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language
+	launch/local.sh 2 demo_stage3 --init $(DEMO)/stage2 --out $(DEMO)/stage3
 	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
 	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
 	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json
-	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 --evaluation $(DEMO)/eval.json --out $(DEMO)/report.html
+	python -m cogvit.evaluate $(DEMO)/stage3 --tasks caption,vqa,perplexity --out $(DEMO)/eval.json
+	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/stage3 --evaluation $(DEMO)/eval.json \
+	    --out $(DEMO)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-Reads = Literal["images", "captions"]  # what a stage reads of a sample: its image, or a caption of it too
+# What a stage reads of a sample: its image, a caption of it too, or all of its images and what is said of them.
+Reads = Literal["images", "captions", "conversations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +203,11 @@ class StepBatch:
 
     micro: tuple[Batch, ...]
     position: DataPosition
-    cut_captions: int = 0  # of this rank: longer than text.max_tokens
+    cut_captions: int = 0  # of this rank: longer than text.max_tokens, or language.max_tokens
     downsized: int = 0  # images of this rank that have more patches than their budget
     decoded: int = 0  # images that this rank decoded, or tried to
     failures: tuple[str, ...] = ()  # those of them that did not decode: which and why
+    dropped: int = 0  # images of this rank whose place in a conversation was cut off
 
 
 Row = TypeVar("Row", PackedImages, PackedText, PackedSequence)

@@ -27,6 +27,11 @@ retrieval     captions of images and images of captions among all of a source, a
               stands for the colors of the training images that have it; captions_of_training_images says how many do.
               And as other programs count (r1_usual): equal captions are apart, and only a sample's own are right. Needs
               a stage-2 run, or its export with --layout two_towers
+caption       captions of a source in each language, as answers to what the run asked: the share that is one of the
+              sample's own (exact), and CIDEr-D; needs a run of stage 3, or its export
+vqa           answers to the first question of conversations: the share that is right (exact); needs the same
+perplexity    nats a token of the right captions and answers, with the image and without; the gap is what another
+              sample's image adds; needs the same. The chance of these three is the model's own, shown another image
 distill       share of each teacher's variance around its per-channel mean that the student explains, at masked patches
               and at all patches of unmasked images; needs a stage-1 run and its teachers
 
@@ -48,11 +53,13 @@ import torch
 from torch import Tensor
 
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
+from cogvit.config import RunConfig
 from cogvit.config.arguments import run_command
 from cogvit.config.device import device_flag, local_device
 from cogvit.config.environment import speaks, this_process
 from cogvit.config.split import is_split, train_part
 from cogvit.errors import ConfigError, DataError
+from cogvit.evaluation.answers import answer_results, exams
 from cogvit.evaluation.colors import KnownCaptions, color_features, known_captions
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import decoded, embed_images, embed_texts, image_features, pixel_features
@@ -65,7 +72,8 @@ from cogvit.evaluation.subject import Subject, load_subject
 from cogvit.training.restore import untrained_towers
 from data_pipeline.index import Index, load_index
 
-TASKS = ("knn", "linear", "zeroshot", "retrieval", "distill")
+ANSWERED = ("caption", "vqa", "perplexity")
+TASKS = ("knn", "linear", "zeroshot", "retrieval", *ANSWERED, "distill")
 CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
 RECALL_AT = (1, 5, 10)
 _LABELS = ("knn, linear and zeroshot need", "a `label` in the json, or a .cls,")  # who needs what
@@ -168,6 +176,7 @@ def possible_tasks(subject: Subject, *, named: bool) -> list[str]:
         named = named or any(samples.captions for samples in subject.labeled)
         possible += ["zeroshot"] if subject.labeled and named else []
         possible += ["retrieval"] if subject.captioned else []
+    possible += list(ANSWERED) if subject.joint is not None else []
     return possible + (["distill"] if subject.towers.heads else [])
 
 
@@ -178,6 +187,11 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
             f"{subject.path} has no text tower; zeroshot and retrieval need the run of a stage 2, or its export with"
             " --layout two_towers"
         )
+    if subject.joint is None and not set(ANSWERED).isdisjoint(tasks):
+        raise ConfigError(
+            f"{subject.path} has no language model; caption, vqa and perplexity need the run of a stage 3, or its"
+            " export with --layout vlm or glm_ocr_full"
+        )
     if not subject.towers.heads and "distill" in tasks:
         raise ConfigError(f"{subject.path} has no teachers; distill needs the run of a stage 1")
     results: Evaluation = {}
@@ -187,9 +201,25 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
         results |= zeroshot_results(subject, read_prompts(Path(arguments.prompts)) if arguments.prompts else {})
     if "retrieval" in tasks:
         results |= retrieval_results(subject, _known(subject, arguments))
+    if asked := [name for name in ANSWERED if name in tasks]:
+        results |= spoken_results(subject, asked)
     if "distill" in tasks:
         _note("distill: the student beside its teachers")
         results |= distill_results(subject)
+    return results
+
+
+def spoken_results(subject: Subject, tasks: Sequence[str]) -> Evaluation:
+    """Ask the language model about held-out images. Errors: DataError when nothing can be asked."""
+    assert subject.joint is not None and subject.talks is not None
+    config = subject.config or RunConfig()
+    prompts, field = dict(config.language.prompts), config.data.caption_field
+    found = list(exams(subject.talks, prompts, field))
+    for exam in found:
+        _note(f"{', '.join(tasks)}: {len(exam.asked):,} {exam.name}")
+    results = answer_results(subject.joint, found, tasks)
+    if not results:
+        raise DataError("the held-out shards have neither captions nor conversations; pass another --data")
     return results
 
 

@@ -1,9 +1,9 @@
 """Asks a vision-language model about pictures; the answer appears as it is made.
 
-usage: python -m cogvit.generate EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
+usage: python -m cogvit.generate RUN_OR_EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
 
-EXPORT is a directory that VisionLanguageModel.from_pretrained reads: ours, a GLM-OCR of transformers, or a released
-CogVLM, CogVLM2 or CogAgent.
+RUN_OR_EXPORT is a run of stage 3, or a directory that VisionLanguageModel.from_pretrained reads: ours, a GLM-OCR of
+transformers, or a released CogVLM, CogVLM2 or CogAgent.
 
 --prompt TEXT         the question
 --image FILE,...      pictures that stand before it, of CogVLM and its family before all of the conversation
@@ -34,6 +34,7 @@ from cogvit.model.drafting import Drafted
 from cogvit.model.generation import Sampling
 from cogvit.model.questions import TEMPLATES, Questions, Template
 from cogvit.model.vlm import VisionLanguageModel
+from cogvit.training.joint import load_joint
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def generate(arguments: Arguments) -> int:
         raise ConfigError(f"--draft {arguments.draft} must be mtp or none")
     sampling, drafted = _sampling(arguments), Drafted() if arguments.draft == "mtp" else None
     before, device = _history(arguments.history), local_device(device_flag(arguments.device), this_process())
-    model = VisionLanguageModel.from_pretrained(arguments.run_or_export, dtype=arguments.dtype).eval().to(device)
+    model = load_joint(Path(arguments.run_or_export), arguments.dtype).to(device)
     if arguments.template:
         model.questions = _questions(model, arguments.template)
     if model.tokenizer is None:

@@ -156,10 +156,9 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         stop = resources.enter_context(StopRequest())
         model, objective = stage.build(config, mesh, {} if targets is None else dict(targets.dims))
         engine = Engine(model, config, mesh)
-        out = Path(config.out)
-        checkpoints = resources.enter_context(
-            Checkpoints(folder_in(out, config.checkpoint), mesh, config.checkpoint, out / "logs" / "newest_checkpoint")
-        )
+        out, newest = Path(config.out), Path(config.out) / "logs" / "newest_checkpoint"
+        folder = folder_in(out, config.checkpoint)
+        checkpoints = resources.enter_context(Checkpoints(folder, mesh, config.checkpoint, newest))
         mesh.from_writer(lambda: resources.enter_context(claimed_checkpoints(start)))
         state = checkpoints.resume(engine) or TrainState(0, first_position(config, corpus), images=0, tokens=0)
         if mesh.is_writer:
@@ -171,8 +170,8 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         meter = resources.enter_context(Meter(out, config, mesh.is_writer, state.step))
         stacks = out / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
-        held = partial(held_out, config, corpus, intake, targets)
-        evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held)
+        held, concern = partial(held_out, config, corpus, intake, targets), partial(stage.concern, config)
+        evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held, config.schedule.steps, concern)
         batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, targets, state.position)))
         state = train(
             engine,

@@ -121,30 +121,30 @@ def _nearest(wanted: Costs, cost: Costs, at: Ints) -> tuple[float, int, int]:
     return float(miss[best]), best, int(at[best])
 
 
-def place(cost: Ints, tokens: Ints, text_tokens: Ints, *, num_ranks: int, limits: PackLimits) -> Placement:
-    """Place B images on the packs of a group of ranks: balanced in cost over the ranks, every cap kept.
+def place(
+    cost: Ints, tokens: Ints, text_tokens: Ints, slots: Ints | None = None, *, num_ranks: int, limits: PackLimits
+) -> Placement:
+    """Place B samples on the packs of a group of ranks: balanced in cost over the ranks, every cap kept.
+
+    slots: [B], image slots that each takes; one by default.
 
     All ranks get the same number of packs, the smallest for which the greedy placement succeeds: the heaviest image
     left goes to the lightest rank with room. Where caps stood in its way, exchanges between ranks even the loads out.
     Errors: DataError when a single image or caption exceeds a cap.
     """
-    for name, demand, cap in (
-        ("data.tokens_per_pack", tokens, limits.tokens),
-        ("data.text_tokens_per_pack", text_tokens, limits.text_tokens),
-    ):
-        if demand.max(initial=0) > cap:
-            raise DataError(f"one sample needs {demand.max()} tokens of {name}={cap}; raise that")
+    slots = np.ones_like(cost) if slots is None else slots
+    check_caps(np.stack([tokens, text_tokens, slots], axis=1), limits)
     order = np.argsort(-cost, kind="stable")
-    items = np.stack([cost, tokens, text_tokens], axis=1)[order].tolist()
-    load = np.array([tokens.sum(), len(cost), text_tokens.sum()])
-    caps = np.maximum([limits.tokens, limits.images, limits.text_tokens], 1)  # no text at all has a cap of 0
+    items = np.stack([cost, tokens, text_tokens, slots], axis=1)[order].tolist()
+    load = np.array([tokens.sum(), text_tokens.sum(), slots.sum()])
+    caps = np.maximum(caps_of(limits), 1)  # no text at all has a cap of 0
     packs_per_rank = max(limits.min_packs, int((-(-load // (caps * num_ranks))).max()))
     while len(spots := _fill(items, limits, num_ranks, packs_per_rank)) < len(items):
         packs_per_rank += 1
     spot = np.empty(len(cost), np.int64)
     spot[order] = spots
-    demand = np.stack([cost, tokens, text_tokens, np.ones_like(cost)], axis=1)
-    room = np.tile(np.array([limits.tokens, limits.text_tokens, limits.images]), (num_ranks * packs_per_rank, 1))
+    demand = np.stack([cost, tokens, text_tokens, slots], axis=1)
+    room = np.tile(caps_of(limits), (num_ranks * packs_per_rank, 1))
     np.subtract.at(room, spot, demand[:, 1:])
     load = np.zeros(num_ranks, np.int64)
     np.add.at(load, spot // packs_per_rank, cost)
@@ -153,12 +153,30 @@ def place(cost: Ints, tokens: Ints, text_tokens: Ints, *, num_ranks: int, limits
     return Placement(packs_per_rank, rank, pack)
 
 
+def caps_of(limits: PackLimits) -> Ints:
+    """Return what a pack holds of tokens, text tokens and images."""
+    return np.array([limits.tokens, limits.text_tokens, limits.images], np.int64)
+
+
+def check_caps(demand: Ints, limits: PackLimits) -> None:
+    """Look whether every sample fits a pack alone; demand is [B, 3] as `caps_of`. Errors: DataError."""
+    most = demand.max(axis=0, initial=0)
+    for name, need, cap in (
+        ("data.tokens_per_pack", most[0], limits.tokens),
+        ("data.text_tokens_per_pack", most[1], limits.text_tokens),
+    ):
+        if need > cap:
+            raise DataError(f"one sample needs {need} tokens of {name}={cap}; raise that")
+    if most[2] > limits.images:
+        raise DataError(f"one sample has {most[2]} images, and data.images_per_pack={limits.images}; raise that")
+
+
 @dataclass(slots=True)
 class _Loads:
     """A placement that is being evened out."""
 
     spot: Ints  # [B], rank * packs_per_rank + pack
-    items: Ints  # [B, 4]: cost, tokens, text tokens, and 1 for the image itself
+    items: Ints  # [B, 4]: cost, tokens, text tokens and image slots
     room: Ints  # [spots, 3]: what each pack still takes of tokens, text tokens and images
     load: Ints  # [ranks], cost
 
@@ -218,7 +236,7 @@ class _Room:
 
 
 def _fill(items: list[list[int]], limits: PackLimits, num_ranks: int, packs_per_rank: int) -> list[int]:
-    """Put each (cost, tokens, text tokens), heaviest first, on the lightest rank with room, there in its lightest pack.
+    """Put each (cost, tokens, text tokens, slots), heaviest first, on the lightest rank with room, its lightest pack.
 
     Returns the spots (rank * packs_per_rank + pack); fewer than items when one finds no room.
     """
@@ -231,7 +249,7 @@ def _fill(items: list[list[int]], limits: PackLimits, num_ranks: int, packs_per_
     ]
     ranks = [(0, rank) for rank in range(num_ranks)]  # a heap by load
     spots: list[int] = []
-    for cost, tokens, text_tokens in items:
+    for cost, tokens, text_tokens, slots in items:
         full = []
         fitting: list[_Room] = []
         while ranks and not fitting:
@@ -239,7 +257,7 @@ def _fill(items: list[list[int]], limits: PackLimits, num_ranks: int, packs_per_
             fitting = [
                 room
                 for room in rooms[rank]
-                if room.tokens >= tokens and room.images and room.text_tokens >= text_tokens
+                if room.tokens >= tokens and room.images >= slots and room.text_tokens >= text_tokens
             ]
             full.append((load, rank))
         if not fitting:
@@ -247,7 +265,7 @@ def _fill(items: list[list[int]], limits: PackLimits, num_ranks: int, packs_per_
         load, rank = full.pop()
         lightest = min(fitting, key=attrgetter("load"))
         lightest.tokens -= tokens
-        lightest.images -= 1
+        lightest.images -= slots
         lightest.text_tokens -= text_tokens
         lightest.load += cost
         spots.append(lightest.spot)

@@ -85,7 +85,7 @@ def not_understood(metadata: dict[str, Any], field: str = "") -> bool:
 def source_of(metadata: dict[str, Any], field: str = "source") -> str | None:
     """Return what a sample's json calls its source; None where that is no text that can be written down."""
     source = metadata.get(field)
-    return source if isinstance(source, str) and source and _is_encodable(source) else None
+    return source if isinstance(source, str) and source and is_encodable(source) else None
 
 
 def _caption_values(metadata: dict[str, Any], field: str) -> list[Any]:
@@ -97,7 +97,7 @@ def _texts(value: Any) -> list[str]:
     found = []
     for one in value if isinstance(value, list) else [value]:
         text = next((one[key] for key in _TEXT_KEYS if key in one), None) if isinstance(one, dict) else one
-        if isinstance(text, str) and text.strip() and _is_encodable(text):
+        if isinstance(text, str) and text.strip() and is_encodable(text):
             found.append(text.strip())
     return found
 
@@ -117,7 +117,7 @@ def label_of(metadata: dict[str, Any]) -> int:
     return label if type(label) is int and 0 <= label < 2**31 else NO_LABEL
 
 
-def _is_encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     """Whether UTF-8 can spell it: JSON can hold halves of surrogate pairs."""
     try:
         text.encode()

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,11 +39,11 @@ class Cells:
 
 
 def open_cells(
-    index: Index, sources: Sequence[str | None], costing: str, cost_of: Callable[[NDArray[Any]], Ints]
+    index: Index, sources: Sequence[str | None], costing: str, cost_of: Callable[[Ints], Ints]
 ) -> list[Cells]:
     """Return the cells of some sources; None is all samples as one.
 
-    costing names what cost_of works out: from rows of corpus.ROW, what each costs.
+    costing names what cost_of works out: what each of some rows costs.
     """
     question = cells_question(index, sources, costing)
     table = stored(index.corpus.path, KIND, question, lambda: _make(index, sources, cost_of))
@@ -67,7 +66,7 @@ def cells_table(found: Sequence[Cells]) -> pa.Table:
     return pa.table(columns).replace_schema_metadata({_STARTS: json.dumps(starts)})
 
 
-def _make(index: Index, sources: Sequence[str | None], cost_of: Callable[[NDArray[Any]], Ints]) -> pa.Table:
+def _make(index: Index, sources: Sequence[str | None], cost_of: Callable[[Ints], Ints]) -> pa.Table:
     corpus = index.corpus
     found: list[list[tuple[int, Ints, Ints]]] = [[] for _ in sources]  # shard, images and costs of its cells
     for shard in range(corpus.num_shards):
@@ -75,7 +74,7 @@ def _make(index: Index, sources: Sequence[str | None], cost_of: Callable[[NDArra
             rows = index.rows_of_shard(shard, source)
             if len(rows):
                 starts = np.arange(0, len(rows), CELL_IMAGES)
-                cost = np.add.reduceat(cost_of(corpus.rows_of(shard)[rows - corpus.first[shard]]), starts)
+                cost = np.add.reduceat(cost_of(rows), starts)
                 own.append((shard, np.diff(np.append(starts, len(rows))), cost))
     none: Ints = np.zeros(0, np.int64)
     return cells_table(

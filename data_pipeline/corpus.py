@@ -8,11 +8,11 @@ or a writer that dies, sees a whole file. What is mapped belongs to the page cac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,56 +29,24 @@ from cogvit.batch import SampleRef, ShardVersion
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice, Captions, captions_of, parse_metadata
+from data_pipeline.corpus_form import (
+    BLOCKS_AT,
+    FACTS,
+    FURTHER,
+    HASHES,
+    MAGIC,
+    MORE,
+    PRELUDE,
+    ROW,
+    TAR_BLOCK_BYTES,
+    VERSION,
+    Sections,
+)
 from data_pipeline.shards import ShardReader, is_pipe, is_remote, retry
-from data_pipeline.table import CAPTION_EXTENSIONS
+from data_pipeline.table import CAPTION_EXTENSIONS, CONVERSATION
 
 Ints = NDArray[np.int64]
 
-VERSION = 1
-MAGIC = b"CVCORPUS"
-PRELUDE = struct.Struct("<8sIIQQQQ")  # magic, version, bytes of a row, offset, size and hash of the tail, hash of these
-
-# One sample. Members of a tar begin at multiples of 512 bytes, which is the unit of the blocks.
-ROW = np.dtype(
-    [
-        ("sample_id", np.int64),
-        ("image_block", np.uint32),
-        ("size_bytes", np.uint32),
-        ("caption_block", np.uint32),
-        ("caption_size_bytes", np.uint32),
-        ("caption_start", np.uint32),  # of its caption lengths among the shard's, language after language
-        ("source", np.uint32),
-        ("label", np.int32),  # class for evaluation; NO_LABEL where there is none
-        ("height_px", np.uint16),  # upright
-        ("width_px", np.uint16),
-        ("num_captions", np.uint8, (len(LANGUAGES),)),
-        ("caption_member", np.int8),  # index into CAPTION_EXTENSIONS; -1 where there is no caption
-        ("format", np.uint8),  # index into Corpus.formats
-    ]
-)
-HASHES = np.dtype([("content_hash", np.int64), ("content_check", np.int64)])  # of the encoded image
-TAR_BLOCK_BYTES = 512
-BLOCKS_AT = 2 * ROW.itemsize  # where the first block may begin; all begin at a multiple of a row
-SHARDS = pa.schema(
-    [
-        ("name", pa.string()),  # behind the head of the pattern
-        ("mark", pa.string()),  # with size_bytes its version
-        ("size_bytes", pa.int64()),
-        ("made_from", pa.uint64()),  # hash of what its index was made from
-        ("block", pa.int64()),  # where its block begins, in rows
-        ("images", pa.int64()),
-        *((f"captions_{language}", pa.int64()) for language in LANGUAGES),
-        ("captioned", pa.int64()),  # images with a caption
-        ("key_bytes", pa.int64()),
-        ("rows_hash", pa.uint64()),
-        ("apart_hash", pa.uint64()),
-        ("content", pa.uint64()),  # hash of what plans depend on; moving a shard keeps it
-        ("sources", pa.list_(pa.uint32())),
-        ("source_images", pa.list_(pa.int64())),
-    ]
-)
-SOURCES = pa.schema([("name", pa.string())])
-_FACTS = b"cogvit.corpus"
 CHECKED_AT_START = 4  # shards whose versions are compared when a corpus is opened; the others when they are
 
 
@@ -88,26 +56,6 @@ class Place:
 
     path: str
     head: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sections:
-    """Where the parts of a shard's block begin, in bytes after its first row."""
-
-    hashes: int
-    lengths: int
-    key_ends: int
-    keys: int
-    end: int  # a whole number of rows
-
-    @staticmethod
-    def of(images: int, captions: int, key_bytes: int) -> Sections:
-        """Return those of a shard of so many images, captions and bytes of keys."""
-        hashes = images * ROW.itemsize
-        lengths = hashes + images * HASHES.itemsize
-        key_ends = lengths + 4 * captions
-        keys = key_ends + 4 * images
-        return Sections(hashes, lengths, key_ends, keys, -(-(keys + key_bytes) // ROW.itemsize) * ROW.itemsize)
 
 
 def corpus_place(pattern: str, index_dir: str = "") -> Place:
@@ -178,9 +126,20 @@ class Corpus:
         name: str = self.fact(shard, "name")
         return name if name.startswith("/") or is_remote(name) else self.head + name
 
+    def identity(self) -> str:
+        """Return a hash of which shards are where: what plans depend on does not tell renamed keys."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in ("rows_hash", "apart_hash"):
+            digest.update(self.shards[name].to_numpy().tobytes())
+        return digest.hexdigest()
+
     def version(self, shard: int) -> ShardVersion:
         """Return what tells that a shard is still the one that was indexed."""
         return ShardVersion(self.fact(shard, "size_bytes"), self.fact(shard, "mark"))
+
+    def shard(self, row: int) -> int:
+        """Return the shard of a row."""
+        return int(np.searchsorted(self.first, row, "right")) - 1
 
     def shard_of(self, rows: Ints) -> Ints:
         """Return the shards of some rows."""
@@ -203,25 +162,66 @@ class Corpus:
             self.rows_of(one)
         return self.mapped[self.block[shard] + rows - self.first[shard]]
 
-    def ref(self, row: int) -> SampleRef:
-        """Return where the image of a sample lies."""
+    def ref(self, row: int, number: int = 0) -> SampleRef:
+        """Return where the image of a sample lies, or further ones from 1 on."""
         shard, entry = self._entry(row)
-        offset_bytes = int(entry["image_block"]) * TAR_BLOCK_BYTES
-        size_bytes = int(entry["size_bytes"])
+        image = self.further(shard, row)[number - 1] if number else entry
+        offset_bytes = int(image["image_block"]) * TAR_BLOCK_BYTES
+        size_bytes = int(image["size_bytes"])
         return SampleRef(int(entry["sample_id"]), self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
+
+    def further(self, shard: int, row: int) -> NDArray[Any]:
+        """Return MORE of the images of a sample behind its first one."""
+        every = self.more(shard)
+        first, last = np.searchsorted(every["row"], [row - self.first[shard], row - self.first[shard] + 1])
+        return every[first:last]
+
+    def further_of(self, rows: Ints) -> NDArray[Any]:
+        """Return the images of some rows behind their first ones: which of the rows, number from 1, height, width."""
+        shard, found = self.shard_of(rows), [np.zeros(0, FURTHER)]
+        for one in np.unique(shard).tolist():
+            if self.fact(one, "more"):
+                every, places = self.more(one), np.flatnonzero(shard == one)
+                inside = rows[places] - self.first[one]
+                first, last = (np.searchsorted(every["row"], inside, side) for side in ("left", "right"))
+                own = np.zeros(int((last - first).sum()), FURTHER)
+                own["owner"] = np.repeat(places, last - first)
+                before = np.repeat(np.cumsum(last - first) - (last - first), last - first)
+                own["number"] = np.arange(len(own)) - before + 1
+                chosen = every[np.repeat(first, last - first) + own["number"] - 1]
+                own["height_px"], own["width_px"] = chosen["height_px"], chosen["width_px"]
+                found.append(own)
+        return np.concatenate(found)
+
+    def more(self, shard: int) -> NDArray[Any]:
+        """Return MORE of a shard, in the order of its samples."""
+        if not self.fact(shard, "more"):
+            return np.zeros(0, MORE)
+        start = int(self.block[shard]) * ROW.itemsize + self._sections(shard).more
+        return np.frombuffer(self.buffer, MORE, self.fact(shard, "more"), start)
+
+    def metadata(self, row: int, reader: ShardReader) -> tuple[dict[str, Any], str]:
+        """Read what is said of a sample: its json or txt, and which of them it is; nothing where it has none.
+
+        Errors: DataError.
+        """
+        shard, entry = self._entry(row)
+        if entry["caption_member"] < 0:
+            return {}, "txt"
+        offset_bytes, size_bytes = int(entry["caption_block"]) * TAR_BLOCK_BYTES, int(entry["caption_size_bytes"])
+        data = reader.read(self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
+        extension = (*CAPTION_EXTENSIONS, "json")[entry["caption_member"]]
+        return parse_metadata(data, extension), extension
 
     def captions(self, row: int, reader: ShardReader, field: str = "") -> Captions:
         """Read the captions of a sample, all of them; none where it has none. field is data.caption_field.
 
         Errors: DataError.
         """
-        shard, entry = self._entry(row)
-        if entry["caption_member"] < 0:
+        if self._entry(row)[1]["caption_member"] == CONVERSATION:
             return captions_of({})
-        offset_bytes, size_bytes = int(entry["caption_block"]) * TAR_BLOCK_BYTES, int(entry["caption_size_bytes"])
-        data = reader.read(self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
-        extension = CAPTION_EXTENSIONS[entry["caption_member"]]
-        return captions_of(parse_metadata(data, extension), field if extension == "json" else "")
+        metadata, extension = self.metadata(row, reader)
+        return captions_of(metadata, field if extension == "json" else "")
 
     def name(self, row: int) -> str:
         """Return shard and key of a sample, for messages."""
@@ -229,7 +229,7 @@ class Corpus:
         return f"{self.shard_path(shard)}:{self.keys(shard)[row - int(self.first[shard])]}"
 
     def _entry(self, row: int) -> tuple[int, Any]:
-        shard = int(np.searchsorted(self.first, row, "right")) - 1
+        shard = self.shard(row)
         return shard, self.rows_of(shard)[row - int(self.first[shard])]
 
     def hashes(self, shard: int) -> NDArray[Any]:
@@ -248,18 +248,22 @@ class Corpus:
         """Return the UTF-8 lengths of a shard's captions, in the order that caption_start counts."""
         sections = self._sections(shard)
         start = int(self.block[shard]) * ROW.itemsize + sections.lengths
-        return np.frombuffer(self.buffer, np.uint32, (sections.key_ends - sections.lengths) // 4, start)
+        return np.frombuffer(self.buffer, np.uint32, (sections.more - sections.lengths) // 4, start)
 
     def chosen_bytes(self, rows: Ints, choice: CaptionChoice) -> Ints:
         """Return the UTF-8 length of the chosen caption of each of some rows, all of which have one."""
-        entries, shard = self.take(rows), self.shard_of(rows)
-        before = np.cumsum(entries["num_captions"], axis=1, dtype=np.int64) - entries["num_captions"]
-        place = entries["caption_start"] + np.take_along_axis(before, choice.language[:, None], axis=1)[:, 0]
-        sizes = np.zeros(len(rows), np.int64)
+        shard, place, sizes = self.shard_of(rows), self.caption_place(rows, choice), np.zeros(len(rows), np.int64)
         for one in np.unique(shard).tolist():
             here = shard == one
-            sizes[here] = self.lengths(one)[(place + choice.number)[here]]
+            sizes[here] = self.lengths(one)[place[here]]
         return sizes
+
+    def caption_place(self, rows: Ints, choice: CaptionChoice) -> Ints:
+        """Return where the chosen captions of some rows stand among those of their shards, as `lengths` has them."""
+        entries = self.take(rows)
+        before = np.cumsum(entries["num_captions"], axis=1, dtype=np.int64) - entries["num_captions"]
+        place = entries["caption_start"] + np.take_along_axis(before, choice.language[:, None], axis=1)[:, 0]
+        return place.astype(np.int64) + choice.number
 
     def check_shards(self, shards: Iterable[int]) -> None:
         """Compare the rows and all else of some shards with what was written. Errors: DataError."""
@@ -275,7 +279,9 @@ class Corpus:
 
     def _sections(self, shard: int) -> Sections:
         captions = sum(self.fact(shard, f"captions_{language}") for language in LANGUAGES)
-        return Sections.of(self.fact(shard, "images"), captions, self.fact(shard, "key_bytes"))
+        return Sections.of(
+            self.fact(shard, "images"), captions, self.fact(shard, "more"), self.fact(shard, "key_bytes")
+        )
 
     def _apart(self, shard: int) -> memoryview:
         """Return what lies behind a shard's rows."""
@@ -344,7 +350,7 @@ def parse_corpus(buffer: memoryview, path: str, head: str) -> Corpus:
         raise _damaged(path, "its list of shards changed since it was written")
     stream = pa.BufferReader(pa.py_buffer(tail))
     with pa.ipc.open_stream(stream) as reader:
-        facts = json.loads(reader.schema.metadata[_FACTS])
+        facts = json.loads(reader.schema.metadata[FACTS])
         shards = reader.read_next_batch()
         reader.read_all()  # up to its end, where the other one begins
     with pa.ipc.open_stream(stream) as reader:
@@ -364,26 +370,3 @@ def parse_corpus(buffer: memoryview, path: str, head: str) -> Corpus:
         block=shards["block"].to_numpy(),
         checked=np.zeros(len(images), np.bool_),
     )
-
-
-def tail_bytes(
-    shards: pa.Table, sources: list[str], formats: list[str], content: str, part: tuple[int, int, int] | None
-) -> pa.Buffer:
-    """Return the tail of a corpus file."""
-    sink = pa.BufferOutputStream()
-    facts = json.dumps({"formats": formats, "content": content, "part": part})
-    for table in (
-        shards.replace_schema_metadata({_FACTS: facts}),
-        pa.table({"name": sources}, schema=SOURCES),
-    ):
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            batches = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
-            writer.write_batch(batches[0])
-    return sink.getvalue()
-
-
-def prelude_bytes(offset: int, tail: pa.Buffer) -> bytes:
-    """Return the start of a corpus file whose tail lies at an offset."""
-    fields = (MAGIC, VERSION, ROW.itemsize, offset, tail.size, xxhash.xxh3_64_intdigest(tail))
-    start = PRELUDE.pack(*fields, 0)[:-8]
-    return start + xxhash.xxh3_64_intdigest(start).to_bytes(8, "little")

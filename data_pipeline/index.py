@@ -19,11 +19,12 @@ from cogvit.batch import SampleRef, ShardVersion
 from cogvit.config import DataConfig
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, CaptionChoice
-from data_pipeline.corpus import CHECKED_AT_START, HASHES, Corpus, Place, corpus_place, open_corpus
+from data_pipeline.corpus import CHECKED_AT_START, Corpus, Place, corpus_place, open_corpus
+from data_pipeline.corpus_form import HASHES
 from data_pipeline.merge import Entry, made_from_hash, merge, temporary_corpus
 from data_pipeline.rules import Rules
 from data_pipeline.scan import scan_shard
-from data_pipeline.select import Choice, Selection, select
+from data_pipeline.select import Choice, Needs, Selection, select
 from data_pipeline.shards import expand_shards, has_time, is_remote, is_version, retry, sealed, stat_shard, whole_shard
 from data_pipeline.table import VERSION, index_path, read_facts, read_table, table_exists, write_table
 
@@ -77,9 +78,9 @@ class Index:
             found[here] = self.corpus.hashes(one)[rows[here] - self.corpus.first[one]]
         return found
 
-    def ref(self, row: int) -> SampleRef:
-        """Return where the image of a sample lies."""
-        return self.corpus.ref(row)
+    def ref(self, row: int, number: int = 0) -> SampleRef:
+        """Return where the image of a sample lies, or further ones from 1 on."""
+        return self.corpus.ref(row, number)
 
     def name(self, row: int) -> str:
         """Return shard and key of a sample, for messages."""
@@ -101,9 +102,14 @@ class Index:
 
     def captioned(self) -> Index:
         """Return the index of the samples that have a caption; the others are counted as left out."""
-        if pc.sum(self.corpus.shards["captioned"]).as_py() == len(self.corpus):
+        return self.having("caption")
+
+    def having(self, needs: Needs) -> Index:
+        """Return the index of the samples that have what is needed; the others are counted as left out."""
+        counted = {"image": "pictured", "caption": "captioned", "text": "spoken"}.get(needs)
+        if counted is None or pc.sum(self.corpus.shards[counted]).as_py() == len(self.corpus):
             return self
-        return Index(self.corpus, select(self.corpus, replace(self.selection.choice, captioned=True)))
+        return Index(self.corpus, select(self.corpus, replace(self.selection.choice, needs=needs)))
 
     def chosen_bytes(self, rows: Ints, choice: CaptionChoice) -> Ints:
         """Return the UTF-8 length of the chosen caption of each of some rows, all of which have one."""

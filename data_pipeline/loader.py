@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,18 +15,16 @@ from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from cogvit.batch import Batch, DataPosition, PackedImages, Reads, SampleRef, StepBatch, StreamedSample
+from cogvit.batch import Batch, DataPosition, Reads, SampleRef, StepBatch, StreamedSample
 from cogvit.config import DataConfig, RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from cogvit.model.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline.assembly import Spoken, assemble_images, assemble_text
-from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, augmentation_of, views_of
-from data_pipeline.balance import PackLimits, Placement, attention_cost, place
+from data_pipeline.assembly import Spoken, assemble_text
+from data_pipeline.augment import AS_IT_IS, PLAIN, Augmentation, views_of
+from data_pipeline.balance import Placement, attention_cost, place
 from data_pipeline.cache import ShardCache, cache_of
 from data_pipeline.caption import (
     LANGUAGES,
@@ -34,11 +32,15 @@ from data_pipeline.caption import (
     choose_captions,
     token_bound,
 )
-from data_pipeline.decode import Pixels, decode_patches, read_image_at
+from data_pipeline.decode import Pixels, read_image_at
 from data_pipeline.index import Index
+from data_pipeline.pack import Decoded, Made, decode_pack, pack_limits
+from data_pipeline.phases import place_phases
 from data_pipeline.plan import GlobalBatch, Planner, check_plan, plan_hash
+from data_pipeline.select import Needs
 from data_pipeline.shards import ShardReader
 from data_pipeline.spec import attention_tokens, plan_spec
+from data_pipeline.talks import Talks, open_talks
 from data_pipeline.topology import Seat, Slice
 
 Ints = NDArray[np.int64]
@@ -47,6 +49,12 @@ log = logging.getLogger(__name__)
 
 # data.max_bad_fraction is a share of at least so many images: one bad image at the start of a run is no trend.
 FEWEST_IMAGES_TO_JUDGE = 1000
+
+_LACKING: dict[Reads, str] = {
+    "images": "an image",
+    "captions": "a caption; stage 2 needs .txt or .json captions",
+    "conversations": "a caption or a conversation; stage 3 needs them in a .json",
+}
 
 
 def step_batches(
@@ -108,9 +116,10 @@ def image_of(
 
 def usable_index(index: Index, reads: Reads) -> Index:
     """Return the samples that a stage can train on. Errors: DataError when there is none."""
-    usable = index.captioned() if reads == "captions" else index
+    needs: dict[Reads, Needs] = {"images": "image", "captions": "caption", "conversations": "text"}
+    usable = index.having(needs[reads])
     if not len(usable):
-        raise DataError(f"none of the {len(index)} samples has a caption; stage 2 needs .txt or .json captions")
+        raise DataError(f"none of the {len(index)} samples has {_LACKING[reads]}")
     return usable
 
 
@@ -177,15 +186,6 @@ def in_order(maker: StepMaker, data: DataConfig, first: int) -> Generator[StepBa
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """A pack of images, with what became of those that this rank decodes."""
-
-    images: PackedImages
-    decoded: int  # or tried to
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """Where the images of a group of ranks go, and which captions go with them."""
 
@@ -197,30 +197,38 @@ class Layout:
 
 def lay_out(batch: GlobalBatch, index: Index, config: RunConfig, num_ranks: int, *, reads: Reads) -> Layout:
     """Choose the captions of some shares of a global batch and place its images on the packs of their ranks."""
-    num_tokens, cost = batch.grid_hw.prod(axis=1), batch.cost
-    choice, text_tokens = None, np.zeros_like(num_tokens)
+    num_tokens, cost = batch.patches, batch.cost
+    choice, text_tokens = None, batch.tokens
     if reads == "captions":
         num_captions = index.take(batch.rows)["num_captions"].astype(np.int64)
         choice = choose_captions(num_captions, batch.key, config.data.zh_fraction)
         spelt_bytes = index.chosen_bytes(batch.rows, choice)
         text_tokens = token_bound(spelt_bytes, config.text.max_tokens, config.data.tokenizer)
         cost = cost + caption_cost(text_tokens, config)
-    placement = place(cost, num_tokens, text_tokens, num_ranks=num_ranks, limits=pack_limits(config))
+    # A sample without an image has a place among the sequences, and each image one among the images.
+    slots = np.maximum(batch.images, 1)
+    limits = pack_limits(config)
+    if reads == "conversations" and config.parallel.pp > 1:
+        placement = place_phases(batch.phases, num_tokens, text_tokens, slots, num_ranks=num_ranks, limits=limits)
+    else:
+        placement = place(cost, num_tokens, text_tokens, slots, num_ranks=num_ranks, limits=limits)
     return Layout(placement, choice, text_tokens, cost)
 
 
 def step_loader(index: Index, config: RunConfig, *, reads: Reads) -> StepLoader:
     """Return what makes the steps of a run. Errors: DataError when no sample has a caption although they are read."""
     usable = usable_index(index, reads)
-    spec = plan_spec(config)
+    spec, reader = plan_spec(config), ShardReader(cache_of(config.data))
+    talks = open_talks(usable, config, reader) if reads == "conversations" else None
     return StepLoader(
         index=usable,
         config=config,
-        planner=Planner(usable, spec, config.seed),
+        planner=Planner(usable, spec, config.seed, None if talks is None else talks.counts),
         plan_hash=plan_hash(usable, spec, config.seed),
         reads=reads,
         tokenizer=load_tokenizer(config.data.tokenizer, config.text.vocab_size) if reads == "captions" else None,
-        reader=ShardReader(cache_of(config.data)),
+        reader=reader,
+        talks=talks,
     )
 
 
@@ -235,36 +243,48 @@ class StepLoader:
     reads: Reads
     tokenizer: Tokenizer | None
     reader: ShardReader
+    talks: Talks | None  # where a language model reads the samples
 
     def step(self, seat: Seat, step: int) -> StepBatch:
         """Plan, place, read, decode and pack a step. Threads may share the loader."""
-        limits = pack_limits(self.config)
         batch = self.planner.batch(step, seat.shares)
         if seat.span is not None:
             batch = batch.within(seat.span)
         layout = lay_out(batch, self.index, self.config, seat.num_ranks, reads=self.reads)
-        num_tokens, choice, text_tokens = batch.grid_hw.prod(axis=1), layout.choice, layout.text_tokens
-        micro, failures = [], list[str]()
-        decoded = cut_captions = downsized = 0
-        for members in layout.placement.packs_of(seat.rank):
-            # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
-            downsized += int(batch.downsized[members].sum())
-            order = members[np.lexsort((*batch.grid_hw[members].T, -num_tokens[members]))]
-            refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
-            pack = self._images(batch, order, refs, seat.decodes)
-            decoded += pack.decoded
-            failures += pack.failures
-            text = None
-            if self.tokenizer is not None and choice is not None:
-                spoken = self._captions(batch.rows[order], choice.language[order], choice.number[order])
-                bounds = text_tokens[order].tolist()
-                tokens = [self.tokenizer.encode(one.text, bound) for one, bound in zip(spoken, bounds, strict=True)]
-                text = assemble_text(spoken, tokens, pack.images.weight, limits)
-                cut_captions += sum(one.cut for one in tokens)
-            absent = (None,) * (limits.images - len(refs))
-            micro.append(Batch(images=pack.images, text=text, targets=None, samples=(*refs, *absent)))
-        position = DataPosition(self.plan_hash, step + 1)
-        return StepBatch(tuple(micro), position, cut_captions, downsized, decoded, tuple(failures))
+        packs, sizing = layout.placement.packs_of(seat.rank), self.planner.sizing_at(step)
+        made = [
+            self._pack(batch, layout, members, seat.decodes)
+            if self.talks is None
+            else self.talks.pack(batch, members, seat.decodes, sizing)
+            for members in packs
+        ]
+        return StepBatch(
+            micro=tuple(one.batch for one in made),
+            position=DataPosition(self.plan_hash, step + 1),
+            cut_captions=sum(one.cut for one in made),
+            downsized=sum(int(batch.downsized[members].sum()) for members in packs),
+            decoded=sum(one.decoded for one in made),
+            failures=tuple(failure for one in made for failure in one.failures),
+            dropped=sum(one.dropped for one in made),
+        )
+
+    def _pack(self, batch: GlobalBatch, layout: Layout, members: Ints, decodes: Slice | None) -> Made:
+        """Read, decode and pack some images of a batch, with their captions."""
+        limits, choice = pack_limits(self.config), layout.choice
+        # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
+        order = members[np.lexsort((*batch.grid_hw[members].T, -batch.patches[members]))]
+        refs = [self.index.ref(row) for row in batch.rows[order].tolist()]
+        images = self._images(batch, order, refs, decodes)
+        text, cut = None, 0
+        if self.tokenizer is not None and choice is not None:
+            spoken = self._captions(batch.rows[order], choice.language[order], choice.number[order])
+            bounds = layout.text_tokens[order].tolist()
+            tokens = [self.tokenizer.encode(one.text, bound) for one, bound in zip(spoken, bounds, strict=True)]
+            text = assemble_text(spoken, tokens, images.images.weight, limits)
+            cut = sum(one.cut for one in tokens)
+        absent = (None,) * (limits.images - len(refs))
+        micro = Batch(images=images.images, text=text, targets=None, samples=(*refs, *absent))
+        return Made(micro, images.decoded, images.failures, cut)
 
     def _images(self, batch: GlobalBatch, order: Ints, refs: list[SampleRef], decodes: Slice | None) -> Decoded:
         def read(number: int) -> bytes:
@@ -289,48 +309,8 @@ class StepLoader:
         return captions
 
 
-def decode_pack(
-    config: RunConfig,
-    grid_hw: Ints,
-    key: Ints,
-    decodes: Slice | None,
-    read: Callable[[int], bytes],
-    name: Callable[[int], str],
-) -> Decoded:
-    """Pack images, of which those that other ranks decode are zeros here; without width where all are.
-
-    read and name take the place of an image in the pack; a name is for the message when it does not decode.
-    """
-    patch_px = config.vision.patch_size
-    views = views_of(key, augmentation_of(config.data))
-    mine = [False] * len(views) if decodes is None else decodes.begins(grid_hw.prod(axis=1))
-    elsewhere = torch.zeros(1, 0 if decodes is None else 3 * patch_px**2, dtype=torch.uint8)
-    patches: list[Tensor | None] = []
-    failures = []
-    for number, ((rows, columns), view, here) in enumerate(zip(grid_hw.tolist(), views, mine, strict=True)):
-        if not here:
-            patches.append(elsewhere)
-            continue
-        data = read(number)
-        try:
-            patches.append(decode_patches(data, (rows, columns), patch_px, view))
-        except DataError as error:
-            failures.append(f"{name(number)} counts with weight 0: {error}")
-            patches.append(None)
-    images = assemble_images(patches, grid_hw, key, elsewhere.shape[1], pack_limits(config))
-    return Decoded(images, sum(mine), tuple(failures))
-
-
 def caption_cost(num_tokens: Ints, config: RunConfig) -> Ints:
     """Return the cost of encoding captions of n tokens, in the units of `attention_cost` of the vision tower."""
     vision, text = config.vision, config.text
     units = attention_cost(num_tokens, attention_tokens(text))
     return units * (text.embed_dim * text.depth) // (vision.embed_dim * vision.depth)
-
-
-def pack_limits(config: RunConfig) -> PackLimits:
-    """Return the caps of a run's packs."""
-    data = config.data
-    return PackLimits(
-        data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=config.parallel.pp
-    )

@@ -24,23 +24,20 @@ from numpy.typing import NDArray
 
 from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
-from data_pipeline.corpus import (
+from data_pipeline.corpus import Corpus, Place, map_file, open_corpus, parse_corpus
+from data_pipeline.corpus_form import (
     BLOCKS_AT,
     HASHES,
+    MORE,
     ROW,
     SHARDS,
     TAR_BLOCK_BYTES,
-    Corpus,
-    Place,
     Sections,
-    map_file,
-    open_corpus,
-    parse_corpus,
     prelude_bytes,
     tail_bytes,
 )
 from data_pipeline.shards import is_remote, shard_name
-from data_pipeline.table import index_path, read_table
+from data_pipeline.table import CONVERSATION, index_path, read_table
 
 _COPIED = tuple(name for name in ROW.names or () if name in ("sample_id", "size_bytes", "caption_size_bytes", "label"))
 _DEAD_SHARE = 0.5  # of a file in blocks of no shard and older lists, beyond which it is written anew
@@ -254,7 +251,8 @@ def _write(
 
 def _block_bytes(corpus: Corpus, shard: int) -> int:
     captions = sum(corpus.fact(shard, f"captions_{language}") for language in LANGUAGES)
-    return Sections.of(corpus.fact(shard, "images"), captions, corpus.fact(shard, "key_bytes")).end
+    more, key_bytes = corpus.fact(shard, "more"), corpus.fact(shard, "key_bytes")
+    return Sections.of(corpus.fact(shard, "images"), captions, more, key_bytes).end
 
 
 @contextmanager
@@ -333,18 +331,21 @@ def _encode(table: pa.Table, sources: _Codes, formats: _Codes) -> tuple[dict[str
     rows["format"] = formats.codes(kinds.dictionary.to_pylist())[kinds.indices.to_numpy(zero_copy_only=False)]
     for name in HASHES.names or ():
         hashes[name] = table[name].to_numpy()
-    lengths = _interleave(rows, table)
+    lengths, more = _interleave(rows, table), _further(table)
     keys = [key.encode() for key in table["key"].to_pylist()]
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64).astype(np.uint32)
-    apart = b"".join([hashes.tobytes(), lengths.tobytes(), ends.tobytes(), *keys])
+    apart = b"".join([hashes.tobytes(), lengths.tobytes(), more.tobytes(), ends.tobytes(), *keys])
     counts = np.bincount(named.indices.to_numpy(zero_copy_only=False), minlength=len(own))
     content = xxhash.xxh3_64(hashes["content_hash"].tobytes())
     for name in ("sample_id", "height_px", "width_px", "num_captions"):
         content.update(rows[name].tobytes())
-    content.update(lengths.tobytes() + repr(table["source"].to_pylist()).encode())
+    content.update(lengths.tobytes() + repr(table["source"].to_pylist()).encode() + more.tobytes())
     line: dict[str, Any] = {
         "images": table.num_rows,
-        "captioned": int((rows["caption_member"] >= 0).sum()),
+        "captioned": int(((rows["caption_member"] >= 0) & (rows["caption_member"] != CONVERSATION)).sum()),
+        "pictured": int((rows["height_px"] > 0).sum()),
+        "spoken": int((rows["caption_member"] >= 0).sum()),
+        "more": len(more),
         "key_bytes": sum(map(len, keys)),
         "rows_hash": xxhash.xxh3_64_intdigest(rows.tobytes()),
         "apart_hash": xxhash.xxh3_64_intdigest(apart),
@@ -353,11 +354,23 @@ def _encode(table: pa.Table, sources: _Codes, formats: _Codes) -> tuple[dict[str
         "source_images": counts,
     }
     line |= {f"captions_{name}": int(rows["num_captions"][:, n].sum()) for n, name in enumerate(LANGUAGES)}
-    end = Sections.of(table.num_rows, len(lengths), line["key_bytes"]).end
+    end = Sections.of(table.num_rows, len(lengths), len(more), line["key_bytes"]).end
     block = np.zeros(end, np.uint8)
     block[: rows.nbytes] = rows.view(np.uint8)
     block[rows.nbytes : rows.nbytes + len(apart)] = np.frombuffer(apart, np.uint8)
     return line, block
+
+
+def _further(table: pa.Table) -> NDArray[Any]:
+    """Return MORE of a shard."""
+    counts = pc.list_value_length(table["more_offset_bytes"]).to_numpy()
+    more = np.zeros(counts.sum(), MORE)
+    if len(more):
+        more["row"] = np.repeat(np.arange(len(counts)), counts)
+        more["image_block"] = pc.list_flatten(table["more_offset_bytes"]).to_numpy() // TAR_BLOCK_BYTES
+        for name in ("size_bytes", "height_px", "width_px"):
+            more[name] = pc.list_flatten(table[f"more_{name}"]).to_numpy()
+    return more
 
 
 def _interleave(rows: NDArray[Any], table: pa.Table) -> NDArray[np.uint32]:

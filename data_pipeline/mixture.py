@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cogvit.errors import DataError
-from data_pipeline.balance import attention_cost
 from data_pipeline.cells import open_cells
-from data_pipeline.index import Index
+from data_pipeline.measure import Measure
 from data_pipeline.order import Stream, cut_shares
 from data_pipeline.spec import PlanSpec
 
@@ -26,11 +24,12 @@ FEWEST_DRAWS = 4  # of a source in each share and window; likewise (at 2 or less
 _NAMES_TOLD = 20
 
 
-def open_streams(index: Index, spec: PlanSpec) -> Iterator[Stream]:
+def open_streams(measure: Measure) -> Iterator[Stream]:
     """Yield the sources of the mixture, or all samples as one.
 
     Errors: DataError for an unknown source, or one with less than a sample a window.
     """
+    index, spec = measure.index, measure.spec
     for name, weight in spec.mixture:
         if not 0.0 < weight < float("inf"):
             raise DataError(f"data.mixture gives {name!r} the weight {weight}; weights are positive")
@@ -49,14 +48,15 @@ def open_streams(index: Index, spec: PlanSpec) -> Iterator[Stream]:
     names: list[str | None] = [name for name, _ in spec.mixture] or [None]
     upto = [Fraction(0), *accumulate(Fraction(weight) / total for _, weight in spec.mixture)]
     upto = upto if spec.mixture else [Fraction(0), Fraction(1)]
-    found = open_cells(index, names, costing_of(spec), lambda entries: cost_at_all_budgets(entries, spec))
+    found = open_cells(index, names, costing_of(spec), lambda rows: cost_at_all_budgets(rows, measure))
     for number, (source, cells) in enumerate(zip(names, found, strict=True)):
-        yield _stream(index, spec, Stream(number, source, index, cells, None, upto[number], upto[number + 1]))
+        yield _stream(measure, Stream(number, source, index, cells, None, upto[number], upto[number + 1]))
 
 
 def costing_of(spec: PlanSpec) -> str:
     """Return what `cost_at_all_budgets` depends on."""
-    return json.dumps([asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens])
+    told = [asdict(spec.sizing), spec.budget_schedule, spec.attention_tokens]
+    return json.dumps(told if spec.language is None else [*told, asdict(spec.language)])
 
 
 def _told(names: tuple[str, ...]) -> str:
@@ -64,12 +64,13 @@ def _told(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
+def _stream(measure: Measure, stream: Stream) -> Stream:
     """Return a source with the stretches of the shares, where it is large enough for them."""
 
     def costs_of(position: Ints) -> NDArray[np.float64]:
-        return cost_at_all_budgets(index.take(stream.rows_at(position)), spec).astype(np.float64)
+        return cost_at_all_budgets(stream.rows_at(position), measure).astype(np.float64)
 
+    spec = measure.spec
     shares = spec.canonical_shares
     if shares > 1 and len(stream) < shares * FEWEST_SAMPLES:
         return stream
@@ -81,12 +82,13 @@ def _stream(index: Index, spec: PlanSpec, stream: Stream) -> Stream:
     return replace(stream, bounds=bounds) if owned else stream
 
 
-def cost_at_all_budgets(entries: NDArray[Any], spec: PlanSpec) -> Ints:
+def cost_at_all_budgets(rows: Ints, measure: Measure) -> Ints:
     """Return the sum of what samples cost at each budget of the run: in proportion to what a draw costs on average."""
-    sizing = spec.sizing
-    in_turn = dict([(0, sizing.budgets), *spec.budget_schedule]).values()
-    total = np.zeros(len(entries), np.int64)
-    for budget in (one for budgets in in_turn for one in budgets or (sizing.max_patches,)):
-        grid_hw = replace(sizing, max_patches=budget).grids(entries["height_px"], entries["width_px"])
-        total += attention_cost(grid_hw.prod(axis=1), spec.attention_tokens)
+    spec = measure.spec
+    in_turn = dict([(0, spec.sizing.budgets), *spec.budget_schedule]).values()
+    total = np.zeros(len(rows), np.int64)
+    key = measure.index.take(rows)["sample_id"].copy()
+    for budget in (one for budgets in in_turn for one in budgets or (spec.sizing.max_patches,)):
+        sizing = replace(spec.sizing, max_patches=budget, budgets=())
+        total += measure.of(rows, key, sizing).phases.sum(axis=1)
     return total

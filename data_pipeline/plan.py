@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 
 from cogvit.draws import mix
 from cogvit.errors import DataError
-from data_pipeline.balance import attention_cost, spread
+from data_pipeline.balance import spread
 from data_pipeline.index import Index
+from data_pipeline.measure import Measure
 from data_pipeline.mixture import open_streams
 from data_pipeline.order import Blocks, Stream, blocks_of, rows_of_block
 from data_pipeline.permutation import permute
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import PlanSpec
+from data_pipeline.token_counts import TokenCounts
 from data_pipeline.topology import Span
 
 Ints = NDArray[np.int64]
@@ -51,9 +53,17 @@ class GlobalBatch:
     epoch: Ints  # [B], of the image's source
     share: Ints  # [B], 0 .. canonical_shares - 1; shares cost about the same
     key: Ints  # [B], seed of every draw for the image
-    grid_hw: Ints  # [B, 2]
-    cost: Ints  # [B]
-    downsized: NDArray[np.bool_]  # [B], the image has more patches than its budget
+    grid_hw: Ints  # [B, 2], of its first image
+    patches: Ints  # [B], of all images
+    images: Ints  # [B]
+    tokens: Ints  # [B], of the language model at most; 0 where there is none
+    phases: Ints  # [B, 2], what vision tower and language model cost
+    downsized: Ints  # [B], images that have more patches than their budget
+
+    @property
+    def cost(self) -> Ints:
+        """What each sample costs, [B]."""
+        return self.phases.sum(axis=1)
 
     def within(self, span: Span) -> GlobalBatch:
         """Return the images of a span: where groups meet inside a share, its images are divided in parts of equal cost.
@@ -67,17 +77,21 @@ class GlobalBatch:
             here = np.flatnonzero(self.share == share)
             ends = np.array([float(cut - share) for cut in (*cuts, share + 1)])
             sizes = np.diff(np.rint(ends * len(here)).astype(np.int64), prepend=0)
-            part = spread(self.cost[here], sizes, key[here], np.diff(ends, prepend=0.0) * self.cost[here].sum())
+            cost = self.cost[here]
+            part = spread(cost, sizes, key[here], np.diff(ends, prepend=0.0) * cost.sum())
             mine[here] = np.array([span.begin <= begin < span.end for begin in (share, *cuts)])[part]
-        fields = ("rows", "epoch", "share", "key", "grid_hw", "cost", "downsized")
-        return replace(self, **{name: getattr(self, name)[mine] for name in fields})
+        names = (field.name for field in fields(self) if field.name != "step")
+        return replace(self, **{name: getattr(self, name)[mine] for name in names})
 
 
 def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     """Return the hash that names a sequence of global batches."""
-    schedules = ("batch_schedule", "budget_schedule")  # runs without them are older than these
-    fields = {name: value for name, value in asdict(spec).items() if value or name not in schedules}
-    text = json.dumps([VERSION, index.content_hash(), fields, seed], sort_keys=True)
+    # Runs without them are older than these.
+    newer = ("batch_schedule", "budget_schedule", "language")
+    said = {name: value for name, value in asdict(spec).items() if value or name not in newer}
+    if not spec.sizing.min_patches:
+        del said["sizing"]["min_patches"]
+    text = json.dumps([VERSION, index.content_hash(), said, seed], sort_keys=True)
     return f"{VERSION}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
@@ -145,9 +159,10 @@ class Planner:
     window.
     """
 
-    def __init__(self, index: Index, spec: PlanSpec, seed: int) -> None:
+    def __init__(self, index: Index, spec: PlanSpec, seed: int, counts: TokenCounts | None = None) -> None:
         self._index, self._spec, self._seed = index, spec, seed
-        self._streams = tuple(open_streams(index, spec))
+        self._measure = Measure(index, spec, counts)
+        self._streams = tuple(open_streams(self._measure))
         self._lock = Lock()
         self._windows = _Latest[list[tuple[Ints, Ints]]]()
         self._orders = _Latest[Blocks]()
@@ -167,28 +182,33 @@ class Planner:
         with self._lock:
             found = [self._share_window(window, share)[inside] for share in shares]
         rows, epoch = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        entries = self._index.take(rows)
-        key, sizing = self._keys(entries, epoch), spec.sizing_at(step)
-        grid_hw = sizing.grids(entries["height_px"], entries["width_px"], key)
+        key = self._keys(self._index.take(rows), epoch)
+        measured = self._measure.of(rows, key, spec.sizing_at(step))
         return GlobalBatch(
             step=step,
             rows=rows,
             epoch=epoch,
             share=np.repeat(list(shares), [len(part) for part, _ in found]),
             key=key,
-            grid_hw=grid_hw,
-            cost=attention_cost(grid_hw.prod(axis=1), spec.attention_tokens),
-            downsized=sizing.exceeds(entries["height_px"], entries["width_px"], key),
+            grid_hw=measured.grid_hw,
+            patches=measured.patches,
+            images=measured.images,
+            tokens=measured.tokens,
+            phases=measured.phases,
+            downsized=measured.downsized,
         )
+
+    def sizing_at(self, step: int) -> Sizing:
+        """Return how the images of a step are sized."""
+        return self._spec.sizing_at(step)
 
     def _keys(self, entries: NDArray[Any], epoch: Ints, *salts: int) -> Ints:
         sample_id = torch.from_numpy(entries["sample_id"].copy())
         return mix(sample_id, self._seed, torch.from_numpy(epoch), *salts).numpy()
 
-    def _cost(self, entries: NDArray[Any], epoch: Ints, sizing: Sizing) -> Ints:
-        """Return the cost of images, which in another epoch may have another budget."""
-        grid_hw = sizing.grids(entries["height_px"], entries["width_px"], self._keys(entries, epoch))
-        return attention_cost(grid_hw.prod(axis=1), self._spec.attention_tokens)
+    def _cost(self, rows: Ints, entries: NDArray[Any], epoch: Ints, sizing: Sizing) -> Ints:
+        """Return the cost of samples, which in another epoch may have another budget or caption."""
+        return self._measure.of(rows, self._keys(entries, epoch), sizing).phases.sum(axis=1)
 
     def _share_window(self, window: int, share: int) -> list[tuple[Ints, Ints]]:
         return self._windows.get((share,), (window,), lambda: self._share_window_anew(window, share))
@@ -207,7 +227,7 @@ class Planner:
         rows = np.concatenate([one.rows for one in draws])
         epoch = np.concatenate([one.epoch for one in draws])
         entries = self._index.take(rows)
-        cost = self._cost(entries, epoch, spec.sizing_at(window * spec.lookahead_steps))
+        cost = self._cost(rows, entries, epoch, spec.sizing_at(window * spec.lookahead_steps))
         turns = self._turns(window, before, len(rows))
         sizes = np.bincount(turns, minlength=spec.lookahead_steps)
         step = spread(cost, sizes, self._keys(entries, epoch, _STEP_SALT))
@@ -286,7 +306,7 @@ class Planner:
         bounds = np.clip(np.array(edges, np.int64), start, stop) - start
         rows = rows_of_block(stream, blocks, block)
         entries, epochs = self._index.take(rows), np.full(len(rows), epoch)
-        cost = self._cost(entries, epochs, self._spec.sizing_at(first * self._spec.lookahead_steps))
+        cost = self._cost(rows, entries, epochs, self._spec.sizing_at(first * self._spec.lookahead_steps))
         part = spread(cost, np.diff(bounds), self._keys(entries, epochs, _WINDOW_SALT))
         return _Block(first, bounds, rows[np.argsort(part, kind="stable")])
 
@@ -301,6 +321,6 @@ class Planner:
         sizes = np.diff(np.arange(shares + 1) * len(at) // shares)
         rows = stream.rows_at(at)
         entries = self._index.take(rows)
-        cost = self._cost(entries, epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
+        cost = self._cost(rows, entries, epoch, self._spec.sizing_at(window * self._spec.lookahead_steps))
         owner = spread(cost, sizes, self._keys(entries, epoch, _WINDOW_SALT))
         return _Draws(rows, epoch), owner

@@ -26,6 +26,9 @@ from data_pipeline.caption import LANGUAGES
 from data_pipeline.corpus import Corpus
 from data_pipeline.rules import read_rule
 from data_pipeline.stored import stored
+from data_pipeline.table import CONVERSATION
+
+Needs = Literal["anything", "image", "caption", "text"]  # text: a caption or a conversation
 
 VERSION = 1
 RULE_COLUMNS = ("key", "source", "format", "height_px", "width_px", "size_bytes", "captions_en", "captions_zh", DRAW)
@@ -41,7 +44,7 @@ class Choice:
 
     where: str = ""  # a rule over RULE_COLUMNS
     duplicates: Literal["keep", "drop"] = "keep"  # of equal images, the first that has a caption or else the first
-    captioned: bool = False  # only samples with a caption
+    needs: Needs = "anything"  # only samples that have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def select(corpus: Corpus, choice: Choice) -> Selection:
     start = np.concatenate([[0], start[:-1]]).astype(np.int64)
     if choice == Choice():
         return _whole(corpus, start)
-    question = json.dumps([VERSION, corpus.content, _identity(corpus), asdict(choice)])
+    question = json.dumps([VERSION, corpus.content, corpus.identity(), asdict(choice)])
     table = stored(corpus.path, "chosen", question, lambda: _make(corpus, choice, start))
     facts = json.loads(table.schema.metadata[_FACTS])
     bits = table["left_out"].chunk(0).to_numpy() if table.num_rows else None
@@ -90,14 +93,6 @@ def select(corpus: Corpus, choice: Choice) -> Selection:
         facts["reasons"],
         facts["content"],
     )
-
-
-def _identity(corpus: Corpus) -> str:
-    """Return a hash of which shards are where in a corpus: what its plans depend on does not tell renamed keys."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("rows_hash", "apart_hash"):
-        digest.update(corpus.shards[name].to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _whole(corpus: Corpus, start: NDArray[np.int64]) -> Selection:
@@ -131,10 +126,10 @@ def _make(corpus: Corpus, choice: Choice, start: NDArray[np.int64]) -> pa.Table:
     for shard in range(corpus.num_shards):
         rows = corpus.rows_of(shard)
         kept = _get(chosen, int(start[shard]), len(rows))
-        if choice.captioned:
-            spoken = rows["caption_member"] >= 0
-            reasons["no caption"] = reasons.get("no caption", 0) + int((kept & ~spoken).sum())
-            kept &= spoken
+        if choice.needs != "anything":
+            fit, reason = has(rows, choice.needs), f"no {choice.needs}"
+            reasons[reason] = reasons.get(reason, 0) + int((kept & ~fit).sum())
+            kept &= fit
             _put(chosen, int(start[shard]), kept)
         counts += np.bincount(rows["source"][kept], minlength=len(counts))
         captions += rows["num_captions"][kept].sum(axis=0, dtype=np.int64)
@@ -149,6 +144,20 @@ def _make(corpus: Corpus, choice: Choice, start: NDArray[np.int64]) -> pa.Table:
         "content": content if reasons else corpus.content,
     }
     return pa.table({"left_out": left_out}).replace_schema_metadata({_FACTS: json.dumps(facts)})
+
+
+def has(rows: NDArray[Any], needs: Needs) -> NDArray[np.bool_]:
+    """Return which rows have what is needed."""
+    spoken = rows["caption_member"] >= 0
+    match needs:
+        case "image":
+            return rows["height_px"] > 0
+        case "caption":
+            return spoken & (rows["caption_member"] != CONVERSATION)
+        case "text":
+            return spoken
+        case "anything":
+            return np.ones(len(rows), np.bool_)
 
 
 def _put(bits: NDArray[np.uint8], start: int, values: NDArray[np.bool_]) -> None:
@@ -204,7 +213,9 @@ def _buckets(corpus: Corpus, chosen: NDArray[np.uint8], start: NDArray[np.int64]
             hashed = np.zeros(len(rows), _HASHED)
             hashed["hash"], hashed["check"] = hashes["content_hash"], hashes["content_check"]
             hashed["mute"], hashed["row"] = rows["caption_member"] < 0, corpus.first[shard] + np.arange(len(rows))
-            hashed = hashed[_get(chosen, int(start[shard]), len(rows))]
+            # Many conversations may be about one image.
+            alone = rows["caption_member"] != CONVERSATION
+            hashed = hashed[_get(chosen, int(start[shard]), len(rows)) & alone]
             owner = hashed["hash"].view(np.uint64) % np.uint64(count) if count > 1 else np.zeros(len(hashed), np.uint64)
             for number in np.unique(owner).tolist():
                 files[number].write(hashed[owner == number].tobytes())

@@ -98,6 +98,7 @@ def batch_bytes(config: RunConfig, num_ranks: int) -> int:
     data = config.data
     rows, columns = config.vision.base_grid
     most_patches = rows * columns if data.sizing == "square" else data.max_patches
+    most_patches = max(most_patches, config.language.max_patches if config.language.path else 0)  # of several images
     # Every tensor rank has whole packs, mostly zeros, and may fill its last one with padding.
     tokens = data.global_batch_images * most_patches * config.parallel.tp + data.tokens_per_pack * num_ranks
     wanted = tokens * 3 * config.vision.patch_size**2 * (steps_ahead(data) + 1)

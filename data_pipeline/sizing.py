@@ -13,6 +13,7 @@ from cogvit.config import RunConfig
 from cogvit.draws import mix
 
 Ints = NDArray[np.int64]
+Sides = NDArray[np.float64]
 
 _BUDGET_SALT = 0x62756467  # "budg"
 
@@ -21,24 +22,30 @@ _BUDGET_SALT = 0x62756467  # "budg"
 class Sizing:
     """How an image's size becomes a grid of patches."""
 
-    kind: Literal["square", "naflex"]
+    kind: Literal["square", "naflex", "glm"]
     patch_size_px: int
     square_hw: tuple[int, int]  # grid of every image where kind is square
     max_patches: int
     enlarge: bool
-    multiple: int = 1  # both sides of a grid are multiples of it where kind is naflex
+    multiple: int = 1  # both sides of a grid are multiples of it unless kind is square
     budgets: tuple[int, ...] = ()  # patches; one is drawn for an image with a key, max_patches where there are none
+    min_patches: int = 0  # glm: smaller images are enlarged to so many
 
-    def grids(self, height_px: Ints, width_px: Ints, key: Ints | None = None) -> Ints:
+    def grids(self, height_px: Ints, width_px: Ints, key: Ints | None = None, most: Ints | None = None) -> Ints:
         """Return the grid of each image: [B, 2] rows and columns of patches.
 
-        naflex: as `cogvit.model.naflex.naflex_grid`, many at a time. key: [B] seeds of the images' budgets; without,
-        every image has max_patches.
+        naflex: as `cogvit.model.naflex.naflex_grid`, many at a time; glm: as `cogvit.ImageLimits.size_px`. key: [B]
+        seeds of the images' budgets; without, every image has max_patches. most: [B] patches that an image may have
+        whatever its budget.
         """
         if self.kind == "square":
             return np.tile(np.array(self.square_hw, np.int64), (len(height_px), 1))
         height, width = height_px.astype(np.int64), width_px.astype(np.int64)
-        budget = self._budget(len(height), key)
+        patches = self._budget(len(height), key, most)
+        if self.kind == "glm":
+            groups = np.maximum(patches / self.multiple**2, 1.0)
+            return self._near(height.astype(np.float64), width.astype(np.float64), groups) * self.multiple
+        budget = patches // self.multiple**2
         rows, columns = _largest_side(height, width, budget), _largest_side(width, height, budget)
         tall = rows * width >= columns * height
         fitted = np.stack(
@@ -50,20 +57,38 @@ class Sizing:
             fitted = np.where((native.prod(axis=1) <= budget)[:, None], native, fitted)
         return fitted * self.multiple
 
-    def exceeds(self, height_px: Ints, width_px: Ints, key: Ints | None = None) -> NDArray[np.bool_]:
+    def exceeds(
+        self, height_px: Ints, width_px: Ints, key: Ints | None = None, most: Ints | None = None
+    ) -> NDArray[np.bool_]:
         """Return which images have more patches than their budget, and so are downsized; none where kind is square."""
         if self.kind == "square":
             return np.zeros(len(height_px), np.bool_)
-        return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > self._budget(
-            len(height_px), key
-        )
+        budget = self._budget(len(height_px), key, most) // self.multiple**2
+        return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > budget
 
-    def _budget(self, count: int, key: Ints | None) -> Ints:
-        """Return the most groups of multiple x multiple patches that each image may have."""
-        if key is None or not self.budgets:
-            return np.full(count, self.max_patches // self.multiple**2)
-        drawn = mix(torch.from_numpy(key), _BUDGET_SALT).numpy() % len(self.budgets)
-        return np.array(self.budgets)[drawn] // self.multiple**2
+    def _near(self, height: Sides, width: Sides, budget: Sides) -> Ints:
+        """Return the groups of whole images near their own size. Source: as `cogvit.ImageLimits.size_px`."""
+        unit_px = float(self.patch_size_px * self.multiple)
+        scale = np.where((height < unit_px) | (width < unit_px), np.maximum(unit_px / height, unit_px / width), 1.0)
+        height, width = np.trunc(height * scale), np.trunc(width * scale)
+        groups = np.stack([np.rint(height / unit_px), np.rint(width / unit_px)], axis=1)
+        sides = np.stack([height, width], axis=1) / unit_px
+        area, least = height * width / unit_px**2, max(self.min_patches / self.multiple**2, 0.0)
+        shrunk = np.maximum(np.floor(sides / np.sqrt(area / budget)[:, None]), 1.0)
+        # A thin image's longer side would not fit beside one group.
+        shrunk = np.minimum(shrunk, np.maximum(np.floor(budget[:, None] / shrunk[:, ::-1]), 1.0))
+        stretched = np.ceil(sides * np.sqrt(least / area)[:, None])
+        fits = stretched.prod(axis=1) <= budget
+        enlarged = np.where(fits[:, None], stretched, shrunk)
+        over, under = groups.prod(axis=1) > budget, groups.prod(axis=1) < least
+        return np.where(over[:, None], shrunk, np.where(under[:, None], enlarged, groups)).astype(np.int64)
+
+    def _budget(self, count: int, key: Ints | None, most: Ints | None) -> Ints:
+        """Return the most patches that each image may have: at least one group of multiple x multiple."""
+        budget = np.full(count, self.max_patches)
+        if key is not None and self.budgets:
+            budget = np.array(self.budgets)[mix(torch.from_numpy(key), _BUDGET_SALT).numpy() % len(self.budgets)]
+        return budget if most is None else np.minimum(budget, np.maximum(most, self.multiple**2))
 
     def _native(self, height_px: Ints, width_px: Ints) -> Ints:
         """Return the grids of groups of patches that hold the images as they are."""
@@ -82,6 +107,7 @@ def sizing_of(config: RunConfig) -> Sizing:
         enlarge=data.enlarge,
         multiple=data.grid_multiple,
         budgets=data.budgets_patches,
+        min_patches=data.min_patches,
     )
 
 

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from cogvit.config import RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.dialog import tokenizer_fingerprint
+from cogvit.model.layouts.causal_lm import read_shape
 from data_pipeline.sizing import Sizing, sizing_of
 
 Value = TypeVar("Value")
+
+_TRAINED, _FROZEN_VISION, _FROZEN_LANGUAGE = 3, 1, 2  # passes: forward, gradients of inputs, gradients of weights
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageSpec:
+    """What a plan depends on where a language model reads the samples."""
+
+    tokenizer: str  # its fingerprint
+    prompts: tuple[tuple[str, str], ...]  # what a caption answers, by language
+    max_tokens: int  # of a sample
+    max_patches: int  # of a sample's images together
+    spatial_pool: int  # sides of the groups of patches that are a token
+    zh_fraction: float
+    attention_tokens: int  # n0 of the language model
+    token_cost: tuple[int, int]  # of n0 tokens over that of n0 patches, as a fraction; trained parts cost thrice
+    vision_passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +45,7 @@ class PlanSpec:
     attention_tokens: int  # n0: the length at which attention costs as much as everything else
     batch_schedule: tuple[tuple[int, int], ...] = ()  # step, global_batch_images from it on
     budget_schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step, sizing.budgets from it on
+    language: LanguageSpec | None = None
 
     @property
     def smallest_window_images(self) -> int:
@@ -73,4 +94,29 @@ def plan_spec(config: RunConfig) -> PlanSpec:
         attention_tokens=attention_tokens(config.vision),
         batch_schedule=data.batch_schedule,
         budget_schedule=data.budget_schedule,
+        language=_language_spec(config) if config.language.path else None,
+    )
+
+
+def _language_spec(config: RunConfig) -> LanguageSpec:
+    """Errors: CheckpointError when the language model's config.json is not there or not ours."""
+    own, path = config.language, Path(config.language.path)
+    shape, vision = read_shape(path), config.vision
+    # Per token and layer: 2 a multiply-add of each matrix, and 2 n a channel of causal attention.
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    channels = shape.num_heads * shape.head_dim
+    matrices = (
+        shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim) + shape.embed_dim * shape.vocab_size // shape.depth
+    )
+    language_passes = _TRAINED if config.optim.language.lr_mult else _FROZEN_LANGUAGE
+    return LanguageSpec(
+        tokenizer=tokenizer_fingerprint(path),
+        prompts=own.prompts,
+        max_tokens=own.max_tokens,
+        max_patches=own.max_patches,
+        spatial_pool=config.adapter.spatial_pool,
+        zh_fraction=config.data.zh_fraction,
+        attention_tokens=max(1, matrices // channels),
+        token_cost=(language_passes * channels * shape.depth, 2 * vision.embed_dim * vision.depth),
+        vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
     )

@@ -45,7 +45,8 @@ from data_pipeline.caption import (
 )
 from data_pipeline.decode import read_header
 from data_pipeline.index import DEFAULT_SOURCE
-from data_pipeline.loader import Decoded, caption_cost, decode_pack, in_order, pack_limits
+from data_pipeline.loader import caption_cost, in_order
+from data_pipeline.pack import Decoded, decode_pack, pack_limits
 from data_pipeline.permutation import permute
 from data_pipeline.rules import Rules
 from data_pipeline.scan import IMAGE_EXTENSIONS

@@ -9,6 +9,10 @@ usage: python -m tools.export RUN --out DIR [flags]
                              python -m cogvit.evaluate DIR and load_for_clip_benchmark(DIR, device)
                glm_ocr       GlmOcrVisionModel.from_pretrained(DIR) of transformers
                glm5_next     Glm5NextVisionModel.from_pretrained(DIR) of transformers
+               vlm           VisionLanguageModel.from_pretrained(DIR) and python -m cogvit.generate DIR: a run of stage
+                             3; DIR/language loads in transformers alone
+               glm_ocr_full  GlmOcrForConditionalGeneration.from_pretrained(DIR) of transformers with its processor,
+                             and those of vlm: a run of stage 3 with a GLM-4 and --adapter.kind glm
                onnx          model.onnx for images of one size, in any number
                torch_export  model.pt2, the same for torch.export.load
                cogvlm        the directory that was released as CogVLM; RUN is then one of these, or an export that
@@ -39,6 +43,7 @@ from cogvit.model.layouts import released
 from cogvit.model.packing import Grid
 from cogvit.model.vit import CogViT
 from cogvit.model.vlm import VisionLanguageModel
+from cogvit.training.joint import load_joint
 from cogvit.training.restore import is_run, latest_of_run, load_towers, text_side_weights
 
 LAYOUTS: dict[str, str] = {  # and who loads them
@@ -46,6 +51,8 @@ LAYOUTS: dict[str, str] = {  # and who loads them
     "two_towers": "CogViTForContrastive.from_pretrained",
     "glm_ocr": "GlmOcrVisionModel.from_pretrained",
     "glm5_next": "Glm5NextVisionModel.from_pretrained",
+    "vlm": "VisionLanguageModel.from_pretrained",
+    "glm_ocr_full": "GlmOcrForConditionalGeneration.from_pretrained",
     "onnx": "onnxruntime.InferenceSession",
     "torch_export": "torch.export.load",
     **{name: "VisionLanguageModel.from_pretrained" for name in released.LAYOUTS},
@@ -77,6 +84,8 @@ def export(arguments: Arguments) -> int:
     if not is_run(run):
         raise ConfigError(f"{run} is not a run directory: it has no checkpoints")
     _new_directory(out)
+    if layout in ("vlm", "glm_ocr_full"):
+        return export_joint(run, out, layout)
     checkpoint, towers = latest_of_run(run), load_towers(run)
     vision, side = towers.vision, towers.text_side
     if layout == "two_towers" and side is None:
@@ -130,6 +139,21 @@ def _new_directory(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists; choose a new directory")
     return out
+
+
+def export_joint(run: Path, out: Path, layout: str) -> int:
+    """Write encoder, adapter and language model; returns the exit status."""
+    checkpoint, model = latest_of_run(run), load_joint(run)
+    try:
+        if layout == "vlm":
+            model.save_pretrained(out)
+        else:
+            model.save_glm_ocr_full(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{checkpoint} -> {out}: {num_parameters:,} parameters; load them with {LAYOUTS[layout]}({str(out)!r})")
+    return 0
 
 
 def fixed_grid(vision: CogViT, size: str) -> Grid:

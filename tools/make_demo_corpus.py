@@ -1,9 +1,9 @@
 """Write the demo corpus: pictograms, handwritten digits and photographs with English and Chinese captions.
 
 Every picture comes with a package that pip installs; nothing is downloaded. DIR/train and DIR/heldout hold webdataset
-shards, DIR/corpus.json says what is in them, from which seed and under which licenses, DIR/digits.json what the digits
-are called. Held-out pictograms are other drawings of the same pictograms; held-out digits are other digits. Equal seeds
-give equal bytes.
+shards, DIR/train-questions and DIR/heldout-questions questions about such pictures; DIR/corpus.json says what is in
+them, from which seed and under which licenses, DIR/digits.json what the digits are called. Held-out pictograms are
+other drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
 
 usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
 """
@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cogvit.errors import CogViTError, ConfigError
-from tools.demo_corpus import digits, photos, pictograms
+from tools.demo_corpus import digits, photos, pictograms, questions
 from tools.demo_corpus.sample import Sample, write_shard
 
 DRAWINGS_PER_PICTOGRAM = 8
 DRAWINGS_PER_DIGIT = 2
 CROPS_PER_PHOTO = 48
+ASKED_DRAWINGS = 2  # of each pictogram and digit, that questions are about
 CONTENTS = "corpus.json"
 NAMES = "digits.json"  # of the classes, for cogvit.evaluate --prompts
 _MAKER = "tools.make_demo_corpus"
@@ -41,6 +45,11 @@ _SOURCES = {
         "what": "the UCI Optical Recognition of Handwritten Digits test set",
         "packages": ["scikit-learn"],
         "license": "CC-BY-4.0 (E. Alpaydin, C. Kaynak, 1998)",
+    },
+    questions.SOURCE: {
+        "what": "drawings of both, each with a question and its answer",
+        "packages": [],
+        "license": "as the pictograms and the digits",
     },
     photos.SOURCE: {
         "what": "crops of scikit-image's sample photographs",
@@ -69,6 +78,19 @@ def shards(seed: int) -> Iterator[Shard]:
     yield Shard("train/photos-00000.tar", photos.crops(seed, CROPS_PER_PHOTO))
     yield Shard("heldout/pictograms-00000.tar", pictograms.drawings(seed, heldout))
     yield Shard("heldout/digits-00000.tar", digits.drawings(seed, heldout, heldout_digits))
+    for number in range(ASKED_DRAWINGS):
+        yield Shard(f"train-questions/colors-{number:05d}.tar", _colors(seed, number))
+        yield Shard(f"train-questions/names-{number:05d}.tar", _names(seed, number, train_digits))
+    yield Shard("heldout-questions/colors-00000.tar", _colors(seed, heldout))
+    yield Shard("heldout-questions/names-00000.tar", _names(seed, heldout, heldout_digits))
+
+
+def _colors(seed: int, number: int) -> Iterator[Sample]:
+    return questions.of_pictograms(pictograms.drawings(seed, number))
+
+
+def _names(seed: int, number: int, indices: NDArray[np.int64]) -> Iterator[Sample]:
+    return questions.of_digits(digits.drawings(seed, number, indices))
 
 
 def build(directory: Path, planned: Sequence[Shard], seed: int) -> dict[str, int]:

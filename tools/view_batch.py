@@ -35,9 +35,7 @@ from cogvit.errors import CogViTError, ConfigError
 from cogvit.model.tokenizer import load_tokenizer
 from cogvit.stages import read_run, stage_of
 from data_pipeline.index import Index, open_index
-from data_pipeline.loader import lay_out, start_position, step_batches, usable_index
-from data_pipeline.plan import Planner
-from data_pipeline.spec import plan_spec
+from data_pipeline.loader import lay_out, start_position, step_batches, step_loader, usable_index
 from data_pipeline.topology import topology_of
 
 Color: TypeAlias = tuple[int, ...]  # red, green, blue
@@ -149,16 +147,16 @@ def draw_pack(images: PackedImages, config: RunConfig, captions: Sequence[str] =
 def describe(index: Index, config: RunConfig, view: View) -> tuple[list[str], NDArray[np.int64]]:
     """Return the figures of a step, as lines, and the load of each rank."""
     reads = stage_of(config).reads
-    batch = Planner(index, plan_spec(config), config.seed).batch(view.step)
+    batch = step_loader(index, config, reads=reads).planner.batch(view.step)
     layout = lay_out(batch, index, config, view.dp_ranks, reads=reads)
     load = np.bincount(layout.placement.rank, layout.cost, view.dp_ranks)
-    tokens, packs = int(batch.grid_hw.prod(axis=1).sum()), layout.placement.packs_per_rank * view.dp_ranks
+    tokens, packs = int(batch.patches.sum()), layout.placement.packs_per_rank * view.dp_ranks
     shares = np.bincount(batch.share, batch.cost, config.data.canonical_shares)
     bound = max(load.mean(), layout.cost.max())
     valid = tokens / (packs * config.data.tokens_per_pack)
     position = start_position(index, config, reads=reads)
     lines = [
-        f"step {view.step} of plan {position.plan_hash}: {len(batch.rows):,} images, {tokens:,} patch tokens,"
+        f"step {view.step} of plan {position.plan_hash}: {int(batch.images.sum()):,} images, {tokens:,} patch tokens,"
         f" epochs {batch.epoch.min()} to {batch.epoch.max()}, {batch.downsized.sum():,} images downsized",
         f"{layout.placement.packs_per_rank} packs of {config.data.tokens_per_pack:,} tokens on each of {view.dp_ranks}"
         f" ranks: {valid:.1%} valid tokens, heaviest rank {load.max() / bound:.4f} x the bound",

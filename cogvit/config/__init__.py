@@ -3,25 +3,28 @@
 Presets are functions in `configs/` that return a RunConfig.
 """
 
-from cogvit.config.fields import (
-    SUMMARY,
+from cogvit.config.execution import (
     ActivationConfig,
     CheckpointConfig,
-    ContrastConfig,
-    DataConfig,
     EvalConfig,
     GuardConfig,
     LogConfig,
     MemoryConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
+from cogvit.config.fields import (
+    SUMMARY,
+    ContrastConfig,
+    DataConfig,
+    LanguageTowerConfig,
     ModuleConfig,
     OptimConfig,
-    ParallelConfig,
     RunConfig,
     ScheduleConfig,
     TeacherConfig,
     TeachersConfig,
     TextEncoderConfig,
-    ZeroConfig,
 )
 from cogvit.config.tree import from_json, load_config, read_config, to_json
 
@@ -33,6 +36,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "GuardConfig",
+    "LanguageTowerConfig",
     "LogConfig",
     "MemoryConfig",
     "ModuleConfig",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from cogvit.model.config import CogViTConfig, TextConfig
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+from cogvit.config.execution import (
+    CheckpointConfig,
+    EvalConfig,
+    GuardConfig,
+    LogConfig,
+    MemoryConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
+from cogvit.config.option import option
+from cogvit.model.config import AdapterConfig, CogViTConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,24 @@ class DataConfig:
     )
     tokens_per_pack: int = option(4096, "T: patch tokens of one microbatch on one rank")
     images_per_pack: int = option(64, "N: image slots of one microbatch on one rank")
-    text_tokens_per_pack: int = option(4096, "L: caption tokens of one microbatch on one rank")
-    sizing: Literal["square", "naflex"] = option("naflex", "resize to vision.image_size squares, or keep the aspect")
-    max_patches: int = option(256, "naflex: the largest grid an image may have, in patches")
+    text_tokens_per_pack: int = option(
+        4096, "L or S: tokens of captions, or of the language model, of one microbatch on one rank"
+    )
+    sizing: Literal["square", "naflex", "glm"] = option(
+        "naflex",
+        "resize to vision.image_size squares, or keep the aspect; glm: as GLM-OCR's processor, near the native size, in"
+        " whole groups of data.grid_multiple",
+    )
+    min_patches: int = option(0, "glm: smaller images are enlarged to so many patches")
+    max_patches: int = option(256, "naflex and glm: the largest grid an image may have, in patches")
     budgets_patches: tuple[int, ...] = option(
-        (), "naflex: each image gets one of these budgets in each epoch, drawn by its key; max_patches if none"
+        (), "naflex, glm: each image gets one of these budgets in each epoch, drawn by its key; max_patches if none"
     )
     budget_schedule: tuple[tuple[int, tuple[int, ...]], ...] = option(
         (), "[[STEP, [PATCHES, ...]], ...]: budgets_patches from a step on; steps count from 0"
     )
     enlarge: bool = option(False, "naflex: enlarge images that are smaller than max_patches")
-    grid_multiple: int = option(1, "naflex: rows and columns are multiples of it (2: a language model's 2 x 2 groups)")
+    grid_multiple: int = option(1, "naflex, glm: sides are multiples of it (2: a language model's 2 x 2 groups)")
     topology: str = option("", "file of 'HOST ADDRESS' lines; SLURM_TOPOLOGY_ADDR or the host's name if empty")
     canonical_shares: int = option(
         24, "C: equal-cost shares of a global batch, fixed for the life of a run; best where the nodes divide it"
@@ -245,108 +257,29 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """The layout: a performance choice that never changes the numbers, but for messages in bf16."""
+class LanguageTowerConfig:
+    """The language model of stage 3, and what of a sample it reads."""
 
-    tp: int = option(1, "tensor-parallel ranks")
-    pp: int = option(1, "pipeline stages")
-    sequence: bool = option(False, "sequence parallelism over the tensor ranks")
-    pipeline_messages: Literal["fp32", "bf16"] = option(
-        "fp32", "what stages send each other; bf16 is half the bytes, and rounds the residual stream at every border"
+    path: str = option(
+        "", "directory of a causal language model of transformers (Llama, GLM-4 or Qwen3), with its tokenizer"
     )
-    step_timeout_s: float = option(
-        600.0, "a step after the first that takes longer dumps all stacks and ends; 0: never"
+    max_tokens: int = option(1024, "longest sample, images included; a longer one loses its end")
+    max_patches: int = option(4096, "of all images of a sample together; several images are shown smaller")
+    prompts: tuple[tuple[str, str], ...] = option(
+        (("en", "What is this?"), ("zh", "这是什么")), "what a caption answers, by language; without one, nothing"
     )
-
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """Return a rank's place on the tp, pp and dp axes: tp is the fastest, dp the slowest."""
-        replica_rank, dp_rank = rank % (self.tp * self.pp), rank // (self.tp * self.pp)
-        return replica_rank % self.tp, replica_rank // self.tp, dp_rank
-
-
-@dataclass(frozen=True)
-class ActivationConfig:
-    """What one tower keeps of its activations between forward and backward."""
-
-    recompute: Literal["none", "selective", "full"] = option(
-        "none", "done again in backward: nothing, attention and MLP inside each block, or whole blocks"
-    )
-    recompute_blocks: int = option(1, "full: blocks that are recomputed together; only their input is kept")
-    offload: bool = option(False, "what is kept waits in host memory")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Activation memory of each module; never changes the numbers."""
-
-    vision: ActivationConfig = field(default_factory=ActivationConfig)
-    text: ActivationConfig = field(default_factory=ActivationConfig)
-    language: ActivationConfig = field(default_factory=ActivationConfig)
-    projection_recompute: bool = option(False, "projections and distillation heads are done again in backward")
-
-
-@dataclass(frozen=True)
-class ZeroConfig:
-    """DeepSpeed ZeRO."""
-
-    stage: int = option(1, "1: optimizer state is sharded over dp; 2: gradients too, once they are reduced")
-    overlap: bool = option(
-        False, "without pp: average gradients beside a step's last backward, for twice the bytes of doing it afterwards"
-    )
-    gradient_messages: Literal["fp32", "bf16"] = option(
-        "fp32", "what ranks send of gradients; bf16 is half the bytes, and sums over ranks are rounded to 8 bits"
-    )
-    reduce_bucket_elements: int = option(50_000_000, "gradients that are reduced together")
-    gather_bucket_elements: int = option(500_000_000, "updated parameters that are gathered together")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When state is saved and what is kept."""
-
-    dir: str = option("", "directory or fsspec URL (s3://bucket/one) of the checkpoints; empty: OUT/checkpoints")
-    every_steps: int = option(1000, "0 saves at the end only, and by the clock")
-    every_minutes: float = option(0.0, "saves too when the last one is so long ago, whatever the step; 0 never does")
-    keep_last: int = option(2, "newest checkpoints that are kept (the best by evaluation is kept beside them)")
-    keep_every_steps: int = option(0, "checkpoints of multiples of this are kept for good; 0 keeps none of them")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training, on data.eval_shards."""
-
-    every_steps: int = option(0, "0 turns it off")
-    steps: int = option(2, "global batches of one evaluation")
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """What happens when training goes wrong."""
-
-    non_finite: Literal["raise", "skip"] = option(
-        "raise", "a NaN or infinite loss or gradient stops the run, or is skipped"
-    )
-    max_skips: int = option(3, "skip: stop after so many steps in a row")
-    spike_factor: float = option(2.0, "report a loss above this multiple of the recent median; 0: never")
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is logged where; metrics.jsonl is always written."""
-
-    every_steps: int = option(1, "steps between printed lines")
-    wandb: Literal["auto", "off"] = option("auto", "auto: online when logged in, offline files otherwise")
-    tensorboard: bool = option(False, "write OUT/logs/tensorboard too; tensorboard --logdir OUT shows it")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run."""
 
-    objective: Literal["distill", "contrast"] = option("distill", "stage 1 or stage 2")
+    objective: Literal["distill", "contrast", "language"] = option("distill", "stage 1, 2 or 3")
     vision: CogViTConfig = field(default_factory=CogViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cogvit.config.fields import RunConfig
 from cogvit.config.tree import to_json
@@ -19,6 +19,15 @@ EXECUTION = (
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_wait_s", "data.max_bad_fraction",
     "teachers.ray_address",
 )  # fmt: skip
+
+
+Part = Literal["vision", "adapter", "language"]
+PARTS: tuple[Part, ...] = ("vision", "adapter", "language")  # of stage 3's model
+
+
+def frozen_parts(config: RunConfig) -> tuple[Part, ...]:
+    """Return the parts of stage 3 whose rate is 0: they keep their weights, which are not stored again."""
+    return tuple(part for part in PARTS if getattr(config.optim, part).lr_mult == 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ def files_of(config: RunConfig) -> dict[str, str]:
         "init": config.init,
         "data.tokenizer": config.data.tokenizer,
         "text_encoder.path": config.text_encoder.path,
+        "language.path": config.language.path,
         "teachers.stats": config.teachers.stats,
     }
     return {field: path for field, path in (named | members).items() if path}

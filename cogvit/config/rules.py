@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cogvit.config.fields import ActivationConfig, DataConfig, RunConfig
+from cogvit.config.execution import ActivationConfig
+from cogvit.config.fields import DataConfig, RunConfig
 from cogvit.errors import ConfigError
 from cogvit.model.config import CogViTConfig, TextConfig
 
@@ -125,6 +126,10 @@ def check_data(config: RunConfig) -> None:
         f"an image of {largest} patches does not fit data.tokens_per_pack={data.tokens_per_pack}; raise it or lower"
         " data.max_patches",
     )
+    require(
+        0 <= data.min_patches <= data.max_patches,
+        f"--data.min-patches {data.min_patches} must be from 0 to data.max_patches={data.max_patches}",
+    )
     _check_schedules(data)
     _check_shards(data)
     for source, weight in data.mixture:
@@ -154,8 +159,8 @@ def _check_schedules(data: DataConfig) -> None:
     budgets = [("budgets_patches", data.budgets_patches)] if data.budgets_patches else []
     budgets += [("budget_schedule", of_step) for _, of_step in data.budget_schedule]
     require(
-        data.sizing == "naflex" or not budgets,
-        "data.budgets_patches and data.budget_schedule are of --data.sizing naflex; squares have one size",
+        data.sizing != "square" or not budgets,
+        "data.budgets_patches and data.budget_schedule are of --data.sizing naflex and glm; squares have one size",
     )
     for name, patches in budgets:
         require(bool(patches), f"data.{name} has a step without budgets; name at least one")

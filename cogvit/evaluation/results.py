@@ -10,6 +10,7 @@ from cogvit.errors import ConfigError
 
 Score = dict[str, float]  # "value", and "chance": what guessing gives
 Evaluation = dict[str, dict[str, Score]]  # task -> metric -> score
+PLAIN = ("nats", "cider")  # metrics that are no shares
 
 
 def score(value: float, chance: float) -> Score:
@@ -22,7 +23,8 @@ def table(results: Evaluation) -> str:
     rows = [("task", "metric", "value", "chance")]
     for task, metrics in results.items():
         for metric, figure in metrics.items():
-            rows.append((task, metric, f"{figure['value']:.1%}", f"{figure['chance']:.1%}"))
+            form = ".3f" if metric.startswith(PLAIN) else ".1%"
+            rows.append((task, metric, f"{figure['value']:{form}}", f"{figure['chance']:{form}}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(f"{t:<{widths[0]}}  {m:<{widths[1]}}  {v:>{widths[2]}}  {c:>{widths[3]}}" for t, m, v, c in rows)
 

@@ -14,6 +14,8 @@ from cogvit.errors import ConfigError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.evaluation.samples import Samples, read_samples, rows_of
 from cogvit.model.vit import CogViT
+from cogvit.model.vlm import VisionLanguageModel
+from cogvit.training.joint import is_joint, load_joint
 from cogvit.training.restore import Towers, is_run, load_towers
 from data_pipeline.index import Index, load_index
 from data_pipeline.sizing import Sizing, sizing_of
@@ -30,6 +32,8 @@ class Subject:
     heldout: Index
     samples: tuple[Samples, ...]  # of the held-out shards, one for each source
     ranks: Ranks = ALONE  # who shares the encoding
+    joint: VisionLanguageModel | None = None  # of stage 3
+    talks: Index | None = None  # held-out samples for it, of which some may be without an image
     trained_on: tuple[str, ...] = ()  # sources that are left out, since all of their images are training images
 
     @property
@@ -54,7 +58,13 @@ def load_subject(
     """
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist; pass a run directory or an export")
-    towers = load_towers(path)
+    joint = load_joint(path) if is_joint(path) else None
+    if joint is None:
+        towers = load_towers(path)
+    elif isinstance(joint.vision, CogViT):
+        towers = Towers(joint.vision)
+    else:
+        raise ConfigError(f"{path} has an encoder of another family; evaluation reads CogViT's")
     config = load_config(path / "config.json") if is_run(path) else None
     if config is not None:
         index_dir = index_dir or config.data.index_dir
@@ -64,9 +74,10 @@ def load_subject(
     heldout = (
         load_index(data, index_dir) if data or part is None else load_index(part.shards, index_dir, where=part.where)
     )
+    talks, heldout = heldout, heldout.having("image")
     field = config.data.caption_field if config is not None else ""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for module in (towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
+    for module in (joint, towers.vision, towers.text, towers.vision_proj, towers.text_proj, *towers.heads.values()):
         if module is not None:
             module.to(device)
     return Subject(
@@ -77,6 +88,8 @@ def load_subject(
         heldout,
         tuple(read_samples(heldout, source, rows_of(heldout, source), field) for source in heldout.sources),
         ranks,
+        joint,
+        talks,
     )
 
 

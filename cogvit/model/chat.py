@@ -44,18 +44,14 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
     Errors: DataError when a message or part is none, an image cannot be read, a text holds the image token, or the
     tokenizer has no chat template or image token.
     """
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; put one beside it as chat_template.jinja")
+    check_template(tokenizer)
     token_id, images = image_token_id(tokenizer), []
-    places_images = IMAGE_TOKEN in tokenizer.chat_template
     plain: list[dict[str, Any]] = []
     for message in messages:
         parts = list(message_parts(message))
         images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
-        has_image = any(part["type"] == "image" for part in shown)
-        content = shown if has_image and places_images else "".join(_spelt(part, tokenizer) for part in shown)
-        plain.append({"role": message["role"], "content": content})
+        plain.append(in_plain_parts(tokenizer, message["role"], shown))
     text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids.count(token_id) != len(images):
@@ -64,6 +60,22 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
             " their own, and texts must not spell the token"
         )
     return Prompt(ids, images)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Errors: DataError when a tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; put one beside it as chat_template.jinja")
+
+
+def in_plain_parts(tokenizer: Any, role: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a message as the tokenizer's template takes it: parts where it places images itself, else one text.
+
+    parts: texts, and images without content.
+    """
+    has_image = any(part["type"] == "image" for part in parts)
+    placed = has_image and IMAGE_TOKEN in tokenizer.chat_template
+    return {"role": role, "content": list(parts) if placed else "".join(_spelt(part, tokenizer) for part in parts)}
 
 
 def message_parts(message: Message) -> Iterator[dict[str, Any]]:

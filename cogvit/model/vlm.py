@@ -188,9 +188,7 @@ class VisionLanguageModel(nn.Module):
                 f"input_ids have shape {tuple(input_ids.shape)} and there are images of {len(shown)} rows; expected"
                 " (B, T) and B"
             )
-        read = self._embedded(list(input_ids), shown)
-        hidden_SD = self.language.hidden(read.x_SD, read.position_3S, read.segments, None, read.expert, read.cross)
-        return self.language.logits(hidden_SD).unflatten(0, input_ids.shape)
+        return self.language.logits(self.hidden_rows(list(input_ids), shown)).unflatten(0, input_ids.shape)
 
     def _embedded(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Embedded:
         """Rows of token ids with their images."""
@@ -273,6 +271,25 @@ class VisionLanguageModel(nn.Module):
                 yield text[len(said) :]
                 said = text
         yield text[len(said) :]
+
+    def generate_many(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
+        """Return the greedy answers to several conversations, each as `generate` gives it alone."""
+        prompts = [self.prompt(messages) for messages in conversations]
+        with torch.no_grad():
+            read = self._embedded([ids for ids, _ in prompts], [images for _, images in prompts])
+        sampling = Sampling(max_new_tokens)
+        spoken = self.language.stream(read.x_SD, read.position_3S, read.segments, sampling, read.expert, read.cross)
+        answers = torch.stack(list(spoken), dim=1)
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.tolist()]
+
+    def hidden_rows(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Tensor:
+        """Return what the head reads of rows of token ids end to end, [S, D].
+
+        images: of each row, as in `forward`. Errors: as `forward`.
+        """
+        device = self.language.embed.weight.device
+        read = self._embedded([row.to(device) for row in rows], images)
+        return self.language.hidden(read.x_SD, read.position_3S, read.segments, None, read.expert, read.cross)
 
     @torch.no_grad()
     def _next_ids(

@@ -9,8 +9,8 @@ usage: python -m cogvit.report RUN [RUN ...] [flags]
 --follow           serve the page on this machine while the runs go on, without pictures, instead of writing it
 --port N           of --follow (default: 8642; 0: a free one)
 
-Curves, throughput, pictures of patch features, retrieval examples (of the last stage-2 run), figures, configurations
-and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
+Curves, throughput, pictures of patch features, what is found or said of held-out images (in the last run of a stage),
+figures, configurations and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def report(arguments: Arguments) -> int:
         return 0
     evaluation = read_evaluation(Path(arguments.evaluation)) if arguments.evaluation else {}
     pictures: dict[str, bytes] = {}
-    examples: list[Example] = []
+    examples: dict[str, list[Example]] = {}
     runs = [Path(run) for run in arguments.runs]
     for run in runs:
         try:
@@ -64,7 +64,9 @@ def report(arguments: Arguments) -> int:
         caption = f"{run.name}: held-out images and their patch features; color is the first three principal components"
         pictures[caption] = feature_picture(subject)
         if subject.config is not None:
-            examples = stage_of(subject.config).examples(subject) or examples
+            stage = stage_of(subject.config)
+            if shown := stage.examples(subject):
+                examples[stage.shows] = shown
     out = Path(arguments.out) if arguments.out else runs[-1] / "report.html"
     write_report(out, runs, evaluation, pictures, examples)
     print(out)

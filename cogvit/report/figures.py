@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cogvit.evaluation.results import Evaluation, Score
+from cogvit.evaluation.results import PLAIN, Evaluation, Score
 
 _BASELINES = {  # a metric that ends so belongs to the metric without it
     "untrained": "the same encoder before training",
@@ -71,9 +71,11 @@ def _row(figure: Figure, columns: Sequence[str]) -> str:
     value, chance = figure.score["value"], figure.score["chance"]
     others = "".join(_cell(figure.beside.get(name)) for name in columns)
     bar = f'<div><b style="width:{_percent(value)}"></b><i style="left:{_percent(chance)}"></i></div>'
+    plain = figure.metric.startswith(PLAIN)
+    bar = "" if plain else bar
     return (
         f"<tr><td>{_wrapping(figure.task)}<br><small>{_wrapping(figure.metric)}</small></td>"
-        f"{_cell(value, bold=True)}{_cell(chance)}{others}<td class=bar>{bar}</td></tr>"
+        f"{_cell(value, bold=True, plain=plain)}{_cell(chance, plain=plain)}{others}<td class=bar>{bar}</td></tr>"
     )
 
 
@@ -82,10 +84,10 @@ def _wrapping(name: str) -> str:
     return escape(name).replace("_", "_<wbr>")
 
 
-def _cell(value: float | None, *, bold: bool = False) -> str:
+def _cell(value: float | None, *, bold: bool = False, plain: bool = False) -> str:
     if value is None:
         return '<td class=num data-value=""></td>'
-    shown = f"{100 * value:.1f}&#8239;%"
+    shown = f"{value:.3f}" if plain else f"{100 * value:.1f}&#8239;%"
     return f'<td class=num data-value="{value!r}">{f"<b>{shown}</b>" if bold else shown}</td>'
 
 

@@ -55,7 +55,7 @@ def write_report(
     runs: Sequence[Path],
     evaluation: Evaluation,
     pictures: Mapping[str, bytes],
-    examples: Sequence[Example] = (),
+    examples: Mapping[str, Sequence[Example]] | None = None,
 ) -> None:
     """Write the page of run directories to the file `out`; the arguments and errors are those of `report_page`."""
     page = report_page(runs, evaluation, pictures, examples)
@@ -70,13 +70,14 @@ def report_page(
     runs: Sequence[Path],
     evaluation: Evaluation,
     pictures: Mapping[str, bytes],
-    examples: Sequence[Example] = (),
+    examples: Mapping[str, Sequence[Example]] | None = None,
     *,
     refresh_s: int = 0,
 ) -> str:
     """Return the page: first how good the encoder is beside its baselines, then what it sees, then how it was trained.
 
-    evaluation: {task: {metric: {"value": v, "chance": c}}}; pictures: caption -> PNG. Each may be empty.
+    evaluation: {task: {metric: {"value": v, "chance": c}}}; pictures: caption -> PNG; examples by
+    the title of their section. Each may be empty.
     refresh_s: the page loads itself anew after so many seconds; 0 never.
     Errors: ConfigError or DataError when a run directory has no config.json or metrics.jsonl.
     """
@@ -85,7 +86,7 @@ def report_page(
         _header(loaded),
         _section("Evaluation", evaluation_table(evaluation)),
         _section("Pictures", "".join(_picture(caption, png) for caption, png in pictures.items())),
-        _section("Retrieval on held-out images", "".join(_example(example) for example in examples)),
+        *(_section(title, "".join(_example(one) for one in shown)) for title, shown in (examples or {}).items()),
         *(_section(stage_of(run.config).title, _run(run)) for run in loaded),
         _section("Software and machine", _table(_environment())),
     ]
@@ -135,6 +136,7 @@ def _run(run: Run) -> str:
     charts = [
         line_chart("Loss", [run.series(name) for name in run.names("loss")]),
         line_chart("Held-out loss", [run.series(name, noisy=False) for name in run.names("eval_loss")]),
+        line_chart("What images are worth", [run.series(name, noisy=False) for name in run.names("image_effect")]),
         line_chart("Learning rate", [run.series("lr", noisy=False)]),
         line_chart("Gradient norm", [line for line in map(run.series, run.names("grad_norm")) if any(line.y)]),
         line_chart("Images per second", [run.series("images_per_s")]),

@@ -18,6 +18,7 @@ from cogvit.config.rules import check_data, check_layout, check_training
 from cogvit.errors import ConfigError
 from cogvit.stages.contrast import ContrastStage
 from cogvit.stages.distill import DistillStage
+from cogvit.stages.language import LanguageStage
 from cogvit.stages.protocol import Stage
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "build", "check_recipe", "check_run", "read_run", "recipe_differences", "stage_of"]
 
-_ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage())
+_ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage(), LanguageStage())
 
 
 def stage_of(config: RunConfig) -> Stage:
@@ -38,6 +39,8 @@ def stage_of(config: RunConfig) -> Stage:
             return DistillStage()
         case "contrast":
             return ContrastStage()
+        case "language":
+            return LanguageStage()
 
 
 def read_run(preset: str, words: Sequence[str]) -> RunConfig:

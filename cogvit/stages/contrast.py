@@ -34,6 +34,7 @@ class ContrastStage:
     """Two towers, and captions beside the images."""
 
     title: str = "Stage 2: image-text alignment"
+    shows: str = "Retrieval on held-out images"
     fields: tuple[str, ...] = (
         "contrast.", "text.", "text_encoder.", "proj_dim", "init_log_t", "init_bias", "memory.text.",
         "optim.text.", "optim.temperature.", "optim.bias.",
@@ -145,6 +146,10 @@ class ContrastStage:
             config, shape, module, shape.max_tokens, pack_tokens=config.data.text_tokens_per_pack, whole=whole
         )
         return [vision_load(config), text]
+
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Nothing that the losses do not say."""
+        return ""
 
     def examples(self, subject: Subject) -> list[Example]:
         """Captions that are found for images, and images for captions."""

@@ -13,6 +13,8 @@ from torch import nn
 
 from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.language import CausalLM
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import NEWTON_SCHULZ_STEPS
@@ -76,12 +78,12 @@ def attention_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_toke
     return tower.depth * tokens * 4.0 * sequence_tokens * tower.embed_dim
 
 
-def muon_flops(tower: CogViTConfig | TextConfig, module: nn.Module, qkv: str) -> float:
+def muon_flops(module: nn.Module, num_heads: int, qkv: str) -> float:
     """Return the FLOPs of one update of Muon's matrices; qkv is optim.muon_qkv."""
     flops = 0.0
     for name, parameter in module.named_parameters():
         if role_of(name, parameter) == "block_matrix":
-            parts = {"split": 3, "heads": 3 * tower.num_heads, "fused": 1}[qkv] if "qkv" in name else 1
+            parts = {"split": 3, "heads": 3 * num_heads, "fused": 1}[qkv] if "qkv" in name else 1
             small, large = sorted((parameter.shape[0] // parts, parameter.shape[1]))
             flops += parts * NEWTON_SCHULZ_STEPS * (4.0 * small**2 * large + 2.0 * small**3)
     return flops
@@ -95,6 +97,34 @@ def vision_load(config: RunConfig) -> Load:
     with torch.device("meta"):
         module = CogViT(shape)
     return tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
+
+
+def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
+    """Return the language model's load, in samples of the greatest length."""
+    data, optim = config.data, config.optim
+    with torch.device("meta"):
+        module = CausalLM(shape)
+    length = config.language.max_tokens
+    tokens = length * max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
+    channels = shape.num_heads * shape.head_dim
+    qkv = channels + 2 * shape.num_kv_heads * shape.head_dim
+    matrices = shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim)
+    trains = optim.name == "muon" and optim.language.lr_mult > 0.0
+    blocks = [p for name, p in module.named_parameters() if role_of(name, p) == "block_matrix"]
+    return Load(
+        parameters=count_parameters(module),
+        matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains else (),
+        depth=shape.depth,
+        width=shape.embed_dim,
+        hidden=shape.mlp_dim,
+        gated=True,
+        tokens=tokens,
+        pack_tokens=data.text_tokens_per_pack,
+        product_flops=shape.depth * tokens * 2.0 * matrices,
+        attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
+        muon_flops=muon_flops(module, shape.num_heads, optim.muon_qkv) if trains else 0.0,
+        memory=config.memory.language,
+    )
 
 
 def tower_load(
@@ -121,7 +151,7 @@ def tower_load(
         pack_tokens=pack_tokens,
         product_flops=product_flops(tower, tokens),
         attention_flops=attention_flops(tower, tokens, length),
-        muon_flops=muon_flops(tower, module, optim.muon_qkv) if optim.name == "muon" else 0.0,
+        muon_flops=muon_flops(module, tower.num_heads, optim.muon_qkv) if optim.name == "muon" else 0.0,
         memory=config.memory.text if isinstance(tower, TextConfig) or whole else config.memory.vision,
         whole=whole,
     )

@@ -34,6 +34,7 @@ class DistillStage:
     """The vision tower, images alone, and teachers who say what is behind the masked patches."""
 
     title: str = "Stage 1: distillation"
+    shows: str = ""
     fields: tuple[str, ...] = (
         "teachers.members", "teachers.members.", "teachers.source", "teachers.store", "teachers.mask_ratio",
         "teachers.visible_weight",
@@ -102,6 +103,10 @@ class DistillStage:
         from cogvit.stages.cost import vision_load
 
         return [vision_load(config)]
+
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Nothing that the losses do not say."""
+        return ""
 
     def examples(self, subject: Subject) -> list[Example]:
         """None: it has learned no words."""

@@ -47,7 +47,10 @@ def opening(stage: Stage, config: RunConfig, corpus: Corpus, device: torch.devic
         return
     index = usable_index(corpus.train, corpus.reads)
     looked_at = index.take(np.linspace(0, len(index.corpus) - 1, min(len(index.corpus), _LOOKED_AT)).astype(np.int64))
+    looked_at = looked_at[looked_at["height_px"] > 0]  # conversations may be without an image
     height_px, width_px = looked_at["height_px"].astype(np.int64), looked_at["width_px"].astype(np.int64)
+    if not len(looked_at):
+        height_px = width_px = np.ones(1, np.int64)
     sizing = sizing_of(config)
     patches = sizing.grids(height_px, width_px).prod(axis=1)
     most, mean = int(patches.max()), float(patches.mean())

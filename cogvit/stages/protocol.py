@@ -32,6 +32,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def shows(self) -> str:
+        """What its examples in a report are called."""
+        ...
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Paths of the fields that stages without them have no use for; one that ends with a dot is a whole part."""
         ...
@@ -81,6 +86,10 @@ class Stage(Protocol):
 
     def loads(self, config: RunConfig) -> list[Load]:
         """Return what each tower costs in a step, for the planner."""
+        ...
+
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Return what somebody should be told after an evaluation, in one line; nothing where all is well."""
         ...
 
     def examples(self, subject: Subject) -> list[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvit.batch import Batch, StepBatch, move, pad_step
+from cogvit.batch import Batch, PackedSequence, StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
@@ -38,11 +38,12 @@ class Workload:
     """What a global batch held, over all dp ranks."""
 
     images: int
-    tokens: int  # valid patch tokens
-    slots: int  # patch tokens, padding included
+    tokens: int  # valid patch tokens, or those of the language model where there is one
+    slots: int  # likewise, padding included
     failed: int  # images that were planned and did not decode
-    cut_captions: int  # longer than text.max_tokens
+    cut_captions: int  # longer than text.max_tokens, or language.max_tokens
     downsized: int  # images with more patches than their budget
+    dropped: int  # images whose place in a conversation was cut off
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class Evaluation:
     every_steps: int
     steps: int
     batches: Callable[[], Generator[StepBatch]]
+    last: int  # step of the run, which an evaluation follows too
+    concern: Callable[[int, dict[str, float]], str]  # what to say of a step's figures; nothing where all is well
 
     def due(self, step: int) -> bool:
         """Whether a step is followed by an evaluation."""
-        return self.every_steps > 0 and step % self.every_steps == 0
+        return self.every_steps > 0 and (step % self.every_steps == 0 or step == self.last)
 
 
 def train(
@@ -87,7 +90,7 @@ def train(
             try:
                 if evaluation.due(state.step):
                     start_s = time.perf_counter()
-                    losses = evaluate(engine, objective, evaluation, watchdog, deliver)
+                    losses = evaluate(engine, objective, evaluation, watchdog, values, deliver)
                     spent = Chrono(evaluation_s=time.perf_counter() - start_s)
                     state = state.with_evaluation(losses["eval_loss"]).spending(spent)
                     values |= losses
@@ -95,6 +98,8 @@ def train(
                 meter.record(state.step, values)
             if mesh.is_writer:
                 tell_trouble(report, spikes, state.step, values)
+                if concern := evaluation.concern(state.step, values):
+                    print(concern, file=sys.stderr, flush=True)
             leaving = stop.agreed(mesh.agree_max)
             if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
                 start_s = time.perf_counter()
@@ -175,17 +180,38 @@ def put_together(micro: Sequence[Batch], mesh: Mesh) -> tuple[Batch, ...]:
         patches = list(patches_kTE)
     weight_kN = torch.stack([batch.images.weight for batch in micro])
     dist.all_reduce(weight_kN, dist.ReduceOp.MIN, group=mesh.model_group)
+    sequences = _sequences_together([batch.sequence for batch in micro], mesh)
     whole = []
-    for batch, patches_TE, weight_N in zip(micro, patches, weight_kN, strict=True):
+    for batch, patches_TE, weight_N, sequence in zip(micro, patches, weight_kN, sequences, strict=True):
         text = None if batch.text is None else replace(batch.text, weight=weight_N)
-        whole.append(replace(batch, images=replace(batch.images, patches=patches_TE, weight=weight_N), text=text))
+        images = replace(batch.images, patches=patches_TE, weight=weight_N)
+        whole.append(replace(batch, images=images, text=text, sequence=sequence))
     return tuple(whole)
 
 
+def _sequences_together(sequences: Sequence[PackedSequence | None], mesh: Mesh) -> Sequence[PackedSequence | None]:
+    """Return the sequences of a replica: a sample with an image that some rank could not decode teaches nothing."""
+    found = [sequence for sequence in sequences if sequence is not None]
+    if not found:
+        return sequences
+    weight_kS = torch.stack([sequence.weight for sequence in found])
+    dist.all_reduce(weight_kS, dist.ReduceOp.MIN, group=mesh.model_group)
+    counts = (weight_kS > 0).sum(dim=1).tolist()  # one wait for the device instead of one a pass
+    return [
+        replace(sequence, weight=weight_S, host=sequence.host and replace(sequence.host, labels=count))
+        for sequence, weight_S, count in zip(found, weight_kS, counts, strict=True)
+    ]
+
+
 def evaluate(
-    engine: Engine, objective: Objective, evaluation: Evaluation, watchdog: Watchdog, deliver: Deliver = tuple
+    engine: Engine,
+    objective: Objective,
+    evaluation: Evaluation,
+    watchdog: Watchdog,
+    trained: Container[str],
+    deliver: Deliver = tuple,
 ) -> dict[str, float]:
-    """Return the mean loss terms over the held-out batches, named eval_*."""
+    """Return the mean loss terms over the held-out batches, named eval_* where a step has a term of that name."""
     sums: dict[str, float] = {}
     with closing(evaluation.batches()) as source:
         for _ in range(evaluation.steps):
@@ -193,17 +219,19 @@ def evaluate(
             watchdog.feed()
             for name, value in engine.evaluate(objective, batch.micro).items():
                 sums[name] = sums.get(name, 0.0) + value
-    return {f"eval_{name}": value / evaluation.steps for name, value in sums.items()}
+    return {f"eval_{name}" if name in trained else name: value / evaluation.steps for name, value in sums.items()}
 
 
 def counted(step: StepBatch, mesh: Mesh) -> Tensor:
-    """Count a step's work over the dp ranks: the fields of `Workload` [6], float64 on the device."""
+    """Count a step's work over the dp ranks: the fields of `Workload` [7], float64 on the device."""
     packs = [batch.images for batch in step.micro]
+    read = [batch.sequence or batch.images for batch in step.micro]  # what the larger part of the model reads
     planned = sum(sample is not None for batch in step.micro for sample in batch.samples)
     valid = torch.stack([images.weight.sum() for images in packs]).sum()
-    tokens = torch.stack([images.cu_seqlens[-2] for images in packs]).sum()
-    slots = sum(images.num_tokens for images in packs)
-    known = [torch.full_like(valid, count) for count in (slots, planned, step.cut_captions, step.downsized)]
+    tokens = torch.stack([pack.cu_seqlens[-2] for pack in read]).sum()
+    slots = sum(len(pack.ids) if isinstance(pack, PackedSequence) else pack.num_tokens for pack in read)
+    counted = (slots, planned, step.cut_captions, step.downsized, step.dropped)
+    known = [torch.full_like(valid, count) for count in counted]
     counts = torch.stack([valid, tokens, known[0], known[1] - valid, *known[2:]]).to(torch.float64)
     dist.all_reduce(counts, group=mesh.dp_group)
     return counts
@@ -224,6 +252,7 @@ def step_values(report: StepReport, work: Workload, *, seconds: float, data_s: f
         "failed_images": float(work.failed),
         "cut_captions": float(work.cut_captions),
         "downsized_images": float(work.downsized),
+        "dropped_images": float(work.dropped),
         "images_per_s": work.images / seconds,
         "tokens_per_s": work.tokens / seconds,
         "seconds": seconds,

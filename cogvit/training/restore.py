@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from cogvit.config import RunConfig, from_json, load_config
+from cogvit.config.recipe import files_of
 from cogvit.errors import CheckpointError
 from cogvit.model.init import init_tensor
 from cogvit.model.interop import load_checked, read_model, read_model_config, read_processing, read_text_side
@@ -20,6 +21,7 @@ from cogvit.model.text_side import TextSide, new_text_tower
 from cogvit.model.vit import CogViT
 from cogvit.training.checkpoint import folder_of, latest, list_checkpoints, weights
 from cogvit.training.folder import Folder
+from cogvit.training.identity import identity_of, read_identity
 
 _POSITIONS = "vision.pos_embed.embed"
 
@@ -49,12 +51,44 @@ def load_towers(path: Path) -> Towers:
         vision.preprocessing = read_processing(path, cfg)
         return Towers(vision) if found is None else _two_towers(vision, from_json(TextSide, found[0]), found[1])
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
-    vision = _filled(CogViT(config.vision), weights(checkpoint, "vision."))
+    vision = _filled(CogViT(config.vision), vision_weights(config, checkpoint))
     vision.preprocessing = preprocessing_of(config)
     text_side = text_side_weights(checkpoint)
     if not text_side:
         return Towers(vision, heads=_heads(weights(checkpoint, "heads.")))
     return _two_towers(vision, TextSide(config.data.tokenizer, config.text, config.text_encoder), text_side)
+
+
+def vision_weights(config: RunConfig, checkpoint: Folder) -> dict[str, Tensor]:
+    """Return a run's vision tower: what it stored, or where that was frozen, what the run began with.
+
+    Errors: CheckpointError when that is not what it was.
+    """
+    stored = weights(checkpoint, "vision.")
+    if stored:
+        return stored
+    check_source(config, "init")
+    given = initial_towers(config) if config.init else drawn("vision", CogViT(config.vision), config)
+    return {name.removeprefix("vision."): tensor for name, tensor in given.items() if name.startswith("vision.")}
+
+
+def drawn(part: str, module: nn.Module, config: RunConfig) -> dict[str, Tensor]:
+    """Return the weights that a part has where nothing gives it others, under its plain names."""
+    scale = 1.0 if config.vision.layer_scale_init is None else config.vision.layer_scale_init
+    named = ((f"{part}.{name}", parameter.shape) for name, parameter in module.named_parameters())
+    return {name: init_tensor(name, shape, config.seed, scale) for name, shape in named}
+
+
+def check_source(config: RunConfig, field: str) -> None:
+    """Look whether what a run's frozen part came from is still the same. Errors: CheckpointError."""
+    before = read_identity(Folder(config.out)).get(field)
+    now = identity_of(config, "", [field]).get(field)
+    if before is not None and before != now:
+        path = files_of(config)[field]
+        raise CheckpointError(
+            f"{config.out} has a part that was frozen and lies in --{field.replace('_', '-')} {path}, which is"
+            f" {'not there' if now is None else 'another one now'}; put back what the run began with"
+        )
 
 
 def preprocessing_of(config: RunConfig) -> Preprocessing:
@@ -100,7 +134,10 @@ def initial_towers(config: RunConfig) -> dict[str, Tensor]:
     if check_init(config) is None:
         given = {f"vision.{name}": tensor for name, tensor in read_model(path)[1].items()}
     else:
-        given = weights(latest_of_run(path), "")
+        there = load_config(path / "config.json")
+        given = weights(checkpoint := latest_of_run(path), "")
+        if not any(name.startswith("vision.") for name in given):
+            given |= {f"vision.{name}": tensor for name, tensor in vision_weights(there, checkpoint).items()}
     if _POSITIONS in given:
         given[_POSITIONS] = resized_table(given[_POSITIONS], config.vision.base_grid)
     return given

@@ -15,7 +15,7 @@ from data_pipeline.index import Index, build_index, load_index
 from data_pipeline.merge import Entry, temporary_corpus
 from data_pipeline.rules import Rules
 from data_pipeline.select import Choice, select
-from data_pipeline.table import SCHEMA
+from data_pipeline.table import MORE_COLUMNS, SCHEMA
 
 PATCH_PX = 4
 ANY_SIZE = Rules(min_side_px=1, max_aspect=1e9)
@@ -109,7 +109,8 @@ def bare_index(source_sizes, images_a_shard=1 << 30, sort=False):
     columns["en_bytes"] = pa.ListArray.from_arrays(
         every_other, pa.array(rng.integers(1, 40, 2 * size).astype(np.int32))
     )
-    columns["zh_bytes"] = pa.array([[]] * size, pa.list_(pa.int32()))
+    for name in ("zh_bytes", *(f"more_{name}" for name in MORE_COLUMNS)):
+        columns[name] = pa.array([[]] * size, SCHEMA.field(name).type)
     table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
     facts = {"version": {"size_bytes": 0, "mark": ""}}
     shards = (

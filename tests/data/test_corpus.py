@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cogvit.errors import ConfigError, DataError
-from data_pipeline.corpus import PRELUDE, VERSION, corpus_place, open_corpus
+from data_pipeline.corpus import corpus_place, open_corpus
+from data_pipeline.corpus_form import PRELUDE, VERSION
 from data_pipeline.index import load_index
 from data_pipeline.loader import start_position
 from data_pipeline.merge import _Writer

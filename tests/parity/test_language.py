@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GlmOcrConfig, GlmOcrForConditiona
 
 from cogvit import CausalLM, LanguageConfig
 from cogvit.model.attention import Segments
-from cogvit.model.layouts.causal_lm import causal_lm_parts
+from cogvit.model.layouts.causal_lm import causal_lm_parts, read_causal_lm
+from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.parts import split
 from tests.language import LANGUAGE_MODELS, tiny_language, token_ids
 from tests.plain_vit import scramble
@@ -154,3 +155,13 @@ def test_files_hold_what_the_key_map_says(tmp_path: Path) -> None:
     both(tmp_path, "glm4")[1].save_pretrained(tmp_path / "ours")
     names = load_file(tmp_path / "ours/model.safetensors")
     assert "model.layers.2.mlp.gate_up_proj.weight" in names and "model.layers.0.self_attn.k_proj.weight" in names
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_weights_read_one_by_one_are_those_read_at_once(name: str, tmp_path: Path) -> None:
+    tiny_language(name).save_pretrained(tmp_path, max_shard_size="60KB")
+    _, whole = read_causal_lm(tmp_path)
+    lazy = CausalLMFile(tmp_path, "language.")
+    assert {f"language.{one}" for one in whole} == set(lazy) and len(lazy) == len(whole)
+    assert all(torch.equal(lazy[f"language.{one}"], weight) for one, weight in whole.items())
+    assert "language.nothing" not in lazy and "embed.weight" not in lazy

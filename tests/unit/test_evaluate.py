@@ -229,7 +229,7 @@ def test_rows_are_spread() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--tasks", "knn,knm"], ["'knm'", "knn, linear, zeroshot, retrieval, distill"]),
+        (["--tasks", "knn,knm"], ["'knm'", "knn, linear, zeroshot, retrieval, caption, vqa, perplexity, distill"]),
         (["--taks", "knn"], ["--taks", "--tasks"]),
         (["--tasks"], ["--tasks needs a value"]),
         (["--data", "nowhere/*.tar"], ["nowhere/*.tar"]),

@@ -12,14 +12,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.cells import KIND, Cells, cells_question, cells_table, open_cells
-from data_pipeline.corpus import BLOCKS_AT, SHARDS, corpus_place, open_corpus, prelude_bytes, tail_bytes
+from data_pipeline.corpus import corpus_place, open_corpus
+from data_pipeline.corpus_form import BLOCKS_AT, SHARDS, prelude_bytes, tail_bytes
 from data_pipeline.index import Index, checked_at_start
+from data_pipeline.measure import Measure
 from data_pipeline.merge import Entry, temporary_corpus
 from data_pipeline.mixture import cost_at_all_budgets, costing_of
 from data_pipeline.select import Choice, select
 from data_pipeline.spec import PlanSpec
 from data_pipeline.stored import stored
-from data_pipeline.table import SCHEMA
+from data_pipeline.table import MORE_COLUMNS, SCHEMA
 
 Ints = NDArray[np.int64]
 
@@ -40,7 +42,7 @@ def index_table(height_px: Ints, width_px: Ints, first: int, captions: int = 0) 
     lists = {
         "en_bytes": pa.ListArray.from_arrays(ends, pa.array(np.full(count * captions, 60, np.int32))),
         "zh_bytes": pa.array([[]] * count, pa.list_(pa.int32())),
-    }
+    } | {f"more_{name}": pa.array([[]] * count, pa.list_(pa.int64())) for name in MORE_COLUMNS}
     texts = {"key": numbers.astype(str), "source": np.full(count, "web"), "format": np.full(count, "jpeg")}
     whole = {name: pa.array(columns[name]) for name in SCHEMA.names} | lists
     return pa.table(whole | {name: pa.array(text) for name, text in texts.items()}).select(SCHEMA.names).cast(SCHEMA)
@@ -81,7 +83,8 @@ def write_long_corpus(directory: Path, num_shards: int, images_a_shard: int, spe
         file.write(tail)
         file.seek(0)
         file.write(prelude_bytes(offset, tail))
-    (cells,) = open_cells(Index(few, select(few, Choice())), [None], "", lambda rows: cost_at_all_budgets(rows, spec))
+    index = Index(few, select(few, Choice()))
+    (cells,) = open_cells(index, [None], "", lambda rows: cost_at_all_budgets(rows, Measure(index, spec)))
     corpus = open_corpus(place)
     question = cells_question(Index(corpus, select(corpus, Choice())), [None], costing_of(spec))
     stored(place.path, KIND, question, lambda: cells_table([_repeated(cells, which)]))

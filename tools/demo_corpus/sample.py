@@ -20,19 +20,24 @@ class Sample:
     key: str  # unique in its shard, no dot
     image: Image.Image
     format: Literal["png", "jpg"]
-    source: str  # pictograms, digits or photos
+    source: str  # pictograms, digits, photos or questions
     caption_en: str
     caption_zh: str
     label: int | None = None  # class, where there is one
+    question: str = ""  # that the English caption answers; the sample is a conversation then
 
 
 def encode(sample: Sample) -> dict[str, str | bytes]:
-    """Return the members of a sample as webdataset names them: the image, `txt` and `json`."""
+    """Return the members of a sample as webdataset names them: the image, `json`, and `txt` of a caption."""
     image = io.BytesIO()
     if sample.format == "png":
         sample.image.save(image, "PNG", compress_level=6)
     else:
         sample.image.save(image, "JPEG", quality=90)
+    if sample.question:
+        asked = {"role": "user", "content": f"<image>{sample.question}"}
+        talk = {"source": sample.source, "messages": [asked, {"role": "assistant", "content": sample.caption_en}]}
+        return {"__key__": sample.key, sample.format: image.getvalue(), "json": json.dumps(talk).encode()}
     width_px, height_px = sample.image.size
     meta = {
         "width": width_px,

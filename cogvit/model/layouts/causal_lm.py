@@ -51,14 +51,18 @@ def read_causal_lm(directory: Path) -> tuple[LanguageConfig, dict[str, Tensor]]:
     Errors: CheckpointError when a file is missing or damaged, the family or an option is not ours, a weight is no
     float, NaN or infinite, or names every missing, extra and misshaped weight.
     """
+    values, weights = read_json(directory / CONFIG), read_weights(directory, "")
+    cfg = with_heads(directory, read_shape(directory), values, weights, "model.")
+    return cfg, from_causal_lm(directory, weights, cfg)
+
+
+def read_shape(directory: Path) -> LanguageConfig:
+    """Read config.json and generation_config.json, and no weights. Errors: as `read_causal_lm`."""
     values = read_json(directory / CONFIG) | read_generation(directory)
     try:
-        cfg = language_config(values)
+        return language_config(values)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from None
-    weights = read_weights(directory, "")
-    cfg = with_heads(directory, cfg, values, weights, "model.")
-    return cfg, from_causal_lm(directory, weights, cfg)
 
 
 def read_generation(directory: Path) -> dict[str, Any]:

@@ -54,11 +54,7 @@ def read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, Tensor] = {}
-    files = [directory / WEIGHTS]
-    index = directory / f"{WEIGHTS}.index.json"  # of a checkpoint that is split over files
-    if index.exists():
-        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
-    for path in files:
+    for path in _files(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -70,6 +66,30 @@ def read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
     return weights
+
+
+def weight_places(directory: Path) -> dict[str, Path]:
+    """Return which file holds each tensor, reading none. Errors: CheckpointError when one is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    places: dict[str, Path] = {}
+    for path in _files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                places |= dict.fromkeys(file.keys(), path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; is {directory} an export?") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    return places
+
+
+def _files(directory: Path) -> list[Path]:
+    """model.safetensors, or its parts where it is split."""
+    index = directory / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return [directory / WEIGHTS]
+    return sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
 
 
 def check_numbers(directory: Path, weights: Mapping[str, Tensor]) -> None:

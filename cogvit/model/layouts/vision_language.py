@@ -41,7 +41,9 @@ def model_type(directory: Path) -> str:
     """Return which layout a directory has. Errors: CheckpointError for one that is no vision-language model."""
     values = read_json(directory / CONFIG)
     if "objective" in values:
-        raise CheckpointError(f"{directory} is a run; python -m tools.export {directory} --out DIR makes weights of it")
+        raise CheckpointError(
+            f"{directory} is a run; python -m tools.export {directory} --out DIR --layout vlm makes weights of it"
+        )
     found = values.get("model_type")
     known = (MODEL_TYPE, glm_ocr_full.MODEL_TYPE)
     if found not in known:

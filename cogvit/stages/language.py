@@ -1,0 +1,172 @@
+"""Stage 3's room: the encoder meets a causal language model, which reads text and images in one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogvit.batch import Reads
+from cogvit.config import RunConfig
+from cogvit.config.recipe import PARTS, frozen_parts
+from cogvit.config.rules import Tower, require, vision_tower
+from cogvit.errors import CheckpointError, ConfigError
+from cogvit.model.language_config import LanguageConfig, check_layout
+from cogvit.model.layouts.causal_lm import read_shape
+
+if TYPE_CHECKING:  # a configuration is checked before any of these is imported
+    from torch import nn
+
+    from cogvit.evaluation.examples import Example
+    from cogvit.evaluation.subject import Subject
+    from cogvit.parallel.mesh import Mesh
+    from cogvit.stages.cost import Load
+    from cogvit.teacher.targets import Targets
+    from cogvit.training.feed import Corpus
+    from cogvit.training.objective import Objective
+
+
+@dataclass(frozen=True)
+class LanguageStage:
+    """Encoder, adapter and language model, and conversations in which images stand."""
+
+    title: str = "Stage 3: language"
+    shows: str = "What is said of held-out images"
+    fields: tuple[str, ...] = (
+        "language.", "adapter.", "memory.language.", "optim.adapter.", "optim.language.",
+        "data.text_tokens_per_pack", "data.zh_fraction",
+    )  # fmt: skip
+    execution: tuple[str, ...] = ()
+    reads: Reads = "conversations"
+    legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+
+    def towers(self, config: RunConfig) -> tuple[Tower, ...]:
+        """The vision tower; `check` looks at the language model, whose shape is in a file."""
+        return (vision_tower(config),)
+
+    def check(self, config: RunConfig) -> None:
+        """Check what images and sequences take, and the language model's layout. Errors: ConfigError."""
+        data, own, pool = config.data, config.language, config.adapter.spatial_pool
+        require(data.order == "planned", "--data.order sequential has no index, by which conversations are packed")
+        require(
+            data.sizing == "glm" and data.grid_multiple == pool,
+            f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
+            f" {data.sizing} and {data.grid_multiple}",
+        )
+        require(own.max_tokens >= 2, f"--language.max-tokens {own.max_tokens} must be at least 2")
+        require(
+            own.max_tokens <= data.text_tokens_per_pack,
+            f"a sample of --language.max-tokens {own.max_tokens} does not fit"
+            f" data.text_tokens_per_pack={data.text_tokens_per_pack}; raise that or lower it",
+        )
+        require(
+            pool**2 <= own.max_patches <= data.tokens_per_pack,
+            f"--language.max-patches {own.max_patches} must be from {pool**2} to"
+            f" data.tokens_per_pack={data.tokens_per_pack}",
+        )
+        trained = [part for part in PARTS if part not in frozen_parts(config)]
+        require(
+            bool(trained),
+            "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
+        )
+        shape, parallel = language_shape(config), config.parallel
+        require(
+            own.max_tokens <= shape.max_tokens,
+            f"--language.max-tokens {own.max_tokens} is above the {shape.max_tokens} of {own.path}; lower it",
+        )
+        check_layout(shape, parallel.tp, parallel.pp)
+        blocks, depth = config.memory.language.recompute_blocks, shape.depth // parallel.pp
+        require(
+            blocks >= 1 and (config.memory.language.recompute != "full" or depth % blocks == 0),
+            f"memory.language.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
+        )
+        require(
+            not parallel.sequence or data.text_tokens_per_pack % parallel.tp == 0,
+            f"sequence parallelism splits data.text_tokens_per_pack: {data.text_tokens_per_pack} tokens over"
+            f" tp={parallel.tp} do not divide",
+        )
+
+    def completed(self, config: RunConfig) -> RunConfig:
+        """Nothing is left open; looks for --init and the tokenizer, for the errors that they may have."""
+        from cogvit.training.restore import check_init
+        from data_pipeline.talks import dialog_reader
+
+        if config.init:
+            check_init(config)
+        dialog_reader(config.language.path)
+        return config
+
+    def asks_actors(self, config: RunConfig) -> bool:
+        """Nobody: a text is its own target."""
+        return False
+
+    def targets(self, config: RunConfig, corpus: Corpus, mesh: Mesh) -> Targets | None:
+        """Nobody makes targets."""
+        return None
+
+    def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
+        """All three parts, of which some may be frozen, and the next-token loss."""
+        from cogvit.objective.blindness import Watched
+        from cogvit.objective.language import JointModel
+        from cogvit.parallel.language import LanguageStage as LanguageModelStage
+        from cogvit.training.build import fill_on_device, initial_weights, vision_stage
+        from cogvit.training.joint import given_weights
+
+        language = LanguageModelStage(
+            language_shape(config),
+            mesh,
+            config.parallel,
+            config.memory.language,
+            num_tokens=config.data.text_tokens_per_pack,
+            fusion=config.fusion,
+        )
+        model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
+        fill_on_device(model, mesh, initial_weights(config, given_weights(config), {}, {}))
+        return model, Watched(config.adapter.spatial_pool)
+
+    def loads(self, config: RunConfig) -> list[Load]:
+        """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
+        from cogvit.stages.cost import language_load, vision_load
+
+        there = Path(config.language.path or "?").is_dir()
+        return [vision_load(config), *([language_load(config, language_shape(config))] if there else [])]
+
+    def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
+        """Say so where images are worth nothing once the rates are warm."""
+        effect = values.get("image_effect")
+        if effect is None or effect > 0.0 or step <= config.schedule.warmup_steps:
+            return ""
+        return (
+            f"warning: step {step}: the model does not look: other images raise the loss by {effect:.4f} nats a token"
+            " (image_effect); see whether images reach it (tools.view_batch) and whether the adapter learns"
+        )
+
+    def examples(self, subject: Subject) -> list[Example]:
+        """What is said of held-out images."""
+        from cogvit.evaluation.answers import answer_examples, exams
+
+        assert subject.joint is not None and subject.config is not None and subject.talks is not None
+        config = subject.config
+        found = exams(subject.talks, dict(config.language.prompts), config.data.caption_field)
+        return answer_examples(subject.joint, list(found))
+
+    def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
+        """The image as it is."""
+        return pixels
+
+
+def language_shape(config: RunConfig) -> LanguageConfig:
+    """Return the shape of a run's language model. Errors: ConfigError when it is not there or not of a known family."""
+    path = config.language.path
+    require(bool(path), "--language.path DIR is needed: a causal language model of transformers with its tokenizer")
+    require(
+        Path(path).is_dir(),
+        f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
+    )
+    try:
+        return read_shape(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(f"--language.path {path}: {error}") from None

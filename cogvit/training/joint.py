@@ -1,0 +1,111 @@
+"""Encoder, adapter and language model together: what a run of stage 3 begins with, and what it has become."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cogvit.config import RunConfig, load_config
+from cogvit.config.recipe import PARTS
+from cogvit.errors import CheckpointError
+from cogvit.model.adapter import fitted_adapter
+from cogvit.model.chat import image_token_id
+from cogvit.model.hub import dtype_of
+from cogvit.model.image_input import ImageLimits
+from cogvit.model.interop import load_checked
+from cogvit.model.language import CausalLM
+from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.layouts.causal_lm_file import CausalLMFile
+from cogvit.model.layouts.files import CONFIG, read_json
+from cogvit.model.layouts.vision_language import MODEL_TYPE
+from cogvit.model.pretrained import load_tokenizer
+from cogvit.model.vit import CogViT
+from cogvit.model.vlm import VisionLanguageModel
+from cogvit.training.checkpoint import weights
+from cogvit.training.folder import Folder
+from cogvit.training.restore import (
+    check_source,
+    drawn,
+    initial_towers,
+    is_run,
+    latest_of_run,
+    preprocessing_of,
+    vision_weights,
+)
+
+
+def given_weights(config: RunConfig) -> Mapping[str, Tensor]:
+    """Return what a run does not draw: those of --init, and the language model's where that has none, read when asked.
+
+    Errors: CheckpointError when the vision tower of --init is not this run's, or weights are missing or damaged.
+    """
+    found: dict[str, Tensor] = {}
+    if config.init:
+        started = initial_towers(config)
+        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
+    if any(name.startswith("language.") for name in found):
+        return found
+    return ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language.")))  # both are only read
+
+
+def is_joint(path: Path) -> bool:
+    """Whether a path is a run of stage 3, or a directory of a whole vision-language model."""
+    if is_run(path):
+        return bool(load_config(path / "config.json").language.path)
+    try:
+        values = read_json(path / CONFIG)
+    except CheckpointError:
+        return False
+    return values.get("model_type") == MODEL_TYPE or "text_config" in values
+
+
+def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
+    """Load the newest good checkpoint of a run of stage 3, or a directory that VisionLanguageModel reads; in eval mode.
+
+    dtype: of the weights, as `VisionLanguageModel.from_pretrained` takes it. Frozen parts come from where the run had
+    them. Errors: CheckpointError when there is neither, they changed, or the
+    weights do not fit.
+    """
+    if not is_run(path):
+        return VisionLanguageModel.from_pretrained(path, dtype=dtype)
+    config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
+    if not config.language.path:
+        raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
+    directory = Path(config.language.path)
+    shape, tokenizer = read_shape(directory), load_tokenizer(directory)
+    if tokenizer is None:
+        raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
+    vision = CogViT(config.vision)
+    load_checked(vision, vision_weights(config, checkpoint))
+    vision.preprocessing = preprocessing_of(config)
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
+    load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)))
+    with torch.device("meta"):
+        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens, which the run did not have
+    spoken = _weights(config, checkpoint, "language", {})
+    language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
+    model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
+    return model.to(dtype_of(dtype)).eval()
+
+
+def limits_of(config: RunConfig) -> ImageLimits:
+    """Return how large a run of stage 3 shows images, which its export repeats; of several budgets the largest."""
+    patch_px, data = config.vision.patch_size, config.data
+    least = max(data.min_patches, 1) * patch_px**2
+    return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
+
+
+def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them."""
+    stored = weights(checkpoint, f"{part}.")
+    if stored:
+        return stored
+    check_source(config, "language.path" if part == "language" else "init")
+    began = given_weights(config)
+    given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()}

@@ -1,0 +1,82 @@
+"""A pack of images: decoded, each in its own size, laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cogvit.batch import Batch, PackedImages
+from cogvit.config import RunConfig
+from cogvit.errors import DataError
+from data_pipeline.assembly import assemble_images
+from data_pipeline.augment import augmentation_of, views_of
+from data_pipeline.balance import PackLimits
+from data_pipeline.decode import decode_patches
+from data_pipeline.topology import Slice
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A pack of images, with what became of those that this rank decodes."""
+
+    images: PackedImages
+    decoded: int  # or tried to
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A microbatch, with what became of its samples on the way."""
+
+    batch: Batch
+    decoded: int  # images that this rank decodes, or tried to
+    failures: tuple[str, ...]
+    cut: int  # texts that lost their end
+    dropped: int = 0  # images whose place was in such an end
+
+
+def pack_limits(config: RunConfig) -> PackLimits:
+    """Return the caps of a run's packs."""
+    data = config.data
+    return PackLimits(
+        data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=config.parallel.pp
+    )
+
+
+def decode_pack(
+    config: RunConfig,
+    grid_hw: Ints,
+    key: Ints,
+    decodes: Slice | None,
+    read: Callable[[int], bytes],
+    name: Callable[[int], str],
+) -> Decoded:
+    """Pack images, of which those that other ranks decode are zeros here; without width where all are.
+
+    read and name take the place of an image in the pack; a name is for the message when it does not decode.
+    """
+    patch_px = config.vision.patch_size
+    views = views_of(key, augmentation_of(config.data))
+    mine = [False] * len(views) if decodes is None else decodes.begins(grid_hw.prod(axis=1))
+    elsewhere = torch.zeros(1, 0 if decodes is None else 3 * patch_px**2, dtype=torch.uint8)
+    patches: list[Tensor | None] = []
+    failures = []
+    for number, ((rows, columns), view, here) in enumerate(zip(grid_hw.tolist(), views, mine, strict=True)):
+        if not here:
+            patches.append(elsewhere)
+            continue
+        data = read(number)
+        try:
+            patches.append(decode_patches(data, (rows, columns), patch_px, view))
+        except DataError as error:
+            failures.append(f"{name(number)} counts with weight 0: {error}")
+            patches.append(None)
+    images = assemble_images(patches, grid_hw, key, elsewhere.shape[1], pack_limits(config))
+    return Decoded(images, sum(mine), tuple(failures))

@@ -1,0 +1,102 @@
+"""How many tokens every text of a corpus has for a tokenizer, counted once and stored beside the corpus file.
+
+The plan and the placement know by them what a language model has to do for a sample, before they read it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cogvit.errors import DataError
+from cogvit.model.dialog import Conversation, DialogReader
+from data_pipeline.caption import LANGUAGES, CaptionChoice, captions_of
+from data_pipeline.conversation import asked_about, conversation_of
+from data_pipeline.corpus import Corpus
+from data_pipeline.shards import ShardReader
+from data_pipeline.spec import LanguageSpec
+from data_pipeline.stored import stored
+from data_pipeline.table import CONVERSATION
+
+Ints = NDArray[np.int64]
+
+VERSION = 1
+KIND = "tokens"
+TOLD_FROM = 100_000  # texts: counting fewer takes seconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCounts:
+    """The tokens of all texts of a corpus: of captions with what is asked, of whole conversations."""
+
+    corpus: Corpus
+    start: Ints  # [shards], of each shard's texts
+    counts: NDArray[np.uint32]  # as `Corpus.lengths` has them, shard after shard; one token an image
+
+    def of(self, rows: Ints, choice: CaptionChoice) -> Ints:
+        """Return the tokens of the chosen text of each of some rows, all of which have one."""
+        place = self.start[self.corpus.shard_of(rows)] + self.corpus.caption_place(rows, choice)
+        return self.counts[place].astype(np.int64)
+
+
+def open_counts(
+    corpus: Corpus, dialogs: DialogReader, spec: LanguageSpec, field: str, reader: ShardReader
+) -> TokenCounts:
+    """Return the counts as they are stored beside the corpus, or made now; field is data.caption_field.
+
+    Errors: DataError when a text cannot be read as it was indexed.
+    """
+    question = json.dumps([VERSION, corpus.content, corpus.identity(), spec.tokenizer, spec.prompts, field])
+    sizes = [len(corpus.lengths(shard)) for shard in range(corpus.num_shards)]
+
+    def make() -> pa.Table:
+        if sum(sizes) >= TOLD_FROM:
+            log.warning("counting the tokens of %s texts; the next start finds them", f"{sum(sizes):,}")
+        counted = [np.zeros(0, np.uint32)]
+        for shard in range(corpus.num_shards):
+            texts = _texts(corpus, shard, dict(spec.prompts), field, reader)
+            counted.append(np.array([len(dialogs.read(text)) for text in texts], np.uint32))
+        return pa.table({"tokens": np.concatenate(counted)})
+
+    table = stored(corpus.path, KIND, question, make)
+    counts = table["tokens"].chunk(0).to_numpy() if table.num_rows else np.zeros(0, np.uint32)
+    return TokenCounts(corpus, np.cumsum([0, *sizes])[:-1].astype(np.int64), counts)
+
+
+def read_text(
+    corpus: Corpus, row: int, language: str, number: int, prompts: dict[str, str], field: str, reader: ShardReader
+) -> Conversation:
+    """Read a caption of a sample, with what is asked in its language, or the sample's conversation.
+
+    Errors: DataError when the shard holds something else than its index.
+    """
+    metadata, extension = corpus.metadata(row, reader)
+    entry = corpus.take(np.array([row]))[0]
+    if entry["caption_member"] == CONVERSATION:
+        return conversation_of(metadata, int(entry["height_px"] > 0) + len(corpus.further(corpus.shard(row), row)))
+    texts = captions_of(metadata, field if extension == "json" else "")[language]
+    if number >= len(texts):
+        raise DataError(
+            f"{corpus.name(row)} has other captions than its index; pass the --data.caption-field that its shards were"
+            " indexed with, or run python -m tools.index_shards again"
+        )
+    return asked_about(prompts.get(language, ""), texts[number])
+
+
+def _texts(
+    corpus: Corpus, shard: int, prompts: dict[str, str], field: str, reader: ShardReader
+) -> Iterator[Conversation]:
+    """The texts of a shard in the order of `Corpus.lengths`."""
+    first = int(corpus.first[shard])
+    for place, entry in enumerate(corpus.rows_of(shard)):
+        for language, count in zip(LANGUAGES, entry["num_captions"].tolist(), strict=True):
+            for number in range(count):
+                yield read_text(corpus, first + place, language, number, prompts, field, reader)
