@@ -78,12 +78,15 @@ class PatchGroups(nn.Module, ABC):
             shape = tuple(patch_TD.shape)
             raise ValueError(f"patch tokens have shape {shape}; expected ({starts[-1]} or more, {self.vision_dim})")
         absent = len(patch_TD)
-        groups = [patch_TD.new_zeros(0, self.spatial_pool**2, dtype=torch.int64)]
+        groups = [torch.zeros(0, self.spatial_pool**2, dtype=torch.int64)]
         for grid, start in zip(grids, starts, strict=False):
             if grid[0] and grid[1]:
-                index = _groups(grid, self.spatial_pool, absent).to(patch_TD.device)
+                index = _groups(grid, self.spatial_pool, absent)
                 groups.append(torch.where(index == absent, absent, index + start))
-        return self.project(F.pad(patch_TD, (0, 0, 0, 1))[torch.cat(groups)].flatten(1))
+        index = torch.cat(groups)
+        if patch_TD.is_cuda:
+            index = index.pin_memory()  # so that the host need not wait for the device
+        return self.project(F.pad(patch_TD, (0, 0, 0, 1))[index.to(patch_TD.device, non_blocking=True)].flatten(1))
 
     def valid_groups(self, patch_tokens: Tensor, grid: Grid | list[Grid], valid_mask: Tensor | None = None) -> Tensor:
         """Return which of the V embeddings of `forward` hold a valid patch, bool [B, V]; the arguments are the same."""

@@ -67,14 +67,17 @@ def is_table(name: str) -> bool:
 
 
 def param_groups(
-    named: Iterable[tuple[str, Parameter, Module]], config: OptimConfig, schedule: ScheduleConfig
+    named: Iterable[tuple[str, Parameter, Module]], config: OptimConfig, schedule: ScheduleConfig, *, joint: bool = False
 ) -> list[ParamGroup]:
     """Sort parameters into groups: the same list in the same order for every model and stage, empty groups included.
 
     named: name, parameter and module of every trainable parameter of this rank. A module has one group per role.
+    joint: whether the run has a language model behind an adapter; the same on all ranks.
     """
+    # A norm over groups is rounded by how many there are: runs without these modules keep their bits.
+    roles_of = {module: roles for module, roles in _ROLES.items() if joint or module not in ("adapter", "language")}
     members: dict[tuple[Module, Role], list[Parameter]] = {
-        (module, role): [] for module, roles in _ROLES.items() for role in roles
+        (module, role): [] for module, roles in roles_of.items() for role in roles
     }
     for name, param, module in named:
         members[module, role_of(name, param)].append(param)

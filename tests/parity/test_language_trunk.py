@@ -249,3 +249,25 @@ def test_muon_updates_grouped_heads_as_on_one_process(pool: Pool) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def rounded_and_exact(rank: int, world: int, layout: Layout, family: str) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients under bf16 autocast, and in fp32."""
+    mesh = start_mesh(run_config(layout).parallel)
+    batches = [joint_batch(seed, shown, by_place=family == "glm4") for seed, shown in enumerate(SHOWN)]
+    found = []
+    for precision in ("bf16", "fp32"):
+        engine, _ = start(family, layout, (), mesh, replace(run_config(layout), precision=precision))
+        gradients = whole(engine.plain_gradients(Language(), batches), mesh)
+        found.append((engine.evaluate(Language(), batches)["loss"], gradients))
+    return found
+
+
+@pytest.mark.parametrize(("layout", "family"), [(Layout(tp=2, sequence=True), "glm4"), (Layout(pp=2), "qwen3")])
+def test_bf16_gradients_are_those_of_fp32(pool: Pool, layout: Layout, family: str) -> None:
+    (loss, rounded), (expected_loss, exact) = pool.run(rounded_and_exact, 2, (layout, family))[0]
+    assert loss == pytest.approx(expected_loss, rel=3e-3) and loss != expected_loss
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.float32
+        error = float((rounded[name] - gradient).norm())
+        assert error <= 0.08 * float(gradient.norm()) + 1e-6, f"{name}: {error / float(gradient.norm()):.3f}"
