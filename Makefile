@@ -40,7 +40,8 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation
 	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language
 	launch/local.sh 2 demo_stage3 --init $(DEMO)/stage2 --out $(DEMO)/stage3
 	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
-	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval --out $(DEMO)/eval.json
+	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
+	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json
 	python -m cogvit.evaluate $(DEMO)/stage3 --tasks caption,vqa,perplexity --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/stage3 --evaluation $(DEMO)/eval.json \
 	    --out $(DEMO)/report.html
@@ -49,7 +50,7 @@ test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
-	python -m pytest tests/faults
+	python -m pytest tests/faults -o faulthandler_timeout=3600
 
 test-slurm: $(RUNTIME)  ## the launch scripts on a real Slurm cluster inside this machine (root; see tests/slurm/install.sh)
 	python -m pytest tests/slurm -o faulthandler_timeout=3600 -rs

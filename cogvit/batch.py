@@ -101,6 +101,7 @@ class PackedSequence:
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
         host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
+        ahead: what heads for more tokens read and predict, where there are any.
     """
 
     ids: Tensor
@@ -111,6 +112,13 @@ class PackedSequence:
     weight: Tensor
     key: Tensor
     host: HostView | None = None
+    ahead: TokensAhead | None = None
+
+    def ahead_labels(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the labels [S] and weights [S] of each depth of the heads for more tokens."""
+        if self.ahead is None:
+            return [], []
+        return [self.labels[source_S.long()] for source_S in self.ahead.source], [*self.ahead.weight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +131,16 @@ class TokensAhead:
         source: [M, S] int32, a place of the same sample: its last where fewer tokens follow.
         weight: [M, S] float32, of the label; 0 where it is of no answer or behind the sample's end.
         slot: [S] int32, which of the learned tokens stands at a visual position, -1 elsewhere.
+        counts: how many labels of each depth have a weight, known to the host.
+        lengths: for each depth, tokens of each sample and of the padding whose source is text; known to the host, and
+            only where the heads see no images at all.
     """
 
     source: Tensor
     weight: Tensor
     slot: Tensor
+    counts: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +208,24 @@ class StepBatch:
     dropped: int = 0  # images of this rank whose place in a conversation was cut off
 
 
-Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence)
+Row = TypeVar("Row", PackedImages, PackedText, PackedSequence)
+Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead)
 
 
-def to_device(packed: Packed, device: torch.device) -> Packed:
+def to_device(packed: Row, device: torch.device) -> Row:
     """Move every tensor of a pack to a device; from pinned memory the copy goes on in the background."""
     return _each(packed, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
-    tensors: dict[str, Any] = {f.name: change(getattr(packed, f.name)) for f in fields(packed) if f.name != "host"}
-    return replace(packed, **tensors)
+    changed: dict[str, Any] = {}
+    for name in (field.name for field in fields(packed)):
+        value = getattr(packed, name)
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, TokensAhead):
+            changed[name] = _each(value, change)
+    return replace(packed, **changed)
 
 
 def sent(values: Sequence[Any], device: torch.device) -> Tensor:
@@ -262,13 +282,20 @@ def _emptied(batch: Batch) -> Batch:
     )
 
 
-def _padding_like(packed: Packed) -> Packed:
+def _padding_like(packed: Row) -> Row:
     blank = _each(packed, torch.zeros_like)
     blank.cu_seqlens[-1] = packed.cu_seqlens[-1]
     if isinstance(packed, PackedSequence):
         blank.visual_row.sub_(1)
+        if blank.ahead is not None:
+            blank = replace(blank, ahead=_nothing_ahead(blank.ahead))
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
     labels = None if packed.host.labels is None else 0
     return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))
+
+
+def _nothing_ahead(ahead: TokensAhead) -> TokensAhead:
+    lengths = tuple((0,) * (len(depth) - 1) + (len(ahead.slot),) for depth in ahead.lengths)
+    return replace(ahead, slot=ahead.slot - 1, counts=(0,) * len(ahead.counts), lengths=lengths)

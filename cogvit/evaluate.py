@@ -11,20 +11,21 @@ usage: python -m cogvit.evaluate RUN_OR_EXPORT [flags]
 --train-images N      let knn and linear learn from N images of a source, evenly spread; by default from all
 --index-dir DIR       where the indexes of both lie; by default as in the run, or beside the shards
 --prompts FILE        names of zeroshot's classes, by label, {"en": {"classes": ["cat", ["dog", "pup"]],
-                      "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some. By default
-                      classes go by the captions of the held-out samples
+                      "templates": ["a photo of a {}."]}, "zh": ...}; a language without templates gets some
 --resolution KIND     native or square: show images at their own shape or as squares of the encoder's size, under the
                       tasks' names with _native or _square; by default as the run was trained
 --out FILE            add the figures to a JSON file, {task: {metric: {"value": v, "chance": c}}}
 
 knn, linear   classes of frozen features, by the nearest neighbors' votes and by logistic regression, beside the same
               encoder before training (accuracy_untrained) and plain pixels (accuracy_pixels)
-zeroshot      classes by the nearest caption, in each language; needs the same
+zeroshot      classes by the nearest caption of the held-out samples, whose wording training may have seen, in each
+              language; with --prompts also by the classes' names (zeroshot_..._names); needs the same
 retrieval     captions of images and images of captions among all of a source, and among all sources, in each
               language: the share of queries that find one of their own among the first 1, 5 and 10 (r1, r5, r10); every
-              caption of a sample counts, equal ones are one. Beside it, as other programs count (r1_usual): equal
-              captions are apart, and only a sample's own are right. Needs a stage-2 run, or its export with --layout
-              two_towers
+              caption of a sample counts, equal ones are one. Beside it what colors alone find (r1_color): a caption
+              stands for the colors of the training images that have it; captions_of_training_images says how many do.
+              And as other programs count (r1_usual): equal captions are apart, and only a sample's own are right. Needs
+              a stage-2 run, or its export with --layout two_towers
 caption       captions of a source in each language, as answers to what the run asked: the share that is one of the
               sample's own (exact), and CIDEr-D; needs a run of stage 3, or its export
 vqa           answers to the first question of conversations: the share that is right (exact); needs the same
@@ -57,6 +58,7 @@ from cogvit.config.environment import speaks
 from cogvit.config.split import is_split, train_part
 from cogvit.errors import ConfigError, DataError
 from cogvit.evaluation.answers import answer_results, exams
+from cogvit.evaluation.colors import KnownCaptions, color_features, known_captions
 from cogvit.evaluation.distill import distill_results
 from cogvit.evaluation.features import decoded, embed_images, embed_texts, image_features, pixel_features
 from cogvit.evaluation.metrics import knn_accuracy, linear_accuracy, recall, recall_chance, zeroshot_accuracy
@@ -72,6 +74,7 @@ ANSWERED = ("caption", "vqa", "perplexity")
 TASKS = ("knn", "linear", "zeroshot", "retrieval", *ANSWERED, "distill")
 CLASSIFIERS = {"knn": knn_accuracy, "linear": linear_accuracy}
 RECALL_AT = (1, 5, 10)
+_LABELS = ("knn, linear and zeroshot need", "a `label` in the json, or a .cls,")  # who needs what
 MAX_SOURCES = 20  # that retrieval looks at one by one: a json may call each page a source
 RESOLUTIONS: dict[str, Literal["naflex", "square"]] = {"native": "naflex", "square": "square"}
 
@@ -142,7 +145,7 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
     except (ConfigError, DataError) as error:
         _note(f"held-out images are not compared with the training images: {error}")
         return subject
-    samples = []
+    samples, trained_on = [], []
     for held_out in subject.samples:
         left = unseen(held_out, train)
         if len(left) < len(held_out):
@@ -151,9 +154,10 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
                 " left out"
             )
         samples += [left] if len(left) else []
+        trained_on += [] if len(left) else [held_out.source]
     if not samples:
         raise DataError("every held-out image is a training image too, byte for byte; hold out others (--data PATTERN)")
-    return replace(subject, samples=tuple(samples))
+    return replace(subject, samples=tuple(samples), trained_on=tuple(trained_on))
 
 
 def shown_at(subject: Subject, kind: Literal["naflex", "square"]) -> Subject:
@@ -192,7 +196,7 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
     if "zeroshot" in tasks:
         results |= zeroshot_results(subject, read_prompts(Path(arguments.prompts)) if arguments.prompts else {})
     if "retrieval" in tasks:
-        results |= retrieval_results(subject)
+        results |= retrieval_results(subject, _known(subject, arguments))
     if asked := [name for name in ANSWERED if name in tasks]:
         results |= spoken_results(subject, asked)
     if "distill" in tasks:
@@ -218,7 +222,7 @@ def spoken_results(subject: Subject, tasks: Sequence[str]) -> Evaluation:
 def probe_results(subject: Subject, train_index: Index, classifiers: Sequence[str], arguments: Arguments) -> Evaluation:
     """Classify held-out samples by classifiers that learn from the training samples' frozen features."""
     results: Evaluation = {}
-    for test in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
+    for test in _needed(subject, subject.labeled, *_LABELS):
         rows = rows_of(train_index, test.source)
         train = read_samples(train_index, test.source, spread(rows, int(arguments.train_images or len(rows))))
         if not len(train) or train.label is None or test.label is None:
@@ -249,22 +253,25 @@ def _feature_kinds(subject: Subject, train: Samples, test: Samples) -> Iterator[
 
 
 def zeroshot_results(subject: Subject, prompts: Mapping[str, Prompts]) -> Evaluation:
-    """Classify held-out samples by the prompts of their classes; without prompts, by the classes' captions."""
+    """Classify held-out samples by the captions of their classes, and by the classes' names in prompts."""
     results: Evaluation = {}
-    for samples in _needed(subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"):
+    for samples in _needed(
+        subject, subject.labeled, "knn, linear and zeroshot need", "a `label` in the json, or a .cls,"
+    ):
         assert samples.label is not None
         _note(f"zeroshot: {len(samples):,} {samples.source}")
         samples, image = _embedded(subject, samples)
         assert samples.label is not None
-        by_language = {language: one.texts() for language, one in prompts.items()} or _captions_as_prompts(samples)
-        for language, (texts, labels) in by_language.items():
+        captions = [(language, *pairs) for language, pairs in _captions_as_prompts(samples).items()]
+        named = [(f"{language}_names", *one.texts()) for language, one in prompts.items()]
+        for how, texts, labels in captions + named:
             if int(samples.label.max()) > max(labels):
                 raise ConfigError(
-                    f"{samples.source} has the label {int(samples.label.max())} and --prompts {language} names"
+                    f"{samples.source} has the label {int(samples.label.max())} and --prompts {how[:2]} names"
                     f" {max(labels) + 1} classes; name all of them"
                 )
             accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
-            results[f"zeroshot_{samples.source}_{language}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
+            results[f"zeroshot_{samples.source}_{how}"] = {"accuracy": score(accuracy, 1 / len(set(labels)))}
     if not results:
         raise DataError("no captions say what the held-out classes are called; pass --prompts FILE")
     return results
@@ -280,10 +287,24 @@ def _captions_as_prompts(samples: Samples) -> dict[str, tuple[list[str], list[in
     return found
 
 
-def retrieval_results(subject: Subject) -> Evaluation:
-    """Find any caption of an image and any image of a caption, among those of a source and among those of all."""
+def _known(subject: Subject, arguments: Arguments) -> KnownCaptions | None:
+    """Look at the training images of the sources that have captions; None where there are none to look at."""
+    try:
+        train = _train_index(subject, arguments)
+    except (ConfigError, DataError):
+        return None  # it was said: held-out images are not compared with the training images either
+    sources = [samples.source for samples in subject.captioned]
+    caption_field = subject.config.data.caption_field if subject.config is not None else ""
+    return known_captions(train, sources, caption_field, subject.ranks)
+
+
+def retrieval_results(subject: Subject, known: KnownCaptions | None = None) -> Evaluation:
+    """Find any caption of an image and any image of a caption, among those of a source and among those of all.
+
+    known: what colors alone would find is shown beside it, and how many captions are of training images.
+    """
     results: Evaluation = {}
-    parts = _needed(subject.captioned, "retrieval needs", "captions")
+    parts = _needed(subject, subject.captioned, "retrieval needs", "captions")
     whole = [joined_sources(parts, "all")] if len(parts) > 1 else []
     if len(parts) > MAX_SOURCES:
         _note(f"retrieval: {len(parts):,} sources are more than {MAX_SOURCES}; among all of them alone")
@@ -291,15 +312,21 @@ def retrieval_results(subject: Subject) -> Evaluation:
     for samples in [*parts, *whole]:
         _note("\n".join([f"retrieval: {len(samples):,} {samples.source}", *samples.lacking]))
         samples, image = _embedded(subject, samples)
+        color = color_features(samples, subject.ranks) if known is not None else image
         for language, captions in samples.captions.items():
             place = {caption: n for n, caption in enumerate(dict.fromkeys(text for own in captions for text in own))}
             text = embed_texts(subject, list(place))
             own = [[place[caption] for caption in dict.fromkeys(texts)] for texts in captions]
             right = torch.tensor([(n, caption) for n, texts in enumerate(own) for caption in texts])
             apart = torch.tensor([(n, at) for at, n in enumerate(n for n, texts in enumerate(own) for _ in texts)])
-            results[f"retrieval_{samples.source}_{language}"] = _recalls(image, text, right, "") | _recalls(
-                image, text[right[:, 1]], apart, "_usual"
-            )
+            task = f"retrieval_{samples.source}_{language}"
+            results[task] = _recalls(image, text, right, "")
+            if known is not None:
+                results[task] |= _recalls(color, known.features(language, list(place)), right, "_color")
+                share = known.share(language, list(place))
+                results[task]["captions_of_training_images"] = score(share, 0.0)
+                _note(f"{task}: {share:.0%} of the captions are of training images too: new images of what these show")
+            results[task] |= _recalls(image, text[right[:, 1]], apart, "_usual")
     return results
 
 
@@ -326,10 +353,13 @@ def _recalls(image: Tensor, text: Tensor, right: Tensor, suffix: str) -> dict[st
     }
 
 
-def _needed(found: list[Samples], tasks: str, what: str) -> list[Samples]:
+def _needed(subject: Subject, found: list[Samples], tasks: str, what: str) -> list[Samples]:
     if not found:
+        gone = ", ".join(subject.trained_on)
         raise DataError(
-            f"no source of the held-out shards has what {tasks}: {what} of all its samples; pass another --data"
+            f"no source of the held-out shards has what {tasks}: {what} of all its samples"
+            + (f" (left out, because all of their images are training images: {gone})" if gone else "")
+            + "; pass another --data"
         )
     return found
 

@@ -36,6 +36,7 @@ def config() -> RunConfig:
                 TeacherConfig(name="dinov3", path="runs/demo/teachers/dinov3"),
             ),
             visible_weight=1.0,
+            stats_images=1024,
         ),
         optim=OptimConfig(lr=2e-3, adamw_lr=2e-3),
         schedule=ScheduleConfig(steps=120, warmup_steps=10),

@@ -36,6 +36,7 @@ def config() -> RunConfig:
                 TeacherConfig(name="siglip2", path="google/siglip2-base-patch16-naflex"),
                 TeacherConfig(name="dinov3", path="facebook/dinov3-vits16-pretrain-lvd1689m"),
             ),
+            stats_images=1024,  # a CPU's teachers take a second for a few images
         ),
         optim=OptimConfig(lr=2e-3, adamw_lr=1e-3),
         schedule=ScheduleConfig(steps=10_000, warmup_steps=200),

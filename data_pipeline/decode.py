@@ -7,11 +7,12 @@ the size in its header is accepted.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import simplejpeg
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from cogvit.errors import DataError
@@ -31,7 +32,16 @@ from cogvit.model.naflex import resize_to_grid
 from cogvit.model.packing import patchify
 from data_pipeline.augment import PLAIN, View
 
-__all__ = ["MAX_PIXELS", "Header", "Pixels", "decode_patches", "read_header", "read_image", "read_image_at"]
+__all__ = [
+    "MAX_PIXELS",
+    "Header",
+    "Pixels",
+    "decode_patches",
+    "is_damaged_exif",
+    "read_header",
+    "read_image",
+    "read_image_at",
+]
 
 # Of damaged metadata, one a picture, with a path inside the environment; what is damaged is not used.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -48,6 +58,7 @@ class Header:
     height_px: int  # upright
     width_px: int
     format: str  # lower case
+    exif: bytes = field(default=b"", compare=False)  # as it stands before the pixels
 
 
 def read_header(data: bytes) -> Header:
@@ -61,7 +72,19 @@ def read_header(data: bytes) -> Header:
         raise
     except Exception as error:  # Pillow's parsers raise about anything on foreign bytes
         raise DataError("the header does not parse") from error
-    return Header(*upright_size(image), "jpeg" if image.format == _PHONE_JPEG else str(image.format).lower())
+    format_name = "jpeg" if image.format == _PHONE_JPEG else str(image.format).lower()
+    return Header(*upright_size(image), format_name, image.info.get("exif") or b"")
+
+
+def is_damaged_exif(exif: bytes) -> bool:
+    """Whether EXIF does not parse, or not to its end. Python's warnings are no business of threads: call it in one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            Image.Exif().load(exif)
+        except Exception:  # as below
+            return True
+    return False
 
 
 def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pixels:

@@ -25,7 +25,7 @@ from data_pipeline.merge import Entry, made_from_hash, merge, temporary_corpus
 from data_pipeline.rules import Rules
 from data_pipeline.scan import scan_shard
 from data_pipeline.select import Choice, Needs, Selection, select
-from data_pipeline.shards import expand_shards, is_remote, stat_shard, whole_shard
+from data_pipeline.shards import expand_shards, has_time, is_remote, is_version, retry, sealed, stat_shard, whole_shard
 from data_pipeline.table import VERSION, index_path, read_facts, read_table, table_exists, write_table
 
 Ints = NDArray[np.int64]
@@ -163,6 +163,8 @@ def index_shard(shard: str, index_dir: str, source: str, rules: Rules) -> ShardR
             return ShardReport(shard, num_images, facts["problems"], True, made_from_hash(facts))
     with whole_shard(shard) as (file, version):
         table, left_out = scan_shard(shard, file, source, rules)
+        if not is_remote(shard):
+            version = sealed(file, version)
     problems = dict(left_out)
     facts = {"made_from": made_from, "version": asdict(version), "problems": problems}
     write_table(path, table, facts)
@@ -178,7 +180,24 @@ def _how(was: ShardVersion, now: ShardVersion) -> str:
     """Say in what a shard differs from the one that was indexed."""
     if was.size_bytes != now.size_bytes:
         return f"{was.size_bytes:,} bytes then, {now.size_bytes:,} now"
-    return "its size is the same and its time is not: copy it with its time, as cp -p and rsync -t do"
+    return "its size is the same, its time and bytes are not"
+
+
+def _compare(shard: str, then: ShardVersion, command: str) -> None:
+    """Check that a local shard is the one that was indexed, whatever the time of a copy.
+
+    Errors: DataError, which says how it differs and what to run.
+    """
+    now = stat_shard(shard)
+    if has_time(now, then):
+        return
+    with retry(lambda: open(shard, "rb"), shard) as file:
+        if not retry(lambda: is_version(file.fileno(), now, then), shard):
+            raise DataError(f"{shard} changed after it was indexed ({_how(then, now)}); {command}")
+
+
+def _indexed(facts: dict[str, Any]) -> ShardVersion:
+    return ShardVersion(facts["size_bytes"], facts["mark"])
 
 
 def _joined(pattern: str, place: Place, index_dir: str, command: str) -> Corpus:
@@ -196,12 +215,13 @@ def _joined(pattern: str, place: Place, index_dir: str, command: str) -> Corpus:
             if not table_exists(path):
                 raise DataError(f"{shard} has no index {path}; {command}")
             table, facts = read_table(path)
-            version, stat = facts["made_from"]["version"], stat_shard(shard)
+            version = facts["made_from"]["version"]
             if version != VERSION:
                 raise DataError(f"{path} has version {version}, this program reads {VERSION}; {command}")
-            if any(facts["made_from"][name] != value for name, value in asdict(stat).items()):
-                was = ShardVersion(*(facts["made_from"][name] for name in asdict(stat)))
-                raise DataError(f"{shard} changed after it was indexed ({_how(was, stat)}); {command}")
+            if is_remote(shard) and (now := stat_shard(shard)) != (then := _indexed(facts["made_from"])):
+                raise DataError(f"{shard} changed after it was indexed ({_how(then, now)}); {command}")
+            if not is_remote(shard):
+                _compare(shard, _indexed(facts["version"]), command)
             yield Entry(shard, made_from_hash(facts)), table, facts
 
     return temporary_corpus(place.head, indexes())
@@ -231,9 +251,8 @@ def load_index(
         corpus = _joined(pattern, place, index_dir, command)
     for shard in checked_at_start(corpus.num_shards):
         path = corpus.shard_path(shard)
-        if not is_remote(path) and stat_shard(path) != corpus.version(shard):
-            how = _how(corpus.version(shard), stat_shard(path))
-            raise DataError(f"{path} changed after it was indexed ({how}); {command}")
+        if not is_remote(path):
+            _compare(path, corpus.version(shard), command)
     index = Index(corpus, select(corpus, Choice(where, duplicates)))
     if not len(index):
         why = (

@@ -14,7 +14,7 @@ from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
 from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, not_understood, parse_metadata, source_of
 from data_pipeline.conversation import Names, conversation_of, image_names, is_conversation, spelt_bytes
-from data_pipeline.decode import read_header
+from data_pipeline.decode import is_damaged_exif, read_header
 from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
 from data_pipeline.table import CONVERSATION, METADATA_EXTENSIONS, MORE_COLUMNS, SCHEMA
@@ -93,7 +93,7 @@ def _take_image(member: Member, images: dict[str, dict[str, Any]], rules: Rules,
         problems.note(member.name, "a second image of the same key")
         return
     try:
-        images[name] = _image_columns(member, rules)
+        images[name] = _image_columns(member, rules, problems)
     except DataError as error:
         problems.note(member.name, str(error))
 
@@ -178,9 +178,11 @@ def _hashes(data: bytes) -> dict[str, int]:
     }
 
 
-def _image_columns(member: Member, rules: Rules) -> dict[str, Any]:
+def _image_columns(member: Member, rules: Rules, problems: LeftOut) -> dict[str, Any]:
     header = read_header(member.data)
     rules.check_size(header.height_px, header.width_px)
+    if header.exif and is_damaged_exif(header.exif):
+        problems.note(member.name, "damaged EXIF (the image is taken as it lies)")
     if max(header.height_px, header.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
         raise DataError(f"a side is longer than {MAX_SIDE_PX:,} px, or the file than {MAX_MEMBER_BYTES:,} bytes")
     return {

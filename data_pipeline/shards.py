@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import IO, Protocol, TypeVar, cast
 
 import fsspec
+import xxhash
 from webdataset.shardlists import expand_urls
 
 from cogvit.batch import ShardVersion
@@ -154,6 +155,7 @@ class ShardReader:
     def __init__(self, remote: RemoteReader | None = None) -> None:
         self._remote = remote
         self._open: OrderedDict[str, _LocalFile] = OrderedDict()
+        self._copies: dict[str, ShardVersion] = {}  # with another time than the indexed shards, and their bytes
         self._lock = threading.Lock()
 
     def read(self, path: str, offset_bytes: int, size_bytes: int, version: ShardVersion | None = None) -> bytes:
@@ -181,13 +183,22 @@ class ShardReader:
             file = self._open.get(path)
             if file is None:
                 file = _LocalFile(path)
-                if version not in (None, file.version):
+                if version is not None and not self._is(file, path, version):
                     raise changed(path)
                 self._open[path] = file
                 if len(self._open) > MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
             return file
+
+    def _is(self, file: _LocalFile, path: str, version: ShardVersion) -> bool:
+        """As `is_version`; the bytes of a copy are read once."""
+        if self._copies.get(path) == file.version:
+            return True
+        same = is_version(file.descriptor, file.version, version)
+        if same and not has_time(file.version, version):
+            self._copies[path] = file.version
+        return same
 
 
 class _LocalFile:
@@ -202,6 +213,38 @@ class _LocalFile:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
+
+
+def sealed(file: IO[bytes], version: ShardVersion) -> ShardVersion:
+    """Return a local shard's version with a hash of its bytes behind its time: a copy with another time is known by it.
+
+    Errors: OSError.
+    """
+    return ShardVersion(version.size_bytes, f"{version.mark} {_digest(file.fileno())}")
+
+
+def is_version(descriptor: int, now: ShardVersion, then: ShardVersion) -> bool:
+    """Whether an open local shard is the one that was indexed: of its size and time, or else of its bytes, all read.
+
+    Errors: OSError.
+    """
+    digest = then.mark.partition(" ")[2]
+    if now.size_bytes != then.size_bytes:
+        return False
+    return has_time(now, then) or (bool(digest) and _digest(descriptor) == digest)
+
+
+def has_time(now: ShardVersion, then: ShardVersion) -> bool:
+    """Whether a local shard has the size and time of the one that was indexed, which a look at its directory says."""
+    return (now.size_bytes, now.mark) == (then.size_bytes, then.mark.partition(" ")[0])
+
+
+def _digest(descriptor: int) -> str:
+    digest, offset_bytes = xxhash.xxh3_128(), 0
+    while block := os.pread(descriptor, _COPY_BYTES, offset_bytes):
+        digest.update(block)
+        offset_bytes += len(block)
+    return digest.hexdigest()
 
 
 def _read_remote(path: str, offset_bytes: int, size_bytes: int) -> bytes:

@@ -7,7 +7,10 @@ from actors or a store (--teachers.source), and how they are standardized (--tea
 sample is what the run's plan begins with, so it mixes sources and sizes as training does. A file says which teachers it
 was fitted on; a run with others refuses it.
 
-  --images N  size of the sample (4096 by default, an epoch at most), rounded up to a whole pack.
+  --images N  size of the sample (--teachers.stats-images by default, an epoch at most), rounded up to a whole pack.
+
+A run that is given no file fits such a sample itself when it starts for the first time. A file is for several runs that
+are to regress the same numbers, or for a larger sample.
 
 Exit status: 0, or 2 when the configuration cannot run.
 """
@@ -15,9 +18,7 @@ Exit status: 0, or 2 when the configuration cannot run.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 from cogvit.config import RunConfig
@@ -25,15 +26,11 @@ from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.config.split import train_part
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_recipe, read_run
-from cogvit.stages.distill_targets import makers_of, open_source, sample_requests
+from cogvit.stages.distill_targets import fit_sample, makers_of, open_source
 from cogvit.teacher.actors import connect, plan_cluster
 from cogvit.teacher.room import cpus_of
-from cogvit.teacher.standardize import fit_stats, save_stats, try_place
-from cogvit.teacher.stream import FeatureRequest
+from cogvit.teacher.standardize import save_stats, try_place
 from data_pipeline.index import open_index
-
-DEFAULT_IMAGES = 4096
-_LINE_EVERY_S = 10.0
 
 
 def fit(config: RunConfig, num_images: int) -> None:
@@ -55,27 +52,10 @@ def fit(config: RunConfig, num_images: int) -> None:
         if teachers.source != "store":
             stack.enter_context(connect(plan_cluster(teachers.ray_address), cpus_of(teachers)))
         source = open_source(config, makers, [index])
-        packs = stack.enter_context(closing(sample_requests(config, index)))
-        requests = counted(packs, min(num_images, len(index)))
         fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
-        save_stats(out, fit_stats(source, requests, fingerprints, teachers.standardize))
-    print(f"{out}: {teachers.standardize} statistics of {', '.join(makers)}")
-
-
-def counted(requests: Iterable[FeatureRequest], num_images: int) -> Iterator[FeatureRequest]:
-    """Yield requests until they hold num_images or more, with a line of progress every ten seconds and at the end."""
-    done, start_s = 0, time.monotonic()
-    next_line_s = start_s + _LINE_EVERY_S
-    for request in requests:
-        yield request
-        done = min(num_images, done + sum(sample is not None for sample in request.samples))
-        now_s = time.monotonic()
-        if now_s >= next_line_s or done >= num_images:
-            left_s = (num_images - done) * (now_s - start_s) / max(1, done)
-            print(f"{done:,} of {num_images:,} images asked for, {left_s:,.0f} s left", flush=True)
-            next_line_s = now_s + _LINE_EVERY_S
-        if done >= num_images:
-            return
+        save_stats(out, fit_sample(config, index, source, fingerprints, num_images))
+    images = min(num_images, len(index))
+    print(f"{out}: {teachers.standardize} statistics of {', '.join(makers)}, of {images:,} images at least")
 
 
 def main(argv: list[str]) -> int:
@@ -87,7 +67,8 @@ def main(argv: list[str]) -> int:
         images, words = take_flag(argv[1:], "--images")
         if images is not None and not (images.isdecimal() and int(images) > 0):
             raise ConfigError(f"--images {images} must be a whole number above 0")
-        fit(read_run(argv[0], words), int(images or DEFAULT_IMAGES))
+        config = read_run(argv[0], words)
+        fit(config, int(images or config.teachers.stats_images))
     except CogViTError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -2,8 +2,8 @@
 
 Every picture comes with a package that pip installs; nothing is downloaded. DIR/train and DIR/heldout hold webdataset
 shards, DIR/train-questions and DIR/heldout-questions questions about such pictures; DIR/corpus.json says what is in
-them, from which seed and under which licenses. Held-out pictograms are other drawings of the same pictograms; held-out
-digits are other digits. Equal seeds give equal bytes.
+them, from which seed and under which licenses, DIR/digits.json what the digits are called. Held-out pictograms are
+other drawings of the same pictograms; held-out digits are other digits. Equal seeds give equal bytes.
 
 usage: python -m tools.make_demo_corpus --out DIR [--seed 0]
 """
@@ -33,6 +33,7 @@ DRAWINGS_PER_DIGIT = 2
 CROPS_PER_PHOTO = 48
 ASKED_DRAWINGS = 2  # of each pictogram and digit, that questions are about
 CONTENTS = "corpus.json"
+NAMES = "digits.json"  # of the classes, for cogvit.evaluate --prompts
 _MAKER = "tools.make_demo_corpus"
 _SOURCES = {
     pictograms.SOURCE: {
@@ -110,6 +111,9 @@ def build(directory: Path, planned: Sequence[Shard], seed: int) -> dict[str, int
         "versions": {name: version(name) for name in packages},
     }
     (directory / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
+    names = {"en": list(digits.NAMES_EN), "zh": list(digits.NAMES_ZH)}
+    prompts = {language: {"classes": classes, "templates": ["{}"]} for language, classes in names.items()}
+    (directory / NAMES).write_text(json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
     return counts
 
 
@@ -138,7 +142,7 @@ def _files_of_corpus(out: Path) -> set[Path]:
         shards = contents["shards"] if contents["made_by"] == _MAKER else None
     except (OSError, ValueError, LookupError, TypeError):
         shards = None
-    return set() if shards is None else {out / name for name in (CONTENTS, *shards)}
+    return set() if shards is None else {out / name for name in (CONTENTS, NAMES, *shards)}
 
 
 def make(out: Path, planned: Sequence[Shard], seed: int) -> dict[str, int]:

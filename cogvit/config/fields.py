@@ -143,7 +143,10 @@ class TeachersConfig:
     precision: Literal["fp32", "bf16"] = option("fp32", "of the teachers' forward")
     compile: bool = option(False, "torch.compile the teachers")
     stats: str = option(
-        "", "file of tools.fit_teacher_stats to standardize with; fitted on the first packs of the run if empty"
+        "", "file of tools.fit_teacher_stats to standardize with; fitted by the first start of the run if empty"
+    )
+    stats_images: int = option(
+        4096, "stats empty: how many training images the first start fits on, rounded up to a pack; an epoch at most"
     )
     standardize: Literal["channel", "phi_s"] = option(
         "channel", "mean 0 and deviation 1: each channel on its own, or by a rotation and one scale (PHI-S)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvit.batch import to_device
+from cogvit.errors import DataError
 from cogvit.evaluation.metrics import Explained, explain
 from cogvit.evaluation.places import PlaceSums, place_sums
 from cogvit.evaluation.results import Evaluation, score
@@ -45,7 +46,7 @@ def distill_results(subject: Subject) -> Evaluation:
 
     Beside it (`_place`) what a patch's place alone explains: the mean over that place in other images.
 
-    For stage 1. Errors: ConfigError when a teacher is gone or has changed.
+    For stage 1. Errors: ConfigError when a teacher is gone or has changed, DataError when no image decodes.
     """
     from cogvit.teacher.standardize import Standardized, load_stats  # transformers takes seconds
     from cogvit.teacher.stream import FeatureRequest, LocalFeatures
@@ -77,6 +78,11 @@ def distill_results(subject: Subject) -> Evaluation:
     for round_of_packs in zip_longest(*subject.ranks.gather(part), fillvalue={}):  # in the order of the packs
         for fits in round_of_packs:
             sums |= {name: sums[name] + fit if name in sums else fit for name, fit in fits.items()}
+    if not all(fit.everywhere.count for fit in sums.values()):
+        raise DataError(
+            f"none of the {len(rows):,} held-out images decodes ({subject.heldout.name(int(rows[0]))} first);"
+            " repair them or pass another --data"
+        )
     return {
         f"distill_{name}": {
             "explained_masked": score(fit.masked.share(), 0.0),

@@ -62,15 +62,16 @@ def pixel_features(samples: Samples, ranks: Ranks = ALONE) -> Tensor:
 def decoded(features: Tensor, samples: Samples) -> Ints:
     """Return the places of the samples whose images decode.
 
-    Errors: DataError, which names the first that does not, when they are more than one in a hundred.
+    Errors: DataError, which names the first that does not, when they are more than one and one in a hundred, or all.
     """
     good = torch.isfinite(features[:, 0])
     damaged = np.flatnonzero(~good.numpy())
-    if len(damaged) > max(1, _MAX_DAMAGED * len(samples)):
+    if len(damaged) > max(1, _MAX_DAMAGED * len(samples)) or len(damaged) == len(samples):
         first = samples.index.name(int(samples.rows[damaged[0]]))
+        share = f"more than {_MAX_DAMAGED:.0%}" if len(damaged) < len(samples) else "all of them"
         raise DataError(
-            f"{len(damaged)} of {len(samples)} images of {samples.source} do not decode ({first} first), which is more"
-            f" than {_MAX_DAMAGED:.0%}; repair or remove them"
+            f"{len(damaged)} of {len(samples)} images of {samples.source} do not decode ({first} first), which is"
+            f" {share}; repair or remove them"
         )
     return np.flatnonzero(good.numpy())
 

@@ -15,7 +15,7 @@ from cogvit.batch import PackedImages, SampleRef
 from cogvit.errors import DataError
 from cogvit.evaluation.ranks import ALONE, Ranks
 from cogvit.model.packing import pack_images
-from data_pipeline.caption import LANGUAGES, NO_LABEL
+from data_pipeline.caption import LANGUAGES, NO_LABEL, Captions
 from data_pipeline.decode import Pixels, decode_patches
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
@@ -93,13 +93,19 @@ def joined_sources(parts: Sequence[Samples], name: str) -> Samples:
     )
 
 
+def read_captions(index: Index, rows: Ints, caption_field: str = "") -> Iterator[Captions]:
+    """Read the captions of some rows; caption_field is data.caption_field. Errors: DataError."""
+    reader = ShardReader()
+    return (index.corpus.captions(row, reader, caption_field) for row in rows.tolist())
+
+
 def read_samples(index: Index, source: str, rows: Ints, caption_field: str = "") -> Samples:
     """Read labels and captions of some rows of a source; caption_field is data.caption_field."""
-    reader, labels = ShardReader(), index.take(rows)["label"]
+    labels = index.take(rows)["label"]
     captions: dict[str, list[tuple[str, ...]]] = {language: [] for language in LANGUAGES}
     without: dict[str, int] = {}  # the first row of each language that lacks a caption
-    for row in rows.tolist():
-        for language, texts in index.corpus.captions(row, reader, caption_field).items():
+    for row, found in zip(rows.tolist(), read_captions(index, rows, caption_field), strict=True):
+        for language, texts in found.items():
             captions[language] += [texts] if texts else []
             if not texts:
                 without.setdefault(language, row)

@@ -182,11 +182,6 @@ class LanguageConfig:
 
 def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
     """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
-    if cfg.mmtp.depths:
-        raise ConfigError(
-            f"the language model has mmtp.depths={cfg.mmtp.depths} heads, which the trunk does not train; take one"
-            " without them"
-        )
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

@@ -9,14 +9,17 @@ Source: section 2.2 of GLM-5V-Turbo's report; the layer is DeepSeek-V3's and `Mt
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
-from cogvit.batch import TokensAhead
+from cogvit.batch import TokensAhead, sent
 from cogvit.model.attention import Segments
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageConfig, SeenAtImages
 
 
 class MtpLayer(nn.Module):
@@ -26,14 +29,14 @@ class MtpLayer(nn.Module):
         super().__init__()
         self.enorm, self.hnorm, self.norm = (RMSNorm(cfg.embed_dim, eps=cfg.eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * cfg.embed_dim, cfg.embed_dim, bias=False)
-        self.block = DecoderBlock(cfg, 0)
+        self.blocks = nn.ModuleList([DecoderBlock(cfg, 0)])  # by the names that a stack of layers has everywhere
 
     def forward(
         self, token_SD: Tensor, hidden_SD: Tensor, layout: CausalLayout, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Return what the output matrix reads and the next depth goes on from, [S, D]."""
         joined = torch.cat([self.enorm(token_SD), self.hnorm(hidden_SD)], dim=1)
-        return self.norm(self.block(self.eh_proj(joined), layout, cache))
+        return self.norm(self.blocks[0](self.eh_proj(joined), layout, cache))
 
 
 class MtpHeads(nn.Module):
@@ -60,12 +63,7 @@ class MtpHeads(nn.Module):
             x_SD: what the language model saw, with visual embeddings.
             slot_S: as in `TokensAhead`.
         """
-        if self.cfg.mmtp.images == "embeddings":
-            return x_SD
-        if self.image_token is None:
-            return embedded_SD
-        learned_SD = self.image_token[slot_S.clamp(min=0).long()].to(embedded_SD.dtype)
-        return torch.where((slot_S >= 0).unsqueeze(1), learned_SD, embedded_SD)
+        return seen_by_heads(self.cfg.mmtp.images, self.image_token, embedded_SD, x_SD, slot_S)
 
     def forward(
         self, hidden_SD: Tensor, seen_SD: Tensor, position_3S: Tensor, segments: Segments, ahead: TokensAhead
@@ -82,22 +80,66 @@ class MtpHeads(nn.Module):
         if not self.cfg.mmtp.trunk_gradient:
             hidden_SD = hidden_SD.detach()
         outputs = []
-        for depth, source_S in enumerate(ahead.source.long()):
-            places_S, own = None, segments
-            if self.cfg.mmtp.images == "masked":
-                places_S, own = _without_images(source_S, ahead.slot, segments)
-                source_S = source_S[places_S]
-            layout = CausalLayout(own, *rotary_1d(position_3S[:, source_S], self.cfg))
-            before = hidden_SD if places_S is None else hidden_SD[places_S]
-            after = self.layer(depth)(seen_SD[source_S], before, layout)
-            hidden_SD = after if places_S is None else hidden_SD.index_copy(0, places_S, after.to(hidden_SD.dtype))
+        for depth in range(self.cfg.mmtp.depths):
+            reading = reading_of(ahead, depth, segments)
+            layout = CausalLayout(reading.segments, *rotary_1d(position_3S[:, reading.source_S], self.cfg))
+            after_SD = self.layer(depth)(seen_SD[reading.source_S], reading.ordered(hidden_SD), layout)
+            hidden_SD = reading.restored(hidden_SD, after_SD)
             outputs.append(hidden_SD)
         return outputs
 
 
-def _without_images(source_S: Tensor, slot_S: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
-    """The places that read text, and the sequences that are left of a pack; it waits for the device."""
-    kept_S = slot_S[source_S] < 0
-    lengths = tuple(int(part.sum()) for part in kept_S.split(segments.lengths))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(segments.cu_seqlens)
-    return kept_S.nonzero().squeeze(1), Segments(bounds, lengths, segments.num_valid)
+def seen_by_heads(
+    images: SeenAtImages, image_token_KD: Tensor | None, embedded_SD: Tensor, x_SD: Tensor, slot_S: Tensor
+) -> Tensor:
+    """Return what heads see of each token of a pack, [S, D]; image_token_KD are the learned tokens, if any."""
+    if images == "embeddings":
+        return x_SD
+    if image_token_KD is None:
+        return embedded_SD
+    learned_SD = image_token_KD[slot_S.clamp(min=0).long()].to(embedded_SD.dtype)
+    return torch.where((slot_S >= 0).unsqueeze(1), learned_SD, embedded_SD)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """In which order a depth reads a pack: as it lies, or without images, whose places then stand behind all others.
+
+    Attributes:
+        source_S: the token that each place reads.
+        segments: of the places that read.
+        order_S: the pack's places in the order of reading; None where it is the pack's.
+        reads_S: of these, whether the place reads at all.
+    """
+
+    source_S: Tensor
+    segments: Segments
+    order_S: Tensor | None = None
+    reads_S: Tensor | None = None
+
+    def ordered(self, x_SD: Tensor) -> Tensor:
+        """Return what lies as the pack does in the order of reading."""
+        return x_SD if self.order_S is None else x_SD[self.order_S]
+
+    def restored(self, before_SD: Tensor, after_SD: Tensor) -> Tensor:
+        """Return what was made in the order of reading as the pack lies; places that do not read keep what was."""
+        if self.order_S is None or self.reads_S is None:
+            return after_SD
+        after_SD = torch.where(self.reads_S.unsqueeze(1), after_SD.to(before_SD.dtype), before_SD[self.order_S])
+        return torch.empty_like(before_SD).index_copy(0, self.order_S, after_SD)
+
+
+def reading_of(ahead: TokensAhead, depth: int, segments: Segments) -> Reading:
+    """Return how a depth, from 0, reads a pack of these segments; it does not wait for the device."""
+    source_S = ahead.source[depth].long()
+    if not ahead.lengths:
+        return Reading(source_S, segments)
+    reads_S = ahead.slot[source_S] < 0
+    place_S = torch.arange(len(source_S), device=source_S.device)
+    sample_S = torch.searchsorted(segments.cu_seqlens[1:-1].contiguous(), place_S, right=True)
+    order_S = torch.where(reads_S, sample_S, segments.num_valid).argsort(stable=True)
+    *lengths, _ = ahead.lengths[depth]
+    rest = len(source_S) - sum(lengths)
+    bounds = sent([0, *accumulate([*lengths, rest])], source_S.device).to(segments.cu_seqlens.dtype)
+    own = Segments(bounds, (*lengths, rest), segments.num_valid)
+    return Reading(source_S[order_S], own, order_S, reads_S[order_S])

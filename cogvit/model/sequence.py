@@ -81,7 +81,7 @@ def tokens_ahead(sequence: PackedSequence, mmtp: MmtpConfig, image_tokens: Seque
     stop_S = torch.searchsorted(sequence.cu_seqlens[1:].contiguous(), place_S, right=True)
     stop_S = sequence.cu_seqlens[1:][stop_S.clamp(max=len(sequence.cu_seqlens) - 2)].long()
     before_S = is_image_S.cumsum(0)
-    sources, weights = [], []
+    sources, weights, lengths = [], [], []
     for depth in range(1, mmtp.depths + 1):
         source_S = torch.minimum(place_S + depth, stop_S - 1)
         counts_S = place_S + depth < stop_S
@@ -89,12 +89,16 @@ def tokens_ahead(sequence: PackedSequence, mmtp: MmtpConfig, image_tokens: Seque
             counts_S &= before_S[source_S] == before_S
         elif mmtp.images == "masked":
             counts_S &= ~is_image_S[source_S]
+            parts = is_image_S[source_S].logical_not().split(sequence.cu_seqlens.diff().tolist())
+            lengths.append(tuple(int(part.sum()) for part in parts))
         sources.append(source_S)
         weights.append(sequence.weight[source_S] * counts_S)
     return TokensAhead(
         source=torch.stack(sources).to(torch.int32),
         weight=torch.stack(weights),
         slot=slots_of_images(sequence.visual_row, image_tokens, mmtp.tokens),
+        counts=tuple(int((weight_S > 0).sum()) for weight_S in weights),
+        lengths=tuple(lengths),
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cogvit.batch import Batch, PackedImages, PackedSequence
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.config import AdapterConfig
+from cogvit.model.language_config import MmtpConfig
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import grids_of
 from cogvit.objective.distill import reduce_terms
@@ -82,14 +83,20 @@ class JointModel(nn.Module):
         assert self.adapter is not None
         return self.adapter.forward_packed(patch_TD, grids_of(batch.images))
 
-    def spoken(self, batch: Batch, visual_ED: Tensor | None) -> Tensor:
-        """Return the sum of a pack's weighted losses on the last stage, hidden states elsewhere.
+    @property
+    def heads_see_images(self) -> bool:
+        """Whether heads for more tokens see visual tokens, on the last stage, which made them."""
+        mmtp = self.language.cfg.mmtp
+        return mmtp.depths > 0 and mmtp.images == "embeddings"
 
-        visual_ED: on the first stage.
+    def spoken(self, batch: Batch, visual_ED: Tensor | None) -> Tensor:
+        """Return the sums of a pack's weighted losses, [1 + M], on the last stage, hidden states elsewhere.
+
+        visual_ED: on the first stage, and on the last where the heads see images.
         """
         sequence = _sequence(batch)
         out: Tensor = self.language(sequence, visual_ED)
-        return self.language.loss(out, sequence) if self.language.mesh.is_last_stage else out
+        return self.language.losses(out, sequence, visual_ED) if self.language.mesh.is_last_stage else out
 
 
 class Language:
@@ -98,7 +105,8 @@ class Language:
     def train(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Leave the gradients of one step on the parameters; returns the global loss terms (0-dim tensors).
 
-        "loss" is in nats a label, "answer_tokens" how many labels count.
+        "loss" is in nats a label, "answer_tokens" how many labels count, "loss_mtp_1" and so on in nats a label of the
+        heads for more tokens.
         """
         labels = _count_labels(micro, schedule)
         if schedule.mesh.pp_size > 1:
@@ -107,8 +115,8 @@ class Language:
         def forward(index: int) -> Tensor:
             return _one_pass(model, micro[index])
 
-        def loss(total: Tensor, index: int) -> tuple[Tensor, Tensor]:
-            return total / labels.weight, total.detach()
+        def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
 
         sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
         return _terms(sums, labels, schedule)
@@ -125,32 +133,43 @@ class Language:
                 return _one_pass(model, micro[index])
             return model.spoken(micro[index], visual[index] if visual else None)
 
-        with model.language.tied_head(train=False):
-            sums = schedule.forward_only(model.language.trunk, forward, len(micro), lambda total, index: total)
+        with model.language.lent_embedding(train=False):
+            sums = schedule.forward_only(model.language.trunk, forward, len(micro), lambda totals, index: totals)
         return _terms(sums, labels, schedule)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """What the labels of a global batch add up to; 0-dim fp32."""
+    """What the labels of a global batch add up to; fp32."""
 
-    weight: Tensor  # 1 where it is 0, so that one can divide by it
-    count: Tensor  # of those with a weight
+    weight: Tensor  # [1 + M], of the next token and of those after it; 1 where it is 0, so that one can divide by it
+    count: Tensor  # 0-dim, of the next tokens with a weight
 
 
 def _count_labels(micro: Sequence[Batch], schedule: Schedule) -> _Labels:
     """Collective over the data-parallel ranks; every tensor and pipeline rank of a replica has the same labels."""
-    weights = [_sequence(batch).weight.double() for batch in micro]
-    total = torch.stack([torch.stack([weight.sum(), (weight > 0).double().sum()]) for weight in weights]).sum(0)
+    rows = []
+    for sequence in map(_sequence, micro):
+        weights = [sequence.weight, *sequence.ahead_labels()[1]]
+        sums = [weight.double().sum() for weight in weights]
+        rows.append(torch.stack([(sequence.weight > 0).double().sum(), *sums]))
+    total = torch.stack(rows).sum(0)
     dist.all_reduce(total, group=schedule.mesh.dp_group)
-    weight, count = total.float()
+    count, weight = total[0].float(), total[1:].float()
     return _Labels(torch.where(weight > 0, weight, 1.0), count)
 
 
+def _step_loss(totals: Tensor, labels: _Labels, mmtp: MmtpConfig) -> Tensor:
+    """The loss of a pack's sums [1 + M]: the next token's, and the mean of the others by their weight."""
+    means = totals / labels.weight
+    return means[0] + mmtp.weight * means[1:].sum() / max(mmtp.depths, 1)
+
+
 def _terms(sums: Sequence[Tensor], labels: _Labels, schedule: Schedule) -> dict[str, Tensor]:
-    local = torch.stack([*sums, torch.zeros((), device=schedule.mesh.device)]).sum()
-    (loss,) = reduce_terms((local / labels.weight).reshape(1), schedule)
-    return {"loss": loss, "answer_tokens": labels.count}
+    local = torch.stack([*sums, torch.zeros_like(labels.weight)]).sum(0)
+    loss, *ahead = reduce_terms(local / labels.weight, schedule)
+    terms = {"loss": loss, "answer_tokens": labels.count}
+    return terms | {f"loss_mtp_{depth}": term for depth, term in enumerate(ahead, 1)}
 
 
 def _sequence(batch: Batch) -> PackedSequence:
@@ -159,7 +178,7 @@ def _sequence(batch: Batch) -> PackedSequence:
 
 
 def _one_pass(model: JointModel, batch: Batch) -> Tensor:
-    """The sum of a pack's weighted losses, where one stage has everything."""
+    """The sums of a pack's weighted losses, where one stage has everything."""
     return model.spoken(batch, model.visual(model.features(batch), batch))
 
 
@@ -173,14 +192,17 @@ def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule,
     def forward(index: int) -> Tensor:
         return model.spoken(micro[index], visual[index] if visual else None)
 
-    def loss(total: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        return total / labels.weight, total.detach()
+    def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
 
-    with model.language.tied_head(train=True):
+    with model.language.lent_embedding(train=True):
         sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
     if learns:
-        found = [torch.zeros_like(x) if x.grad is None else x.grad for x in visual]
-        _back(model, features, to_last_stage(found, _shapes(model, micro), schedule.mesh), micro, schedule)
+        own = [torch.zeros_like(x) if x.grad is None else x.grad for x in visual]
+        found = to_last_stage(own, _shapes(model, micro), schedule.mesh)
+        if model.heads_see_images and schedule.mesh.is_last_stage:
+            found = [there + here for there, here in zip(found, own, strict=True)]
+        _back(model, features, found, micro, schedule)
     return sums
 
 
@@ -196,10 +218,11 @@ def _seen(model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list
 
 
 def _bring(model: JointModel, features: Sequence[Tensor], micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
-    """Make visual tokens of features and bring them to the first stage; nothing elsewhere."""
+    """Make visual tokens of features and bring them to the first stage; the last keeps what its heads see."""
     with torch.no_grad(), schedule.autocast():
         made = [model.visual(x_TD, batch) for x_TD, batch in zip(features, micro, strict=False)]
-    return to_first_stage(made, _shapes(model, micro), schedule.mesh)
+    brought = to_first_stage(made, _shapes(model, micro), schedule.mesh)
+    return [x_ED.float() for x_ED in made] if model.heads_see_images and schedule.mesh.is_last_stage else brought
 
 
 def _back(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from cogvit.batch import PackedSequence
@@ -21,17 +22,18 @@ from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.ends import to_first_stage, to_last_stage
 from cogvit.parallel.mesh import Mesh
+from cogvit.parallel.mtp import MtpStage
 from cogvit.parallel.pieces import Fusion, pieces_on
 from cogvit.parallel.stage import TrunkStage
 from cogvit.parallel.trunk import PackedStream, megatron_config
-from cogvit.parallel.vocabulary import Vocabulary, label_loss
+from cogvit.parallel.vocabulary import Vocabulary, embedded, label_loss
 
 
 class LanguageStage(nn.Module):
     """This rank's stage of a language model, for packs of num_tokens tokens.
 
-    Where a tied head and the embedding are of two stages, the first one owns the weight: `tied_head` lends it to the
-    last for a pass, so that it has one owner, one place in a checkpoint and one share of the gradient's norm.
+    What the last stage needs of the embedding (a tied head, the heads for more tokens) is lent to it by the first,
+    which owns the weight, for a pass: it has one owner, one place in a checkpoint and one share of the gradient's norm.
 
     Errors: ConfigError when the layout does not divide it.
     """
@@ -57,14 +59,21 @@ class LanguageStage(nn.Module):
         self.head = None
         if mesh.is_last_stage and not cfg.tied:
             self.head = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh)
+        self.mtp = None
+        if mesh.is_last_stage and cfg.mmtp.depths:
+            self.mtp = MtpStage(cfg, mesh, parallel, memory, num_tokens=num_tokens, fusion=fusion)
         self._lent: Tensor | None = None  # the first stage's weight, on the last
 
     @property
     def head_weight(self) -> Tensor:
         """This tensor rank's rows [V / tp, D] of the head; on the last stage."""
-        owner = self.embed if self.head is None else self.head
-        weight = self._lent if owner is None else owner.weight
-        assert weight is not None, "the last stage has a head; a tied one is lent to it for a pass"
+        return self.embed_weight if self.head is None else self.head.weight
+
+    @property
+    def embed_weight(self) -> Tensor:
+        """This tensor rank's rows [V / tp, D] of the embedding; on the last stage of several while it is lent."""
+        weight = self._lent if self.embed is None else self.embed.weight
+        assert weight is not None, "the first stage owns the embedding; it is lent to the last for a pass"
         return weight
 
     def forward(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
@@ -89,13 +98,34 @@ class LanguageStage(nn.Module):
         count = None if sequence.host is None else sequence.host.labels
         return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
 
+    def losses(self, hidden_SD: Tensor, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+        """Return the sums over the pack's labels, [1 + M] fp32: of the next token and of those after it.
+
+        Args:
+            hidden_SD: what `forward` gave, on the last stage.
+            sequence: the pack, with its `ahead` where the model has heads for more tokens.
+            visual_ED: the adapter's output, which those heads see where `mmtp.images` is `embeddings`.
+        """
+        sums = [self.loss(hidden_SD, sequence)]
+        if self.mtp is not None and sequence.ahead is not None:
+            ids_SD = embedded(sequence.ids, self.embed_weight, self.mesh.tp_rank * len(self.embed_weight))
+            seen_SD = self.mtp.seen(ids_SD, place_visual(ids_SD, visual_ED, sequence.visual_row), sequence.ahead.slot)
+            depths = zip(
+                self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), sequence.ahead.counts, strict=True
+            )
+            sums += [
+                label_loss(deep_SD, self.head_weight, label_S, weight_S, count)
+                for deep_SD, label_S, weight_S, count in depths
+            ]
+        return torch.stack(sums)
+
     @contextmanager
-    def tied_head(self, *, train: bool) -> Iterator[None]:
-        """Lend a tied head to the last stage, where it is not the embedding's own, for the passes inside.
+    def lent_embedding(self, *, train: bool) -> Iterator[None]:
+        """Lend the embedding to the last stage, where that needs what is not its own, for the passes inside.
 
         What their backwards find there is added to the embedding's gradient. Collective over the stages.
         """
-        if not self.cfg.tied or self.mesh.pp_size == 1:
+        if not (self.cfg.tied or self.cfg.mmtp.depths) or self.mesh.pp_size == 1:
             yield
             return
         shape = (self.cfg.vocab_size // self.mesh.tp_size, self.cfg.embed_dim)

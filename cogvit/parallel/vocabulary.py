@@ -33,10 +33,15 @@ class Vocabulary(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embedded ids [..., D], whole on every tensor rank. An id outside the vocabulary gives zeros."""
-        row = ids - self.first
-        here = (row >= 0) & (row < len(self.weight))
-        x_D = F.embedding(row.clamp(0, len(self.weight) - 1), self.weight)
-        return reduce_from_tensor_model_parallel_region(x_D.masked_fill(~here.unsqueeze(-1), 0.0))
+        return embedded(ids, self.weight, self.first)
+
+
+def embedded(ids: Tensor, weight_VD: Tensor, first: int) -> Tensor:
+    """Return the embedded ids [..., D], whole on every tensor rank; weight_VD holds the ids from `first` on."""
+    row = ids - first
+    here = (row >= 0) & (row < len(weight_VD))
+    x_D = F.embedding(row.clamp(0, len(weight_VD) - 1), weight_VD)
+    return reduce_from_tensor_model_parallel_region(x_D.masked_fill(~here.unsqueeze(-1), 0.0))
 
 
 def logits_of(hidden_D: Tensor, weight_VD: Tensor) -> Tensor:

@@ -7,7 +7,12 @@ from html import escape
 
 from cogvit.evaluation.results import PLAIN, Evaluation, Score
 
-_BASELINES = ("untrained", "pixels")  # a metric that ends so belongs to the metric without it
+_BASELINES = {  # a metric that ends so belongs to the metric without it
+    "untrained": "the same encoder before training",
+    "pixels": "the image itself, made small",
+    "color": "an image's colors alone, a caption being those of the training images that have it",
+    "place": "the mean of what other images have at the place of a patch",
+}
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -16,16 +21,15 @@ def evaluation_table(evaluation: Evaluation) -> str:
         (task, metric, score, _beside(metric, metrics))
         for task, metrics in evaluation.items()
         for metric, score in metrics.items()
-        if not metric.endswith(_BASELINES)
+        if not metric.endswith(tuple(f"_{name}" for name in _BASELINES))
     ]
     if not figures:
         return ""
     columns = [name for name in _BASELINES if any(name in beside for *_, beside in figures)]
     heads = "".join(f'<th class="num sorts">{name}</th>' for name in ("value", "chance", *columns))
     rows = "".join(_row(*figure, columns) for figure in figures)
-    told = "The mark in a bar is chance; a click on a column's name sorts by it." + (
-        " untrained: the same encoder before training; pixels: the image itself, made small." if columns else ""
-    )
+    told = "The mark in a bar is chance; a click on a column's name sorts by it."
+    told += "".join(f" {name}: {_BASELINES[name]}." for name in columns)
     return (
         f"<p><small>{told}</small></p>"
         f'<div class="wide"><table><thead><tr><th class=sorts>task</th>{heads}<th class=bar></th></tr></thead>'

@@ -62,11 +62,17 @@ def read_run(preset: str, words: Sequence[str]) -> RunConfig:
         for other in _ALL:
             if _belongs(path, other.fields):
                 raise ConfigError(f"{flag} is of {other.title} alone, and {preset} is {own.title}; leave it out")
-    config = parse(base, list(words))
-    if config.data.order == "sequential" and "data.held_out" not in paths:
-        config = replace(config, data=replace(config.data, held_out=0.0))  # a stream has no index to split by
+    config = _of_stream(parse(base, list(words)), paths)
     check_teachers(config, paths)
     return config
+
+
+def _of_stream(config: RunConfig, given: Sequence[str]) -> RunConfig:
+    """Return a sequential run without the preset's part that is held out: a stream has no index to split by."""
+    if config.data.order != "sequential" or "data.held_out" in given:
+        return config
+    every_steps = config.eval.every_steps if config.data.eval_shards or "eval.every_steps" in given else 0
+    return replace(config, data=replace(config.data, held_out=0.0), eval=replace(config.eval, every_steps=every_steps))
 
 
 def check_recipe(config: RunConfig) -> None:

@@ -40,12 +40,12 @@ class DistillStage:
         "teachers.visible_weight",
         "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus", "teachers.in_flight_steps",
         "teachers.max_in_flight_bytes", "teachers.max_wait_s", "teachers.precision", "teachers.compile",
-        "teachers.stats", "teachers.standardize",
+        "teachers.stats", "teachers.stats_images", "teachers.standardize",
     )  # fmt: skip
     execution: tuple[str, ...] = (
         "teachers.actors_per_teacher", "teachers.actor_cpus", "teachers.actor_gpus",
         "teachers.in_flight_steps", "teachers.max_in_flight_bytes", "teachers.max_wait_s",
-        "teachers.source", "teachers.store",
+        "teachers.source", "teachers.store", "teachers.stats_images",
     )  # fmt: skip
     reads: Reads = "images"
 
@@ -153,7 +153,7 @@ def _check_teachers(config: RunConfig) -> None:
     require(len(set(names)) == len(names) and all(names), f"teacher names must be set and differ: {names}")
     for member in teachers.members:
         _check_teacher(member)
-    for name in ("actors_per_teacher", "in_flight_steps"):
+    for name in ("actors_per_teacher", "in_flight_steps", "stats_images"):
         require(getattr(teachers, name) >= 1, f"teachers.{name}={getattr(teachers, name)} must be at least 1")
     for name, holds in (("actor_cpus", teachers.actor_cpus > 0.0), ("actor_gpus", teachers.actor_gpus >= 0.0)):
         share = getattr(teachers, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
 from cogvit.teacher.actors import TeacherPool
-from cogvit.teacher.standardize import Standardized, fit_stats, load_stats, save_stats
+from cogvit.teacher.standardize import Standardized, Stats, fit_stats, load_stats, save_stats
 from cogvit.teacher.store import Maker, StoreFeatures, contents_of, joined
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, Shared, request_of
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
@@ -28,7 +29,7 @@ from data_pipeline.sizing import Sizing, sizing_of
 from data_pipeline.stream import stream_batches
 from data_pipeline.topology import topology_of
 
-STATS_REQUESTS = 16  # packs on which a run fits its teachers' statistics where it is given none
+_LINE_EVERY_S = 10.0
 
 
 def makers_of(teachers: TeachersConfig) -> dict[str, Maker]:
@@ -127,6 +128,40 @@ def sample_requests(config: RunConfig, index: Index | None) -> Generator[Feature
             yield from (request_of(batch, 1.0) for batch in step.micro)
 
 
+def fit_sample(
+    config: RunConfig,
+    train: Index | None,
+    source: FeatureSource,
+    fingerprints: Mapping[str, str],
+    num_images: int,
+) -> dict[str, Stats]:
+    """Fit the teachers' statistics on the images that the run's plan begins with, an epoch at most.
+
+    Errors: as fit_stats.
+    """
+    if train is not None:
+        num_images = min(num_images, len(train))
+    with closing(sample_requests(config, train)) as requests:
+        return fit_stats(source, _counted(requests, num_images), fingerprints, config.teachers.standardize)
+
+
+def _counted(requests: Iterable[FeatureRequest], num_images: int) -> Iterator[FeatureRequest]:
+    """Yield requests until they hold num_images or more; what takes longer than ten seconds says how far it is."""
+    done, start_s = 0, time.monotonic()
+    next_line_s = start_s + _LINE_EVERY_S
+    for request in requests:
+        yield request
+        done = min(num_images, done + sum(sample is not None for sample in request.samples))
+        now_s = time.monotonic()
+        if now_s >= next_line_s:
+            left_s = (num_images - done) * (now_s - start_s) / max(1, done)
+            line = f"the teachers' statistics: {done:,} of {num_images:,} images asked for, {left_s:,.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+            next_line_s = now_s + _LINE_EVERY_S
+        if done >= num_images:
+            return
+
+
 def _standardized(
     config: RunConfig, train: Index | None, mesh: Mesh, source: FeatureSource | None, makers: dict[str, Maker]
 ) -> FeatureSource:
@@ -142,8 +177,7 @@ def _standardized(
                 Path(teachers.stats), fingerprints, teachers.standardize, "fit them anew: tools.fit_teacher_stats"
             )
         else:
-            with closing(sample_requests(config, train)) as requests:
-                stats = fit_stats(source, islice(requests, STATS_REQUESTS), fingerprints, teachers.standardize)
+            stats = fit_sample(config, train, source, fingerprints, teachers.stats_images)
         save_stats(path, stats)
 
     mesh.from_writer(prepare)

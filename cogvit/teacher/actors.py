@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 from cogvit.config import TeacherConfig, TeachersConfig
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
 from cogvit.teacher.room import check_room, idle_gpus
+from cogvit.teacher.scratch import end_children, scratch
 from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer, answer_bytes
 from cogvit.teacher.zoo import inspect_teacher, load_teacher
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
 _HEALTH = "health"  # the thread of an actor that says how it does
-_SOCKET_BYTES, _RAY_BYTES = 107, 62  # the longest name of a Unix socket, and what Ray puts behind its directory
 _LOG = logging.getLogger(__name__)
 
 
@@ -81,56 +80,45 @@ def connect(cluster: Cluster, num_cpus: int, batch_bytes: int = 0) -> Iterator[C
     import ray
 
     with ExitStack() as stack:
-        directory = "" if cluster.address else stack.enter_context(_scratch())
         stack.callback(ray.shutdown)
         with _kept_sigterm():
-            address = _join(cluster) if cluster.address else _start(cluster, num_cpus, batch_bytes, directory)
+            address = _join(cluster) if cluster.address else _start(cluster, num_cpus, batch_bytes, stack)
         yield replace(cluster, address=address)
 
 
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """Make a directory for Ray's files. Not in TMPDIR, which may be long.
+def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, stack: ExitStack) -> str:
+    """Start a cluster on this machine, which ends with the stack; returns its address.
 
-    Errors: ConfigError when there is none, or its path is too long.
-    """
-    base = os.environ.get("RAY_TMPDIR", "/tmp")
-    size, room = len(os.fsencode(base)), _SOCKET_BYTES - _RAY_BYTES - len("/cogvit-ray-12345678")
-    if size > room:
-        raise ConfigError(f"RAY_TMPDIR={base} has {size} bytes; sockets are made in it: at most {room}")
-    try:
-        return tempfile.TemporaryDirectory(prefix="cogvit-ray-", dir=base, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ConfigError(f"RAY_TMPDIR={base} cannot be written: {error.strerror}; name a directory") from None
-
-
-def _start(cluster: Cluster, num_cpus: int, batch_bytes: int, directory: str) -> str:
-    """Start a cluster on this machine, with its sockets and logs in a directory; returns its address.
-
-    Errors: TeacherUnavailable when Ray gives up.
+    Errors: ConfigError when there is no place for its files, TeacherUnavailable when Ray gives up.
     """
     import ray
 
     for more_tries in (1, 0):  # Ray gives itself 15 or 30 s, which is short on a busy machine
-        try:
-            context = ray.init(
-                address="local",
-                namespace=cluster.namespace,
-                num_cpus=num_cpus,
-                object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=directory,
-            )
+        with ExitStack() as attempt:
+            directory = attempt.enter_context(scratch())
+            attempt.callback(end_children, directory)  # of a start that fails Ray leaves some
+            attempt.callback(ray.shutdown)
+            try:
+                context = ray.init(
+                    address="local",
+                    namespace=cluster.namespace,
+                    num_cpus=num_cpus,
+                    object_store_memory=_OBJECT_STORE_BYTES + batch_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=directory,
+                )
+            except Exception as error:  # it has no narrower one for processes that do not start in time
+                reason = str(error).partition("\n")[0]
+                if not more_tries:
+                    raise TeacherUnavailable(
+                        f"Ray did not start here: {reason}; start again when it is less busy"
+                    ) from error
+                _LOG.warning("Ray did not start (%s); once more", reason)
+                continue
+            stack.push(attempt.pop_all())
             return context.address_info["gcs_address"]
-        except Exception as error:  # it has no narrower one for processes that do not start in time
-            reason = str(error).partition("\n")[0]
-            ray.shutdown()
-            if not more_tries:
-                raise TeacherUnavailable(
-                    f"Ray did not start here: {reason}; start again when it is less busy"
-                ) from error
-            _LOG.warning("Ray did not start (%s); once more", reason)
     raise AssertionError("unreachable")
 
 

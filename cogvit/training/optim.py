@@ -67,7 +67,11 @@ def is_table(name: str) -> bool:
 
 
 def param_groups(
-    named: Iterable[tuple[str, Parameter, Module]], config: OptimConfig, schedule: ScheduleConfig, *, joint: bool = False
+    named: Iterable[tuple[str, Parameter, Module]],
+    config: OptimConfig,
+    schedule: ScheduleConfig,
+    *,
+    joint: bool = False,
 ) -> list[ParamGroup]:
     """Sort parameters into groups: the same list in the same order for every model and stage, empty groups included.
 

@@ -7,9 +7,12 @@ import tarfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvit.config import DataConfig
+from cogvit.draws import name_to_int64
 from data_pipeline.caption import LANGUAGES, captions_of, parse_metadata
 from data_pipeline.rules import Rules
 from data_pipeline.scan import scan_shard
+from data_pipeline.stream import _texts
 from tests.data.corpus import picture
 
 IMAGE = picture(16, 16, seed=0)
@@ -26,7 +29,7 @@ FIELDS = st.sampled_from(["caption", "captions", "source", "label", "key", "url"
 
 @settings(max_examples=2000)
 @given(st.dictionaries(FIELDS, VALUE) | VALUE, st.binary(max_size=12) | st.none())
-def test_no_json_stops_indexing(value, text):
+def test_no_json_stops_indexing_or_a_stream(value, text):
     entries = [("a.png", IMAGE), ("a.json", json.dumps(value).encode())]
     entries += [] if text is None else [("a.txt", text), ("a.cls", text)]
     file = io.BytesIO()
@@ -44,3 +47,7 @@ def test_no_json_stops_indexing(value, text):
         captions = captions_of(parse_metadata(file.getvalue()[at : at + size], extension))
         for language in LANGUAGES:
             assert row[f"{language}_bytes"] == [len(caption.encode()) for caption in captions[language]]
+    members = {name.rpartition(".")[2]: data for name, data in entries[1:3]}
+    source, captions = _texts(members, DataConfig())
+    assert source in ("", row["source"]) and isinstance(name_to_int64(f"{source}/s/{captions!r}"), int)
+    assert any(captions.values()) == (row["caption_member"] >= 0)

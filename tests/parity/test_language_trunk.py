@@ -138,7 +138,7 @@ def trunk_logits(engine: Engine, model: JointModel, batch: Batch, see: bool) -> 
         dist.all_gather(shards, shard, group=mesh.tp_group)
         return torch.cat(shards, dim=1)
 
-    with model.language.tied_head(train=False):
+    with model.language.lent_embedding(train=False):
         found = engine.schedule.forward_only(model.language.trunk, forward, 1, lambda out, index: out)
     return found[0] if found else None
 

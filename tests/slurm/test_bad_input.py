@@ -35,6 +35,12 @@ def test_tensor_ranks_on_two_nodes(site: Site) -> None:
     assert "error: --parallel.tp 2 does not divide 1 tasks per node" in output
 
 
+def test_tasks_that_are_no_whole_number_of_nodes(site: Site) -> None:
+    """Lightning#20391: --ntasks beside --ntasks-per-node was ignored without a word."""
+    output = refused(site, ("--nodes=2", "--ntasks=3"), (*STAGE2, "--out", "runs/tasks"))
+    assert "error: sbatch was given 3 tasks, and 2 nodes of 2 are 4; pass --ntasks-per-node, not --ntasks" in output
+
+
 def test_an_output_that_one_node_cannot_write(site: Site) -> None:
     out = site.directory / "runs" / "readonly"
     out.mkdir(parents=True)

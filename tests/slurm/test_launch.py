@@ -64,7 +64,7 @@ def test_the_chain_waits_for_each_stage(site: Site) -> None:
 
 
 def test_a_run_that_cannot_get_on_is_given_up(site: Site) -> None:
-    """A rate that no weight survives; the job is started again once, and no more."""
+    """A rate that no weight survives; the job is started again once, and no more. Its name is not srun's to expand."""
     flags = (
         "--optim.lr",
         "1e30",
@@ -73,13 +73,14 @@ def test_a_run_that_cannot_get_on_is_given_up(site: Site) -> None:
         "--checkpoint.every-steps",
         "0",
         "--out",
-        "runs/hopeless",
+        "runs/50%Nless",
     )
     job = site.submit(("--nodes=1", "--ntasks-per-node=1"), (*STAGE2, *flags), {"MAX_RESTARTS": "1"})
     ended = site.lab.wait(job, 600)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 1, 1), site.output(job)
     assert "restart 1 of 1 without a new checkpoint" in site.output(job)
     assert "ended with status 1, 2 times since the start; not started again" in site.output(job)
+    assert sorted(site.rank_logs("runs/50%Nless")) == [0]
 
 
 def test_a_node_that_keeps_failing_is_excluded(site: Site, tmp_path: Path) -> None:

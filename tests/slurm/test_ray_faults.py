@@ -27,6 +27,8 @@ def test_ray_is_struck(site: Site, straight: Path, name: str, place: int, proces
     out = f"runs/{name}"
     job = site.submit((), (*STAGE1, *TP2_PP2, "--out", out))
     site.wait_for_step(job, out, 3)
+    (token,) = (site.directory / out / "logs").glob(".ray-token*")  # without it nobody joins the cluster
+    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
     site.lab.on(site.nodes_of(job)[place], "pkill", "-KILL", "--full", process)
     site.finish(job, 1800)
     assert_same_end(site.directory / out, straight)

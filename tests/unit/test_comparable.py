@@ -17,7 +17,7 @@ from cogvit.evaluation.metrics import explain, linear_accuracy
 from cogvit.evaluation.places import place_sums
 from cogvit.model.packing import pack_images
 from data_pipeline.index import build_index
-from tests.data.corpus import members, write_tar
+from tests.data.corpus import members, picture, write_tar
 from tests.runs_on_disk import COLORS, contrast_run, tinted, write_shards
 
 
@@ -70,6 +70,30 @@ def test_recall_is_counted_as_others_do_too_and_over_all_sources(data: DataConfi
     assert found["retrieval_all_en"]["image_to_text_r1_usual"]["chance"] == pytest.approx(1 / 18)
 
 
+def test_what_colors_alone_find_stands_beside_a_retrieval(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of `colors` differ in color alone, so that this baseline finds all of them."""
+    run = str(contrast_run(tmp_path / "run", data))
+    found = figures([run, "--tasks", "retrieval"], tmp_path / "out.json")["retrieval_colors_en"]
+    assert found["image_to_text_r1_color"]["value"] == found["text_to_image_r1_color"]["value"] == 1.0
+    assert found["image_to_text_r1_color"]["chance"] == found["image_to_text_r1"]["chance"]
+    assert found["captions_of_training_images"]["value"] == 1.0
+    assert "100% of the captions are of training images too: new images of what these show" in capsys.readouterr().err
+    other = many(tmp_path / "other", damaged=0)  # captions that no training image has
+    found = figures([run, "--tasks", "retrieval", "--data", str(other)], tmp_path / "other.json")["retrieval_colors_en"]
+    assert found["captions_of_training_images"]["value"] == 0.0
+
+
+def test_zeroshot_goes_by_names_and_says_what_the_captions_would_give(data: DataConfig, tmp_path: Path) -> None:
+    run, names = str(contrast_run(tmp_path / "run", data)), tmp_path / "names.json"
+    names.write_text(json.dumps({"en": {"classes": ["ruby", "leaf", "sky"], "templates": ["{}"]}}))
+    found = figures([run, "--tasks", "zeroshot", "--prompts", str(names)], tmp_path / "out.json")
+    assert list(found) == ["zeroshot_colors_en", "zeroshot_colors_zh", "zeroshot_colors_en_names"]
+    alone = figures([run, "--tasks", "zeroshot"], tmp_path / "alone.json")
+    assert alone == {name: figure for name, figure in found.items() if not name.endswith("_names")}
+
+
 def many(directory: Path, damaged: int, captions: int = 150) -> Path:
     entries = []
     for number in range(150):
@@ -95,6 +119,29 @@ def test_a_damaged_image_is_skipped_counted_and_many_are_refused(
     assert run_command([run, "--data", str(many(tmp_path / "lots", 9)), "--tasks", "knn"], "", Arguments, evaluate) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "9 of 150 images of colors do not decode" in told and "shard-00000.tar:000" in told
+
+
+def test_a_set_of_which_nothing_is_left_is_told_in_its_own_words(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(contrast_run(tmp_path / "run", data))
+    one = tinted(12, 16, 3000, 0)
+    said = {"source": "colors", "label": 0, "captions": {"en": ["a picture"]}}
+    entries = [("a.png", one[:60] + b"\0" * (len(one) - 60)), ("a.json", json.dumps(said).encode())]
+    write_tar(tmp_path / "one" / "shard-00000.tar", entries)
+    list(build_index(str(tmp_path / "one")))
+    for task in ("knn", "zeroshot", "retrieval"):
+        argv = [run, "--data", str(tmp_path / "one"), "--tasks", task]
+        assert run_command(argv, "", Arguments, evaluate) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert "1 of 1 images of colors do not decode" in told and "which is all of them" in told
+    seen = members("c", tinted(12, 16, 100, 0), source="colors", label=0)
+    seen += members("t", picture(20, 12, 4000), source="things", captions={"en": ["a thing"]})
+    write_tar(tmp_path / "seen" / "shard-00000.tar", seen)
+    list(build_index(str(tmp_path / "seen")))
+    assert run_command([run, "--data", str(tmp_path / "seen"), "--tasks", "knn"], "", Arguments, evaluate) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "(left out, because all of their images are training images: colors); pass another --data" in told
 
 
 def test_a_caption_that_is_missing_in_a_language_is_named(

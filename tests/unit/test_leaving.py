@@ -13,6 +13,7 @@ import pytest
 
 from cogvit.config.environment import Process, device_index
 from cogvit.errors import ConfigError
+from cogvit.teacher.scratch import scratch
 from cogvit.train import main
 from cogvit.training.checkpoint import _reason
 from cogvit.training.signals import StopRequest
@@ -45,11 +46,9 @@ def test_a_closed_terminal_asks_for_a_save_and_nohup_does_not() -> None:
 
 @pytest.mark.parametrize("base", ["/tmp/" + 40 * "x", "/nowhere"])
 def test_a_directory_in_which_ray_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    from cogvit.teacher.actors import _scratch
-
     monkeypatch.setenv("RAY_TMPDIR", base)
-    with pytest.raises(ConfigError, match=f"RAY_TMPDIR={base} .*(at most 25|No such file or directory)"):
-        _scratch()
+    with pytest.raises(ConfigError, match=f"RAY_TMPDIR={base} .*(at most 25|No such file or directory)"), scratch():
+        pass
 
 
 def local(module: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig
 from cogvit.errors import DataError
@@ -165,12 +168,35 @@ for start_step in {start_steps}:
     return done.stderr
 
 
-def test_wandb_writes_offline_files_when_nobody_is_logged_in(tmp_path: Path) -> None:
+def offline_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """Read a file of W&B: behind 7 bytes a log of LevelDB, blocks of 32 KiB of (checksum, size, kind) and a piece."""
+    data, at, pieces = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        pieces, at = pieces + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield wandb_internal_pb2.Record.FromString(pieces)
+            pieces = b""
+
+
+def test_three_starts_without_a_network_are_one_run_of_wandb(tmp_path: Path) -> None:
+    """`wandb sync` puts files of one id together in the order of their starts."""
     assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[0, 1])
-    recorded = [path.name for path in tmp_path.glob("run/logs/wandb/offline-run-*/run-*.wandb")]
-    assert len(recorded) == 2 and recorded[0] == recorded[1]  # a resumed run is the same run
+    assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[2])  # a process of its own
+    files = sorted(tmp_path.glob("run/logs/wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 3
+    ids, starts, steps = [], [], []
+    for records in map(list, map(offline_records, files)):
+        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+        ids.append((run.run_id, run.project, run.display_name))
+        starts.append(run.start_time.ToNanoseconds())
+        steps += [record.history.step.num for record in records if record.WhichOneof("record_type") == "history"]
+    assert len(set(ids)) == 1 and starts == sorted(starts) and steps == [1, 2, 3]
     (tmp_path / "run" / "logs" / "wandb_id").write_text("")  # by a version that did not write it in one move
-    assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[2])
+    assert "W&B" not in run_with_wandb(tmp_path / "run", {}, start_steps=[3])
     assert (tmp_path / "run" / "logs" / "wandb_id").read_text()
 
 

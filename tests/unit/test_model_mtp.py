@@ -105,7 +105,7 @@ def plainly(model: CausalLM, sequence: PackedSequence, visual: Tensor) -> list[T
                 joined = layer.eh_proj(torch.cat([layer.enorm(seen[there]), layer.hnorm(hidden[here])], dim=1))
                 segments = segments_of(torch.tensor([0, len(kept), len(kept)]))
                 layout = CausalLayout(segments, *rotary_1d(position[:, there], model.cfg))
-                rows = list(layer.norm(layer.block(joined, layout)))
+                rows = list(layer.norm(layer.blocks[0](joined, layout)))
             deep = dict(zip(kept, rows, strict=True))
             hidden = torch.stack([deep.get(i, hidden[i]) for i in range(length)])
             for i in kept:

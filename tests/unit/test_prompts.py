@@ -59,7 +59,8 @@ def test_zeroshot_by_prompts_in_two_languages_and_resolutions(stage2: Path, tmp_
         argv = [str(stage2), "--tasks", "zeroshot", "--prompts", prompts, "--resolution", resolution]
         assert run_command([*argv, "--out", str(tmp_path / "eval.json")], "", Arguments, evaluate) == 0
     figures = read_evaluation(tmp_path / "eval.json")
-    tasks = [f"zeroshot_colors_{language}_{kind}" for kind in ("native", "square") for language in ("en", "zh")]
+    spoken = ("en", "zh", "en_names", "zh_names")
+    tasks = [f"zeroshot_colors_{how}_{kind}" for kind in ("native", "square") for how in spoken]
     assert list(figures) == tasks and all(one["accuracy"]["chance"] == pytest.approx(1 / 3) for one in figures.values())
     # As computed by hand.
     subject = load_subject(stage2)
@@ -67,7 +68,7 @@ def test_zeroshot_by_prompts_in_two_languages_and_resolutions(stage2: Path, tmp_
     texts, labels = Prompts((("red",), ("green",), ("blue",)), TEMPLATES["en"]).texts()
     image = embed_images(subject, image_features(subject.towers.vision, samples, subject.sizing))
     accuracy = zeroshot_accuracy(image, samples.label, embed_texts(subject, texts), torch.tensor(labels))
-    assert figures["zeroshot_colors_en_native"]["accuracy"]["value"] == pytest.approx(accuracy)
+    assert figures["zeroshot_colors_en_names_native"]["accuracy"]["value"] == pytest.approx(accuracy)
 
 
 def test_images_are_squares_or_keep_their_shape(stage2: Path) -> None:

@@ -10,10 +10,13 @@ from torch import nn
 
 from cogvit import build_param_groups
 from cogvit.config import DataConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config.flags import load_preset
+from cogvit.config.split import is_split
 from cogvit.errors import ConfigError
 from cogvit.parallel.mesh import start_mesh
-from cogvit.stages import build, check_run
+from cogvit.stages import build, check_run, read_run
 from cogvit.stages.contrast import first_bias
+from cogvit.training.optim import module_config
 from tests.dist.runs import Case, run_config
 from tests.pool import Pool
 
@@ -24,6 +27,16 @@ def test_the_bias_starts_where_one_pair_in_a_batch_matches() -> None:
     assert first_bias(RunConfig(data=data, init_bias=-10.0)) == -10.0
     growing = DataConfig(global_batch_images=32_768, batch_schedule=((0, 512), (100, 1024)))
     assert first_bias(RunConfig(data=growing)) == pytest.approx(-math.log(512))
+
+
+@pytest.mark.parametrize("preset", ["stage2_cogvit_l", "stage2_reference", "stage2_base"])
+def test_an_encoder_of_stage_1_goes_on_at_a_lower_rate_and_is_looked_at(preset: str) -> None:
+    config = load_preset(preset)
+    assert module_config("vision", config.optim).lr_mult < 1 == module_config("text", config.optim).lr_mult
+    assert config.eval.every_steps > 0 and is_split(config.data)
+    stream = ["--data.order", "sequential", "--data.shards", "x"]
+    assert read_run(preset, stream).eval.every_steps == 0  # nothing to split by
+    assert read_run(preset, [*stream, "--data.eval-shards", "y"]).eval.every_steps == config.eval.every_steps
 
 
 def heads_of(rank: int, world: int) -> dict[str, bool]:

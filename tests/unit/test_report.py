@@ -17,6 +17,7 @@ from cogvit.batch import DataPosition
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
 from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
+from cogvit.report.figures import evaluation_table
 from cogvit.report.page import write_report
 from cogvit.training.chrono import Chrono
 from cogvit.training.manifest import FORMAT
@@ -92,6 +93,20 @@ def test_page_has_evaluation_with_chance_pictures_settings_and_versions(page: st
     assert "schedule.steps" in settings and "optim.lr" not in settings
     assert "Complete configuration" in page and "megatron-core" in page
     assert "Stage 1: distillation" in page and "Stage 2: image-text alignment" in page
+
+
+def test_every_baseline_stands_in_a_column_of_its_figure() -> None:
+    figure = {"value": 0.06, "chance": 0.004}
+    table = evaluation_table(
+        {
+            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
+            "distill_dinov3": {"explained_all": figure, "explained_all_place": {"value": 0.128, "chance": 0.0}},
+        }
+    )
+    rows = {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in table.split("<tr>")[2:]}
+    assert list(rows) == ["r5", "r5_usual", "explained_all"]
+    assert "2.2&#8239;%" in rows["r5"] and "12.8&#8239;%" in rows["explained_all"]
+    assert re.findall(r"sorts\">(\w+)</th>", table) == ["value", "chance", "color", "place"]
 
 
 def test_key_figures_come_from_the_metrics(page: str) -> None:

@@ -210,7 +210,7 @@ def causal_lm_parts(cfg: LanguageConfig, prefix: str = "model.") -> Parts:
     places = {f"blocks.{layer}.": f"{prefix}layers.{layer}." for layer in range(cfg.depth)}
     for head in range(cfg.mmtp.num_layers):
         ours, theirs = f"mtp.layers.{head}.", f"{prefix}layers.{cfg.depth + head}."
-        places[f"{ours}block."] = theirs
+        places[f"{ours}blocks.0."] = theirs
         named = {"enorm": "enorm", "hnorm": "hnorm", "norm": "shared_head.norm"}
         parts |= {f"{ours}{a}.weight": {f"{theirs}{b}.weight": (dim,)} for a, b in named.items()}
         parts[f"{ours}eh_proj.weight"] = {f"{theirs}eh_proj.weight": (dim, 2 * dim)}

@@ -1,0 +1,1 @@
+"""Stage 4: joint reinforcement learning over many tasks. Tasks, what judges their answers, and the policy's loss."""
