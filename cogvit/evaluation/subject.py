@@ -32,9 +32,9 @@ class Subject:
     heldout: Index
     samples: tuple[Samples, ...]  # of the held-out shards, one for each source
     ranks: Ranks = ALONE  # who shares the encoding
+    trained_on: tuple[str, ...] = ()  # sources that are left out, since all of their images are training images
     joint: VisionLanguageModel | None = None  # of stage 3
     talks: Index | None = None  # held-out samples for it, of which some may be without an image
-    trained_on: tuple[str, ...] = ()  # sources that are left out, since all of their images are training images
 
     @property
     def labeled(self) -> list[Samples]:
@@ -88,8 +88,8 @@ def load_subject(
         heldout,
         tuple(read_samples(heldout, source, rows_of(heldout, source), field) for source in heldout.sources),
         ranks,
-        joint,
-        talks,
+        joint=joint,
+        talks=talks,
     )
 
 

@@ -132,7 +132,7 @@ def test_contents_list_every_shard(built: Path):
     listed = json.loads((built / "corpus.json").read_text())
     assert set(listed["shards"]) == {str(path.relative_to(built)) for path in built.rglob("*.tar")}
     assert listed["shards"]["heldout/digits-00000.tar"] == NUM_KEPT
-    assert listed["sources"].keys() == {"pictograms", "digits", "photos"}
+    assert listed["sources"].keys() == {"pictograms", "digits", "photos", "questions"}
 
 
 def test_replaces_its_own_corpus_with_its_indexes(tmp_path: Path):

@@ -138,10 +138,10 @@ def test_a_longer_sample_loses_its_end_and_images_there_are_counted(tmp_path: Pa
     write_tar(tmp_path / "a.tar", [part for n in range(4) for part in talk(f"k{n}", turns, images=2)])
     index = indexed(tmp_path)
     config = stage3("", language, canonical_shares=1, global_batch_images=4, lookahead_steps=1, max_patches=16)
-    config = replace(config, language=replace(config.language, max_tokens=31))
+    config = replace(config, language=replace(config.language, max_tokens=28))
     (step,) = take(index, config, 1)
     assert (step.cut_captions, step.dropped, step.decoded) == (4, 4, 4)
-    assert all(len(value[0]) <= 31 and len(value[4]) == 1 for value in contents(step.micro).values())
+    assert all(len(value[0]) <= 28 and len(value[4]) == 1 for value in contents(step.micro).values())
 
 
 def test_an_image_that_does_not_decode_silences_its_sample_alone(tmp_path: Path, language: Path) -> None:
