@@ -164,7 +164,7 @@ def test_a_cluster_without_gpus_and_a_torch_without_them_are_users_mistakes(clus
     wanted = TeachersConfig(members=members, actor_gpus=0.5)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"sees no GPU; pass --teachers\.actor-gpus 0"):
-            TeacherActor(members[0], wanted, teachers.draw)
+            TeacherActor(members[0], wanted, teachers.draw, frozenset())
         with pytest.raises(ConfigError, match=r"1 teacher actors of 1 CPUs and 0\.5 GPUs do not fit"):
             TeacherPool(wanted, teachers.draw)
     else:
