@@ -300,7 +300,8 @@ def test_a_store_in_fewer_bytes(
     stored, computed = ask(store, request((0, 1, 2), 1.0)), local.result(request((0, 1, 2), 1.0))
     for name in MAKERS:
         if close is not None:
-            torch.testing.assert_close(stored[name], computed[name], atol=1e-6, rtol=close)
+            torch.testing.assert_close(stored[name].float(), computed[name], atol=1e-6, rtol=close)
+        assert stored[name].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)  # as it travels
         assert (1 - torch.cosine_similarity(stored[name].double(), computed[name].double())).max() < 5e-4
     scales = 3 * 2 * 4 * 32 if dtype == "uint8" else 0
     size = first_file(tmp_path / "store").stat().st_size
