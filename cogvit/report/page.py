@@ -23,7 +23,7 @@ from cogvit.report.chart import Series, line_chart, number
 from cogvit.report.figures import evaluation_table
 from cogvit.report.font import font_face
 from cogvit.report.style import HEAD
-from cogvit.stages import stage_of
+from cogvit.stages import settings_of, stage_of
 from cogvit.training.checkpoint import folder_of, list_checkpoints, read_state
 from cogvit.training.chrono import Chrono
 from cogvit.training.meter import duration, read_metrics
@@ -142,7 +142,7 @@ def _run(run: Run) -> str:
         line_chart("Images per second", [run.series("images_per_s")]),
         line_chart("Tokens per second", [run.series("tokens_per_s")]),
     ]
-    settings = json.dumps(to_json(run.config), indent=2, ensure_ascii=False)
+    settings = json.dumps(settings_of(run.config), indent=2, ensure_ascii=False)
     return (
         f'<div class="cards">{"".join(_cards(run))}</div><div class="charts">{"".join(charts)}</div>'
         f"{_goodput(run.chrono)}"

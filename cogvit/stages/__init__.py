@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cogvit.config import RunConfig
+from cogvit.config import RunConfig, to_json
 from cogvit.config.arguments import take_flag
 from cogvit.config.flags import flags_given, load_preset, parse
 from cogvit.config.presets import check_teachers, resized, with_own_data
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cogvit.parallel.mesh import Mesh
     from cogvit.training.objective import Objective
 
-__all__ = ["Stage", "build", "check_recipe", "check_run", "read_run", "recipe_differences", "stage_of"]
+__all__ = ["Stage", "build", "check_recipe", "check_run", "read_run", "recipe_differences", "settings_of", "stage_of"]
 
 _ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage(), LanguageStage())
 
@@ -99,6 +99,23 @@ def recipe_differences(old: RunConfig, new: RunConfig) -> list[Difference]:
 def build(config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
     """Return what this rank trains; see `Stage.build`."""
     return stage_of(config).build(config, mesh, target_dims)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as JSON values, without the fields that its stage has no use for."""
+    own = stage_of(config).fields
+    foreign = [path for stage in _ALL for path in stage.fields if not _belongs(path, own)]
+
+    def kept(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            path = f"{prefix}{name}"
+            if _belongs(path, foreign) or (f"{path}." in foreign and f"{path}." not in own):
+                continue
+            found[name] = kept(value, f"{path}.") if isinstance(value, dict) else value
+        return found
+
+    return kept(to_json(config), "")
 
 
 def _belongs(path: str, fields: Sequence[str]) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from cogvit.parallel.mesh import Mesh
 from cogvit.training.storage import PartReader, Stretch
+
+if TYPE_CHECKING:  # weights are read without a trainer's libraries
+    from cogvit.parallel.mesh import Mesh
 
 _MESSAGE_BYTES = 1 << 26
 

@@ -29,8 +29,8 @@ def refuse(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str) 
 
 
 def test_missing_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    refuse(capsys, ["demo_stage3"], "demo_stage3", "demo_stage1")
-    refuse(capsys, ["demo_stage3", "--help"], "demo_stage3", "demo_stage1")
+    refuse(capsys, ["demo_stage9"], "demo_stage9", "demo_stage1")
+    refuse(capsys, ["demo_stage9", "--help"], "demo_stage9", "demo_stage1")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
