@@ -119,7 +119,7 @@ def test_batches_are_those_of_this_process_to_the_bit(
 
 
 def test_a_batch_is_taken_without_a_copy(server: BatchServer, index: Index, config: RunConfig) -> None:
-    pending = server.submit(BatchRequest(config, True, seat_of(config, 0, 1), 0))
+    pending = server.submit(BatchRequest(config, "captions", seat_of(config, 0, 1), 0))
     once, again = (server.result(pending).micro[0].images.patches for _ in range(2))
     assert once.nbytes > 100_000  # smaller ones travel in the reply
     assert once.data_ptr() == again.data_ptr()
@@ -190,7 +190,7 @@ def view_of(kind: type, generation: int, max_wait_s: float = 120.0) -> BatchServ
 def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig) -> None:
     doomed = view_of(Mortal, generation=100)
     with pytest.raises(DataError, match=r"died or was silent.* 4 times, at step 3;.*--data\.loading in_process"):
-        doomed.result(doomed.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
+        doomed.result(doomed.submit(BatchRequest(config, "captions", seat_of(config, 0, 1), 3)))
 
 
 def starve(rank: int, world: int, config: RunConfig) -> tuple[str, int]:
@@ -199,7 +199,7 @@ def starve(rank: int, world: int, config: RunConfig) -> tuple[str, int]:
     with connect(plan_cluster(""), num_cpus=0):
         server = BatchServer(num_threads=1, max_wait_s=60.0)
         try:
-            server.result(server.submit(BatchRequest(config, True, seat_of(config, 0, 1), 3)))
+            server.result(server.submit(BatchRequest(config, "captions", seat_of(config, 0, 1), 3)))
         except DataError as error:
             return str(error), server._generation + 1
     raise AssertionError("an actor lived")
@@ -224,7 +224,7 @@ def test_an_actor_that_hangs_before_its_first_batch_is_replaced(cluster: Cluster
     import ray
     from ray.exceptions import ActorDiedError
 
-    request = BatchRequest(config, True, seat_of(config, 0, 1), 3)
+    request = BatchRequest(config, "captions", seat_of(config, 0, 1), 3)
     successor = view_of(BatchActor, generation=201)
     expected = successor.result(successor.submit(request))  # it has started and read its index
     hanging = view_of(Deaf, generation=200, max_wait_s=5.0)

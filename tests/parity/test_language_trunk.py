@@ -206,7 +206,9 @@ def test_the_trunk_trains_the_plain_model(
     pool: Pool, layout: Layout, cases: list[tuple[str, tuple[JointPart, ...]]]
 ) -> None:
     world = layout.tp * layout.pp * layout.dp
-    for (family, frozen), found in zip(cases, pool.run(both_ways, world, (layout, cases))[0], strict=True):
+    for (family, frozen), found in zip(
+        cases, pool.run(both_ways, world, (layout, cases), timeout_s=220.0)[0], strict=True
+    ):
         assert found.loss == pytest.approx(found.expected_loss, rel=1e-6), (family, frozen)
         assert found.evaluated == pytest.approx(found.expected_loss, rel=1e-6), (family, frozen)
         assert found.logits_error < 1e-5 and found.blind_logits_equal, (family, frozen)

@@ -143,7 +143,7 @@ ROWS = {
 @pytest.mark.parametrize("row", list(ROWS.values()), ids=list(ROWS))
 def test_every_depth_trains_as_in_the_plain_model(pool: Pool, row: Row) -> None:
     for (_, mmtp), (terms, losses, gradients, expected) in zip(
-        row.heads, pool.run(both_ways, row.world, (row,))[0], strict=True
+        row.heads, pool.run(both_ways, row.world, (row,), timeout_s=220.0)[0], strict=True
     ):
         names = ["loss", *(f"loss_mtp_{depth}" for depth in range(1, mmtp.depths + 1))]
         assert [terms[name] for name in names] == pytest.approx(losses, rel=1e-6), mmtp

@@ -50,7 +50,7 @@ def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.C
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens many must be a number"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature=-1.0 must be 0"),
-        (["--prompt", "a", "--image", "none.png"], "the image none.png does not exist"),
+        (["--prompt", "a", "--image", "none.png"], "the image (none.png) cannot be read: No such file"),
         (["--prompt", "a", "--max-new-tokens", "5000"], "exceed the model's max_tokens=512"),
         (["--prompt", "<|image|>"], "1 <|image|> for 0 images"),
     ],
