@@ -144,6 +144,11 @@ class TokensAhead:
     counts: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...] = ()
 
+    def where(self, weight_S: Tensor) -> TokensAhead:
+        """Return it without labels that a pack's weights [S] leave out; waits for the device."""
+        weight_MS = self.weight * (weight_S > 0)[self.source.long()]
+        return replace(self, weight=weight_MS, counts=tuple((weight_MS > 0).sum(1).tolist()))
+
 
 @dataclass(frozen=True, slots=True)
 class ShardVersion:

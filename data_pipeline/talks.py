@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from cogvit.model.dialog import Dialog, DialogReader
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import read_shape
 from cogvit.model.packing import Grid
-from cogvit.model.sequence import Part, part_positions
+from cogvit.model.sequence import Part, part_positions, tokens_ahead
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.index import Index
 from data_pipeline.measure import choice_of, pictures
@@ -128,6 +128,8 @@ class Talks:
         first_row[order] = np.cumsum(tokens) - tokens
         rows_of = [first_row[found.owner == one][: laid[one].images].tolist() for one in range(len(rows))]
         sequence = self._sequence(laid, rows_of, key, broken)
+        if self.config.mmtp.depths:
+            sequence = replace(sequence, ahead=tokens_ahead(sequence, self.config.mmtp, tokens.tolist()))
         absent: tuple[SampleRef | None, ...] = (None,) * (pack_limits(self.config).images - len(refs))
         micro = Batch(images=decoded.images, text=None, targets=None, samples=(*refs, *absent), sequence=sequence)
         cut, dropped = sum(one.cut for one in laid), len(found.owner) - len(order)

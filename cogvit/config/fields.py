@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,7 @@ class RunConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
+    mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvit.errors import ConfigError
+from cogvit.model.config import MmtpConfig
 
 Family = Literal["llama", "glm4", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
@@ -27,49 +28,6 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_tokens: int
-
-
-SeenAtImages = Literal["embeddings", "masked", "token", "token_path", "tokens"]
-SEEN_AT_IMAGES: tuple[SeenAtImages, ...] = ("embeddings", "masked", "token", "token_path", "tokens")
-
-
-@dataclass(frozen=True)
-class MmtpConfig:
-    """Heads behind the last block, which predict the tokens after the next one.
-
-    Attributes:
-        depths: M, how many tokens after the next one are predicted; 0 has no heads.
-        share: one layer serves all depths.
-        images: what the heads see where an image stands: its `embeddings`, nothing (`masked`: its tokens are left out
-            of their sequence), the image `token`'s embedding, that without the predictions whose path crosses an image
-            (`token_path`), or a learned set of `tokens`, chosen by the place inside the image.
-        tokens: K, size of that set.
-        weight: of the mean of the depths' losses beside the loss of the next token.
-        trunk_gradient: the heads' loss reaches the blocks before them.
-
-    Errors: ValueError when a number is out of range or `images` is unknown.
-    Source: GLM-5V-Turbo's report, section 2.2 (its options 1, 2 and 3); the weight is DeepSeek-V3's.
-    """
-
-    depths: int = 0
-    share: bool = True
-    images: SeenAtImages = "token"
-    tokens: int = 4
-    weight: float = 0.3
-    trunk_gradient: bool = True
-
-    def __post_init__(self) -> None:
-        if self.depths < 0 or self.tokens < 1:
-            raise ValueError(f"mmtp.depths={self.depths} must be at least 0 and mmtp.tokens={self.tokens} at least 1")
-        if self.images not in SEEN_AT_IMAGES:
-            raise ValueError(f"mmtp.images={self.images!r} must be one of {', '.join(SEEN_AT_IMAGES)}")
-        if not 0.0 <= self.weight < math.inf:
-            raise ValueError(f"mmtp.weight={self.weight} must be 0 or above")
-
-    @property
-    def num_layers(self) -> int:
-        """Layers with weights of their own."""
-        return min(self.depths, 1) if self.share else self.depths
 
 
 @dataclass(frozen=True)
@@ -180,7 +138,7 @@ class LanguageConfig:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
-    mmtp: MmtpConfig = MmtpConfig()
+    mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     expert: ExpertConfig = ExpertConfig()
     cross: CrossConfig = CrossConfig()
     rope_frequencies: tuple[float, ...] | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cogvit.batch import PackedSequence, TokensAhead
-from cogvit.model.language_config import MmtpConfig
+from cogvit.model.config import MmtpConfig
 from cogvit.model.packing import Grid
 
 Part = int | Grid  # so many tokens of text, or the rows and columns of an image's tokens

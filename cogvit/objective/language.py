@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from cogvit.batch import Batch, PackedImages, PackedSequence
 from cogvit.model.adapter import fitted_adapter
-from cogvit.model.config import AdapterConfig
-from cogvit.model.language_config import MmtpConfig
+from cogvit.model.config import AdapterConfig, MmtpConfig
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import grids_of
 from cogvit.objective.distill import reduce_terms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class LanguageStage:
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "memory.language.", "optim.adapter.", "optim.language.",
+        "language.", "adapter.", "mmtp.", "memory.language.", "optim.adapter.", "optim.language.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
     execution: tuple[str, ...] = ()
@@ -71,6 +71,15 @@ class LanguageStage:
         require(
             bool(trained),
             "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
+        )
+        require(
+            config.mmtp.depths < own.max_tokens,
+            f"--mmtp.depths {config.mmtp.depths} must be below --language.max-tokens {own.max_tokens}",
+        )
+        require(
+            not config.mmtp.depths or "language" in trained,
+            f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
+            " optim.language.lr_mult is 0",
         )
         shape, parallel = language_shape(config), config.parallel
         require(
@@ -159,7 +168,10 @@ class LanguageStage:
 
 
 def language_shape(config: RunConfig) -> LanguageConfig:
-    """Return the shape of a run's language model. Errors: ConfigError when it is not there or not of a known family."""
+    """Return the shape of a run's language model, with its heads for more tokens.
+
+    Errors: ConfigError when it is not there or not of a known family.
+    """
     path = config.language.path
     require(bool(path), "--language.path DIR is needed: a causal language model of transformers with its tokenizer")
     require(
@@ -167,6 +179,6 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
     )
     try:
-        return read_shape(Path(path))
+        return replace(read_shape(Path(path)), mmtp=config.mmtp)
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,7 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
     directory = Path(config.language.path)
-    shape, tokenizer = read_shape(directory), load_tokenizer(directory)
+    shape, tokenizer = replace(read_shape(directory), mmtp=config.mmtp), load_tokenizer(directory)
     if tokenizer is None:
         raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
     vision = CogViT(config.vision)
@@ -86,7 +87,7 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
     load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)))
     with torch.device("meta"):
-        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens, which the run did not have
+        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
     spoken = _weights(config, checkpoint, "language", {})
     language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
     model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)

@@ -198,7 +198,12 @@ def _sequences_together(sequences: Sequence[PackedSequence | None], mesh: Mesh) 
     dist.all_reduce(weight_kS, dist.ReduceOp.MIN, group=mesh.model_group)
     counts = (weight_kS > 0).sum(dim=1).tolist()  # one wait for the device instead of one a pass
     return [
-        replace(sequence, weight=weight_S, host=sequence.host and replace(sequence.host, labels=count))
+        replace(
+            sequence,
+            weight=weight_S,
+            host=sequence.host and replace(sequence.host, labels=count),
+            ahead=sequence.ahead and sequence.ahead.where(weight_S),
+        )
         for sequence, weight_S, count in zip(found, weight_kS, counts, strict=True)
     ]
 

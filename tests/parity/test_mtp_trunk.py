@@ -15,8 +15,9 @@ from cogvit import AdapterConfig, CausalLM, CogViT, CogViTConfig, LanguageConfig
 from cogvit.batch import Batch
 from cogvit.config import ActivationConfig, OptimConfig, ParallelConfig, RunConfig
 from cogvit.model.adapter import fitted_adapter
+from cogvit.model.config import SEEN_AT_IMAGES
 from cogvit.model.image_input import ImageLimits
-from cogvit.model.language_config import SEEN_AT_IMAGES, mrope_section
+from cogvit.model.language_config import mrope_section
 from cogvit.model.sequence import tokens_ahead
 from cogvit.objective.language import JointModel, Language
 from cogvit.parallel.convert import fill

@@ -17,11 +17,12 @@ from cogvit import CausalLM, VisionLanguageModel
 from cogvit.batch import PackedSequence
 from cogvit.errors import CheckpointError
 from cogvit.model.attention import segments_of
+from cogvit.model.config import SEEN_AT_IMAGES, MmtpConfig, SeenAtImages
 from cogvit.model.decoder import CausalLayout, rotary_1d
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.generation import Sampling, next_tokens
 from cogvit.model.language import place_visual
-from cogvit.model.language_config import SEEN_AT_IMAGES, Family, LanguageConfig, MmtpConfig, SeenAtImages
+from cogvit.model.language_config import Family, LanguageConfig
 from cogvit.model.sequence import tokens_ahead
 from tests.language import conversation, picture, tiny_vlm
 from tests.plain_vit import scramble

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
-from cogvit.model.language_config import FAMILIES, LanguageConfig, MmtpConfig, RopeScaling, mrope_section
+from cogvit.model.config import MmtpConfig
+from cogvit.model.language_config import FAMILIES, LanguageConfig, RopeScaling, mrope_section
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 from cogvit.model.layouts.parts import Parts, Shapes, split, stack
 
