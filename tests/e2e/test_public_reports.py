@@ -50,7 +50,8 @@ def test_members_apart_in_folders_and_with_long_names(tmp_path: Path, tar_format
 
 def test_names_with_a_second_dot_are_told(tmp_path: Path) -> None:
     """open_clip#480: a writer's own members, whose training stood still without a word."""
-    write_tar(tmp_path / "s.tar", [("a.input.jpg", b"x"), ("a.outputs.txt", b"x"), ("b.png", picture(16, 16, seed=0))])
+    image = picture(16, 16, seed=0)
+    write_tar(tmp_path / "s.tar", [("a.input.jpg", image), ("a.outputs.txt", b"x"), ("b.png", image)])
     (report,) = build_index(str(tmp_path))
     assert "an image with a second dot in its name (keys end at the first one)" in report.problems
 
