@@ -95,7 +95,7 @@ def cut_to_size(command: str, world: Path) -> list[str]:
     return words
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_every_command_of_every_guide_runs(world: Path) -> None:
     wanted = [line for line in commands() if line not in ELSEWHERE and not line.startswith("sbatch")]
     assert len(wanted) >= 12
