@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cogvit.stages import check_run, read_run
-from cogvit.stages.cost import forward_flops
+from cogvit.stages.cost import attention_flops, product_flops
 from tools.gpu_check.__main__ import SECTIONS
 from tools.gpu_check.runs import trainer_words
 from tools.gpu_check.work import Setting
@@ -80,7 +80,7 @@ def test_the_commands_of_a_gpu_are_a_run(tmp_path: Path, stage: int) -> None:
     config = read_run(preset, flags)
     check_run(config, 1)
     assert (config.vision.embed_dim, config.vision.depth) == (1024, 24) and config.device == "cuda"
-    assert forward_flops(setting.vision, 16_384, 512) > 10e12
+    assert (product_flops(setting.vision, 16_384) + attention_flops(setting.vision, 16_384, 512)) > 10e12
 
 
 @pytest.mark.parametrize(

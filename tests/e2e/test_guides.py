@@ -103,7 +103,7 @@ def test_every_command_of_every_guide_runs(world: Path) -> None:
         if command.startswith(("mkdir", "tar")):
             subprocess.run(["bash", "-c", command], cwd=world, check=True)
         else:
-            run(world, cut_to_size(command, world))
+            run(world, cut_to_size(command, world), timeout_s=600.0)
     for block in blocks():  # behind the commands, which have made what these read
         if block.language == "python" and re.search(r"from_pretrained\(\"(exported|two_towers)\"", block.text):
             run(world, [sys.executable, "-c", block.text])
