@@ -30,7 +30,7 @@ def test_training_shows_its_own_lines_alone(world: Path, processes: int) -> None
     status, shown = on_terminal(command, world, environment() | {"PYTHONPATH": str(ROOT)})
     assert status == 0, shown
     assert noise_of(shown) == []
-    assert shown.startswith("data: 48 images in 1 shards") and "4/4" in shown
+    assert shown.startswith("device: ") and "data: 48 images in 1 shards" in shown and "4/4" in shown
 
 
 def test_noise_is_known_as_such() -> None:
