@@ -144,10 +144,9 @@ class TokensAhead:
     counts: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...] = ()
 
-    def where(self, weight_S: Tensor) -> TokensAhead:
-        """Return it without labels that a pack's weights [S] leave out; waits for the device."""
-        weight_MS = self.weight * (weight_S > 0)[self.source.long()]
-        return replace(self, weight=weight_MS, counts=tuple((weight_MS > 0).sum(1).tolist()))
+    def weights_where(self, weight_S: Tensor) -> Tensor:
+        """Return the weights [M, S] without those of labels that a pack's weights [S] leave out."""
+        return self.weight * (weight_S > 0)[self.source.long()]
 
 
 @dataclass(frozen=True, slots=True)

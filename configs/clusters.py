@@ -17,9 +17,9 @@ class Cluster:
     )
 
 
-# Sources: data sheets of NVIDIA (A100 80 GB SXM, H100 SXM, H200 SXM, HGX B200), and its architecture papers of Ada and
-# Blackwell for the RTX 4090 and 5090 (dense bf16 with fp32 sums; no NVLink: PCIe 4.0 and 5.0 x16, in nodes that share
-# one port). Data centers have one port of 200 or 400 Gbit/s an accelerator.
+# Sources: data sheets of NVIDIA (A100 80 GB SXM, H100 SXM, H200 SXM); of HGX B200, RTX 4090 and 5090 (dense bf16 with
+# fp32 sums; no NVLink: PCIe 4.0 and 5.0 x16, in nodes that share one port) what others quote from them. Data centers
+# have one port of 200 or 400 Gbit/s an accelerator.
 CLUSTERS = {
     "a100": Cluster(312e12, 80e9, 2.04e12, 300e9, 25e9, attained=0.7),
     "h100": Cluster(989e12, 80e9, 3.35e12, 450e9, 50e9, attained=0.6),

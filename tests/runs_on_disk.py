@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from cogvit.batch import DataPosition
-from cogvit.config import DataConfig, RunConfig, to_json
+from cogvit.config import DataConfig, RunConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.text import TextTower
 from cogvit.model.vit import CogViT
@@ -25,6 +25,8 @@ from cogvit.training.chrono import Chrono
 from cogvit.training.state import TrainState, state_to_json
 from data_pipeline.index import build_index
 from tests.data.corpus import members, picture, write_tar
+from tests.e2e.corpus import write_shards as write_numbers
+from tests.teachers import write_teachers
 
 COLORS = ("red", "green", "blue")
 NUM_HELDOUT = 9  # of each source
@@ -111,4 +113,17 @@ def distill_run(directory: Path, config: RunConfig, teacher_dims: Mapping[str, i
         nn.init.zeros_(head.bias)
     return write_run(
         directory, replace(config, objective="distill", vision=VISION), {"vision": CogViT(VISION), **heads}
+    )
+
+
+def store_run(path: Path) -> RunConfig:
+    """Write two shards and two teachers, and return the run of a feature store over them."""
+    write_numbers(path / "shards", "a", 70)
+    write_numbers(path / "shards", "b", 5)
+    members = tuple(TeacherConfig(name, directory) for name, directory in write_teachers(path).items())
+    return RunConfig(
+        vision=CogViTConfig(image_size=32, patch_size=8, embed_dim=32, num_heads=2),
+        data=DataConfig(shards=str(path / "shards"), max_patches=16, duplicates="keep"),
+        teachers=TeachersConfig(members=members),
+        out=str(path / "store"),
     )

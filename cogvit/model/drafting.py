@@ -65,47 +65,55 @@ class Drafter:
 
     def __init__(self, heads: MtpHeads, prompt: Prompt, width: int) -> None:
         cfg, self.heads = heads.cfg, heads
-        self.seen_SD = heads.seen(prompt.embedded_SD, prompt.x_SD, prompt.slot_S)
-        self.position_3S = prompt.position_3S
-        self.read_S = prompt.slot_S < 0 if cfg.mmtp.images == "masked" else torch.ones_like(prompt.slot_S).bool()
-        self.hidden_SD, self._deep_SD = self.seen_SD[:0], self.seen_SD[:0]
+        seen_SD, length = heads.seen(prompt.embedded_SD, prompt.x_SD, prompt.slot_S), len(prompt.x_SD)
+        places = width + cfg.mmtp.depths  # guesses may go beyond the longest answer
+        self._seen_SD = torch.cat([seen_SD, seen_SD.new_zeros(places - length, seen_SD.shape[1])])
+        after_S = prompt.position_3S.max() + 1 + torch.arange(places - length, device=seen_SD.device)
+        self._position_3S = torch.cat([prompt.position_3S, after_S.expand(3, -1)], dim=1)
+        self._hidden_SD, self._deep_SD = torch.zeros_like(self._seen_SD), seen_SD[:0]
+        self._unread_S = prompt.slot_S >= 0 if cfg.mmtp.images == "masked" else None  # of the prompt
         self._start = 0  # the first place to compute: none before it has read a guess
-        self._said = len(self.seen_SD)
+        self.heard, self._said, self._known = 0, length, length  # places; what is guessed is known too
         one_block = replace(cfg, depth=1)
         self._caches = [KeyValueCache(one_block, (0,), width, prompt.x_SD) for _ in range(cfg.mmtp.depths)]
 
+    def positions(self, count: int) -> Tensor:
+        """Return the rotary positions [3, count] of the places after those that were heard."""
+        return self._position_3S[:, self.heard : self.heard + count]
+
     def hear(self, hidden_SD: Tensor) -> None:
         """Add what the output matrix reads at places that are certain."""
-        self.hidden_SD = torch.cat([self.hidden_SD, hidden_SD])
+        self._hidden_SD[self.heard : self.heard + len(hidden_SD)] = hidden_SD
+        self.heard += len(hidden_SD)
 
     def say(self, embedded_SD: Tensor) -> None:
         """Add tokens of the answer; what was guessed is forgotten."""
-        self.seen_SD, self.read_S = self.seen_SD[: self._said], self.read_S[: self._said]
-        self.position_3S = self.position_3S[:, : self._said]
+        self._known = self._said
         self.guess(embedded_SD)
-        self._said += len(embedded_SD)
+        self._said = self._known
 
     def guess(self, embedded_SD: Tensor) -> None:
         """Add tokens that the next depths read."""
-        following = self.position_3S.max() + 1 + torch.arange(len(embedded_SD), device=embedded_SD.device)
-        self.seen_SD = torch.cat([self.seen_SD, embedded_SD])
-        self.position_3S = torch.cat([self.position_3S, following.expand(3, -1)], dim=1)
-        self.read_S = torch.cat([self.read_S, torch.ones_like(following).bool()])
+        self._seen_SD[self._known : self._known + len(embedded_SD)] = embedded_SD
+        self._known += len(embedded_SD)
 
     def deepen(self, depth: int) -> Tensor:
         """Return what the output matrix reads for one more token, [1, D]; depth counts from 0."""
         if depth == 0:
-            self._deep_SD = self.hidden_SD[self._start :]
-        places_S = torch.arange(self._start, len(self.hidden_SD), device=self.hidden_SD.device)
-        source_S, cache = places_S + depth + 1, self._caches[depth]
-        cache.truncate(int(self.read_S[depth + 1 : self._start + depth + 1].sum()))
-        read_S = self.read_S[source_S].nonzero().squeeze(1)
+            self._deep_SD = self._hidden_SD[self._start : self.heard]
+        source_S = torch.arange(self._start, self.heard, device=self._seen_SD.device) + depth + 1
+        cache, unread, read_S = self._caches[depth], 0, torch.arange(len(source_S), device=source_S.device)
+        if self._unread_S is not None:
+            unread = int(self._unread_S[depth + 1 : self._start + depth + 1].sum())
+            new_S = self._unread_S[self._start + depth + 1 : self.heard + depth + 1]
+            read_S = torch.cat([(~new_S).nonzero().squeeze(1), read_S[len(new_S) :]])
+        cache.truncate(self._start - unread)
         cache.append(len(read_S))
         if len(read_S):
-            layout = CausalLayout(None, *rotary_1d(self.position_3S[:, source_S[read_S]], self.heads.cfg))
-            layer = self.heads.layer(depth)
-            deep_SD = layer(self.seen_SD[source_S[read_S]], self._deep_SD[read_S], layout, cache)
+            source_S = source_S[read_S]
+            layout = CausalLayout(None, *rotary_1d(self._position_3S[:, source_S], self.heads.cfg))
+            deep_SD = self.heads.layer(depth)(self._seen_SD[source_S], self._deep_SD[read_S], layout, cache)
             self._deep_SD = self._deep_SD.index_copy(0, read_S, deep_SD)
         if depth == len(self._caches) - 1:
-            self._start = max(len(self.hidden_SD) - depth, 0)
+            self._start = max(self.heard - depth, 0)
         return self._deep_SD[-1:]

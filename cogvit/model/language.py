@@ -293,13 +293,11 @@ class CausalLM(nn.Module):
                     break
             drafter.hear(hidden_SD[: place + 1])
             drafter.say(self.embed(torch.cat([*drafts[:place], chosen])))
-            length = len(drafter.hidden_SD)
-            cache.truncate(length)
+            cache.truncate(drafter.heard)
             drafts = self._drafts(drafter, sampling, step, prompt.row)
             cache.append(1 + len(drafts))
-            following = drafter.position_3S[:, length : length + 1 + len(drafts)]
             said_SD = self.embed(torch.cat([chosen, *drafts]))
-            hidden_SD = self.hidden(said_SD, following, None, cache, None, prompt.cross)
+            hidden_SD = self.hidden(said_SD, drafter.positions(len(said_SD)), None, cache, None, prompt.cross)
             drafted.passes += 1
 
     def _drafts(self, drafter: Drafter, sampling: Sampling, step: int, row: int) -> list[Tensor]:

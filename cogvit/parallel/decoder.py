@@ -19,20 +19,16 @@ from cogvit.model.language_config import LanguageConfig
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Pieces, compute_dtype
 from cogvit.parallel.trunk import (
-    ColumnLinear,
     LayersShape,
     PackedMLP,
     PackedSelfAttention,
-    RowLinear,
     TensorSyncedNorm,
     build_layers,
+    layer_parts,
 )
 
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # isort: skip
-from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -126,30 +122,8 @@ def build_decoder(
     cfg: LanguageConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of a language model's layers, without the final norm."""
-    norm = ModuleSpec(TensorSyncedNorm, params={"kind": "rmsnorm", "sync": config.sequence_parallel})
-    # Each tensor rank normalizes its own heads with the shared weight.
-    head_norm = ModuleSpec(TensorSyncedNorm, params={"kind": "rmsnorm", "sync": mesh.tp_size > 1})
-    qk_norm = head_norm if cfg.qk_norm else None
-    layer = ModuleSpec(
-        DecoderLayer,
-        params={"sandwich_norm": cfg.sandwich_norm},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                CausalSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnLinear,
-                    core_attention=IdentityOp,
-                    linear_proj=RowLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
-        ),
-    )
+    parts = layer_parts(config, mesh, CausalSelfAttention, AttnMaskType.causal, "rmsnorm", cfg.qk_norm)
+    layer = ModuleSpec(DecoderLayer, params={"sandwich_norm": cfg.sandwich_norm}, submodules=parts)
     block = build_layers(layer, config, mesh, memory, pieces)
     # Megatron's layers have all biases or none; families choose.
     for module in block.modules():

@@ -320,31 +320,39 @@ def build_trunk(
     tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
-    norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": config.sequence_parallel})
-    # Each tensor rank normalizes its own heads with the shared weight: QK-norm is synced under any tensor parallelism.
-    head_norm = ModuleSpec(TensorSyncedNorm, params={"kind": tower.norm, "sync": mesh.tp_size > 1})
-    qk_norm = head_norm if tower.use_qk_norm else None
-    layer = ModuleSpec(
-        CogViTLayer,
-        params={"tower": tower},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                PackedSelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnLinear,
-                    core_attention=IdentityOp,
-                    linear_proj=RowLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
-        ),
-    )
+    parts = layer_parts(config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm)
+    layer = ModuleSpec(CogViTLayer, params={"tower": tower}, submodules=parts)
     return build_layers(layer, config, mesh, memory, pieces)
+
+
+def layer_parts(
+    config: TransformerConfig,
+    mesh: Mesh,
+    attention: type[PackedSelfAttention],
+    mask: AttnMaskType,
+    norm_kind: Literal["layernorm", "rmsnorm"],
+    qk_norm: bool,
+) -> TransformerLayerSubmodules:
+    """Return what a layer of any of our stacks is made of, all but its residual branches."""
+    norm = ModuleSpec(TensorSyncedNorm, params={"kind": norm_kind, "sync": config.sequence_parallel})
+    # Each tensor rank normalizes its own heads with the shared weight: QK-norm is synced under any tensor parallelism.
+    head_norm = ModuleSpec(TensorSyncedNorm, params={"kind": norm_kind, "sync": mesh.tp_size > 1}) if qk_norm else None
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            attention,
+            params={"attn_mask_type": mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnLinear,
+                core_attention=IdentityOp,
+                linear_proj=RowLinear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
+            ),
+        ),
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
+    )
 
 
 def build_layers(

@@ -196,16 +196,20 @@ def _sequences_together(sequences: Sequence[PackedSequence | None], mesh: Mesh) 
         return sequences
     weight_kS = torch.stack([sequence.weight for sequence in found])
     dist.all_reduce(weight_kS, dist.ReduceOp.MIN, group=mesh.model_group)
-    counts = (weight_kS > 0).sum(dim=1).tolist()  # one wait for the device instead of one a pass
-    return [
-        replace(
-            sequence,
-            weight=weight_S,
-            host=sequence.host and replace(sequence.host, labels=count),
-            ahead=sequence.ahead and sequence.ahead.where(weight_S),
-        )
-        for sequence, weight_S, count in zip(found, weight_kS, counts, strict=True)
+    weights = [
+        [weight_S, *(() if sequence.ahead is None else sequence.ahead.weights_where(weight_S))]
+        for sequence, weight_S in zip(found, weight_kS, strict=True)
     ]
+    # One wait for the device instead of one a pass.
+    counts = torch.stack([torch.stack([(weight > 0).sum() for weight in own]) for own in weights]).tolist()
+    whole = []
+    for sequence, (weight_S, *ahead_S), (labels, *ahead_counts) in zip(found, weights, counts, strict=True):
+        ahead = sequence.ahead
+        if ahead is not None:
+            ahead = replace(ahead, weight=torch.stack(ahead_S), counts=tuple(ahead_counts))
+        host = None if sequence.host is None else replace(sequence.host, labels=labels)
+        whole.append(replace(sequence, weight=weight_S, host=host, ahead=ahead))
+    return whole
 
 
 def evaluate(

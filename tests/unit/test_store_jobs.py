@@ -12,15 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from cogvit.config import DataConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config import RunConfig
 from cogvit.errors import ConfigError
-from cogvit.model.config import CogViTConfig
 from cogvit.teacher.store import Maker, claimed, path_of, writing
 from cogvit.teacher.stream import LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from data_pipeline.loader import image_of
-from tests import teachers
-from tests.e2e.corpus import write_shards
+from tests.runs_on_disk import store_run
 from tools.precompute_features import check_room, main, plan_job, run_job
 
 MAKERS = {name: Maker("f" * 16, "fp32", 32) for name in ("one", "two")}
@@ -28,16 +26,7 @@ MAKERS = {name: Maker("f" * 16, "fp32", 32) for name in ("one", "two")}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    path = tmp_path_factory.mktemp("world")
-    write_shards(path / "shards", "a", 70)
-    write_shards(path / "shards", "b", 5)
-    members = tuple(TeacherConfig(name, directory) for name, directory in teachers.write_teachers(path).items())
-    return RunConfig(
-        vision=CogViTConfig(image_size=32, patch_size=8, embed_dim=32, num_heads=2),
-        data=DataConfig(shards=str(path / "shards"), max_patches=16, duplicates="keep"),
-        teachers=TeachersConfig(members=members),
-        out=str(path / "store"),
-    )
+    return store_run(tmp_path_factory.mktemp("world"))
 
 
 def test_parts_make_a_store_together_and_a_shard_of_another_job_is_left_out(config: RunConfig, tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvit.config import SUMMARY, DataConfig, EvalConfig, RunConfig, TeacherConfig, TeachersConfig
+from cogvit.config import SUMMARY, EvalConfig, RunConfig, TeachersConfig
 from cogvit.errors import ConfigError
-from cogvit.model.config import CogViTConfig
 from cogvit.parallel.mesh import start_mesh
 from cogvit.stages.distill_targets import _counted, makers_of, sample_requests, shared_targets
 from cogvit.teacher.standardize import ChannelStats, Method, Standardized, fit_stats, load_stats, save_stats, try_place
@@ -27,6 +26,7 @@ from tests import teachers
 from tests.disk import files_of_at_most
 from tests.e2e.corpus import write_shards
 from tests.pool import Pool
+from tests.runs_on_disk import store_run
 from tools.demo_corpus import pictograms
 from tools.fit_teacher_stats import fit
 from tools.fit_teacher_stats import main as fit_teacher_stats
@@ -99,16 +99,7 @@ def test_a_feature_of_the_demos_teachers_is_partly_told_by_the_rest_of_its_image
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    path = tmp_path_factory.mktemp("world")
-    write_shards(path / "shards", "a", 70)
-    write_shards(path / "shards", "b", 5)
-    members = tuple(TeacherConfig(name, directory) for name, directory in teachers.write_teachers(path).items())
-    return RunConfig(
-        vision=CogViTConfig(image_size=32, patch_size=8, embed_dim=32, num_heads=2),
-        data=DataConfig(shards=str(path / "shards"), max_patches=16, duplicates="keep"),
-        teachers=TeachersConfig(members=members),
-        out=str(path / "store"),
-    )
+    return store_run(tmp_path_factory.mktemp("world"))
 
 
 def test_a_store_is_filled_once_and_read_back(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,19 @@ def draw_sizes(count: int, rng: np.random.Generator) -> Iterator[tuple[int, int]
             yield DOCUMENTS_PX[rng.integers(len(DOCUMENTS_PX))]
 
 
+def compared_shape(width: int, depth: int, heads: int) -> CogViTConfig:
+    """Return the shape that all programs' encoders can have."""
+    return CogViTConfig(
+        image_size=256,
+        patch_size=PATCH_PX,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        use_qk_norm=False,
+        use_cls_token=False,
+    )
+
+
 class Image(NamedTuple):
     """One image of random pixels."""
 
@@ -308,15 +321,7 @@ def report(arguments: Arguments) -> Iterator[str]:
         raise ConfigError("timm is not installed; make bench puts it into .venv/peers, which PYTHONPATH must name")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    cfg = CogViTConfig(
-        image_size=256,
-        patch_size=PATCH_PX,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        use_qk_norm=False,
-        use_cls_token=False,
-    )
+    cfg = compared_shape(width, depth, heads)
     ours, timm, transformers = (
         module.to(device) for module in (CogViT(cfg), TimmEncoder(cfg), TransformersEncoder(cfg))
     )

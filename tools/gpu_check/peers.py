@@ -11,7 +11,7 @@ from torch import nn
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
 from tools.bench._peers import TimmEncoder, TransformersEncoder
-from tools.bench.encoder import MIXES, PATCH_PX, contenders, draw_images, measure, peak_bytes
+from tools.bench.encoder import MIXES, compared_shape, contenders, draw_images, measure, peak_bytes
 from tools.gpu_check.work import Figures, Setting
 
 _BATCHES = 2
@@ -21,15 +21,7 @@ _KINDS: dict[str, Callable[[CogViTConfig], nn.Module]] = {"timm": TimmEncoder, "
 def peers(setting: Setting) -> Figures:
     """Encode images of native sizes with each encoder of 24 layers of 1,024 channels: tokens a second, peak memory."""
     width, depth, heads = (32, 1, 2) if setting.small else (1024, 24, 16)
-    cfg = CogViTConfig(
-        image_size=256,
-        patch_size=PATCH_PX,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        use_qk_norm=False,
-        use_cls_token=False,
-    )
+    cfg = compared_shape(width, depth, heads)
     missing, models = {}, {}
     for name, make in _KINDS.items():
         try:
