@@ -52,13 +52,13 @@ def ask(source: str, samples: int = 4, **others: Any) -> Request:
     return Request(f"{source}-5", source, 5, samples, SPEECH, **others)
 
 
+@torch.no_grad()
 def trained_logprobs(model: VisionLanguageModel, request: Request, sample: Sample, turn: int) -> Tensor:
     """Of a turn's tokens, by a pass over prompt and answer without a cache."""
     texts = [said.text for said in sample.turns]
     ids, images = model.prompt(conversations(TASKS[request.source], request.seed, texts)[turn])
     tokens = torch.from_numpy(sample.turns[turn].tokens).long()
-    with torch.no_grad():
-        hidden_SD = model.hidden_rows([torch.cat([ids, tokens[:-1]])], [images])
+    hidden_SD = model.hidden_rows([torch.cat([ids, tokens[:-1]])], [images])
     logprob_SV = (model.language.logits(hidden_SD) / request.speech.temperature).log_softmax(1)
     return logprob_SV[len(ids) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
 

@@ -11,7 +11,7 @@ class Clock:
 
     source = "clock"
 
-    def reset(self, seed):
+    def reset(self, seed: int) -> list[dict[str, object]]:
         """Draw a hand and ask."""
         self.hour = random.Random(seed).randint(1, 12)
         image = Image.new("RGB", (48, 48), "white")
@@ -21,9 +21,9 @@ class Clock:
         parts = [{"type": "image", "image": image}, {"type": "text", "text": "Which hour is it?"}]
         return [{"role": "user", "content": parts}]
 
-    def step(self, text):
+    def step(self, text: str) -> None:
         """Return more messages to go on, None to end."""
 
-    def verify(self, answer):
+    def verify(self, answer: str) -> float:
         """Say what the last answer is worth, from 0 to 1."""
         return float(answer.strip(" .") == str(self.hour))
