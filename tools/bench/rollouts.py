@@ -167,7 +167,7 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield f"{date.today()}, `python -m tools.bench.rollouts {flags_of(arguments)}`; torch {version('torch')}, ray"
     yield f"{version('ray')}. The policy waits: what is measured is who waits for whom, not how fast a model is."
     yield ""
-    yield "| sigma | training | rollouts | prompts a second | times | mean staleness | ends, all rounds | ledger faults |"
+    yield "| sigma | training | rollouts | prompts a second | times | mean staleness | ends | faults |"
     yield "|---|---|---|---|---|---|---|---|"
     versions = count()
     with connect(plan_cluster(""), num_cpus=int(arguments.actors) + 1):
