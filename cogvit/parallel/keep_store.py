@@ -19,7 +19,7 @@ def keep(host: str, port: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     except RuntimeError as error:
         print(str(error).splitlines()[0], flush=True)
         return

@@ -75,8 +75,8 @@ def join_world(process: Process, backend: str, timeout_s: float) -> StoreKeeper 
     process.check_meeting()
     rank, ranks, timeout = process.rank, process.world_size, timedelta(seconds=timeout_s)
     if process.alone:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
         return None
     if not kept_apart(ranks) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:
@@ -88,7 +88,7 @@ def join_world(process: Process, backend: str, timeout_s: float) -> StoreKeeper 
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeper = StoreKeeper(host, port, timeout_s) if rank == 0 else None
-    store = dist.TCPStore(host, port, ranks, is_master=False, timeout=timeout)
+    store = dist.TCPStore(host, port, ranks, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return keeper
 

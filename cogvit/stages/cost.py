@@ -56,7 +56,7 @@ def kept_bytes(load: Load, tp: int, *, sequence: bool, fused: bool, precision: s
         return 4.0 * tokens * width / load.memory.recompute_blocks / outside
     stream = 2 * (4 + half) * width / outside  # the residual stream and the norm of it, before attention and MLP
     attention = 4 * half * width / tp  # q, k, v and what attention gives
-    mlp, cast = 0.0, 4 * width**2  # with `selective`, attention's products alone have run
+    mlp, cast = 0.0, 4.0 * width**2  # with `selective`, attention's products alone have run
     if load.memory.recompute == "none":
         attention += 3 * half * width / tp  # q and k, rotated, and what attention gives once more, with padding
         hidden = half * load.hidden / tp

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -174,7 +173,7 @@ class StoreFeatures:
     """
 
     def __init__(self, directory: Path, makers: Mapping[str, Maker], *contents: Mapping[str, str]) -> None:
-        self._directory, self._makers, self._sets, self._contents = directory, makers, contents, ChainMap(*contents)
+        self._directory, self._makers, self._sets = directory, makers, contents
         for name, maker in makers.items():
             expected = {field: value for field, value in _manifest(maker, "").items() if field != "dtype"}
             _refuse_other(directory / name / "manifest.json", expected, "pass another --teachers.store")
@@ -237,6 +236,12 @@ class StoreFeatures:
         """
         return handle.result()
 
+    def _contents(self, shard: str) -> str:
+        for one in self._sets:
+            if (found := one.get(shard)) is not None:
+                return found
+        raise KeyError(shard)
+
     def _announce(self, request: FeatureRequest) -> None:
         """Tell the system of a request; what is wrong with it, its answer says."""
         for name in self._makers:
@@ -257,10 +262,10 @@ class StoreFeatures:
         return features
 
     def _has_shard(self, shard: str) -> bool:
-        return all(path_of(self._directory, name, shard, self._contents[shard]).exists() for name in self._makers)
+        return all(path_of(self._directory, name, shard, self._contents(shard)).exists() for name in self._makers)
 
     def _open_file(self, name: str, shard: str) -> ShardFeatures:
-        contents = self._contents[shard]
+        contents = self._contents(shard)
         path = path_of(self._directory, name, shard, contents)
         if not path.exists():
             raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {COMMAND}")
