@@ -92,8 +92,8 @@ def test_the_commands_of_a_gpu_are_a_run(tmp_path: Path, stage: int) -> None:
 
 def test_results_that_can_go_nowhere_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    printed = check(tmp_path / "file" / "out", status=2)["printed"]["text"]
-    assert "cannot be made (Not a directory); pass another directory" in printed and len(printed.splitlines()) == 1
+    printed = check(tmp_path / "file", status=2)["printed"]["text"]
+    assert "cannot be made (File exists); pass another directory" in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
