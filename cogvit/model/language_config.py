@@ -195,8 +195,8 @@ class LanguageConfig:
 
 def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
     """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
-    if cfg.expert.every or cfg.cross.dim:
-        raise ConfigError("visual experts and cross attention are not trained on the trunk; take a model without them")
+    if cfg.cross.dim:
+        raise ConfigError("cross attention is not trained on the trunk; take a model without it")
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

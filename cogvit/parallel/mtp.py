@@ -15,7 +15,7 @@ from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, rotary_1d
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import ExpertConfig, LanguageConfig
 from cogvit.model.mtp import reading_of, seen_by_heads
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.mesh import Mesh
@@ -54,7 +54,7 @@ class MtpStage(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        alone, one_layer = replace(mesh, pp_rank=0, pp_size=1), replace(cfg, depth=1)
+        alone, one_layer = replace(mesh, pp_rank=0, pp_size=1), replace(cfg, depth=1, expert=ExpertConfig())
         if memory.recompute_blocks > 1:
             memory = replace(memory, recompute_blocks=1)
         layers = []

@@ -25,16 +25,12 @@ from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.decoder import CausalLayout
 from cogvit.model.feedforward import tiled_mlp, trains_on_cpu
 from cogvit.model.tokens import PackedLayout
+from cogvit.parallel.linear import ColumnLinear, RowLinear, mark_shards
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Pieces, Weights, activated, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
-from megatron.core.tensor_parallel.layers import (  # isort: skip
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # isort: skip
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -86,36 +82,6 @@ class TensorSyncedNorm(nn.Module):
         return self.pieces.normalized(x, self.synced(), self.eps, compute_dtype(x))
 
 
-class _Cast:
-    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too.
-
-    Where no tensor ranks share the layer, nothing travels and the bias goes into the product.
-    """
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output and the bias that is still to be added."""
-        layer: Any = self
-        if layer.config.tensor_model_parallel_size > 1:
-            return super().forward(input_)  # type: ignore[misc]
-        dtype = compute_dtype(input_)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(input_.to(dtype), layer.weight.to(dtype), bias), None
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **megatron: Any) -> Tensor:
-        dtype = compute_dtype(input)
-        bias = None if bias is None else bias.to(dtype)
-        layer: Any = super()
-        return layer._forward_impl(input=input.to(dtype), weight=weight.to(dtype), bias=bias, **megatron)
-
-
-class ColumnLinear(_Cast, ColumnParallelLinear):
-    """Rows of the weight split over the tensor ranks."""
-
-
-class RowLinear(_Cast, RowParallelLinear):
-    """Columns of the weight split over the tensor ranks."""
-
-
 class PackedSelfAttention(SelfAttention):
     """The plain model's attention on Megatron's linear layers: QK-norm, rotary positions, each image by itself."""
 
@@ -161,6 +127,11 @@ class PackedMLP(MLP):
             return tiled_mlp(x_S1D.squeeze(1), fc1, fc2, gated=gated).unsqueeze(1)
         h_S1F, bias_F = fc1(x_S1D)
         return fc2(self.pieces.activated(h_S1F, bias_F, gated=gated))[0]
+
+    def product(self, x_S1D: Tensor) -> Tensor:
+        """Return this rank's own part of the output, of which nothing travels; without a bias that is to be added."""
+        h_S1F, bias_F = self.linear_fc1.product(x_S1D)
+        return self.linear_fc2.product(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
 
 
 def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -320,9 +291,11 @@ def build_trunk(
     tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
-    parts = layer_parts(config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm)
+    parts = layer_parts(
+        config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm, PackedMLP
+    )
     layer = ModuleSpec(CogViTLayer, params={"tower": tower}, submodules=parts)
-    return build_layers(layer, config, mesh, memory, pieces)
+    return build_layers([layer] * (config.num_layers // mesh.pp_size), config, mesh, memory, pieces)
 
 
 def layer_parts(
@@ -332,6 +305,7 @@ def layer_parts(
     mask: AttnMaskType,
     norm_kind: Literal["layernorm", "rmsnorm"],
     qk_norm: bool,
+    mlp: type[PackedMLP] = PackedMLP,
 ) -> TransformerLayerSubmodules:
     """Return what a layer of any of our stacks is made of, all but its residual branches."""
     norm = ModuleSpec(TensorSyncedNorm, params={"kind": norm_kind, "sync": config.sequence_parallel})
@@ -351,46 +325,25 @@ def layer_parts(
             ),
         ),
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
+        mlp=ModuleSpec(mlp, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
     )
 
 
 def build_layers(
-    layer: ModuleSpec, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
+    layers: list[ModuleSpec], config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
-    """Return this stage's share of a stack of equal layers, without a final norm."""
+    """Return this stage's share of a stack of layers, without a final norm; all stages have as many."""
     block = CogViTBlock(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // mesh.pp_size), layer_norm=IdentityOp),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=IdentityOp),
         post_layer_norm=False,
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
     )
-    _mark_shards(block)
+    mark_shards(block)
     for module in block.modules():
         if isinstance(module, (PackedSelfAttention, PackedMLP)):
             module.recompute = memory.recompute == "selective"
         if isinstance(getattr(module, "pieces", None), Pieces):
             module.pieces = pieces
     return block
-
-
-def _mark_shards(block: TransformerBlock) -> None:
-    """Say which parameters are shards; Megatron does it inside the initialization that `megatron_config` turns off.
-
-    DeepSpeed counts unmarked parameters once in the gradient norm, and Muon gathers marked ones over the tensor ranks.
-    """
-    for module in block.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            rows = isinstance(module, ColumnParallelLinear)
-            mark_shard(module.weight, dim=0 if rows else 1)
-            if rows and module.bias is not None:
-                mark_shard(module.bias, dim=0)
-
-
-def mark_shard(parameter: nn.Parameter, *, dim: int) -> None:
-    """Say that a parameter is this tensor rank's part of a plain tensor that is split along a dim."""
-    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-        if hasattr(parameter, name):
-            delattr(parameter, name)
-    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

@@ -36,7 +36,8 @@ class LanguageStage:
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "mmtp.", "memory.language.", "optim.adapter.", "optim.language.",
+        "language.", "adapter.", "mmtp.", "expert.", "memory.language.", "optim.adapter.", "optim.language.",
+        "optim.expert.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
     execution: tuple[str, ...] = ()
@@ -67,9 +68,14 @@ class LanguageStage:
             f"--language.max-patches {own.max_patches} must be from {pool**2} to"
             f" data.tokens_per_pack={data.tokens_per_pack}",
         )
-        trained = [part for part in PARTS if part not in frozen_parts(config)]
+        trained, every = [part for part in PARTS if part not in frozen_parts(config)], config.expert.every
         require(
-            bool(trained),
+            not every or ("language" not in trained and config.optim.expert.lr_mult > 0.0),
+            f"--expert.every {every} trains visual experts beside a language model that stays as it is: pass"
+            " --optim.language.lr-mult 0 and an optim.expert.lr_mult above 0",
+        )
+        require(
+            bool(trained or every),
             "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
         )
         require(
@@ -104,7 +110,14 @@ class LanguageStage:
         from data_pipeline.talks import dialog_reader
 
         if config.init:
-            check_init(config)
+            begun = check_init(config)
+            there = config.expert if begun is None or not begun.expert.every else begun.expert
+            require(
+                there == config.expert,
+                f"--init {config.init} has visual experts in every {there.every}th block with"
+                f" expert.qkv_bias={there.qkv_bias}; pass --expert.every {there.every} and --expert.qkv-bias"
+                f" {str(there.qkv_bias).lower()}, or begin with an export of its encoder",
+            )
         dialog_reader(config.language.path)
         return config
 
@@ -134,7 +147,7 @@ class LanguageStage:
         )
         model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
         fill_on_device(model, mesh, initial_weights(config, given_weights(config), {}, {}))
-        return model, Watched(config.adapter.spatial_pool)
+        return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
@@ -168,7 +181,7 @@ class LanguageStage:
 
 
 def language_shape(config: RunConfig) -> LanguageConfig:
-    """Return the shape of a run's language model, with its heads for more tokens.
+    """Return the shape of a run's language model, with its heads for more tokens and its visual experts.
 
     Errors: ConfigError when it is not there or not of a known family.
     """
@@ -179,6 +192,6 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
     )
     try:
-        return replace(read_shape(Path(path)), mmtp=config.mmtp)
+        return replace(read_shape(Path(path)), mmtp=config.mmtp, expert=config.expert)
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
