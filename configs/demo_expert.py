@@ -6,8 +6,7 @@ python -m cogvit.train demo_expert --init runs/demo/stage2 --out runs/demo/exper
 from dataclasses import replace
 
 from cogvit.config import ModuleConfig, OptimConfig, RunConfig, ScheduleConfig
-from cogvit.model.config import AdapterConfig
-from cogvit.model.language_config import ExpertConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig
 from configs import demo_stage3
 
 

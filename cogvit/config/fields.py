@@ -15,8 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
-from cogvit.model.language_config import ExpertConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig
 
 
 @dataclass(frozen=True)

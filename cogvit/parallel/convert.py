@@ -68,6 +68,8 @@ _RENAMES = (
     ("mlp.linear_fc1.", "mlp.fc1.", Split.ROWS),
     ("mlp.linear_fc2.weight", "mlp.fc2.weight", Split.COLUMNS),
     ("mlp.linear_fc2.bias", "mlp.fc2.bias", Split.REPLICATED),
+    ("self_attn_bda.after.", "norm1.", Split.REPLICATED),
+    ("mlp_bda.after.", "norm2.", Split.REPLICATED),
     ("self_attn_bda.norm.", "post_norm1.", Split.REPLICATED),
     ("mlp_bda.norm.", "post_norm2.", Split.REPLICATED),
     ("self_attn_bda.", "ls1.", Split.REPLICATED),

@@ -14,8 +14,9 @@ from cogvit.batch import PackedSequence
 from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
+from cogvit.model.config import ExpertConfig
 from cogvit.model.decoder import CausalLayout, rotary_1d
-from cogvit.model.language_config import ExpertConfig, LanguageConfig
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.mtp import reading_of, seen_by_heads
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.mesh import Mesh

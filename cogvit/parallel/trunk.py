@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import packed_attention
-from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
+from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate, has_norm_after
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.decoder import CausalLayout
 from cogvit.model.feedforward import tiled_mlp, trains_on_cpu
@@ -143,16 +143,20 @@ def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class ResidualBranch(nn.Module):
-    """Megatron's bias-dropout-add slot: bias, LayerScale and stateless stochastic depth of one residual branch."""
+    """Megatron's bias-dropout-add slot: bias, a norm, LayerScale and stateless stochastic depth of a branch."""
 
     pieces = Pieces()
 
-    def __init__(self, tower: TowerConfig, *, layer: int, branch: int, sync: bool) -> None:
+    def __init__(self, tower: TowerConfig, config: TransformerConfig, *, layer: int, branch: int) -> None:
         super().__init__()
+        sync = config.sequence_parallel
         self.layer, self.branch, self.sync = layer, branch, sync
         self.rate = drop_rate(tower.drop_path_rate, layer, tower.depth)
         scale = tower.layer_scale_init
         self.gamma = None if scale is None else nn.Parameter(torch.full((tower.embed_dim,), scale))
+        self.after = None
+        if has_norm_after(tower):
+            self.after = TensorSyncedNorm(config, tower.embed_dim, tower.eps, tower.norm, sync)
         self.local: PackedLayout | None = None  # of the call under way
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -164,6 +168,8 @@ class ResidualBranch(nn.Module):
             if self.sync:
                 bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
                 gamma = None if gamma is None else copy_to_tensor_model_parallel_region(gamma)
+            if self.after is not None:
+                x, bias = self.after(x if bias is None else x + bias.to(x.dtype)), None
             scale_S = None
             if training and self.rate > 0.0:
                 assert self.local is not None
@@ -182,9 +188,9 @@ class CogViTLayer(TransformerLayer):
         super().__init__(config, submodules, **megatron)
         # Megatron turns gradients on around the residual branches even in a forward-only pass; ours must not.
         self.bias_dropout_add_exec_handler = nullcontext
-        layer, sync = self.layer_number - 1, config.sequence_parallel
-        self.self_attn_bda = ResidualBranch(tower, layer=layer, branch=ATTENTION_BRANCH, sync=sync)
-        self.mlp_bda = ResidualBranch(tower, layer=layer, branch=MLP_BRANCH, sync=sync)
+        layer = self.layer_number - 1
+        self.self_attn_bda = ResidualBranch(tower, config, layer=layer, branch=ATTENTION_BRANCH)
+        self.mlp_bda = ResidualBranch(tower, config, layer=layer, branch=MLP_BRANCH)
 
     def forward(self, *args: Any, packed_seq_params: PackedStream, **kwargs: Any) -> Any:
         """Run the layer; the branches draw by the packing of this call (recompute calls again with the same)."""
@@ -291,9 +297,9 @@ def build_trunk(
     tower: TowerConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
-    parts = layer_parts(
-        config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm, PackedMLP
-    )
+    parts = layer_parts(config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm)
+    if has_norm_after(tower):
+        parts = replace(parts, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
     layer = ModuleSpec(CogViTLayer, params={"tower": tower}, submodules=parts)
     return build_layers([layer] * (config.num_layers // mesh.pp_size), config, mesh, memory, pieces)
 

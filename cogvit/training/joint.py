@@ -19,7 +19,7 @@ from cogvit.model.chat import image_token_id
 from cogvit.model.expert import beginning_of, is_expert
 from cogvit.model.frame import ImageFrame
 from cogvit.model.hub import dtype_of
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
 from cogvit.model.layouts.causal_lm import read_shape
@@ -122,9 +122,11 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     return model.to(dtype_of(dtype)).eval()
 
 
-def limits_of(config: RunConfig) -> ImageLimits:
+def limits_of(config: RunConfig) -> ImageSize:
     """Return how large a run of stage 3 shows images, which its export repeats; of several budgets the largest."""
     patch_px, data = config.vision.patch_size, config.data
+    if data.sizing == "square":
+        return SquareImages(patch_px * config.adapter.spatial_pool, config.vision.image_size)
     least = max(data.min_patches, 1) * patch_px**2
     return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
 

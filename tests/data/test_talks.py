@@ -18,8 +18,8 @@ from cogvit import ImageLimits
 from cogvit.batch import Batch, DataPosition, StepBatch, pad_step
 from cogvit.config import RunConfig
 from cogvit.errors import DataError
+from cogvit.model.config import ExpertConfig
 from cogvit.model.dialog import Dialog
-from cogvit.model.language_config import ExpertConfig
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.index import Index
 from data_pipeline.loader import step_batches, step_loader

@@ -10,15 +10,15 @@ import torch
 
 from cogvit import VisionLanguageModel
 from cogvit.config import ModuleConfig, ParallelConfig, RunConfig
-from cogvit.model.config import AdapterConfig
+from cogvit.errors import CheckpointError
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig
 from cogvit.model.expert import beginning_of, is_expert
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import ExpertConfig
 from cogvit.training.checkpoint import folder_of, latest, stored_shapes
 from cogvit.training.identity import identity_of
 from cogvit.training.joint import load_joint
 from cogvit.training.meter import read_metrics
-from tests.conversations import indexed, preset, stage3, write_language_model, write_talks
+from tests.conversations import PATCH_PX, indexed, preset, stage3, write_language_model, write_talks
 from tests.e2e.test_own_shards import refusal, train_on_rank
 from tests.language import conversation, picture
 from tests.pool import Pool
@@ -91,6 +91,54 @@ def test_a_run_and_its_export_answer_alike(straight: Path, tmp_path: Path) -> No
     assert one.generate(asked, 6) == other.generate(asked, 6)
     ids, images = one.prompt(asked)
     torch.testing.assert_close(one(ids[None], [images]), other(ids[None], [images]), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def released(base: RunConfig, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step of a model of CogVLM2's make: its encoder's blocks, squares of one size, a Llama of its rotation."""
+    directory = tmp_path_factory.mktemp("released")
+    rotation = {"rope_type": "default", "rope_theta": 500000.0}
+    language = write_language_model(directory / "language", "llama", rope_parameters=rotation)
+    vision = CogViTConfig(
+        image_size=16, patch_size=PATCH_PX, embed_dim=32, depth=2, num_heads=2, use_qk_norm=False, norm_after=True
+    )
+    config = replace(
+        base,
+        vision=vision,
+        language=replace(base.language, path=str(language)),
+        expert=ExpertConfig(1, qkv_bias=True),
+        data=replace(base.data, sizing="square", max_patches=16, min_patches=0),
+        schedule=replace(base.schedule, steps=1),
+    )
+    return run(pool, 1, config, directory / "run")
+
+
+def test_a_run_of_the_released_make_becomes_a_released_directory(released: Path, tmp_path: Path) -> None:
+    assert export(ExportArguments(str(released), str(tmp_path / "cogvlm2"), "cogvlm2")) == 0
+    one, other = load_joint(released), VisionLanguageModel.from_pretrained(tmp_path / "cogvlm2")
+    ids, images = one.prompt(conversation(picture(30, 41)))
+    torch.testing.assert_close(one(ids[None], [images]), other(ids[None], [images]), rtol=1e-5, atol=1e-5)
+    assert isinstance(other.generate(conversation(picture(30, 41)), 4), str)
+    again = tmp_path / "again"
+    other.save_pretrained(again, layout="cogvlm2")
+    written, read = ((place / "model.safetensors").read_bytes() for place in (tmp_path / "cogvlm2", again))
+    assert written == read
+
+
+@pytest.mark.parametrize(
+    ("layout", "made", "message"),
+    [
+        ("cogvlm2", "straight", "norms behind its branches (--vision.norm-after true); --vision.norm layernorm"),
+        ("cogvlm", "released", "layout cogvlm cannot hold this model, whose layout is cogvlm2"),
+        ("cogagent", "released", "layout cogagent cannot hold this model, whose layout is cogvlm2"),
+    ],
+)
+def test_a_run_of_another_make_is_refused_by_what_differs(
+    request: pytest.FixtureRequest, tmp_path: Path, layout: str, made: str, message: str
+) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        export(ExportArguments(str(request.getfixturevalue(made)), str(tmp_path / "out"), layout))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from cogvit import AdapterConfig, CausalLM, CogViT, CogViTConfig, LanguageConfig
 from cogvit.batch import Batch
 from cogvit.config import ActivationConfig, OptimConfig, ParallelConfig, RunConfig, ZeroConfig
 from cogvit.model.adapter import fitted_adapter
+from cogvit.model.config import ExpertConfig
 from cogvit.model.expert import is_expert
 from cogvit.model.frame import ImageFrame
 from cogvit.model.image_input import ImageLimits
-from cogvit.model.language_config import ExpertConfig
 from cogvit.objective.blindness import Watched
 from cogvit.objective.language import JointModel, JointPart, Language
 from cogvit.parallel.convert import fill
@@ -31,7 +31,7 @@ from tests.packs import Shown, joint_batch
 from tests.plain_vit import scramble
 from tests.pool import Pool
 
-VISION = CogViTConfig(32, 8, 3, 48, 2, 4, 2.0, eps=1e-5, norm="rmsnorm", mlp="swiglu", use_cls_token=False)
+VISION = CogViTConfig(32, 8, 3, 48, 2, 4, 2.0, use_qk_norm=False, norm_after=True)  # as EVA2-CLIP-E's
 COGVLM2 = LanguageConfig("llama", 288, 64, 2, 4, 2, 16, 96, expert=ExpertConfig(1, qkv_bias=True))
 SPARSE = LanguageConfig(  # with everything a family may have: biases, norms behind the branches, a tied head
     "glm4", 288, 64, 2, 4, 2, 16, 96, eps=1e-5, rotary_fraction=0.5, qkv_bias=True, proj_bias=True, mlp_bias=True,
@@ -177,4 +177,6 @@ def test_the_trunk_trains_the_plain_models_experts(pool: Pool, row: Row) -> None
             error = (found.gradients[name] - gradient).norm()
             noise = 1e-6 if name.endswith("qkv.bias") else 0.0
             assert error <= 1e-5 * gradient.norm() + noise, f"{case} {name}: {error / gradient.norm():.1e}"
-            assert gradient.any() or name == "vision.mask_token", name
+            # No label follows an image's tokens: of the last block they give keys and values alone.
+            unread = name.startswith("language.blocks.1.expert.") and ".qkv." not in name
+            assert gradient.any() or unread or name == "vision.mask_token", name

@@ -17,8 +17,9 @@ from cogvit.batch import Batch
 from cogvit.config import ActivationConfig, OptimConfig, ParallelConfig, RunConfig, ZeroConfig
 from cogvit.errors import ConfigError
 from cogvit.model.adapter import fitted_adapter
+from cogvit.model.config import ExpertConfig
 from cogvit.model.image_input import ImageLimits
-from cogvit.model.language_config import CrossConfig, ExpertConfig, check_layout, mrope_section
+from cogvit.model.language_config import CrossConfig, check_layout, mrope_section
 from cogvit.objective.language import JointModel, JointPart, Language
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import VisionStage
