@@ -26,7 +26,7 @@ def trained(**options: Any) -> CogViT:
 
 
 def test_the_released_form_has_the_same_features() -> None:
-    vit = trained()
+    vit = trained().double()  # what differs there is the computation, not its rounding
     images = pack_shown([picture(40, 30, seed) for seed in range(3)], SQUARES, 8, torch.device("cpu"))
     expected = vit.forward_packed(images).patch_TD
     found = eva_encoder(vit, SQUARES).forward_packed(images).patch_TD
