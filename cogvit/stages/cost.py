@@ -7,6 +7,7 @@ size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch import nn
 from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageConfig, LanguageShape
+from cogvit.model.pretrained import new_causal_lm
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import NEWTON_SCHULZ_STEPS
@@ -99,11 +101,15 @@ def vision_load(config: RunConfig) -> Load:
     return tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
 
 
-def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
-    """Return the language model's load, in samples of the greatest length."""
+def language_load(config: RunConfig, shape: LanguageShape) -> Load:
+    """Return the language model's load, in samples of the greatest length.
+
+    One of transformers has the FLOPs of a Llama of its sizes.
+    """
     data, optim = config.data, config.optim
+    ours = isinstance(shape, LanguageConfig)
     with torch.device("meta"):
-        module = CausalLM(shape)
+        module = CausalLM(shape) if isinstance(shape, LanguageConfig) else new_causal_lm(Path(config.language.path))
     length = config.language.max_tokens
     tokens = length * max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
     channels = shape.num_heads * shape.head_dim
@@ -113,7 +119,7 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
     blocks = [p for name, p in module.named_parameters() if role_of(name, p) == "block_matrix"]
     return Load(
         parameters=count_parameters(module),
-        matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains else (),
+        matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains and ours else (),
         depth=shape.depth,
         width=shape.embed_dim,
         hidden=shape.mlp_dim,
@@ -124,6 +130,7 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
         attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
         muon_flops=muon_flops(module, shape.num_heads, optim.muon_qkv) if trains else 0.0,
         memory=config.memory.language,
+        whole=not ours,
     )
 
 
