@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from cogvit.batch import PackedSequence
 from cogvit.errors import CheckpointError
 from cogvit.model.attention import Segments
+from cogvit.model.config import ExpertConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import KeyValueCache
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.expert import ExpertRows
 from cogvit.model.generation import Sampling, check_width, next_tokens
 from cogvit.model.language import CausalLM, place_visual
-from cogvit.model.language_config import FAMILIES, ExpertConfig, LanguageShape
+from cogvit.model.language_config import FAMILIES, LanguageShape
 from cogvit.model.layouts.causal_lm import read_generation, read_ids, read_shape
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.pretrained import inspect_causal_lm, load_causal_lm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from cogvit.config import RunConfig, load_config
-from cogvit.config.recipe import PARTS
+from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.chat import image_token_id
+from cogvit.model.expert import beginning_of, is_expert
+from cogvit.model.frame import ImageFrame
 from cogvit.model.hub import dtype_of
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
 from cogvit.model.language_config import LanguageConfig
@@ -51,21 +53,40 @@ def given_weights(config: RunConfig, whole: WholeLanguage | None = None) -> Mapp
     found: dict[str, Tensor] = {}
     if config.init:
         started = initial_towers(config)
-        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
+        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame")}
     own: Mapping[str, Tensor]
     if whole is None:
         own = CausalLMFile(Path(config.language.path), "language.")
     else:
         own = {f"language.{name}": parameter.detach().cpu().clone() for name, parameter in whole.named_parameters()}
-    if not any(name.startswith("language.") for name in found):
-        return ChainMap(found, cast(Any, own))  # both are only read
+    if not any(name.startswith("language.") and not is_expert(name) for name in found):
+        return _Grown(ChainMap(found, cast(Any, own)))  # both are only read
     missing = [name for name in own if name not in found]
     if missing:
         raise CheckpointError(
             f"--init {config.init} has another language model than --language.path {config.language.path}: it lacks"
             f" {len(missing)} weights, {missing[0]} first; its export (tools.export) holds the vision tower alone"
         )
-    return found
+    return _Grown(found)
+
+
+class _Grown(Mapping[str, Tensor]):
+    """Weights with those of visual experts, which begin as the language model's where nobody gives them."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self._given = given
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._given[name if name in self._given else beginning_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._given or (isinstance(name, str) and beginning_of(name) in self._given)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
 
 
 def is_joint(path: Path) -> bool:
@@ -99,10 +120,15 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     load_checked(vision, vision_weights(config, checkpoint))
     vision.preprocessing = preprocessing_of(config)
     language = _language(config, checkpoint)
-    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, language.cfg)
     whole = language if isinstance(language, PretrainedLanguage) else None
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, language.cfg)
+    frame: ImageFrame | None = None
     load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config), whole))
-    model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
+    if config.expert.every:
+        frame = ImageFrame(language.cfg.embed_dim)
+        load_checked(frame, _weights(config, checkpoint, "frame", drawn("frame", frame, config)))
+    limits, token_id = limits_of(config), image_token_id(tokenizer)
+    model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame)
     return model.to(dtype_of(dtype)).eval()
 
 
@@ -114,28 +140,37 @@ def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLan
         whole = PretrainedLanguage.from_pretrained(directory)
         whole.set_weights(_weights(config, checkpoint, "language", {}, whole))
         return whole
-    shape = replace(shape, mmtp=config.mmtp)
+    shape = replace(shape, mmtp=config.mmtp, expert=config.expert)
     with torch.device("meta"):
         names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
-    spoken = _weights(config, checkpoint, "language", {}, None)
+    spoken = _weights(config, checkpoint, "language", {})
     return CausalLM.from_weights(shape, {name: spoken[name] for name in names})
 
 
-def limits_of(config: RunConfig) -> ImageLimits:
+def limits_of(config: RunConfig) -> ImageSize:
     """Return how large a run of stage 3 shows images, which its export repeats; of several budgets the largest."""
     patch_px, data = config.vision.patch_size, config.data
+    if data.sizing == "square":
+        return SquareImages(patch_px * config.adapter.spatial_pool, config.vision.image_size)
     least = max(data.min_patches, 1) * patch_px**2
     return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
 
 
 def _weights(
-    config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, Tensor], whole: PretrainedLanguage | None
+    config: RunConfig,
+    checkpoint: Folder,
+    part: str,
+    fresh: dict[str, Tensor],
+    whole: PretrainedLanguage | None = None,
 ) -> dict[str, Tensor]:
-    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them."""
+    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them.
+
+    Of a frozen language model the experts are stored. whole: as in `given_weights`.
+    """
     stored = weights(checkpoint, f"{part}.")
-    if stored:
+    if stored and not (part == "language" and part in frozen_parts(config)):
         return stored
     check_source(config, "language.path" if part == "language" else "init")
     began = given_weights(config, whole)
     given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()}
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()} | stored
