@@ -55,19 +55,25 @@ class Load:
 
 
 def kept_bytes(load: Load, tp: int, *, sequence: bool, fused: bool, precision: str) -> float:
-    """Return what a block keeps for backward of one pack on one rank; within 10 % of what autograd keeps (tests)."""
+    """Return what a block keeps for backward of one pack on one rank; within 10 % of what autograd keeps (tests).
+
+    Unless pieces are fused, torch without CUDA keeps fp32 quotients of RMS norms beside (as much as an activation of
+    the MLP in bf16): it takes the norm apart, which is one kernel in torch with CUDA.
+    """
     half, tokens, width = (2 if precision == "bf16" else 4), load.pack_tokens, load.width
     outside = tp if sequence else 1
     if load.memory.recompute == "full":
         return 4.0 * tokens * width / load.memory.recompute_blocks / outside
     stream = 2 * (4 + half) * width / outside  # the residual stream and the norm of it, before attention and MLP
     attention = 4 * half * width / tp  # q, k, v and what attention gives
-    mlp = half * load.hidden / tp  # what fc2 takes; counted with `selective` too
-    fc1 = (2 if load.gated else 1) * half * load.hidden / tp
+    mlp, cast = 0.0, 4.0 * width**2  # with `selective`, attention's products alone have run
     if load.memory.recompute == "none":
         attention += 3 * half * width / tp  # q and k, rotated, and what attention gives once more, with padding
-        mlp += fc1 * (1 if fused else 2)
-    casts = half * sum(rows * columns for rows, columns in load.matrices) / load.depth / tp if half == 2 else 0.0
+        hidden = half * load.hidden / tp
+        fc1 = (2 if load.gated else 1) * hidden
+        mlp = fc1 + hidden + (hidden if load.gated and not fused else 0.0)  # what fc2 takes, and SiLU of the gate
+        cast = sum(rows * columns for rows, columns in load.matrices) / load.depth
+    casts = half * cast / tp if half == 2 else 0.0
     return tokens * (stream + attention + mlp) + casts
 
 
