@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig, VideoConfig
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

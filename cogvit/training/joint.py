@@ -90,7 +90,8 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
         names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
     spoken = _weights(config, checkpoint, "language", {})
     language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
-    model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
+    image_id, limits = image_token_id(tokenizer), limits_of(config)
+    model = VisionLanguageModel(vision, adapter, language, image_id, limits, tokenizer, video=config.video)
     return model.to(dtype_of(dtype)).eval()
 
 
