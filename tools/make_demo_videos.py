@@ -33,7 +33,7 @@ from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 
 SIDE_PX = 64
-SHOWN_FRAMES = 8  # that --video.frames takes, evenly; between two of them lies another one
+SHOWN_FRAMES = 6  # that --video.frames takes, evenly; between two of them lies another one
 LONGEST_S = 8  # of an answer; from one second on
 SHAPES = ("circle", "square")
 COLORS = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "black")
@@ -117,7 +117,8 @@ def film(told: Story, draw: np.random.Generator) -> bytes:
     """Return an mp4: each shape is there from its shown frame on until the next one."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream("mpeg4", rate=2 / told.period_s)
+        # Every frame by itself: what is left of earlier ones would tell the order of frames that were shuffled.
+        stream = output.add_stream("mpeg4", rate=2 / told.period_s, options={"g": "1"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = SIDE_PX, SIDE_PX, "yuv420p", 1
         drawn = list(pictures(told, draw))
         for number in range(2 * SHOWN_FRAMES - 1):
@@ -128,9 +129,11 @@ def film(told: Story, draw: np.random.Generator) -> bytes:
 
 def pictures(told: Story, draw: np.random.Generator) -> Iterator[Image.Image]:
     """Yield the shown frames."""
-    figures = [
-        (*draw.integers(8, 28, 2).tolist(), int(draw.integers(20, 28)), COLORS[draw.integers(6)]) for _ in SHAPES
-    ]
+    figures = []
+    for _ in SHAPES:
+        side = int(draw.integers(SIDE_PX // 2, SIDE_PX * 3 // 4))
+        left, top = draw.integers(2, SIDE_PX - side - 2, 2).tolist()
+        figures.append((left, top, side, COLORS[draw.integers(len(COLORS))]))
     for place in range(SHOWN_FRAMES):
         canvas = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
         brush = ImageDraw.Draw(canvas)

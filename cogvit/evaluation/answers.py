@@ -131,15 +131,19 @@ def answer_examples(model: VisionLanguageModel, found: Sequence[Exam]) -> list[E
         chosen = [exam.asked[place] for place in np.linspace(0, len(exam.asked) - 1, _SHOWN + 2).astype(int)[1:-1]]
         for one, said in zip(chosen, answers(model, chosen), strict=True):
             question = " ".join(part for turn in one.turns for part in turn.parts if part)
-            png = _png(one.images[0]) if one.images else None
+            png = _png(one.images) if one.images else None
             right = exact([said], [one.right]) == 1.0
             shown.append(Example(Item(question, png), (Item(said, right=right), Item(f"({one.right[0]})"))))
     return shown
 
 
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
+def _png(images: Images) -> bytes:
+    """Several images side by side."""
+    spread_px = [round(image.width * images[0].height / image.height) for image in images]
+    strip, data = Image.new("RGB", (sum(spread_px), images[0].height)), io.BytesIO()
+    for place, (image, width_px) in enumerate(zip(images, spread_px, strict=True)):
+        strip.paste(image.resize((width_px, strip.height)), (sum(spread_px[:place]), 0))
+    strip.save(data, "PNG")
     return data.getvalue()
 
 

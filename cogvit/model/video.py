@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -181,7 +182,8 @@ class _Child:
         """Make it end, and wait until it has."""
         self._process.kill()
         self._process.wait()
-        self._input.close()
+        with suppress(OSError):  # what it did not read any more
+            self._input.close()
         self._output.close()
 
     def _how(self, limit_s: float) -> str:
