@@ -72,20 +72,20 @@ class Film:
     def __init__(self, data: bytes, times_ms: Sequence[int], reader: VideoReader) -> None:
         self._data, self._reader = data, reader
         self._times_ms = sorted(set(times_ms))
-        self._frames: dict[int, Pixels] = {}
+        self._frames: dict[tuple[int, int], dict[int, Pixels]] = {}  # by the least size: it decides the pixels
         self._refused = ""
 
     def frame(self, time_ms: int, at_least_hw_px: tuple[int, int]) -> Pixels:
         """Return a frame, not below a size. Errors: DataError when one of the frames does not decode."""
-        if not self._frames and not self._refused:
+        if not self._refused and at_least_hw_px not in self._frames:
             try:
                 found = self._reader.frames(self._data, self._times_ms, at_least_hw_px)
-                self._frames = dict(zip(self._times_ms, found, strict=True))
+                self._frames[at_least_hw_px] = dict(zip(self._times_ms, found, strict=True))
             except DataError as error:
-                self._refused = str(error)
+                self._refused = str(error)  # it might crash its reader as often as it has frames
         if self._refused:
             raise DataError(self._refused)
-        return self._frames[time_ms]
+        return self._frames[at_least_hw_px][time_ms]
 
 
 @dataclass(frozen=True, slots=True)

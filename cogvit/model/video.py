@@ -100,12 +100,9 @@ class VideoReader:
         """
         asked = {"ask": "frames", "times_ms": list(times_ms), "at_least_hw_px": list(at_least_hw_px)}
         said, payload = self._ask(asked, data)
-        bounds = np.cumsum([0, *(int(np.prod(shape)) for shape in said["shapes"])])
-        bytes_ = np.frombuffer(bytearray(payload), np.uint8)
-        found = [
-            bytes_[start:stop].reshape(shape)
-            for start, stop, shape in zip(bounds, bounds[1:], said["shapes"], strict=False)
-        ]
+        bounds = np.cumsum([int(np.prod(shape)) for shape in said["shapes"]])
+        pieces = np.split(np.frombuffer(bytearray(payload), np.uint8), bounds[:-1])
+        found = [piece.reshape(shape) for piece, shape in zip(pieces, said["shapes"], strict=True)]
         return [found[place] for place in said["places"]]
 
     def close(self) -> None:
@@ -124,6 +121,9 @@ class VideoReader:
             raise DataError(f"a video of more than {MAX_BYTES:,} bytes")
         with self._lock:
             child = self._idle.pop() if self._idle else None
+        if child is not None and child.is_gone():
+            child.end()
+            child = None
         child = child or _Child()
         try:
             answer = child.ask(request, data, self._limit_s)
@@ -160,8 +160,7 @@ class _Child:
 
     def ask(self, request: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[str, Any], bytes]:
         """Send a request and wait for the answer. Errors: DataError when the process dies or takes too long."""
-        wall_s = _WALL * limit_s
-        alarm = threading.Timer(wall_s, self._process.kill)
+        alarm = threading.Timer(_WALL * limit_s, self._process.kill)
         alarm.start()
         try:
             self._input.write(json.dumps({**request, "bytes": len(data), "cpu_s": limit_s}).encode() + b"\n")
@@ -177,6 +176,10 @@ class _Child:
         if said is None or len(payload) != wanted:
             raise DataError(f"it ends the process that reads it: {self._how(limit_s)}")
         return said, payload
+
+    def is_gone(self) -> bool:
+        """Whether it ended while nobody asked."""
+        return self._process.poll() is not None
 
     def end(self) -> None:
         """Make it end, and wait until it has."""
@@ -218,4 +221,4 @@ def shown_parts(part: dict[str, Any], cfg: VideoConfig) -> Iterator[dict[str, An
         reader.close()
     for time_ms, frame in zip(times_ms.tolist(), frames, strict=True):
         yield from ({"type": "text", "text": text} for text in [time_text(time_ms, cfg)] if text)
-        yield {"type": "image", "image": np.array(frame)}
+        yield {"type": "image", "image": frame}

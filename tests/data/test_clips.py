@@ -133,6 +133,14 @@ def test_counts_are_exact_and_frames_stand_in_their_order(tmp_path: Path, langua
     assert loader.planner.batch(0).images.sum() == 10 and seat_of(config).num_ranks == 1
 
 
+def test_samples_are_the_same_on_two_ranks(tmp_path: Path, language: Path) -> None:
+    config = replace(stage3("", language, global_batch_images=4, canonical_shares=2, lookahead_steps=1), video=VIDEO)
+    index = indexed(members(tmp_path))
+    (alone,) = take(index, config, 1)
+    ranks = [take(index, config, 1, seat_of(config, rank, 2))[0] for rank in range(2)]
+    assert {**contents(ranks[0].micro), **contents(ranks[1].micro)} == contents(alone.micro)
+
+
 def test_a_video_that_does_not_decode_silences_its_sample_alone(tmp_path: Path, language: Path) -> None:
     data = clip(40, container="avi")
     half, end = len(data) // 2, len(data) * 3 // 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,10 +170,16 @@ def test_a_hang_or_a_crash_costs_one_video() -> None:
     reader = VideoReader()
     assert reader.measure(MP4).frames == 12
     (child,) = reader._idle
-    child._process.kill()
-    with pytest.raises(DataError, match="it ends the process that reads it"):
+    child._process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.2, child._process.send_signal, [signal.SIGSEGV]).start()
+    threading.Timer(0.3, child._process.send_signal, [signal.SIGCONT]).start()
+    with pytest.raises(DataError, match=r"it ends the process that reads it: a crash of FFmpeg \(status -11\)"):
         reader.measure(MP4)
     assert reader.measure(MP4).frames == 12
+    (child,) = reader._idle
+    child._process.kill()
+    child._process.wait()
+    assert reader.measure(MP4).frames == 12  # one that is gone while nobody asks costs nothing
     reader.close()
 
 
