@@ -32,6 +32,7 @@ def clip(
         stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
         if turned:
             stream.set_display_rotation(turned)
+        output.start_encoding()  # what is written even without a frame
         for number in range(frames):
             pixels = np.full((height_px, width_px, 3), (10 * number) % 240, np.uint8)
             pixels[: height_px // 4] = 255

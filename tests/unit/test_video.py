@@ -116,7 +116,7 @@ BROKEN: list[tuple[str, Callable[[], bytes], str]] = [
     ("cut before its index", lambda: MP4[: MP4.index(b"moov") - 4], "no known video format"),
     ("cut inside its index", lambda: MP4[: len(MP4) // 2], "without a moving picture"),
     ("cut before the first frame", lambda: WEBM[: len(WEBM) // 2], "a video without frames"),
-    ("zero frames", lambda: clip(0, container="avi"), "no known|a video without"),
+    ("zero frames", lambda: clip(0, container="avi"), "a video without frames"),
     ("sound alone", sound, "a video without a moving picture, sound alone"),
     (
         "a bomb",
