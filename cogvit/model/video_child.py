@@ -65,7 +65,7 @@ def open_video(data: bytes) -> tuple[InputContainer, VideoStream]:
         "probesize": str(PROBED_BYTES),
     }
     try:
-        container = av.open(io.BytesIO(data), options=options)
+        container = av.open(io.BytesIO(data), "r", options=options)
     except av.error.FFmpegError:
         raise RefusedError("no known video format, or a damaged header") from None
     streams = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]
