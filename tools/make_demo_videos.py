@@ -6,7 +6,8 @@ Each video shows a circle and a square, one after the other. Half of the questio
 needs the order of the frames and no times. The others ask when one of them appeared, in whole seconds; the rate of each
 video is drawn so that the number of a frame says nothing of its time.
 
---out DIR     new directory, for DIR/train/*.tar and DIR/heldout/*.tar
+--out DIR     new directory, for DIR/train/*.tar, DIR/heldout/*.tar and DIR/language: a tiny language model of random
+              weights with a tokenizer of the words that occur
 --train N     videos to learn from (default: 4000)
 --heldout N   videos to ask about (default: 600)
 --seed N      of every drawing (default: 0)
@@ -18,24 +19,28 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from cogvit import CausalLM
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
+from tools.make_demo_language_model import tiny_shape, train_tokenizer
 
 SIDE_PX = 64
 SHOWN_FRAMES = 6  # that --video.frames takes, evenly; between two of them lies another one
 LONGEST_S = 8  # of an answer; from one second on
 SHAPES = ("circle", "square")
+SOURCES = ("order", "time")  # kinds of questions
 COLORS = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "black")
 SHARD_VIDEOS = 1000
 
@@ -74,6 +79,7 @@ def make(arguments: Arguments) -> int:
     for number, part in enumerate(("train", "heldout")):
         draw = np.random.default_rng([int(arguments.seed), number])
         write_part(out / part, int(getattr(arguments, part)), draw)
+    write_language_model(out / "language", int(arguments.seed))
     print(
         f"{out}: {arguments.train} videos to learn from, {arguments.heldout} to ask about; drawn, free of any license"
     )
@@ -86,48 +92,66 @@ def write_part(directory: Path, count: int, draw: np.random.Generator) -> None:
     for start in tqdm(range(0, count, SHARD_VIDEOS), unit="shard", disable=None):
         with TarWriter(str(directory / f"videos-{start // SHARD_VIDEOS:05d}.tar"), encoder=False, mtime=0) as shard:
             for number in range(start, min(start + SHARD_VIDEOS, count)):
-                told = story(draw)
-                shard.write({"__key__": f"v{number:06d}", "mp4": film(told, draw), "json": conversation(told)})
+                one = story(draw)
+                shard.write({"__key__": f"v{number:06d}", "mp4": film(one, draw), "json": conversation(one)})
+
+
+def write_language_model(directory: Path, seed: int) -> None:
+    """Write the demo's language model with four layers instead of sixteen, and weights that nobody has trained."""
+    pairs = [
+        spoken(source, asked, second) for source in SOURCES for asked in range(2) for second in range(1, LONGEST_S)
+    ]
+    tokenizer = train_tokenizer([text for pair in pairs for text in pair])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CausalLM(replace(tiny_shape(tokenizer), depth=4))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def spoken(source: str, asked: int, seconds: int) -> tuple[str, str]:
+    """Return a question about a shape, and its answer where the shape came first, after so many seconds."""
+    if source == "time":
+        return f"When did the {SHAPES[asked]} appear?", f"{seconds} seconds"
+    return f"Which came first, the {SHAPES[asked]} or the {SHAPES[1 - asked]}?", SHAPES[asked]
 
 
 def story(draw: np.random.Generator) -> Story:
     """Draw what happens: the time that is asked for and the place of its frame are independent of each other."""
     first, second = draw.choice(SHOWN_FRAMES - 1, 2, replace=False) + 1
     places, asked, seconds = (int(first), int(second)), int(draw.integers(2)), int(draw.integers(LONGEST_S)) + 1
-    period_s = Fraction(seconds, places[asked])
-    if draw.integers(2):
-        return Story(places, period_s, "time", f"When did the {SHAPES[asked]} appear?", f"{seconds} seconds")
-    earlier = SHAPES[int(places[1] < places[0])]
-    return Story(
-        places, period_s, "order", f"Which came first, the {SHAPES[asked]} or the {SHAPES[1 - asked]}?", earlier
-    )
+    source = SOURCES[draw.integers(2)]
+    question, answer = spoken(source, asked, seconds)
+    if source == "order":
+        answer = SHAPES[int(places[1] < places[0])]
+    return Story(places, Fraction(seconds, places[asked]), source, question, answer)
 
 
-def conversation(told: Story) -> bytes:
+def conversation(shown: Story) -> bytes:
     """Return a question about a video and its answer."""
-    asked = [{"type": "video"}, {"type": "text", "text": told.question}]
+    asked = [{"type": "video"}, {"type": "text", "text": shown.question}]
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": asked},
-        {"role": "assistant", "content": told.answer},
+        {"role": "assistant", "content": shown.answer},
     ]
-    return json.dumps({"source": told.source, "messages": turns}).encode()
+    return json.dumps({"source": shown.source, "messages": turns}).encode()
 
 
-def film(told: Story, draw: np.random.Generator) -> bytes:
+def film(shown: Story, draw: np.random.Generator) -> bytes:
     """Return an mp4: each shape is there from its shown frame on until the next one."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         # Every frame by itself: what is left of earlier ones would tell the order of frames that were shuffled.
-        stream = output.add_stream("mpeg4", rate=2 / told.period_s, options={"g": "1"})
+        stream = output.add_stream("mpeg4", rate=2 / shown.period_s, options={"g": "1"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = SIDE_PX, SIDE_PX, "yuv420p", 1
-        drawn = list(pictures(told, draw))
+        drawn = list(pictures(shown, draw))
         for number in range(2 * SHOWN_FRAMES - 1):
             output.mux(stream.encode(av.VideoFrame.from_image(drawn[number // 2])))
         output.mux(stream.encode(None))
     return file.getvalue()
 
 
-def pictures(told: Story, draw: np.random.Generator) -> Iterator[Image.Image]:
+def pictures(shown: Story, draw: np.random.Generator) -> Iterator[Image.Image]:
     """Yield the shown frames."""
     figures = []
     for _ in SHAPES:
@@ -137,7 +161,7 @@ def pictures(told: Story, draw: np.random.Generator) -> Iterator[Image.Image]:
     for place in range(SHOWN_FRAMES):
         canvas = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
         brush = ImageDraw.Draw(canvas)
-        for shape, own, (left, top, side, color) in zip(SHAPES, told.places, figures, strict=True):
+        for shape, own, (left, top, side, color) in zip(SHAPES, shown.places, figures, strict=True):
             if own == place:
                 box = (left, top, left + side, top + side)
                 (brush.ellipse if shape == "circle" else brush.rectangle)(box, fill=color)
