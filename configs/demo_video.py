@@ -39,6 +39,7 @@ def config() -> RunConfig:
             max_patches=4,  # one token a frame
             grid_multiple=2,
             canonical_shares=2,
+            full_packs=False,
         ),
         optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=0.01),
         schedule=ScheduleConfig(steps=480, warmup_steps=20),
