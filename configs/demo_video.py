@@ -31,9 +31,9 @@ def config() -> RunConfig:
             shards="runs/demo/videos/train/*.tar",
             eval_shards="runs/demo/videos/heldout/*.tar",
             global_batch_images=64,
-            tokens_per_pack=864,
-            images_per_pack=216,
-            text_tokens_per_pack=2112,
+            tokens_per_pack=1728,
+            images_per_pack=432,
+            text_tokens_per_pack=4096,
             sizing="glm",
             min_patches=4,
             max_patches=4,  # one token a frame
