@@ -32,6 +32,7 @@ class LanguageSpec:
     token_cost: tuple[int, int]  # of n0 tokens over that of n0 patches, as a fraction; trained parts cost thrice
     vision_passes: int
     video: VideoConfig
+    framed: bool = False  # learned tokens stand around each image
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
     matrices = (
         shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim) + shape.embed_dim * shape.vocab_size // shape.depth
     )
-    language_passes = _TRAINED if config.optim.language.lr_mult else _FROZEN_LANGUAGE
+    learns = config.optim.language.lr_mult > 0.0 or config.expert.every > 0
+    language_passes = _TRAINED if learns else _FROZEN_LANGUAGE
     return LanguageSpec(
         tokenizer=tokenizer_fingerprint(path),
         prompts=own.prompts,
@@ -121,4 +123,5 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
         token_cost=(language_passes * channels * shape.depth, 2 * vision.embed_dim * vision.depth),
         vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
         video=config.video,
+        framed=config.expert.every > 0,
     )

@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig, VideoConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig, VideoConfig
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class OptimConfig:
     bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
     adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
     language: ModuleConfig = field(default_factory=ModuleConfig)
+    expert: ModuleConfig = field(default_factory=ModuleConfig)  # visual experts of the language model
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ class RunConfig:
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(
