@@ -85,7 +85,7 @@ SOUND: list[tuple[str, Callable[[], bytes], tuple[int, int, int, int], list[int]
     ("one frame", lambda: clip(1), (48, 64, 1, 0), [0, 0, 0]),
     ("variable rate", lambda: clip(4, times=[0, 1, 2, 90]), (48, 64, 4, 9000), [0, 2, 3]),
     ("late start", lambda: clip(4, times=[30, 31, 32, 33], container="matroska"), (48, 64, 4, 300), [0, 1, 3]),
-    ("huge", lambda: clip(1, size_hw_px=(4320, 7680)), (4320, 7680, 1, 0), [0, 0, 0]),
+    ("huge", lambda: clip(1, size_hw_px=(2160, 3840)), (2160, 3840, 1, 0), [0, 0, 0]),
     ("thin", lambda: clip(2, size_hw_px=(16, 4000)), (16, 4000, 2, 100), [0, 0, 1]),
     ("cut in pieces", lambda: PIECES[: len(PIECES) * 3 // 4], (48, 64, -1, -1), []),
     ("cut avi without its index", lambda: LONG_AVI[: len(LONG_AVI) * 3 // 4], (48, 64, -1, -1), []),
