@@ -86,7 +86,7 @@ $(RUNTIME): pyproject.toml requirements.lock | $(VENV)/bin/python
 	@echo "  1/3 torch"
 	@$(install) "$$($(call requirements,) | grep '^torch>=')"
 	@echo "  2/3 everything else"
-	@$(call requirements,train export demo test) > $(VENV)/requirements.txt
+	@$(call requirements,train export demo video test) > $(VENV)/requirements.txt
 	@$(install) --requirement $(VENV)/requirements.txt
 	@echo "  3/3 this project, editable"
 	@$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
