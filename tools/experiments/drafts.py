@@ -1,8 +1,8 @@
 """Do drafts leave greedy answers as they are, and what do they save? Captions of held-out pictures, with and without.
 
-Usage: python -m tools.experiments.drafts MODEL --corpus DIR [flags]
-  MODEL        what a run of tools.experiments.mmtp left, which has heads
-  --corpus DIR   the demo corpus
+Usage: python -m tools.experiments.drafts --model DIR [flags]
+  --model DIR    what a run of tools.experiments.mmtp left, which has heads
+  --corpus DIR   the demo corpus [runs/mmtp/corpus]
   --prompts 200  half of them one picture, half two with the first one's caption between them
   --rounds 3     each asks every prompt with drafts and without, the one that comes first changing
   --out FILE     also write the record there
@@ -41,9 +41,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line."""
+    """The flags, as the usage explains them."""
 
-    model: str
+    model: str = ""
     corpus: str = "runs/mmtp/corpus"
     prompts: str = "200"
     rounds: str = "3"
@@ -90,6 +90,8 @@ def report(arguments: Arguments) -> Iterator[str]:
     """Yield the record line by line. Errors: ConfigError, CheckpointError, DataError."""
     if not (arguments.prompts.isdigit() and arguments.rounds.isdigit() and int(arguments.rounds)):
         raise ConfigError("--prompts and --rounds are whole numbers")
+    if not arguments.model:
+        raise ConfigError("--model DIR is needed: what a run of tools.experiments.mmtp left")
     torch.set_num_threads(1)
     model = VisionLanguageModel.from_pretrained(arguments.model)
     if model.language.mtp is None:

@@ -3,11 +3,11 @@
 Usage: python -m tools.experiments.mmtp [--run NAME] [flags]
   --work DIR      corpus, models and results; what is there is used again [runs/mmtp]
   --run NAME      one part of it and no record: prepare, base_SEED or a run's name (--run list prints all in order)
-  --base-steps N  of the model that all runs of a seed start from [400]
-  --steps N       of each run [300]
+  --base-steps N  of the model that all runs of a seed start from [800]
+  --steps N       of each run [250]
   --out FILE      also write the record there, and beside it the curves as FILE with .svg for its suffix
 
-A base is trained for each seed: encoder, adapter and a GLM-4 of 6 layers, from random weights on the next token of
+A base is trained for each seed: encoder, adapter and a GLM-4 of 4 layers, from random weights on the next token of
 interleaved texts (`interleaved.py`). Its encoder then stands still and its features are kept; every run begins from the
 same base with new heads and sees the same batches. `joint` runs train language model, adapter and heads together, as
 stage 3 does, beside a control without heads; `alone` runs train heads alone, behind a language model that stands, so
@@ -45,7 +45,7 @@ from tools.experiments.interleaved import (
 from tools.experiments.mmtp_record import Row, picture, record
 
 SEEDS = (0, 1, 2)
-DEPTH = 6  # layers of the language model
+DEPTH = 4  # layers of the language model
 HELD_OUT_OF_SHARD = 400
 EVERY = 4  # steps of a point of the curves
 
@@ -56,8 +56,8 @@ class Arguments:
 
     work: str = "runs/mmtp"
     run: str = ""
-    base_steps: str = "400"
-    steps: str = "300"
+    base_steps: str = "800"
+    steps: str = "250"
     out: str = ""
 
 
