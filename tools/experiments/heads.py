@@ -33,7 +33,7 @@ from tools.experiments.interleaved import (
 
 DEPTHS, WEIGHT = 3, 0.3
 DOCUMENTS, WARMUP_STEPS, PEAK_RATE = 8, 20, 3e-3
-HELD_OUT_DOCUMENTS, PROMPTS, LONGEST_ANSWER = 128, 64, 48
+HELD_OUT_DOCUMENTS, PROMPTS, LONGEST_ANSWER = 96, 48, 48
 PLACES = ("across", "edge", "text")
 
 

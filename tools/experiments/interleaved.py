@@ -6,6 +6,7 @@ for the next picture; captions and their ends are learned. Half of the pictures 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvit import CausalLM, PackedSequence, VisionLanguageModel
 from cogvit.model.config import AdapterConfig, MmtpConfig
-from cogvit.model.image_input import ImageLimits, image_patches, rgb_image
+from cogvit.model.image_input import ImageLimits, image_patches
 from cogvit.model.packing import Grid, pack_images
 from cogvit.model.sequence import Part, part_positions, tokens_ahead
 from cogvit.model.vit import CogViT
 from configs.models import demo_vision
 from data_pipeline.caption import captions_of, parse_metadata
-from data_pipeline.decode import read_image
 from data_pipeline.shards import expand_shards, read_members
 from tools.make_demo_language_model import tiny_shape, train_tokenizer
 
@@ -116,13 +117,12 @@ class Laid:
 def read_shown(pattern: str) -> Iterator[Shown]:
     """Yield the pictures of shards with their captions in English and Chinese. Errors: DataError."""
     for shard in expand_shards(pattern):
-        data = b""
+        sample: dict[str, bytes] = {}  # by the ends of its members' names; json, png and txt in this order
         for member in read_members(shard):
+            sample[member.name.rpartition(".")[2]] = member.data
             if member.name.endswith(".png"):
-                data = member.data
-            elif member.name.endswith(".json"):
-                said = captions_of(parse_metadata(member.data, "json"))
-                yield Shown(data, f"{said['en'][0]}, {said['zh'][0]}")
+                said = captions_of(parse_metadata(sample["json"], "json"))
+                yield Shown(member.data, f"{said['en'][0]}, {said['zh'][0]}")
 
 
 def make_tokenizer(corpus: Path, directory: Path) -> Any:
@@ -140,8 +140,7 @@ def read_pictures(pattern: str, tokenizer: Any, most: int | None = None) -> Pict
         for number, shown in enumerate(read_shown(shard)):
             if number == most:
                 break
-            pixels = torch.from_numpy(read_image(shown.data)).permute(2, 0, 1)
-            patches, grid = image_patches(rgb_image(pixels), LIMITS, PATCH_PX)
+            patches, grid = image_patches(Image.open(io.BytesIO(shown.data)).convert("RGB"), LIMITS, PATCH_PX)
             found.patches.append(patches)
             found.grids.append(grid)
             found.texts.append(tokenizer(shown.caption + END, add_special_tokens=False)["input_ids"])

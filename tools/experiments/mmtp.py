@@ -4,7 +4,7 @@ Usage: python -m tools.experiments.mmtp [--run NAME] [flags]
   --work DIR      corpus, models and results; what is there is used again [runs/mmtp]
   --run NAME      one part of it and no record: prepare, base_SEED or a run's name (--run list prints all in order)
   --base-steps N  of the model that all runs of a seed start from [800]
-  --steps N       of each run [250]
+  --steps N       of each run [200]
   --out FILE      also write the record there, and beside it the curves as FILE with .svg for its suffix
 
 A base is trained for each seed: encoder, adapter and a GLM-4 of 4 layers, from random weights on the next token of
@@ -57,7 +57,7 @@ class Arguments:
     work: str = "runs/mmtp"
     run: str = ""
     base_steps: str = "800"
-    steps: str = "250"
+    steps: str = "200"
     out: str = ""
 
 
