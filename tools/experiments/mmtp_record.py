@@ -62,9 +62,28 @@ def record(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Predictions {_SAID[place]} ({counts} labels at the three depths):"
         yield ""
         yield from table(["run", *_LOSSES[1:]], [[row.kind, *row.at(place)] for row in with_heads])
+    for way in ("joint", "alone"):
+        yield ""
+        yield f"Held-out losses beside those of `{way}_token_shared`, in percent: the mean, and each seed with itself:"
+        yield ""
+        yield from table(["run", *_LOSSES[1:]], list(beside(way, with_heads)))
     yield ""
     seconds = [one.cpu_s for row in rows for one in row.found]
     yield f"{len(seconds)} runs, {min(seconds):.0f} to {max(seconds):.0f} CPU s each, {sum(seconds) / 60:.0f} minutes."
+
+
+def beside(way: str, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """Yield for every kind of run by how much its losses differ from those of the shared token, seed by seed."""
+    bases = [row for row in rows if row.kind == f"{way}_token_shared"]
+    for row in rows:
+        if not bases or not row.kind.startswith(way) or row is bases[0]:
+            continue
+        cells = []
+        for depth in range(1, DEPTHS + 1):
+            pairs = zip(row.found, bases[0].found, strict=False)
+            each = [100 * (one.held_out[depth] / base.held_out[depth] - 1) for one, base in pairs]
+            cells.append(f"{statistics.mean(each):+.1f} ({', '.join(f'{value:+.1f}' for value in each)})")
+        yield [row.kind, *cells]
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
