@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from fontTools.ttLib import TTFont
@@ -18,7 +19,17 @@ from hypothesis import strategies as st
 from cogvit.batch import DataPosition
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
-from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
+from cogvit.report.chart import (
+    HEIGHT,
+    WIDTH,
+    Series,
+    line_chart,
+    linear_axis,
+    log_axis,
+    number,
+    running_mean,
+    svg_picture,
+)
 from cogvit.report.figures import evaluation_table
 from cogvit.report.font import FAMILY
 from cogvit.report.page import report_page, write_report
@@ -171,6 +182,16 @@ def test_axis_over_many_magnitudes_is_logarithmic() -> None:
     assert log_axis(0.5, 300.0).ticks == (1.0, 10.0, 100.0)
     drawn = points(line_chart("t", [Series("a", [1, 2, 3], [1.0, 10.0, 100.0], noisy=False)]), "line")
     assert drawn[0][1] - drawn[1][1] == pytest.approx(drawn[1][1] - drawn[2][1], abs=0.2)
+
+
+def test_a_picture_of_charts_is_a_file_of_its_own() -> None:
+    lines = [Series("a & b", [1, 2, 3], [1.0, 2.0, 3.0]), Series("c", [1, 2, 3], [3.0, 2.0, 1.0], noisy=False)]
+    root = ElementTree.fromstring(svg_picture([("loss <1>", lines), ("loss <2>", lines)]))
+    words = [text for one in root.iter("{http://www.w3.org/2000/svg}text") if (text := one.text)]
+    assert [word for word in words if word.startswith("loss")] == ["loss <1>", "loss <2>"]
+    assert words[-2:] == ["a & b", "c"]
+    drawn = [one for one in root.iter("{http://www.w3.org/2000/svg}path") if one.get("class") == "line"]
+    assert len(drawn) == 2 * len(lines) + len(lines)  # and a stroke before each name
 
 
 def test_running_mean_keeps_constants_and_lines_and_tames_noise() -> None:
