@@ -73,12 +73,12 @@ def demo_samples() -> Iterator[Members]:
 
 
 def demo_shape(tokenizer: Any) -> LanguageConfig:
-    """The demo's GLM-4 with one position a token, as transformers' Glm4ForCausalLM has them."""
-    return replace(tiny_shape(tokenizer), mrope_section=None)
+    """The demo's model as a Llama: transformers' GLM-4 does not know the rows and columns of image tokens."""
+    return replace(tiny_shape(tokenizer), family="llama", rotary_fraction=1.0, mrope_section=None)
 
 
 def small_shape(tokenizer: Any) -> LanguageConfig:
-    """A Llama in SmolLM2's proportions, 5.4 million weights in its blocks."""
+    """A Llama in SmolLM2's proportions, 5.9 million weights in its blocks."""
     eos_ids = tuple(tokenizer.convert_tokens_to_ids(["<|endoftext|>"]))
     return LanguageConfig(
         "llama", 4096, 256, 8, 8, 4, 32, 704, max_tokens=LONGEST_TOKENS, eps=1e-5, tied=True, eos_ids=eos_ids
@@ -127,14 +127,14 @@ def _config(batch: int, text_tokens: int, patches: int, slots: int) -> RunConfig
         text_tokens_per_pack=text_tokens,
         max_patches=256,
     )
-    language = replace(base.language, max_tokens=LONGEST_TOKENS, max_patches=1024)
+    language = replace(base.language, max_tokens=min(LONGEST_TOKENS, text_tokens), max_patches=min(1024, patches))
     return replace(base, data=data, language=language)
 
 
 MIXES = (
     Mix("demo", "the demo's captions and questions", demo_samples, demo_shape, demo_stage3.config()),
     Mix("conversations", "talks of lognormal length", conversations, small_shape, _config(32, 2048, 2048, 24)),
-    Mix("uniform", "talks of one length", uniform, small_shape, _config(32, 1024, 2048, 24)),
+    Mix("uniform", "talks of one length", uniform, small_shape, _config(32, 840, 1152, 8)),
 )
 
 
@@ -147,7 +147,7 @@ def write_mix(mix: Mix, directory: Path) -> RunConfig:
             tar.write(members)
     for _ in build_index(str(shard)):
         continue
-    tokenizer = train_tokenizer([" ".join(WORDS), *_captions()])
+    tokenizer = train_tokenizer([*[" ".join(WORDS)] * TALKS, *_captions()])  # so often that each word is a token
     torch.manual_seed(0)
     CausalLM(mix.shape(tokenizer)).save_pretrained(language)
     tokenizer.save_pretrained(language)
