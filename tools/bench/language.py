@@ -134,7 +134,8 @@ def compare(rank: int, rendezvous: str, config: RunConfig, batches: int, rounds:
         orders[BY_LENGTH].append(microbatches(sorted(samples, key=lambda one: len(one.ids)), len(micro)))
     engine, loss, run = start_ours(config, mesh, packs)
     runs, losses = {OURS: run}, {OURS: loss}
-    rows = {OURS: sum(map(len, packs)) * config.data.text_tokens_per_pack}
+    held = [batch.sequence for micro in packs for batch in micro]
+    rows = {OURS: sum(len(sequence.ids) for sequence in held if sequence is not None)}
     for name, steps in orders.items():
         losses[name], runs[name] = start_bare(engine, config, steps)
         rows[name] = sum(batch.ids_BS.numel() for micro in steps for batch in micro)
