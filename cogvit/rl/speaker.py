@@ -89,7 +89,7 @@ class PlainSpeaker:
     def __init__(self, model: VisionLanguageModel) -> None:
         if not isinstance(model.language, CausalLM):
             raise ConfigError(
-                "a policy speaks by this project's cache: its language model must be Llama, GLM-4 or Qwen3"
+                "a policy speaks by the cache of this project's language models: pass a Llama, GLM-4 or Qwen3"
             )
         self._model, self._language = model.eval(), model.language
         self._device = model.language.embed.weight.device
