@@ -115,7 +115,7 @@ def train_base(pixels: Pictures, tokenizer: Any, depth: int, steps: int, seed: i
     torch.manual_seed(seed)
     model, words = new_model(tokenizer, depth), Words.of(tokenizer)
 
-    def terms(documents: list[Document]) -> list[Tensor]:
+    def terms(documents: list[list[int]]) -> list[Tensor]:
         laid = lay(pixels, documents, words)
         sizes = [rows * columns for rows, columns in laid.grids]
         visual_ED = model.encode_images(pack_images(laid.patches.split(sizes), laid.grids))
@@ -137,7 +137,7 @@ def train_heads(run: Run, base: VisionLanguageModel, train: Pictures, held_out: 
         assert language.mtp is not None, "heads alone are some"
         learning = [*language.mtp.parameters()]
 
-    def terms(documents: list[Document]) -> list[Tensor]:
+    def terms(documents: list[list[int]]) -> list[Tensor]:
         laid = lay(train, documents, words, run.mmtp)
         with torch.set_grad_enabled(run.joint):
             visual_ED = adapter.forward_packed(laid.patches, laid.grids)
