@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from cogvit.config import RunConfig
-from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.config import CogViTConfig, TextConfig, VideoConfig
 from cogvit.model.dialog import tokenizer_fingerprint
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.pretrained_language import language_shape
 from data_pipeline.sizing import Sizing, sizing_of
 
 Value = TypeVar("Value")
@@ -31,6 +31,8 @@ class LanguageSpec:
     attention_tokens: int  # n0 of the language model
     token_cost: tuple[int, int]  # of n0 tokens over that of n0 patches, as a fraction; trained parts cost thrice
     vision_passes: int
+    video: VideoConfig
+    framed: bool = False  # learned tokens stand around each image
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +103,15 @@ def plan_spec(config: RunConfig) -> PlanSpec:
 def _language_spec(config: RunConfig) -> LanguageSpec:
     """Errors: CheckpointError when the language model's config.json is not there or not ours."""
     own, path = config.language, Path(config.language.path)
-    shape, vision = read_shape(path), config.vision
+    shape, vision = language_shape(path), config.vision
     # Per token and layer: 2 a multiply-add of each matrix, and 2 n a channel of causal attention.
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     channels = shape.num_heads * shape.head_dim
     matrices = (
         shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim) + shape.embed_dim * shape.vocab_size // shape.depth
     )
-    language_passes = _TRAINED if config.optim.language.lr_mult else _FROZEN_LANGUAGE
+    learns = config.optim.language.lr_mult > 0.0 or config.expert.every > 0
+    language_passes = _TRAINED if learns else _FROZEN_LANGUAGE
     return LanguageSpec(
         tokenizer=tokenizer_fingerprint(path),
         prompts=own.prompts,
@@ -119,4 +122,6 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
         attention_tokens=max(1, matrices // channels),
         token_cost=(language_passes * channels * shape.depth, 2 * vision.embed_dim * vision.depth),
         vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
+        video=config.video,
+        framed=config.expert.every > 0,
     )

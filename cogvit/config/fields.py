@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig, VideoConfig
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class OptimConfig:
     bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
     adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
     language: ModuleConfig = field(default_factory=ModuleConfig)
+    expert: ModuleConfig = field(default_factory=ModuleConfig)  # visual experts of the language model
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ class LanguageTowerConfig:
     """The language model of stage 3, and what of a sample it reads."""
 
     path: str = option(
-        "", "directory of a causal language model of transformers (Llama, GLM-4 or Qwen3), with its tokenizer"
+        "",
+        "directory of a causal language model of transformers with its tokenizer: Llama, GLM-4 or Qwen3; any other lies"
+        " whole on the last pipeline stage, without tensor ranks, recompute and heads for more tokens",
     )
     max_tokens: int = option(1024, "longest sample, images included; a longer one loses its end")
     max_patches: int = option(4096, "of all images of a sample together; several images are shown smaller")
@@ -284,6 +287,8 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

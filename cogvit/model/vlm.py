@@ -16,7 +16,7 @@ from cogvit.errors import CheckpointError
 from cogvit.model.adapter import PatchGroups, fitted_adapter
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
-from cogvit.model.config import AdapterConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig, VideoConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.eva import EvaEncoder
@@ -27,9 +27,9 @@ from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages, pack_shown, rgb_image
 from cogvit.model.images import ImageLike
 from cogvit.model.language import CausalLM, place_visual
-from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts.released import Layout, Released
 from cogvit.model.packing import Grid
+from cogvit.model.pretrained_language import PretrainedLanguage
 from cogvit.model.questions import Questions, read_questions
 from cogvit.model.sequence import expert_tokens, num_tokens, part_positions, parts_of_row, slots_of_images
 from cogvit.model.vit import CogViT
@@ -56,7 +56,7 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         vision: the encoder.
         adapter: from its features to the language model's width.
-        language: the decoder.
+        language: the decoder, ours or one of transformers.
         image_token_id: what stands in token ids where an image's features go.
         limits: how large images are shown.
         tokenizer: of transformers, with a chat template; None where nobody asks for text.
@@ -64,13 +64,14 @@ class VisionLanguageModel(nn.Module):
         cross: a second encoder, whose rows the language model's cross attention looks at; None without.
         questions: how conversations are read where it is not by a chat template.
         released: the files that it came from, where these are of a released layout.
+        video: which frames of videos are shown.
     """
 
     def __init__(
         self,
         vision: CogViT | EvaEncoder,
         adapter: PatchGroups,
-        language: CausalLM,
+        language: CausalLM | PretrainedLanguage,
         image_token_id: int,
         limits: ImageSize,
         tokenizer: Any = None,
@@ -78,6 +79,7 @@ class VisionLanguageModel(nn.Module):
         cross: EvaEncoder | None = None,
         questions: Questions | None = None,
         released: Released | None = None,
+        video: VideoConfig | None = None,
     ) -> None:
         """Put the modules together.
 
@@ -106,17 +108,20 @@ class VisionLanguageModel(nn.Module):
                 f"the second encoder has {cross_dim} channels; the language model's cross attention looks at"
                 f" {language.cfg.cross.encoder_dim}"
             )
+        if frame is not None and isinstance(language, PretrainedLanguage):
+            raise ValueError(f"a language model of family {language.cfg.family} takes no learned tokens around images")
         if vision.cfg.in_chans != 3:
             raise ValueError(f"the encoder takes images of {vision.cfg.in_chans} channels; expected 3")
         self.vision, self.adapter, self.language = vision, adapter, language
         self.image_token_id, self.limits, self.tokenizer = image_token_id, limits, tokenizer
         self.frame, self.cross, self.questions, self.released = frame, cross, questions, released
+        self.video = video or VideoConfig()
 
     @classmethod
     def joined(
         cls,
         vision: CogViT,
-        language: CausalLM,
+        language: CausalLM | PretrainedLanguage,
         tokenizer: Any,
         adapter: AdapterConfig,
         min_pixels: float,
@@ -238,8 +243,8 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             messages: OpenAI-style, `{"role": "user", "content": text or parts}`; a part is `{"type": "text", "text":
-                ...}`, `{"type": "image", "image": PIL image or path}` or `{"type": "image_url", "image_url": path or
-                data URL}`.
+                ...}`, `{"type": "image", "image": PIL image or path}`, `{"type": "image_url", "image_url": path or
+                data URL}` or `{"type": "video", "video": path}`.
             max_new_tokens: of the answer, its end included.
             temperature: 0 takes the most likely token; above 0 it draws.
             top_p: draws among the most likely tokens that have this much of the probability together.
@@ -314,7 +319,7 @@ class VisionLanguageModel(nn.Module):
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one, or ask it for logits")
         if self.questions is None:
-            prompt = read_prompt(self.tokenizer, messages)
+            prompt = read_prompt(self.tokenizer, messages, self.video)
         else:
             prompt = read_questions(self.tokenizer, messages, self.questions, self.image_token_id)
         lengths = iter([self.num_visual_tokens(image) for image in prompt.images])
@@ -350,6 +355,7 @@ class VisionLanguageModel(nn.Module):
             self.cross,
             self.questions,
             self.released,
+            self.video,
         )
 
     def save_glm_ocr_full(self, directory: str | Path) -> None:

@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
+from cogvit.model.config import ExpertConfig, VideoConfig
 from cogvit.model.eva import EvaEncoder
+from cogvit.model.eva_training import eva_encoder
 from cogvit.model.expert import is_expert
 from cogvit.model.frame import ImageFrame
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts import glm_ocr_full, released, vision_language
 from cogvit.model.layouts.causal_lm import write_causal_lm
 from cogvit.model.layouts.cog import CogShape
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.parts import check_shapes
 from cogvit.model.pretrained import load_tokenizer
+from cogvit.model.pretrained_language import PretrainedLanguage, load_language
 from cogvit.model.questions import Questions
 from cogvit.model.vit import CogViT
 
@@ -33,7 +35,7 @@ class VlmParts(NamedTuple):
 
     vision: CogViT | EvaEncoder
     adapter: PatchGroups
-    language: CausalLM
+    language: CausalLM | PretrainedLanguage
     image_token_id: int
     limits: ImageSize
     tokenizer: Any = None
@@ -41,6 +43,7 @@ class VlmParts(NamedTuple):
     cross: EvaEncoder | None = None
     questions: Questions | None = None
     released: released.Released | None = None
+    video: VideoConfig = VideoConfig()
 
     def modules(self) -> nn.ModuleDict:
         """Return what has weights, under the names of a `VisionLanguageModel`."""
@@ -73,28 +76,38 @@ def save_ours(root: Path, parts: VlmParts) -> None:
     if not isinstance(parts.vision, CogViT) or not isinstance(parts.limits, ImageLimits) or parts.cross is not None:
         raise CheckpointError("this layout holds a CogViT, and neither images of one size nor a second encoder")
     parts.vision.save_pretrained(root / vision_language.VISION)
-    cfg, weights = parts.language.cfg, parts.language.state_dict()
-    plain = {name: weight for name, weight in weights.items() if not is_expert(name)}
-    write_causal_lm(root / vision_language.LANGUAGE, replace(cfg, expert=ExpertConfig()), plain)
-    if cfg.expert.every or parts.frame is not None:
+    weights: dict[str, Tensor] = {}
+    if isinstance(parts.language, CausalLM):
+        cfg, weights = parts.language.cfg, parts.language.state_dict()
+        plain = {name: weight for name, weight in weights.items() if not is_expert(name)}
+        write_causal_lm(root / vision_language.LANGUAGE, replace(cfg, expert=ExpertConfig()), plain)
+    else:
+        parts.language.save_pretrained(root / vision_language.LANGUAGE)
+    if parts.language.cfg.expert.every or parts.frame is not None:
         own = {name: weight for name, weight in weights.items() if is_expert(name)}
         frame = {} if parts.frame is None else parts.frame.state_dict()
         own |= {f"frame.{name}": weight for name, weight in frame.items()}
-        vision_language.write_expert(root, vision_language.Grown(cfg.expert, parts.frame is not None, own))
+        vision_language.write_expert(
+            root, vision_language.Grown(parts.language.cfg.expert, parts.frame is not None, own)
+        )
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(root / vision_language.LANGUAGE)
     adapter = adapter_config(parts.adapter)
-    vision_language.write(root, parts.image_token_id, parts.limits, adapter, parts.adapter.state_dict())
+    sizes, video = (parts.limits.min_pixels, parts.limits.max_pixels), parts.video
+    joint = vision_language.Joint(parts.image_token_id, *sizes, adapter, parts.adapter.state_dict(), video)
+    vision_language.write(root, joint)
 
 
 def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -> None:
     """Write a directory of the CogVLM family; None is the layout that fits. Errors: CheckpointError names why not."""
+    if parts.frame is None:
+        raise CheckpointError(f"layout {layout} holds visual experts and learned tokens around images; there are none")
+    if isinstance(parts.vision, CogViT):
+        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits))
     vision, cross = parts.vision, None if parts.cross is None else parts.cross.cfg
-    if not isinstance(vision, EvaEncoder) or parts.frame is None:
-        raise CheckpointError(
-            f"layout {layout} holds an EVA2-CLIP encoder with learned tokens around its images; this model has a"
-            f" {type(vision).__name__}; leave the layout out"
-        )
+    if not isinstance(parts.language, CausalLM):
+        raise CheckpointError(f"layout {layout} cannot hold a language model of family {parts.language.cfg.family}")
+    assert isinstance(vision, EvaEncoder)
     questions = parts.questions or Questions("chat", instruct=cross is not None)
     adapter = adapter_config(parts.adapter)
     shape = CogShape(parts.language.cfg, vision.cfg, adapter, parts.image_token_id, questions, cross)
@@ -113,6 +126,9 @@ def save_glm_ocr_full(root: Path, parts: VlmParts) -> None:
     if not isinstance(parts.adapter, GlmAdapter):
         kind = adapter_config(parts.adapter).kind
         raise CheckpointError(f"the layout of GLM-OCR cannot hold an adapter of kind {kind}; expected glm")
+    if not isinstance(parts.language, CausalLM):
+        family = parts.language.cfg.family
+        raise CheckpointError(f"the layout of GLM-OCR cannot hold a language model of family {family}; expected glm4")
     if parts.frame is not None:
         raise CheckpointError("the layout of GLM-OCR cannot hold visual experts and learned tokens around images")
     glm_ocr_full.write(
@@ -154,18 +170,20 @@ def _read_ours(root: Path) -> VlmParts:
     load_checked(adapter, joint.weights)
     limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
     tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
-    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame)
+    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, video=joint.video)
 
 
-def _read_grown(root: Path) -> tuple[CausalLM, ImageFrame | None]:
-    """The language model with its visual experts, and the tokens around images. Errors: CheckpointError."""
-    grown, language = vision_language.read_expert(root), CausalLM.from_pretrained(root / vision_language.LANGUAGE)
+def _read_grown(root: Path) -> tuple[CausalLM | PretrainedLanguage, ImageFrame | None]:
+    """The language model with its visual experts, and the tokens around images. Errors: CheckpointError, ValueError."""
+    grown, language = vision_language.read_expert(root), load_language(root / vision_language.LANGUAGE)
     if not grown.expert.every and not grown.framed:
         return language, None
     frame = ImageFrame(language.cfg.embed_dim) if grown.framed else None
+    blocks = nn.ModuleList()
     if grown.expert.every:
         language = language.with_experts(grown.expert)
-    modules = nn.ModuleDict({"blocks": language.blocks} | ({} if frame is None else {"frame": frame}))
+        blocks = language.blocks
+    modules = nn.ModuleDict({"blocks": blocks} | ({} if frame is None else {"frame": frame}))
     own = {name: weight for name, weight in modules.named_parameters() if is_expert(name) or name.startswith("frame.")}
     try:
         check_shapes(grown.weights, {name: tuple(weight.shape) for name, weight in own.items()})

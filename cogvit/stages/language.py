@@ -14,14 +14,14 @@ from cogvit.config import RunConfig
 from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.language_config import LanguageConfig, check_layout
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.language_config import FAMILIES, LanguageConfig, LanguageShape, check_layout
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import nn
 
     from cogvit.evaluation.examples import Example
     from cogvit.evaluation.subject import Subject
+    from cogvit.model.pretrained_language import PretrainedLanguage
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
     from cogvit.teacher.targets import Targets
@@ -36,7 +36,8 @@ class LanguageStage:
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "mmtp.", "memory.language.", "optim.adapter.", "optim.language.",
+        "language.", "adapter.", "mmtp.", "expert.", "video.", "memory.language.", "optim.adapter.", "optim.language.",
+        "optim.expert.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
     execution: tuple[str, ...] = ()
@@ -51,11 +52,8 @@ class LanguageStage:
         """Check what images and sequences take, and the language model's layout. Errors: ConfigError."""
         data, own, pool = config.data, config.language, config.adapter.spatial_pool
         require(data.order == "planned", "--data.order sequential has no index, by which conversations are packed")
-        require(
-            data.sizing == "glm" and data.grid_multiple == pool,
-            f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
-            f" {data.sizing} and {data.grid_multiple}",
-        )
+        _check_images(config)
+        _check_parts(config)
         require(own.max_tokens >= 2, f"--language.max-tokens {own.max_tokens} must be at least 2")
         require(
             own.max_tokens <= data.text_tokens_per_pack,
@@ -67,19 +65,9 @@ class LanguageStage:
             f"--language.max-patches {own.max_patches} must be from {pool**2} to"
             f" data.tokens_per_pack={data.tokens_per_pack}",
         )
-        trained = [part for part in PARTS if part not in frozen_parts(config)]
-        require(
-            bool(trained),
-            "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
-        )
         require(
             config.mmtp.depths < own.max_tokens,
             f"--mmtp.depths {config.mmtp.depths} must be below --language.max-tokens {own.max_tokens}",
-        )
-        require(
-            not config.mmtp.depths or "language" in trained,
-            f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
-            " optim.language.lr_mult is 0",
         )
         shape, parallel = language_shape(config), config.parallel
         require(
@@ -87,11 +75,7 @@ class LanguageStage:
             f"--language.max-tokens {own.max_tokens} is above the {shape.max_tokens} of {own.path}; lower it",
         )
         check_layout(shape, parallel.tp, parallel.pp)
-        blocks, depth = config.memory.language.recompute_blocks, shape.depth // parallel.pp
-        require(
-            blocks >= 1 and (config.memory.language.recompute != "full" or depth % blocks == 0),
-            f"memory.language.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
-        )
+        _check_memory(config, shape)
         require(
             not parallel.sequence or data.text_tokens_per_pack % parallel.tp == 0,
             f"sequence parallelism splits data.text_tokens_per_pack: {data.text_tokens_per_pack} tokens over"
@@ -104,7 +88,14 @@ class LanguageStage:
         from data_pipeline.talks import dialog_reader
 
         if config.init:
-            check_init(config)
+            begun = check_init(config)
+            there = config.expert if begun is None or not begun.expert.every else begun.expert
+            require(
+                there == config.expert,
+                f"--init {config.init} has visual experts in every {there.every}th block with"
+                f" expert.qkv_bias={there.qkv_bias}; pass --expert.every {there.every} and --expert.qkv-bias"
+                f" {str(there.qkv_bias).lower()}, or begin with an export of its encoder",
+            )
         dialog_reader(config.language.path)
         return config
 
@@ -121,20 +112,24 @@ class LanguageStage:
         from cogvit.objective.blindness import Watched
         from cogvit.objective.language import JointModel
         from cogvit.parallel.language import LanguageStage as LanguageModelStage
+        from cogvit.parallel.whole import WholeLanguageStage
         from cogvit.training.build import fill_on_device, initial_weights, vision_stage
         from cogvit.training.joint import given_weights
 
-        language = LanguageModelStage(
-            language_shape(config),
-            mesh,
-            config.parallel,
-            config.memory.language,
-            num_tokens=config.data.text_tokens_per_pack,
-            fusion=config.fusion,
-        )
+        shape = language_shape(config)
+        language: LanguageModelStage | WholeLanguageStage
+        if isinstance(shape, LanguageConfig):
+            tokens = config.data.text_tokens_per_pack
+            language = LanguageModelStage(
+                shape, mesh, config.parallel, config.memory.language, num_tokens=tokens, fusion=config.fusion
+            )
+            given = given_weights(config)
+        else:
+            language = WholeLanguageStage(shape, mesh, whole_language(config, mesh))
+            given = given_weights(config, language)
         model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
-        fill_on_device(model, mesh, initial_weights(config, given_weights(config), {}, {}))
-        return model, Watched(config.adapter.spatial_pool)
+        fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
+        return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
@@ -156,10 +151,10 @@ class LanguageStage:
     def examples(self, subject: Subject) -> list[Example]:
         """What is said of held-out images."""
         from cogvit.evaluation.answers import answer_examples, exams
+        from data_pipeline.token_counts import wording_of
 
         assert subject.joint is not None and subject.config is not None and subject.talks is not None
-        config = subject.config
-        found = exams(subject.talks, dict(config.language.prompts), config.data.caption_field)
+        found = exams(subject.talks, wording_of(subject.config))
         return answer_examples(subject.joint, list(found))
 
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
@@ -167,11 +162,13 @@ class LanguageStage:
         return pixels
 
 
-def language_shape(config: RunConfig) -> LanguageConfig:
-    """Return the shape of a run's language model, with its heads for more tokens.
+def language_shape(config: RunConfig) -> LanguageShape:
+    """Return the shape of a run's language model, with its heads for more tokens and its visual experts.
 
-    Errors: ConfigError when it is not there or not of a known family.
+    Errors: ConfigError when it is not there or no causal language model.
     """
+    from cogvit.model import pretrained_language
+
     path = config.language.path
     require(bool(path), "--language.path DIR is needed: a causal language model of transformers with its tokenizer")
     require(
@@ -179,6 +176,88 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
     )
     try:
-        return replace(read_shape(Path(path)), mmtp=config.mmtp)
+        shape = pretrained_language.language_shape(Path(path))
+        return replace(shape, mmtp=config.mmtp, expert=config.expert)
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
+
+
+def whole_language(config: RunConfig, mesh: Mesh) -> PretrainedLanguage | None:
+    """Return a run's language model of transformers on the last stage, nothing elsewhere.
+
+    Errors: ConfigError, on all ranks.
+    """
+    from cogvit.model.pretrained_language import PretrainedLanguage
+
+    language, failure = None, None
+    try:
+        if mesh.is_last_stage:
+            language = PretrainedLanguage.from_pretrained(config.language.path)
+    except CheckpointError as error:
+        failure = ConfigError(f"--language.path: {error}")
+    mesh.raise_together(failure)
+    return language
+
+
+def _check_images(config: RunConfig) -> None:
+    """Check how large images are shown. Errors: ConfigError."""
+    data, own, pool = config.data, config.language, config.adapter.spatial_pool
+    square = data.sizing == "square"
+    require(
+        (square or data.sizing == "glm") and data.grid_multiple == pool,
+        f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
+        f" {data.sizing} and {data.grid_multiple}",
+    )
+    rows, columns = config.vision.base_grid
+    require(
+        not square or (rows % pool == 0 and rows * columns <= own.max_patches),
+        f"squares of vision.image_size={config.vision.image_size} px have {rows} x {columns} patches, which"
+        f" adapter.spatial_pool={pool} must divide and --language.max-patches {own.max_patches} allow",
+    )
+
+
+def _check_parts(config: RunConfig) -> None:
+    """Check which parts are trained. Errors: ConfigError."""
+    trained, every = [part for part in PARTS if part not in frozen_parts(config)], config.expert.every
+    require(
+        not every or ("language" not in trained and config.optim.expert.lr_mult > 0.0),
+        f"--expert.every {every} trains visual experts beside a language model that stays as it is: pass"
+        " --optim.language.lr-mult 0 and an optim.expert.lr_mult above 0",
+    )
+    require(
+        bool(trained or every),
+        "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
+    )
+    require(
+        not config.mmtp.depths or "language" in trained,
+        f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
+        " optim.language.lr_mult is 0",
+    )
+
+
+def _check_memory(config: RunConfig, shape: LanguageShape) -> None:
+    """Check what a language model keeps of its activations, and what it is given. Errors: ConfigError."""
+    memory, stages = config.memory.language, config.parallel.pp
+    if isinstance(shape, LanguageConfig):
+        blocks, depth = memory.recompute_blocks, shape.depth // stages
+        require(
+            blocks >= 1 and (memory.recompute != "full" or depth % blocks == 0),
+            f"memory.language.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
+        )
+        return
+    path = config.language.path
+    require(
+        memory.recompute == "none" and not memory.offload,
+        f"memory.language is of {', '.join(FAMILIES)}; --language.path {path} is a {shape.family} and keeps its"
+        " activations",
+    )
+    require(
+        not config.mmtp.depths,
+        f"--mmtp.depths {config.mmtp.depths}: heads are of {', '.join(FAMILIES)}; --language.path {path} is a"
+        f" {shape.family}",
+    )
+    require(
+        not config.expert.every,
+        f"--expert.every {config.expert.every}: visual experts are of {', '.join(FAMILIES)}; --language.path {path} is"
+        f" a {shape.family}",
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import NonFiniteStep
+from cogvit.model.expert import is_expert
 from cogvit.parallel.convert import PlainTensor, Split, gather_plain, plain_tensors
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.rectangles import rectangles
@@ -53,14 +54,15 @@ class Engine:
         self.mesh, self.model = mesh, model
         self.skips_in_a_row = 0
         # What is frozen has no gradient, no moments and no part in what is stored.
-        tensors = list(plain_tensors(model))
-        self.tensors = [tensor for tensor in tensors if tensor.parameter.requires_grad]
+        self.tensors = [tensor for tensor in plain_tensors(model) if tensor.parameter.requires_grad]
         self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
         self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
-        joint = any(module_of(tensor.name) == "language" for tensor in tensors)  # every stage has layers of it
-        groups = param_groups(named, config.optim, config.schedule, joint=joint)
+        later: tuple[Module, ...] = ()
+        if "language" in dict(model.named_children()):  # also on stages that have no layers of it
+            later = ("adapter", "language", "expert") if config.expert.every else ("adapter", "language")
+        groups = param_groups(named, config.optim, config.schedule, later=later)
         qkv_heads = {
             t.parameter: QkvHeads(t.num_heads // mesh.tp_size, t.num_kv_heads // mesh.tp_size)
             for t in self.tensors
@@ -205,8 +207,12 @@ def _parts(tensor: PlainTensor, fragment: Fragment, values: Tensor, mesh: Mesh) 
 
 
 def module_of(name: str) -> Module:
-    """Return the module whose rates a parameter has, from the first part of its plain name."""
+    """Return the module whose rates a parameter has, from its plain name; tokens around images go with the adapter."""
     first = name.split(".")[0]
+    if is_expert(name):
+        return "expert"
+    if first == "frame":
+        return "adapter"
     if first in ("vision", "text", "adapter", "language"):
         return cast(Module, first)
     return "temperature" if first == "log_t" else "bias" if first == "bias" else "projection"

@@ -113,16 +113,43 @@ def test_every_baseline_stands_in_a_column_of_its_figure() -> None:
     figure = {"value": 0.06, "chance": 0.004}
     table = evaluation_table(
         {
-            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
             "distill_dinov3": {"explained_all": figure, "explained_all_place": {"value": 0.128, "chance": 0.0}},
+            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
         }
     )
-    first, further = table.replace("<wbr>", "").split("<details>")
-    rows = {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in first.split("<tr>")[2:]}
-    assert list(rows) == ["r5", "explained_all"] and "r5_usual" in further
-    assert "2.2&#8239;%" in rows["r5"] and "12.8&#8239;%" in rows["explained_all"]
-    assert re.findall(r"sorts\">(\w+)</th>", first) == ["value", "chance", "color", "place"]
-    assert re.findall(r"sorts\">(\w+)</th>", further) == ["value", "chance"]
+    retrieval, distill = table.replace("<wbr>", "").split("<h3>")[1:]
+    first, further = retrieval.split("<details>")
+    assert rows_of(first).keys() == {"r5"} and "r5_usual" in further
+    assert "2.2&#8239;%" in rows_of(first)["r5"] and "12.8&#8239;%" in rows_of(distill)["explained_all"]
+    assert columns_of(first) == ["value", "chance", "color"] and columns_of(further) == ["value", "chance"]
+    assert columns_of(distill) == ["value", "chance", "place"]
+
+
+def rows_of(table: str) -> dict[str, str]:
+    return {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in table.split("<tr>")[2:]}
+
+
+def columns_of(table: str) -> list[str]:
+    return re.findall(r"num sorts\">([\w ]+)</th>", table)
+
+
+def test_what_matters_comes_first_and_nats_are_one_row_a_task() -> None:
+    share = {"value": 0.9, "chance": 0.1}
+    nats = {"nats": {"value": 0.2, "chance": 1.5}, "nats_gap": {"value": 1.3, "chance": 0.0}}
+    table = evaluation_table(
+        {
+            "distill_dinov3": {"explained_all": share},
+            "perplexity_digits_en": {**nats, "nats_without_image": {"value": 1.25, "chance": 1.5}},
+            "knn_digits": {"accuracy": share},
+            "caption_digits_en": {"exact": share},
+            "own_task": {"share": share},
+        }
+    ).replace("<wbr>", "")
+    tasks = [task for task in re.findall(r"<td>(\w+)<br>", table) if task != "perplexity_digits_en"]
+    assert tasks == ["caption_digits_en", "knn_digits", "distill_dinov3", "own_task"]
+    first, further = table.partition("<h3>Nats")[2].partition("<h3>")[0].split("<details>")
+    assert rows_of(first).keys() == {"nats"} and rows_of(further).keys() == {"nats_gap"}
+    assert columns_of(first) == ["value", "chance", "without image"] and ">1.250<" in rows_of(first)["nats"]
 
 
 def test_key_figures_come_from_the_metrics(page: str) -> None:
