@@ -16,7 +16,7 @@ What is here, by purpose:
     encoder             CogViT, CogViTConfig, EncodedImages, Preprocessing
     images of any size  naflex_pack -> PackedImages -> PackedFeatures; naflex_collate, naflex_resize, naflex_target_size
     images and language VisionLanguageModel, ImageLimits, CausalLM, LanguageConfig, MmtpConfig, ExpertConfig,
-                        RopeScaling, PackedSequence
+                        RopeScaling, PackedSequence; PretrainedLanguage for any other family of transformers
     between the two     AdapterConfig, MLPAdapter, GlmAdapter, SwiGLUAdapter, ConvAdapter, insert_visual_tokens_mmtp,
                         save_glm_ocr
     stage 1             CogViTForMIM, TeacherWrapper
@@ -57,6 +57,7 @@ from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups
 from cogvit.model.preprocess import EncodedImages, Preprocessing
+from cogvit.model.pretrained_language import PretrainedLanguage
 from cogvit.model.text import TextTower
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import CogViT
@@ -82,6 +83,7 @@ __all__ = [
     "PackedSequence",
     "PackedText",
     "Preprocessing",
+    "PretrainedLanguage",
     "RopeScaling",
     "SigLIPLoss",
     "SwiGLUAdapter",

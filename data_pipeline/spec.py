@@ -10,7 +10,7 @@ from typing import TypeVar
 from cogvit.config import RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig, VideoConfig
 from cogvit.model.dialog import tokenizer_fingerprint
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.pretrained_language import language_shape
 from data_pipeline.sizing import Sizing, sizing_of
 
 Value = TypeVar("Value")
@@ -103,7 +103,7 @@ def plan_spec(config: RunConfig) -> PlanSpec:
 def _language_spec(config: RunConfig) -> LanguageSpec:
     """Errors: CheckpointError when the language model's config.json is not there or not ours."""
     own, path = config.language, Path(config.language.path)
-    shape, vision = read_shape(path), config.vision
+    shape, vision = language_shape(path), config.vision
     # Per token and layer: 2 a multiply-add of each matrix, and 2 n a channel of causal attention.
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     channels = shape.num_heads * shape.head_dim

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from cogvit.batch import Batch, HostView, PackedSequence, SampleRef
 from cogvit.config import RunConfig
 from cogvit.model.dialog import Dialog, DialogReader
-from cogvit.model.language_config import LanguageConfig
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.language_config import LanguageShape
 from cogvit.model.packing import Grid
+from cogvit.model.pretrained_language import language_shape
 from cogvit.model.sequence import Part, expert_tokens, num_tokens, part_positions, tokens_ahead
 from cogvit.model.video import VideoReader
 from data_pipeline.caption import LANGUAGES
@@ -64,9 +64,9 @@ def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int, *, fr
 
 
 @lru_cache(4)
-def dialog_reader(path: str) -> tuple[DialogReader, LanguageConfig]:
+def dialog_reader(path: str) -> tuple[DialogReader, LanguageShape]:
     """Return what reads conversations for a language model, and its shape. Errors: DataError, CheckpointError."""
-    shape = read_shape(Path(path))
+    shape = language_shape(Path(path))
     return DialogReader.of(Path(path), shape.vocab_size, shape.eos_ids), shape
 
 

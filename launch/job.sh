@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # PRESET, STATUS and RAY_ADDRESS are for the scripts that source this one
-# What the batch scripts share. A script sources it in the directory of the submission and calls, in this order:
+# What the batch scripts share. A script sources it in the directory of the submission and calls run_stage DEFAULT_PRESET "$@",
+# or what that is made of, in this order:
 #   read_flags DEFAULT_PRESET "$@";  check_nodes;  start_ray;  train or another run_step;  finish STATUS
 # Statuses: 0 done; 2 a mistake of the user's, not tried again unless the job had been working; 75 stopped on request;
 # anything else a failure.
@@ -46,6 +47,19 @@ refused() {
 
 # What has been reached and will not be lost; a start that changes it made progress.
 progress() { cat "$LOGS/newest_checkpoint" 2>/dev/null || true; } # the checkpoint may be in an object store
+
+# Trains a stage, from the flags of its script to the end of the job.
+run_stage() {
+    read_flags "$@"
+    check_nodes
+    check_flags
+    if needs_ray; then
+        start_ray
+        FLAGS+=(--teachers.ray-address "$RAY_ADDRESS")
+    fi
+    train
+    finish "$STATUS"
+}
 
 # Sets PRESET, FLAGS, OUT and DEVICE. In a job array, {task} in a flag stands for the task's number: --seed {task} --out runs/{task}
 read_flags() {

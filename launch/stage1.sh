@@ -18,13 +18,4 @@ set -euo pipefail
 [[ -f launch/job.sh ]] || { echo "error: submit from the repository's root, not from $PWD" >&2 && exit 2; }
 # shellcheck source=launch/job.sh
 source launch/job.sh
-
-read_flags stage1_cogvit_l "$@"
-check_nodes
-check_flags
-if needs_ray; then
-    start_ray
-    FLAGS+=(--teachers.ray-address "$RAY_ADDRESS")
-fi
-train
-finish "$STATUS"
+run_stage stage1_cogvit_l "$@"

@@ -20,7 +20,7 @@ from cogvit.config import (
 from cogvit.model.config import CogViTConfig
 from data_pipeline.index import Index, build_index, load_index
 from tests.data.corpus import ANY_SIZE, members, picture, write_tar
-from tests.language import tiny_language, tiny_tokenizer
+from tests.language import OTHER_MODELS, other_language, tiny_language, tiny_tokenizer
 
 PATCH_PX = 4
 TWO_TURNS = [
@@ -67,7 +67,8 @@ def indexed(directory: Path) -> Index:
 
 def write_language_model(directory: Path, family: str = "glm4", **options: Any) -> Path:
     """A tiny language model of transformers with its tokenizer."""
-    tiny_language(family, **{"vocab_size": 288, "num_hidden_layers": 4, **options}).save_pretrained(directory)
+    build = other_language if family in OTHER_MODELS else tiny_language
+    build(family, **{"vocab_size": 288, "num_hidden_layers": 4, **options}).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
 

@@ -66,6 +66,30 @@ def tiny_language(name: str, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
+OTHER_MODELS: dict[str, dict[str, Any]] = {  # of families that ours does not build, and what differs from `_SHAPE`
+    "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": True},
+    "gemma2": {"sliding_window": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {"logit_scale": 0.25},
+    "bloom": {},  # its positions are those of the pack
+    "bert": {"is_decoder": False},  # its tokens see what follows
+}
+
+
+def other_language(family: str, **options: Any) -> PreTrainedModel:
+    """One of `OTHER_MODELS`, in fp32."""
+    config = transformers.AutoConfig.for_model(family, **{**_SHAPE, **OTHER_MODELS[family], **options})
+    config.eos_token_id = None
+    with torch.random.fork_rng():
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    scramble(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.4)
+    return model.eval()
+
+
 def token_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random ids [rows, length]."""
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -265,7 +265,9 @@ class LanguageTowerConfig:
     """The language model of stage 3, and what of a sample it reads."""
 
     path: str = option(
-        "", "directory of a causal language model of transformers (Llama, GLM-4 or Qwen3), with its tokenizer"
+        "",
+        "directory of a causal language model of transformers with its tokenizer: Llama, GLM-4 or Qwen3; any other lies"
+        " whole on the last pipeline stage, without tensor ranks, recompute and heads for more tokens",
     )
     max_tokens: int = option(1024, "longest sample, images included; a longer one loses its end")
     max_patches: int = option(4096, "of all images of a sample together; several images are shown smaller")

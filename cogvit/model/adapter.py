@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cogvit.model.config import AdapterConfig, AdapterKind
 from cogvit.model.glm_ocr import adapter_to_glm_ocr, shape_of, tower_to_glm_ocr
 from cogvit.model.interop import load_checked, read_glm_adapter, write_glm_ocr
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageShape
 from cogvit.model.packing import Grid
 from cogvit.model.vit import CogViT
 
@@ -256,7 +256,7 @@ def make_adapter(cfg: AdapterConfig, vision_dim: int, llm_dim: int) -> PatchGrou
     return _KINDS[cfg.kind](vision_dim, llm_dim, cfg.hidden_dim, cfg.spatial_pool)
 
 
-def fitted_adapter(cfg: AdapterConfig, vision_dim: int, language: LanguageConfig) -> PatchGroups:
+def fitted_adapter(cfg: AdapterConfig, vision_dim: int, language: LanguageShape) -> PatchGroups:
     """Return a new adapter before a language model, whose MLP width that of CogVLM and CogVLM2 has by default."""
     if cfg.hidden_dim is None and cfg.kind in ("swiglu", "conv"):
         cfg = replace(cfg, hidden_dim=language.mlp_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,22 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+def check_width(lengths: Sequence[int], sampling: Sampling, max_tokens: int) -> int:
+    """Return the tokens of the longest prompt and answer.
+
+    Errors: ValueError when a prompt is empty, or they exceed max_tokens.
+    """
+    width = max(lengths, default=0) + sampling.max_new_tokens
+    if not min(lengths, default=0):
+        raise ValueError("a prompt is empty; it needs at least one token")
+    if width > max_tokens:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and an answer of {sampling.max_new_tokens} exceed the model's"
+            f" max_tokens={max_tokens}"
+        )
+    return width
 
 
 def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int, first_row: int = 0) -> Tensor:

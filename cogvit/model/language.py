@@ -24,7 +24,7 @@ from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
 from cogvit.model.drafting import Drafted, Drafter, Prompt
 from cogvit.model.expert import ExpertRows, expert_rows, is_expert, with_expert_weights
-from cogvit.model.generation import Draft, Sampling, next_tokens
+from cogvit.model.generation import Draft, Sampling, check_width, next_tokens
 from cogvit.model.init import init_model
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import read_causal_lm, write_causal_lm
@@ -205,7 +205,9 @@ class CausalLM(nn.Module):
         Errors: ValueError when a prompt is empty or prompt and answer exceed `cfg.max_tokens`.
         """
         lengths = segments.lengths[: segments.num_valid]
-        return self._stream(x_SD, position_3S, segments, sampling, self._width(lengths, sampling), expert, cross)
+        return self._stream(
+            x_SD, position_3S, segments, sampling, check_width(lengths, sampling, self.cfg.max_tokens), expert, cross
+        )
 
     def stream_drafted(self, prompt: Prompt, sampling: Sampling, drafted: Drafted) -> Iterator[Tensor]:
         """Yield the next id, [1], of one prompt until it ends: those of `stream`, in fewer passes; counts in drafted.
@@ -214,20 +216,8 @@ class CausalLM(nn.Module):
         """
         if self.mtp is None:
             raise ValueError("the model has no heads that predict more tokens; they are trained with --mmtp.depths")
-        width = self._width((len(prompt.x_SD),), sampling)
+        width = check_width((len(prompt.x_SD),), sampling, self.cfg.max_tokens)
         return self._stream_drafted(prompt, Drafter(self.mtp, prompt, width), sampling, drafted, width)
-
-    def _width(self, lengths: tuple[int, ...], sampling: Sampling) -> int:
-        """Tokens of the longest prompt and answer. Errors: ValueError."""
-        width = max(lengths, default=0) + sampling.max_new_tokens
-        if not min(lengths, default=0):
-            raise ValueError("a prompt is empty; it needs at least one token")
-        if width > self.cfg.max_tokens:
-            raise ValueError(
-                f"a prompt of {max(lengths)} tokens and an answer of {sampling.max_new_tokens} exceed the model's"
-                f" max_tokens={self.cfg.max_tokens}"
-            )
-        return width
 
     @torch.no_grad()
     def _stream(

@@ -58,46 +58,32 @@ def mrope_section(pairs: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
-    """Shape and options of a causal decoder.
-
-    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm4` also normalizes what each
-    branch gives before it is added (sandwich norm) and turns neighboring channels of the first part of a head;
-    `qwen3` normalizes queries and keys per head.
+class LanguageShape:
+    """What everything around a causal language model knows of it.
 
     Attributes:
-        family: llama, glm4 or qwen3.
+        family: the model_type of transformers.
         vocab_size: V.
         embed_dim: D.
         depth: number of blocks.
         num_heads: H, of the queries.
         num_kv_heads: G, of keys and values; divides H.
         head_dim: K.
-        mlp_dim: F, of the gate and of the up projection.
+        mlp_dim: F, of the MLP, of its gate and of its up projection.
         max_tokens: of a sequence, prompt and answer.
-        eps: of the norms.
-        rope_base: of the rotation's angles.
-        rope_scaling: of long contexts; None where there is none.
-        rotary_fraction: of a head's channels that turn.
         mrope_section: pairs of channels that turn by time, row and column of a visual token; None where every token
             has one position.
-        qkv_bias: of the query, key and value projections.
-        proj_bias: of the output projection of attention.
-        mlp_bias: of the MLP.
-        tied: the head is the embedding.
         eos_ids: tokens that end an answer.
         bos_id: the token that begins a text, if any.
         pad_id: the token that fills up finished answers; the first of eos_ids if None.
         mmtp: heads that predict more tokens than the next one.
         expert: projections and MLP of image tokens.
         cross: attention to an image of high resolution.
-        rope_frequencies: angles of the rotation where a checkpoint stores them, rounded as it may be; those of
-            rope_base if None.
 
-    Errors: ValueError when a size is not positive, heads do not divide or an option is unknown.
+    Errors: ValueError when a size is not positive or heads do not divide.
     """
 
-    family: Family
+    family: str
     vocab_size: int
     embed_dim: int
     depth: int
@@ -106,32 +92,67 @@ class LanguageConfig:
     head_dim: int
     mlp_dim: int
     max_tokens: int = 2048
-    eps: float = 1e-6
-    rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rotary_fraction: float = 1.0
     mrope_section: tuple[int, int, int] | None = None
-    qkv_bias: bool = False
-    proj_bias: bool = False
-    mlp_bias: bool = False
-    tied: bool = False
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     cross: CrossConfig = CrossConfig()
-    rope_frequencies: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_tokens")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.family not in FAMILIES:
-            raise ValueError(f"family={self.family!r} must be one of {', '.join(FAMILIES)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
+
+    @property
+    def fill_id(self) -> int:
+        """What stands behind the end of an answer that finished before the others of its batch."""
+        return self.pad_id if self.pad_id is not None else next(iter(self.eos_ids), 0)
+
+
+@dataclass(frozen=True)
+class LanguageConfig(LanguageShape):
+    """Shape and options of a causal decoder that is ours.
+
+    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm4` also normalizes what each
+    branch gives before it is added (sandwich norm) and turns neighboring channels of the first part of a head;
+    `qwen3` normalizes queries and keys per head.
+
+    Attributes:
+        family: llama, glm4 or qwen3.
+        eps: of the norms.
+        rope_base: of the rotation's angles.
+        rope_scaling: of long contexts; None where there is none.
+        rotary_fraction: of a head's channels that turn.
+        qkv_bias: of the query, key and value projections.
+        proj_bias: of the output projection of attention.
+        mlp_bias: of the MLP.
+        tied: the head is the embedding.
+        rope_frequencies: angles of the rotation where a checkpoint stores them, rounded as it may be; those of
+            rope_base if None.
+
+    Errors: ValueError when a size is not positive, heads do not divide or an option is unknown.
+    """
+
+    family: Family
+    eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    rope_frequencies: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} must be one of {', '.join(FAMILIES)}")
         if not (0.0 < self.eps < math.inf and 0.0 < self.rope_base < math.inf):
             raise ValueError(f"eps={self.eps} and rope_base={self.rope_base} must be positive")
         if not 0.0 < self.rotary_fraction <= 1.0 or self.rotary_dim % 2 or not self.rotary_dim:
@@ -167,14 +188,16 @@ class LanguageConfig:
         """Whether queries and keys are normalized per head."""
         return self.family == "qwen3"
 
-    @property
-    def fill_id(self) -> int:
-        """What stands behind the end of an answer that finished before the others of its batch."""
-        return self.pad_id if self.pad_id is not None else next(iter(self.eos_ids), 0)
 
-
-def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
+def check_layout(cfg: LanguageShape, tp: int, pp: int) -> None:
     """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
+    if not isinstance(cfg, LanguageConfig):
+        if tp > 1:
+            raise ConfigError(
+                f"--parallel.tp {tp} cannot split a language model of family {cfg.family}, which lies whole on the last"
+                f" stage; use --parallel.tp 1, or a model of {', '.join(FAMILIES)}"
+            )
+        return
     if cfg.cross.dim:
         raise ConfigError("cross attention is not trained on the trunk; take a model without it")
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers: where they lie, and its text encoders as a text tower on packed captions.
+"""Checkpoints of transformers: where they lie, its causal language models, and its text encoders on packed captions.
 
 transformers is imported inside functions, because without such an encoder the model needs torch and einops alone.
 """
@@ -177,6 +177,63 @@ def new_text_encoder(config: TextEncoderConfig, pad_id: int) -> PretrainedTextTo
     spec = inspect_text_encoder(config, pad_id)
     with quiet():
         return PretrainedTextTower(spec.model_class(spec.config).float(), spec)
+
+
+def inspect_causal_lm(directory: Path) -> Any:
+    """Return the configuration of a causal language model of transformers, reading no weights.
+
+    Errors: CheckpointError when it is none, reads more than text, or is quantized.
+    """
+    import transformers
+
+    try:
+        found = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # configurations that check their fields raise classes of their own
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory} is no language model that transformers knows: {reason}") from None
+    kind = f"{directory} is of type {found.model_type!r}"
+    if type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or found.is_encoder_decoder:
+        raise CheckpointError(f"{kind}, which is no causal language model of transformers")
+    if found.get_text_config() is not found:
+        raise CheckpointError(f"{kind}, which reads more than text; take the language model out of it")
+    if getattr(found, "quantization_config", None) is not None:
+        raise CheckpointError(f"{kind} and quantized; quantized models must be converted first")
+    return found
+
+
+def new_causal_lm(directory: Path) -> nn.Module:
+    """Build a causal language model of transformers without its weights. Errors: as `inspect_causal_lm`."""
+    import transformers
+
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(inspect_causal_lm(directory))
+    return model
+
+
+def load_causal_lm(directory: Path, config: Any) -> nn.Module:
+    """Load a causal language model in fp32 and eval mode, from safetensors and without remote code.
+
+    config: what `inspect_causal_lm` gave. Errors: CheckpointError when the checkpoint is incomplete or does not fit it.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    if not list(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{directory} has no *.safetensors; other formats can run code and are refused")
+    with quiet():
+        try:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(f"{directory} does not load: {reason}") from None
+    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} first"
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def load_tokenizer(directory: Path) -> Any:

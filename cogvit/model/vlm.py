@@ -29,6 +29,7 @@ from cogvit.model.images import ImageLike
 from cogvit.model.language import CausalLM, place_visual
 from cogvit.model.layouts.released import Layout, Released
 from cogvit.model.packing import Grid
+from cogvit.model.pretrained_language import PretrainedLanguage
 from cogvit.model.questions import Questions, read_questions
 from cogvit.model.sequence import expert_tokens, num_tokens, part_positions, parts_of_row, slots_of_images
 from cogvit.model.vit import CogViT
@@ -55,7 +56,7 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         vision: the encoder.
         adapter: from its features to the language model's width.
-        language: the decoder.
+        language: the decoder, ours or one of transformers.
         image_token_id: what stands in token ids where an image's features go.
         limits: how large images are shown.
         tokenizer: of transformers, with a chat template; None where nobody asks for text.
@@ -70,7 +71,7 @@ class VisionLanguageModel(nn.Module):
         self,
         vision: CogViT | EvaEncoder,
         adapter: PatchGroups,
-        language: CausalLM,
+        language: CausalLM | PretrainedLanguage,
         image_token_id: int,
         limits: ImageSize,
         tokenizer: Any = None,
@@ -107,6 +108,8 @@ class VisionLanguageModel(nn.Module):
                 f"the second encoder has {cross_dim} channels; the language model's cross attention looks at"
                 f" {language.cfg.cross.encoder_dim}"
             )
+        if frame is not None and isinstance(language, PretrainedLanguage):
+            raise ValueError(f"a language model of family {language.cfg.family} takes no learned tokens around images")
         if vision.cfg.in_chans != 3:
             raise ValueError(f"the encoder takes images of {vision.cfg.in_chans} channels; expected 3")
         self.vision, self.adapter, self.language = vision, adapter, language
@@ -118,7 +121,7 @@ class VisionLanguageModel(nn.Module):
     def joined(
         cls,
         vision: CogViT,
-        language: CausalLM,
+        language: CausalLM | PretrainedLanguage,
         tokenizer: Any,
         adapter: AdapterConfig,
         min_pixels: float,

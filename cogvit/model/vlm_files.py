@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
@@ -25,6 +25,7 @@ from cogvit.model.layouts.cog import CogShape
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.parts import check_shapes
 from cogvit.model.pretrained import load_tokenizer
+from cogvit.model.pretrained_language import PretrainedLanguage, load_language
 from cogvit.model.questions import Questions
 from cogvit.model.vit import CogViT
 
@@ -34,7 +35,7 @@ class VlmParts(NamedTuple):
 
     vision: CogViT | EvaEncoder
     adapter: PatchGroups
-    language: CausalLM
+    language: CausalLM | PretrainedLanguage
     image_token_id: int
     limits: ImageSize
     tokenizer: Any = None
@@ -75,14 +76,20 @@ def save_ours(root: Path, parts: VlmParts) -> None:
     if not isinstance(parts.vision, CogViT) or not isinstance(parts.limits, ImageLimits) or parts.cross is not None:
         raise CheckpointError("this layout holds a CogViT, and neither images of one size nor a second encoder")
     parts.vision.save_pretrained(root / vision_language.VISION)
-    cfg, weights = parts.language.cfg, parts.language.state_dict()
-    plain = {name: weight for name, weight in weights.items() if not is_expert(name)}
-    write_causal_lm(root / vision_language.LANGUAGE, replace(cfg, expert=ExpertConfig()), plain)
-    if cfg.expert.every or parts.frame is not None:
+    weights: dict[str, Tensor] = {}
+    if isinstance(parts.language, CausalLM):
+        cfg, weights = parts.language.cfg, parts.language.state_dict()
+        plain = {name: weight for name, weight in weights.items() if not is_expert(name)}
+        write_causal_lm(root / vision_language.LANGUAGE, replace(cfg, expert=ExpertConfig()), plain)
+    else:
+        parts.language.save_pretrained(root / vision_language.LANGUAGE)
+    if parts.language.cfg.expert.every or parts.frame is not None:
         own = {name: weight for name, weight in weights.items() if is_expert(name)}
         frame = {} if parts.frame is None else parts.frame.state_dict()
         own |= {f"frame.{name}": weight for name, weight in frame.items()}
-        vision_language.write_expert(root, vision_language.Grown(cfg.expert, parts.frame is not None, own))
+        vision_language.write_expert(
+            root, vision_language.Grown(parts.language.cfg.expert, parts.frame is not None, own)
+        )
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(root / vision_language.LANGUAGE)
     adapter = adapter_config(parts.adapter)
@@ -98,6 +105,8 @@ def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -
     if isinstance(parts.vision, CogViT):
         parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits))
     vision, cross = parts.vision, None if parts.cross is None else parts.cross.cfg
+    if not isinstance(parts.language, CausalLM):
+        raise CheckpointError(f"layout {layout} cannot hold a language model of family {parts.language.cfg.family}")
     assert isinstance(vision, EvaEncoder)
     questions = parts.questions or Questions("chat", instruct=cross is not None)
     adapter = adapter_config(parts.adapter)
@@ -117,6 +126,9 @@ def save_glm_ocr_full(root: Path, parts: VlmParts) -> None:
     if not isinstance(parts.adapter, GlmAdapter):
         kind = adapter_config(parts.adapter).kind
         raise CheckpointError(f"the layout of GLM-OCR cannot hold an adapter of kind {kind}; expected glm")
+    if not isinstance(parts.language, CausalLM):
+        family = parts.language.cfg.family
+        raise CheckpointError(f"the layout of GLM-OCR cannot hold a language model of family {family}; expected glm4")
     if parts.frame is not None:
         raise CheckpointError("the layout of GLM-OCR cannot hold visual experts and learned tokens around images")
     glm_ocr_full.write(
@@ -161,15 +173,17 @@ def _read_ours(root: Path) -> VlmParts:
     return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, video=joint.video)
 
 
-def _read_grown(root: Path) -> tuple[CausalLM, ImageFrame | None]:
-    """The language model with its visual experts, and the tokens around images. Errors: CheckpointError."""
-    grown, language = vision_language.read_expert(root), CausalLM.from_pretrained(root / vision_language.LANGUAGE)
+def _read_grown(root: Path) -> tuple[CausalLM | PretrainedLanguage, ImageFrame | None]:
+    """The language model with its visual experts, and the tokens around images. Errors: CheckpointError, ValueError."""
+    grown, language = vision_language.read_expert(root), load_language(root / vision_language.LANGUAGE)
     if not grown.expert.every and not grown.framed:
         return language, None
     frame = ImageFrame(language.cfg.embed_dim) if grown.framed else None
+    blocks = nn.ModuleList()
     if grown.expert.every:
         language = language.with_experts(grown.expert)
-    modules = nn.ModuleDict({"blocks": language.blocks} | ({} if frame is None else {"frame": frame}))
+        blocks = language.blocks
+    modules = nn.ModuleDict({"blocks": blocks} | ({} if frame is None else {"frame": frame}))
     own = {name: weight for name, weight in modules.named_parameters() if is_expert(name) or name.startswith("frame.")}
     try:
         check_shapes(grown.weights, {name: tuple(weight.shape) for name, weight in own.items()})

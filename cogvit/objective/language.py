@@ -5,14 +5,15 @@ weighs a sample differently.
 
 One stage takes one pass. With several, the encoder runs as a pipeline of its own over all of them, so that none
 carries both models' load: first without gradients, for the visual tokens, which go from the last stage to the first;
-then the language model with them as leaves; then, with their gradients, the encoder again, unless it is frozen.
+then the language model with them as leaves; then, with their gradients, the encoder again, unless it is frozen. A
+language model that lies whole on the last stage takes the visual tokens there, in the encoder's one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,11 @@ from cogvit.parallel.encoder import VisionStage
 from cogvit.parallel.ends import to_first_stage, to_last_stage
 from cogvit.parallel.language import LanguageStage
 from cogvit.parallel.schedule import Schedule
+from cogvit.parallel.whole import WholeLanguageStage
 
 JointPart = Literal["vision", "adapter", "language"]
+# Runs the language model on a microbatch, by its number, with its visual tokens: on the last stage what a loss reads.
+Speak = Callable[[int, Tensor | None], Tensor]
 
 
 class JointModel(nn.Module):
@@ -48,7 +52,7 @@ class JointModel(nn.Module):
         self,
         vision: VisionStage,
         adapter: AdapterConfig,
-        language: LanguageStage,
+        language: LanguageStage | WholeLanguageStage,
         frozen: Sequence[JointPart] = (),
     ) -> None:
         super().__init__()
@@ -102,7 +106,7 @@ class JointModel(nn.Module):
     def spoken(self, batch: Batch, visual_ED: Tensor | None) -> Tensor:
         """Return the sums of a pack's weighted losses, [1 + M], on the last stage, hidden states elsewhere.
 
-        visual_ED: on the first stage, and on the last where the heads see images.
+        visual_ED: where the language model begins, and on the last stage where the heads see images.
         """
         sequence = _sequence(batch)
         out: Tensor = self.language(sequence, visual_ED)
@@ -128,33 +132,75 @@ class Language:
         heads for more tokens.
         """
         labels = _count_labels(micro, schedule)
-        if schedule.mesh.pp_size > 1:
-            return _terms(_three_passes(model, micro, schedule, labels), labels, schedule)
-
-        def forward(index: int) -> Tensor:
-            return _one_pass(model, micro[index])
 
         def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
             return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
 
-        sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+        sums = train_passes(model, micro, schedule, _losses_of(model, micro), loss)
         return _terms(sums, labels, schedule)
 
     def evaluate(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the loss terms without gradients."""
         labels = _count_labels(micro, schedule)
-        visual: list[Tensor] = []
-        if schedule.mesh.pp_size > 1:
-            visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
-
-        def forward(index: int) -> Tensor:
-            if schedule.mesh.pp_size == 1:
-                return _one_pass(model, micro[index])
-            return model.spoken(micro[index], visual[index] if visual else None)
-
-        with model.language.lent_embedding(train=False):
-            sums = schedule.forward_only(model.language.trunk, forward, len(micro), lambda totals, index: totals)
+        sums = forward_passes(model, micro, schedule, _losses_of(model, micro))
         return _terms(sums, labels, schedule)
+
+
+def train_passes(
+    model: JointModel,
+    micro: Sequence[Batch],
+    schedule: Schedule,
+    speak: Speak,
+    loss: Callable[[Tensor, int], tuple[Tensor, Any]],
+) -> list[Any]:
+    """Train on every microbatch, in one pass or three; returns on the last stage what `loss` reports, else nothing.
+
+    loss: of what `speak` gave there, as `Schedule.forward_backward` takes it.
+    """
+    language = _pipelined(model, schedule)
+    if language is not None:
+        return _three_passes(model, language, micro, schedule, speak, loss)
+    if "vision" in model.frozen and schedule.mesh.pp_size > 1:  # nothing goes back through the stages
+        features = _seen(model, micro, schedule)
+        return schedule.forward_backward(
+            None, lambda index: speak(index, model.visual(features[index], micro[index])), len(micro), loss
+        )
+    return schedule.forward_backward(model.vision.trunk, _behind_encoder(model, micro, speak), len(micro), loss)
+
+
+def forward_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule, speak: Speak) -> list[Tensor]:
+    """Return what `speak` gives of every microbatch on the last stage, nothing elsewhere; without gradients."""
+    language = _pipelined(model, schedule)
+    if language is None:
+        forward = _behind_encoder(model, micro, speak)
+        return schedule.forward_only(model.vision.trunk, forward, len(micro), lambda out, index: out)
+    visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
+
+    def spoken(index: int) -> Tensor:
+        return speak(index, visual[index] if visual else None)
+
+    with language.lent_embedding(train=False):
+        return schedule.forward_only(language.trunk, spoken, len(micro), lambda out, index: out)
+
+
+def _pipelined(model: JointModel, schedule: Schedule) -> LanguageStage | None:
+    """The language model where it is a pipeline of several stages, besides the encoder's."""
+    several = schedule.mesh.pp_size > 1
+    return model.language if several and isinstance(model.language, LanguageStage) else None
+
+
+def _behind_encoder(model: JointModel, micro: Sequence[Batch], speak: Speak) -> Callable[[int], Tensor]:
+    """What runs a microbatch where the language model begins behind the encoder's last block, on one stage."""
+
+    def forward(index: int) -> Tensor:
+        out = model.features(micro[index])
+        return out if model.adapter is None else speak(index, model.visual(out, micro[index]))
+
+    return forward
+
+
+def _losses_of(model: JointModel, micro: Sequence[Batch]) -> Speak:
+    return lambda index, visual_ED: model.spoken(micro[index], visual_ED)
 
 
 @dataclass(frozen=True)
@@ -196,12 +242,14 @@ def _sequence(batch: Batch) -> PackedSequence:
     return batch.sequence
 
 
-def _one_pass(model: JointModel, batch: Batch) -> Tensor:
-    """The sums of a pack's weighted losses, where one stage has everything."""
-    return model.spoken(batch, model.visual(model.features(batch), batch))
-
-
-def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule, labels: _Labels) -> list[Tensor]:
+def _three_passes(
+    model: JointModel,
+    language: LanguageStage,
+    micro: Sequence[Batch],
+    schedule: Schedule,
+    speak: Speak,
+    loss: Callable[[Tensor, int], tuple[Tensor, Any]],
+) -> list[Any]:
     features = _seen(model, micro, schedule)
     visual = _bring(model, features, micro, schedule)
     learns = not model.frozen.issuperset(("vision", "adapter"))
@@ -209,13 +257,10 @@ def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule,
         visual_ED.requires_grad_(learns)
 
     def forward(index: int) -> Tensor:
-        return model.spoken(micro[index], visual[index] if visual else None)
+        return speak(index, visual[index] if visual else None)
 
-    def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
-
-    with model.language.lent_embedding(train=True):
-        sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+    with language.lent_embedding(train=True):
+        sums = schedule.forward_backward(language.trunk, forward, len(micro), loss)
     if learns:
         own = [torch.zeros_like(x) if x.grad is None else x.grad for x in visual]
         found = to_last_stage(own, _shapes(model, micro), schedule.mesh)

@@ -5,6 +5,9 @@ Shape letters beyond the project's: V tokens of the vocabulary, R labels that co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,28 +57,49 @@ def label_loss(
 ) -> Tensor:
     """Return the sum over labels of weight times cross entropy in nats, 0-dim fp32.
 
+    Args:
+        hidden_SD: what the head reads, whole on every tensor rank.
+        weight_VD: this tensor rank's rows of the head.
+        label_S: as in `loss_in_chunks`, with what follows.
+        weight_S: of the labels.
+        count: R, how many labels have a weight.
+    """
+    return loss_in_chunks(partial(_chunk_loss, weight_VD), hidden_SD, label_S, weight_S, count)
+
+
+def loss_in_chunks(
+    chunk_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_SD: Tensor,
+    label_S: Tensor,
+    weight_S: Tensor,
+    count: int | None,
+) -> Tensor:
+    """Return the sum of chunk_loss(hidden, label, weight) over chunks of the labels that have a weight.
+
     Labels of weight 0 cost nothing. The logits of the others exist a chunk at a time and are made again in backward, so
     that their memory does not grow with the pack.
 
     Args:
-        hidden_SD: what the head reads, whole on every tensor rank.
-        weight_VD: this tensor rank's rows of the head.
+        chunk_loss: of some labels; of none too, where the head takes part with zeros.
+        hidden_SD: what the head reads.
         label_S: what follows each token.
         weight_S: of the labels.
         count: R, how many labels have a weight; None waits for the device to know.
     """
-    row_R = (weight_S.nonzero() if count is None else torch.nonzero_static(weight_S, size=count)).squeeze(1)
+    row_R = rows_with_weight(weight_S, count)
     chunks = zip(
         *(x.index_select(0, row_R).split(_CHUNK_LABELS) for x in (hidden_SD, label_S, weight_S.float())), strict=True
-    )  # one empty chunk where no label counts: the head takes part with zeros
-    losses = [
-        checkpoint(_chunk_loss, hidden, weight_VD, label, weight, use_reentrant=False, preserve_rng_state=False)
-        for hidden, label, weight in chunks
-    ]
+    )  # one empty chunk where no label counts
+    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
 
 
-def _chunk_loss(hidden_RD: Tensor, weight_VD: Tensor, label_R: Tensor, weight_R: Tensor) -> Tensor:
+def rows_with_weight(weight_S: Tensor, count: int | None = None) -> Tensor:
+    """Return the places [R] that have a weight; count is R, and None waits for the device to know."""
+    return (weight_S.nonzero() if count is None else torch.nonzero_static(weight_S, size=count)).squeeze(1)
+
+
+def _chunk_loss(weight_VD: Tensor, hidden_RD: Tensor, label_R: Tensor, weight_R: Tensor) -> Tensor:
     logits_1RV = logits_of(hidden_RD, weight_VD).unsqueeze(0)
     if not len(label_R):
         return logits_1RV.float().sum()

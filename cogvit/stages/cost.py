@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.expert import is_expert
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import LanguageConfig, LanguageShape
+from cogvit.model.pretrained import new_causal_lm
 from cogvit.model.vit import CogViT
 from cogvit.training.optim import role_of
 from cogvit.training.orthogonal import NEWTON_SCHULZ_STEPS
@@ -115,14 +117,15 @@ def vision_load(config: RunConfig) -> Load:
     return load if learns else replace(load, frozen=load.parameters, muon_flops=0.0)
 
 
-def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
+def language_load(config: RunConfig, shape: LanguageShape) -> Load:
     """Return the language model's load, in samples of the greatest length; each token goes through one expert or none.
 
-    Source: `cogvit.model.expert`.
+    One of transformers has the FLOPs of a Llama of its sizes. Source: `cogvit.model.expert`.
     """
     data, optim = config.data, config.optim
+    ours = isinstance(shape, LanguageConfig)
     with torch.device("meta"):
-        module = CausalLM(shape)
+        module = CausalLM(shape) if isinstance(shape, LanguageConfig) else new_causal_lm(Path(config.language.path))
     length = config.language.max_tokens
     tokens = length * max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
     channels = shape.num_heads * shape.head_dim
@@ -133,7 +136,7 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
     blocks = [p for name, p in learned if role_of(name, p) == "block_matrix"]
     return Load(
         parameters=count_parameters(module),
-        matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains else (),
+        matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains and ours else (),
         depth=shape.depth,
         width=shape.embed_dim,
         hidden=shape.mlp_dim,
@@ -144,6 +147,7 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
         attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
         muon_flops=muon_flops(learned, shape.num_heads, optim.muon_qkv) if trains else 0.0,
         memory=config.memory.language,
+        whole=not ours,
         frozen=count_parameters(module) - sum(p.numel() for _, p in learned),
     )
 

@@ -14,14 +14,14 @@ from cogvit.config import RunConfig
 from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.language_config import LanguageConfig, check_layout
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.language_config import FAMILIES, LanguageConfig, LanguageShape, check_layout
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import nn
 
     from cogvit.evaluation.examples import Example
     from cogvit.evaluation.subject import Subject
+    from cogvit.model.pretrained_language import PretrainedLanguage
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
     from cogvit.teacher.targets import Targets
@@ -75,11 +75,7 @@ class LanguageStage:
             f"--language.max-tokens {own.max_tokens} is above the {shape.max_tokens} of {own.path}; lower it",
         )
         check_layout(shape, parallel.tp, parallel.pp)
-        blocks, depth = config.memory.language.recompute_blocks, shape.depth // parallel.pp
-        require(
-            blocks >= 1 and (config.memory.language.recompute != "full" or depth % blocks == 0),
-            f"memory.language.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
-        )
+        _check_memory(config, shape)
         require(
             not parallel.sequence or data.text_tokens_per_pack % parallel.tp == 0,
             f"sequence parallelism splits data.text_tokens_per_pack: {data.text_tokens_per_pack} tokens over"
@@ -116,19 +112,23 @@ class LanguageStage:
         from cogvit.objective.blindness import Watched
         from cogvit.objective.language import JointModel
         from cogvit.parallel.language import LanguageStage as LanguageModelStage
+        from cogvit.parallel.whole import WholeLanguageStage
         from cogvit.training.build import fill_on_device, initial_weights, vision_stage
         from cogvit.training.joint import given_weights
 
-        language = LanguageModelStage(
-            language_shape(config),
-            mesh,
-            config.parallel,
-            config.memory.language,
-            num_tokens=config.data.text_tokens_per_pack,
-            fusion=config.fusion,
-        )
+        shape = language_shape(config)
+        language: LanguageModelStage | WholeLanguageStage
+        if isinstance(shape, LanguageConfig):
+            tokens = config.data.text_tokens_per_pack
+            language = LanguageModelStage(
+                shape, mesh, config.parallel, config.memory.language, num_tokens=tokens, fusion=config.fusion
+            )
+            given = given_weights(config)
+        else:
+            language = WholeLanguageStage(shape, mesh, whole_language(config, mesh))
+            given = given_weights(config, language)
         model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
-        fill_on_device(model, mesh, initial_weights(config, given_weights(config), {}, {}))
+        fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
         return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
@@ -162,11 +162,13 @@ class LanguageStage:
         return pixels
 
 
-def language_shape(config: RunConfig) -> LanguageConfig:
+def language_shape(config: RunConfig) -> LanguageShape:
     """Return the shape of a run's language model, with its heads for more tokens and its visual experts.
 
-    Errors: ConfigError when it is not there or not of a known family.
+    Errors: ConfigError when it is not there or no causal language model.
     """
+    from cogvit.model import pretrained_language
+
     path = config.language.path
     require(bool(path), "--language.path DIR is needed: a causal language model of transformers with its tokenizer")
     require(
@@ -174,9 +176,27 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
     )
     try:
-        return replace(read_shape(Path(path)), mmtp=config.mmtp, expert=config.expert)
+        shape = pretrained_language.language_shape(Path(path))
+        return replace(shape, mmtp=config.mmtp, expert=config.expert)
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
+
+
+def whole_language(config: RunConfig, mesh: Mesh) -> PretrainedLanguage | None:
+    """Return a run's language model of transformers on the last stage, nothing elsewhere.
+
+    Errors: ConfigError, on all ranks.
+    """
+    from cogvit.model.pretrained_language import PretrainedLanguage
+
+    language, failure = None, None
+    try:
+        if mesh.is_last_stage:
+            language = PretrainedLanguage.from_pretrained(config.language.path)
+    except CheckpointError as error:
+        failure = ConfigError(f"--language.path: {error}")
+    mesh.raise_together(failure)
+    return language
 
 
 def _check_images(config: RunConfig) -> None:
@@ -212,4 +232,32 @@ def _check_parts(config: RunConfig) -> None:
         not config.mmtp.depths or "language" in trained,
         f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
         " optim.language.lr_mult is 0",
+    )
+
+
+def _check_memory(config: RunConfig, shape: LanguageShape) -> None:
+    """Check what a language model keeps of its activations, and what it is given. Errors: ConfigError."""
+    memory, stages = config.memory.language, config.parallel.pp
+    if isinstance(shape, LanguageConfig):
+        blocks, depth = memory.recompute_blocks, shape.depth // stages
+        require(
+            blocks >= 1 and (memory.recompute != "full" or depth % blocks == 0),
+            f"memory.language.recompute_blocks={blocks} must divide the {depth} blocks of a stage",
+        )
+        return
+    path = config.language.path
+    require(
+        memory.recompute == "none" and not memory.offload,
+        f"memory.language is of {', '.join(FAMILIES)}; --language.path {path} is a {shape.family} and keeps its"
+        " activations",
+    )
+    require(
+        not config.mmtp.depths,
+        f"--mmtp.depths {config.mmtp.depths}: heads are of {', '.join(FAMILIES)}; --language.path {path} is a"
+        f" {shape.family}",
+    )
+    require(
+        not config.expert.every,
+        f"--expert.every {config.expert.every}: visual experts are of {', '.join(FAMILIES)}; --language.path {path} is"
+        f" a {shape.family}",
     )

@@ -54,14 +54,13 @@ class Engine:
         self.mesh, self.model = mesh, model
         self.skips_in_a_row = 0
         # What is frozen has no gradient, no moments and no part in what is stored.
-        tensors = list(plain_tensors(model))
-        self.tensors = [tensor for tensor in tensors if tensor.parameter.requires_grad]
+        self.tensors = [tensor for tensor in plain_tensors(model) if tensor.parameter.requires_grad]
         self.optim, self.lr_schedule, self.guard = config.optim, config.schedule, config.guard
         self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         later: tuple[Module, ...] = ()
-        if any(module_of(tensor.name) == "language" for tensor in tensors):  # every stage has layers of it
+        if "language" in dict(model.named_children()):  # also on stages that have no layers of it
             later = ("adapter", "language", "expert") if config.expert.every else ("adapter", "language")
         groups = param_groups(named, config.optim, config.schedule, later=later)
         qkv_heads = {

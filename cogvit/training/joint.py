@@ -22,11 +22,12 @@ from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.vision_language import MODEL_TYPE
 from cogvit.model.pretrained import load_tokenizer
+from cogvit.model.pretrained_language import PretrainedLanguage, WholeLanguage, language_shape
 from cogvit.model.vit import CogViT
 from cogvit.model.vlm import VisionLanguageModel
 from cogvit.training.checkpoint import weights
@@ -42,19 +43,31 @@ from cogvit.training.restore import (
 )
 
 
-def given_weights(config: RunConfig) -> Mapping[str, Tensor]:
+def given_weights(config: RunConfig, whole: WholeLanguage | None = None) -> Mapping[str, Tensor]:
     """Return what a run does not draw: those of --init, and the language model's where that has none, read when asked.
 
-    Errors: CheckpointError when the vision tower of --init is not this run's, or weights are missing or damaged.
+    whole: the language model, copied from here, where it is one of transformers.
+    Errors: CheckpointError when the vision tower or the language model of --init is not this run's, or weights are
+    missing or damaged.
     """
     found: dict[str, Tensor] = {}
     if config.init:
         started = initial_towers(config)
         found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame")}
-    if any(name.startswith("language.") and not is_expert(name) for name in found):
-        return _Grown(found)
-    # Both are only read.
-    return _Grown(ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language."))))
+    own: Mapping[str, Tensor]
+    if whole is None:
+        own = CausalLMFile(Path(config.language.path), "language.")
+    else:
+        own = {f"language.{name}": parameter.detach().cpu().clone() for name, parameter in whole.named_parameters()}
+    if not any(name.startswith("language.") and not is_expert(name) for name in found):
+        return _Grown(ChainMap(found, cast(Any, own)))  # both are only read
+    missing = [name for name in own if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"--init {config.init} has another language model than --language.path {config.language.path}: it lacks"
+            f" {len(missing)} weights, {missing[0]} first; its export (tools.export) holds the vision tower alone"
+        )
+    return _Grown(found)
 
 
 class _Grown(Mapping[str, Tensor]):
@@ -100,26 +113,38 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
     directory = Path(config.language.path)
-    shape = replace(read_shape(directory), mmtp=config.mmtp, expert=config.expert)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
     vision = CogViT(config.vision)
     load_checked(vision, vision_weights(config, checkpoint))
     vision.preprocessing = preprocessing_of(config)
-    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
-    load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)))
-    with torch.device("meta"):
-        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
-    spoken = _weights(config, checkpoint, "language", {})
-    language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
-    frame = None
+    language = _language(config, checkpoint)
+    whole = language if isinstance(language, PretrainedLanguage) else None
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, language.cfg)
+    frame: ImageFrame | None = None
+    load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config), whole))
     if config.expert.every:
-        frame = ImageFrame(shape.embed_dim)
+        frame = ImageFrame(language.cfg.embed_dim)
         load_checked(frame, _weights(config, checkpoint, "frame", drawn("frame", frame, config)))
     limits, token_id = limits_of(config), image_token_id(tokenizer)
     model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, video=config.video)
     return model.to(dtype_of(dtype)).eval()
+
+
+def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLanguage:
+    """The language model of a run; one of transformers has more than weights, and is read from where it was first."""
+    directory = Path(config.language.path)
+    shape = language_shape(directory)
+    if not isinstance(shape, LanguageConfig):
+        whole = PretrainedLanguage.from_pretrained(directory)
+        whole.set_weights(_weights(config, checkpoint, "language", {}, whole))
+        return whole
+    shape = replace(shape, mmtp=config.mmtp, expert=config.expert)
+    with torch.device("meta"):
+        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
+    spoken = _weights(config, checkpoint, "language", {})
+    return CausalLM.from_weights(shape, {name: spoken[name] for name in names})
 
 
 def limits_of(config: RunConfig) -> ImageSize:
@@ -131,15 +156,21 @@ def limits_of(config: RunConfig) -> ImageSize:
     return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
 
 
-def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+def _weights(
+    config: RunConfig,
+    checkpoint: Folder,
+    part: str,
+    fresh: dict[str, Tensor],
+    whole: PretrainedLanguage | None = None,
+) -> dict[str, Tensor]:
     """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them.
 
-    Of a frozen language model the experts are stored.
+    Of a frozen language model the experts are stored. whole: as in `given_weights`.
     """
     stored = weights(checkpoint, f"{part}.")
     if stored and not (part == "language" and part in frozen_parts(config)):
         return stored
     check_source(config, "language.path" if part == "language" else "init")
-    began = given_weights(config)
+    began = given_weights(config, whole)
     given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
     return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()} | stored

@@ -21,22 +21,26 @@ from cogvit.config import (
     ScheduleConfig,
     ZeroConfig,
 )
-from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, TextConfig
 from cogvit.model.init import init_tensor
+from cogvit.model.language_config import LanguageConfig, mrope_section
 from cogvit.objective.distill import Distill, DistillModel, Term
+from cogvit.objective.language import JointModel, Language
 from cogvit.objective.pairwise import start_groups
 from cogvit.objective.siglip import Contrast, ContrastModel
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import TextStage, VisionStage
+from cogvit.parallel.language import LanguageStage
 from cogvit.parallel.mesh import Mesh, start_mesh
 from cogvit.training.engine import Engine
-from tests.packs import MASK_RATIO, random_batch
+from tests.packs import MASK_RATIO, joint_batch, random_batch
 
 ADAMW_LR = 0.002
 TEACHER_DIMS = {"siglip2": 24, "dinov3": 16}
 TERMS = {"siglip2": Term(1.0, "smooth_l1"), "dinov3": Term(0.5, "smooth_l1")}
 SUMMARY_DIMS = {"dinov3_summary": 16}
 SUMMARY_TERMS = {"dinov3_summary": Term(0.7, "cosine")}
+LANGUAGE = LanguageConfig("glm4", 288, 64, 4, 4, 2, 16, 96, rotary_fraction=0.5, mrope_section=mrope_section(4))
 FAMILIES = {
     "reference": {},
     "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
@@ -54,7 +58,7 @@ class Case:
     zero: int = 1
     optimizer: Literal["sgd", "muon", "adamw"] = "sgd"
     recompute: Literal["none", "selective", "full"] = "none"
-    stage: Literal["distill", "contrast"] = "distill"
+    stage: Literal["distill", "contrast", "language"] = "distill"
     family: str = "reference"
     num_micro: int = 4  # of the global batch
     loss: Literal["ring", "gather"] = "ring"
@@ -143,15 +147,22 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast]:
+def start_engine(case: Case, mesh: Mesh) -> tuple[Engine, Distill | Contrast | Language]:
     """The engine with weights that depend on names alone, scaled up so that gradients are not tiny."""
     config = run_config(case)
     vision = VisionStage(
         config.vision, mesh, config.parallel, config.memory.vision, num_tokens=96, num_slots=8, fusion=config.fusion
     )
+    model: torch.nn.Module
+    objective: Distill | Contrast | Language
     if case.stage == "distill":
-        model: torch.nn.Module = DistillModel(vision, case.teacher_dims, recompute=config.memory.projection_recompute)
-        objective: Distill | Contrast = Distill(TERMS | SUMMARY_TERMS if case.summary else TERMS, MASK_RATIO)
+        model = DistillModel(vision, case.teacher_dims, recompute=config.memory.projection_recompute)
+        objective = Distill(TERMS | SUMMARY_TERMS if case.summary else TERMS, MASK_RATIO)
+    elif case.stage == "language":
+        language = LanguageStage(
+            LANGUAGE, mesh, config.parallel, config.memory.language, num_tokens=96, fusion=config.fusion
+        )
+        model, objective = JointModel(vision, AdapterConfig("glm"), language), Language()
     else:
         text = TextStage(config.text, mesh, config.parallel, config.memory.text, num_tokens=80, fusion=config.fusion)
         model, objective = (
@@ -173,6 +184,8 @@ def micro_of(case: Case, mesh: Mesh) -> tuple[Batch, ...]:
     """This rank's share of the global batch, which is the same for every layout."""
     share = case.num_micro // mesh.dp_size
     seeds = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+    if case.stage == "language":
+        return tuple(move(joint_batch(seed, "mixed", by_place=True), mesh.device) for seed in seeds)
     return tuple(move(random_batch(seed, case.teacher_dims), mesh.device) for seed in seeds)
 
 

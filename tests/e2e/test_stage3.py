@@ -194,7 +194,7 @@ def test_a_language_model_that_does_not_fit_is_refused_in_a_line(base: RunConfig
     good = config.read_text()
     argv = [preset(tmp_path, base), "--out", str(tmp_path / "run"), "--language.path", str(config.parent)]
     for before, after, message in (
-        ('"glm4"', '"falcon"', "model_type is 'falcon'; a CausalLM is one of llama, glm4, qwen3"),
+        ('"glm4"', '"t5"', "'t5', which is no causal language model of transformers"),
         ('"vocab_size": 288', '"vocab_size": 100', "has a tokenizer with ids to 264, and its vocab_size is 100"),
     ):
         config.write_text(good.replace(before, after))
@@ -203,3 +203,28 @@ def test_a_language_model_that_does_not_fit_is_refused_in_a_line(base: RunConfig
     config.write_text(good)
     ((status, printed),) = pool.run(refusal, 1, ([*argv, "--parallel.tp", "4", "--dry-run"],))
     assert status == 2 and printed.count("\n") == 1
+
+
+def test_a_language_model_of_another_family_lies_whole_on_the_last_stage(
+    base: RunConfig, pool: Pool, tmp_path: Path
+) -> None:
+    """Two ranks as a pipeline, then as replicas from half way; run and export answer alike, and tensor ranks refuse."""
+    path = write_language_model(tmp_path / "gpt_neox", "gpt_neox")
+    config = replace(base, language=replace(base.language, path=str(path)))
+    out = run(pool, 2, replace(config, parallel=ParallelConfig(pp=2)), tmp_path / "run")
+    whole = losses(out)
+    assert whole[-1] < whole[0] and len(losses(out, "image_effect")) == 2
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    run(pool, 2, config, out)
+    assert losses(out) == pytest.approx(whole, rel=1e-5)
+    picture(30, 41).save(image := tmp_path / "image.png")
+    assert export(ExportArguments(str(out), str(tmp_path / "vlm"), "vlm")) == 0
+    assert asked(out, image) == asked(tmp_path / "vlm", image)
+    argv = [preset(tmp_path, config), "--out", str(tmp_path / "refused")]
+    for flags, message in (
+        (["--parallel.tp", "2"], "--parallel.tp 2 cannot split a language model of family gpt_neox, which lies whole"),
+        (["--mmtp.depths", "1"], "--mmtp.depths 1: heads are of llama, glm4, qwen3"),
+        (["--memory.language.recompute", "full"], "is a gpt_neox and keeps its activations"),
+    ):
+        ((status, printed),) = pool.run(refusal, 1, ([*argv, *flags],))
+        assert status == 2 and message in printed and printed.count("\n") == 1

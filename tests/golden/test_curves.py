@@ -13,7 +13,7 @@ from tests.pool import Pool
 
 @pytest.mark.parametrize("name", CASES)
 def test_curves_are_those_of_the_record(pool: Pool, name: str) -> None:
-    actual, records = run(pool, CASES[name]), read()
+    actual, records = run(pool, CASES[name]), [record for record in read() if name in record.curves]
     own = next((record for record in records if record.machine == machine()), None)
     if own is not None:
         assert actual == own.curves[name]

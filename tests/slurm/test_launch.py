@@ -1,14 +1,18 @@
-"""sbatch launch/stage1.sh and launch/stage2.sh over four nodes, as a user runs them."""
+"""sbatch launch/stage1.sh, stage2.sh and stage3.sh over several nodes, as a user runs them."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cogvit.config import ParallelConfig
+from cogvit.config import EvalConfig, ParallelConfig
 from cogvit.training.meter import read_metrics
+from tests.conversations import indexed, preset, stage3, write_language_model, write_talks
+from tests.e2e.test_own_shards import train_on_rank
+from tests.pool import Pool
 from tests.slurm.jobs import ROOT, STAGE2, STEPS, Site, assert_same_end, mounted
 
 SWITCH = {"node1": "leaf1", "node3": "leaf1", "node2": "leaf2", "node4": "leaf2"}
@@ -38,6 +42,24 @@ def test_teachers_ran_on_every_node(site: Site, straight: Path) -> None:
 
 def test_stage_2_follows(straight2: Path) -> None:
     assert [line["step"] for line in read_metrics(straight2 / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_stage_3_goes_on_after_a_requeue(site: Site, pool: Pool) -> None:
+    """A pipeline of two nodes; the weights are those of two undisturbed ranks elsewhere, to the bit."""
+    here = site.directory / "stage3"
+    indexed(write_talks(here / "shards"))
+    config = stage3(here / "shards", write_language_model(here / "language"))
+    config = replace(config, schedule=replace(config.schedule, steps=40), parallel=ParallelConfig(pp=2))
+    config = replace(config, eval=EvalConfig(every_steps=0))
+    command = ("launch/stage3.sh", preset(here, config), "--out", "runs/stage3")
+    job = site.submit(("--nodes=2", "--ntasks-per-node=1"), command)
+    site.wait_for_step(job, "runs/stage3", 4)
+    site.lab.run("scontrol", "requeue", str(job))
+    undisturbed = here / "undisturbed"
+    argv = [preset(here, config), "--out", str(undisturbed)]
+    assert pool.run(train_on_rank, 2, (argv,), timeout_s=300.0) == [0, 0]
+    assert site.finish(job).restarts == 1
+    assert_same_end(site.directory / "runs" / "stage3", undisturbed)
 
 
 def test_batch_servers_on_two_nodes_feed_as_the_ranks_themselves(site: Site) -> None:

@@ -167,7 +167,7 @@ def language_config(values: Mapping[str, Any]) -> LanguageConfig:
         proj_bias=bias and family != "glm4",
         mlp_bias=family == "llama" and bool(said.get("mlp_bias", False)),
         tied=bool(said.get("tie_word_embeddings", False)),
-        **_read_ids(values),
+        **read_ids(values),
     )
 
 
@@ -260,7 +260,8 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(*(rope[name] for name in _LLAMA3)) if rope["rope_type"] == "llama3" else None
 
 
-def _read_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+def read_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids that begin, end and fill up texts, as the fields of a shape, from a config.json's."""
     eos = values.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return {"eos_ids": eos_ids, "bos_id": values.get("bos_token_id"), "pad_id": values.get("pad_token_id")}
