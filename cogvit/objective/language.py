@@ -10,9 +10,9 @@ then the language model with them as leaves; then, with their gradients, the enc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from cogvit.parallel.language import LanguageStage
 from cogvit.parallel.schedule import Schedule
 
 JointPart = Literal["vision", "adapter", "language"]
+# Runs the language model on a microbatch, by its number, with its visual tokens: on the last stage what a loss reads.
+Speak = Callable[[int, Tensor | None], Tensor]
 
 
 class JointModel(nn.Module):
@@ -108,33 +110,57 @@ class Language:
         heads for more tokens.
         """
         labels = _count_labels(micro, schedule)
-        if schedule.mesh.pp_size > 1:
-            return _terms(_three_passes(model, micro, schedule, labels), labels, schedule)
-
-        def forward(index: int) -> Tensor:
-            return _one_pass(model, micro[index])
 
         def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
             return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
 
-        sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+        sums = train_passes(model, micro, schedule, _losses_of(model, micro), loss)
         return _terms(sums, labels, schedule)
 
     def evaluate(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the loss terms without gradients."""
         labels = _count_labels(micro, schedule)
-        visual: list[Tensor] = []
-        if schedule.mesh.pp_size > 1:
-            visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
-
-        def forward(index: int) -> Tensor:
-            if schedule.mesh.pp_size == 1:
-                return _one_pass(model, micro[index])
-            return model.spoken(micro[index], visual[index] if visual else None)
-
-        with model.language.lent_embedding(train=False):
-            sums = schedule.forward_only(model.language.trunk, forward, len(micro), lambda totals, index: totals)
+        sums = forward_passes(model, micro, schedule, _losses_of(model, micro))
         return _terms(sums, labels, schedule)
+
+
+def train_passes(
+    model: JointModel,
+    micro: Sequence[Batch],
+    schedule: Schedule,
+    speak: Speak,
+    loss: Callable[[Tensor, int], tuple[Tensor, Any]],
+) -> list[Any]:
+    """Train on every microbatch, in one pass or three; returns on the last stage what `loss` reports, else nothing.
+
+    loss: of what `speak` gave there, as `Schedule.forward_backward` takes it.
+    """
+    if schedule.mesh.pp_size > 1:
+        return _three_passes(model, micro, schedule, speak, loss)
+
+    def forward(index: int) -> Tensor:
+        return speak(index, model.visual(model.features(micro[index]), micro[index]))
+
+    return schedule.forward_backward(model.language.trunk, forward, len(micro), loss)
+
+
+def forward_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule, speak: Speak) -> list[Tensor]:
+    """Return what `speak` gives of every microbatch on the last stage, nothing elsewhere; without gradients."""
+    visual: list[Tensor] = []
+    if schedule.mesh.pp_size > 1:
+        visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
+
+    def forward(index: int) -> Tensor:
+        if schedule.mesh.pp_size == 1:
+            return speak(index, model.visual(model.features(micro[index]), micro[index]))
+        return speak(index, visual[index] if visual else None)
+
+    with model.language.lent_embedding(train=False):
+        return schedule.forward_only(model.language.trunk, forward, len(micro), lambda out, index: out)
+
+
+def _losses_of(model: JointModel, micro: Sequence[Batch]) -> Speak:
+    return lambda index, visual_ED: model.spoken(micro[index], visual_ED)
 
 
 @dataclass(frozen=True)
@@ -176,12 +202,13 @@ def _sequence(batch: Batch) -> PackedSequence:
     return batch.sequence
 
 
-def _one_pass(model: JointModel, batch: Batch) -> Tensor:
-    """The sums of a pack's weighted losses, where one stage has everything."""
-    return model.spoken(batch, model.visual(model.features(batch), batch))
-
-
-def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule, labels: _Labels) -> list[Tensor]:
+def _three_passes(
+    model: JointModel,
+    micro: Sequence[Batch],
+    schedule: Schedule,
+    speak: Speak,
+    loss: Callable[[Tensor, int], tuple[Tensor, Any]],
+) -> list[Any]:
     features = _seen(model, micro, schedule)
     visual = _bring(model, features, micro, schedule)
     learns = not model.frozen.issuperset(("vision", "adapter"))
@@ -189,10 +216,7 @@ def _three_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule,
         visual_ED.requires_grad_(learns)
 
     def forward(index: int) -> Tensor:
-        return model.spoken(micro[index], visual[index] if visual else None)
-
-    def loss(totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        return _step_loss(totals, labels, model.language.cfg.mmtp), totals.detach()
+        return speak(index, visual[index] if visual else None)
 
     with model.language.lent_embedding(train=True):
         sums = schedule.forward_backward(model.language.trunk, forward, len(micro), loss)

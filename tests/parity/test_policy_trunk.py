@@ -1,0 +1,168 @@
+"""Stage 4 on Megatron's layers is the plain policy: loss, every gradient, the gap and what images are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvit import VisionLanguageModel
+from cogvit.batch import Batch, PackedAnswers
+from cogvit.config import ActivationConfig
+from cogvit.objective.blindness import with_other_images
+from cogvit.objective.language import JointModel
+from cogvit.objective.policy import Answers, Clipping, PolicyLoss, policy_loss
+from cogvit.objective.reference import Reference
+from cogvit.objective.reinforce import Reinforce
+from cogvit.parallel.convert import fill
+from cogvit.parallel.encoder import VisionStage
+from cogvit.parallel.gathered import trained_weights
+from cogvit.parallel.language import LanguageStage
+from cogvit.parallel.mesh import Mesh, start_mesh
+from cogvit.training.engine import Engine
+from tests.dist.runs import whole
+from tests.packs import Shown, joint_batch
+from tests.parity.test_language_trunk import ADAPTERS, LANGUAGES, VISION, Layout, plain_model, run_config
+from tests.pool import Pool
+
+SOURCES, TEMPERATURE, FAMILY = ("digits", "counting", "reading"), 1.3, "llama"
+SHOWN: tuple[Shown, ...] = ("mixed", "images", "mixed", "nothing")
+AWAY = 1.02  # what a reference's weights are multiples of
+
+
+def labels_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Places of a pack's labels, and whose they are."""
+    row_R = batch.sequence.weight.nonzero().squeeze(1)
+    return row_R, torch.searchsorted(batch.sequence.cu_seqlens[1:-1], row_R.to(torch.int32), right=True)
+
+
+def logprobs(model: VisionLanguageModel, batch: Batch) -> Tensor:
+    """Of the labels that count, [R]."""
+    row_R, _ = labels_of(batch)
+    hidden = model.forward_packed(batch.images, batch.sequence)[row_R]
+    logits = model.language.logits(hidden) / TEMPERATURE
+    return -F.cross_entropy(logits, batch.sequence.labels[row_R], reduction="none")
+
+
+def answered(batch: Batch, seed: int) -> Batch:
+    """A pack whose samples are answers, some of them of older weights, of the last source none."""
+    g = torch.Generator().manual_seed(seed)
+    row_R, answer_R = labels_of(batch)
+    size, slots = len(batch.sequence.ids), len(batch.sequence.cu_seqlens) - 2
+    with torch.no_grad():
+        own_R = logprobs(plain_model(FAMILY), batch)
+    fresh, logprob = torch.zeros(size, dtype=torch.bool), torch.zeros(size)
+    fresh[row_R] = answer_R % 2 == 0
+    noise_R = torch.randn(len(row_R), generator=g) * 0.3
+    logprob[row_R] = own_R + torch.where(fresh[row_R], 0.0, noise_R)
+    there = batch.sequence.cu_seqlens.diff()[:-1] > 0
+    source = torch.where(there, torch.arange(slots) % 2, -1)
+    answers = PackedAnswers(logprob, fresh, torch.randn(slots, generator=g), source)
+    return replace(batch, answers=answers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step gave beside the plain model's, on rank 0."""
+
+    terms: dict[str, float]
+    evaluated: dict[str, float]
+    expected: dict[str, float]
+    gradients: dict[str, Tensor]
+    expected_gradients: dict[str, Tensor]
+    weights_differ: list[str]  # names of gathered weights that are not the plain model's to the bit
+
+
+def start(layout: Layout, mesh: Mesh) -> tuple[Engine, JointModel, Reference]:
+    """The engine with the plain model's weights, and a reference that is some way off."""
+    config = run_config(layout)
+    vision = VisionStage(VISION, mesh, config.parallel, ActivationConfig(), num_tokens=96, num_slots=8)
+    language = LanguageStage(LANGUAGES[FAMILY], mesh, config.parallel, ActivationConfig(), num_tokens=96)
+    model = JointModel(vision, ADAPTERS[FAMILY], language)
+    weights = {name: x.detach() for name, x in plain_model(FAMILY).named_parameters()}
+    fill(model.to(mesh.device), mesh, lambda name, shape: weights[name] * AWAY)
+    reference = Reference(model)
+    fill(model, mesh, lambda name, shape: weights[name])
+    return Engine(model, config, mesh), model, reference
+
+
+def plain_terms(
+    model: VisionLanguageModel, batches: Sequence[Batch], first: Sequence[Batch], clipping: Clipping
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss with its graph, and what else a step says."""
+    away = plain_model(FAMILY)
+    with torch.no_grad():
+        for parameter in away.parameters():
+            parameter.mul_(AWAY)
+    count = sum(int((batch.answers.source >= 0).sum()) for batch in batches)
+    losses, sums, gap = [], {"clipped": 0.0, "ratio": 0.0, "kl": 0.0}, 0.0
+    for batch in batches:
+        row_R, answer_R = labels_of(batch)
+        found_R, old_R = logprobs(model, batch), batch.answers.logprob[row_R]
+        with torch.no_grad():
+            reference_R = logprobs(away, batch)
+        loss, report = policy_loss(found_R, Answers(answer_R, old_R, batch.answers.advantage, reference_R), clipping)
+        losses.append(loss)
+        sums = {name: value + float(report.get(name, 0.0)) for name, value in sums.items()}
+        apart = (found_R - old_R).abs()[batch.answers.fresh[row_R]].detach()
+        gap = max([gap, *apart.tolist()])
+    cost, tokens = torch.zeros(len(SOURCES)), torch.zeros(len(SOURCES))
+    for batch in first:
+        _, answer_R = labels_of(batch)
+        with torch.no_grad():
+            effect_R = logprobs(model, batch) - logprobs(model, with_other_images(batch, 2))
+        cost.index_add_(0, batch.answers.source[answer_R], effect_R)
+        tokens.index_add_(0, batch.answers.source[answer_R], torch.ones_like(effect_R))
+    effects = {f"image_effect_{name}": x for name, x in zip(SOURCES, (cost / tokens).tolist(), strict=True)}
+    loss = torch.stack(losses).sum() / count
+    means = {name: value / count for name, value in sums.items()}
+    return loss, {"loss": float(loss.detach()), **means, **effects, "logprob_gap": gap}
+
+
+def both_ways(rank: int, world: int, layout: Layout, kind: PolicyLoss) -> Found:
+    """A step on this layout and of the plain model."""
+    mesh = start_mesh(run_config(layout).parallel)
+    clipping = Clipping(kind, low=0.05, high=0.1, kl_weight=0.2)
+    batches = [answered(joint_batch(seed, shown, by_place=False), seed) for seed, shown in enumerate(SHOWN)]
+    share = len(batches) // mesh.dp_size
+    micro = batches[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+    engine, model, reference = start(layout, mesh)
+    objective = Reinforce(clipping, SOURCES, TEMPERATURE, 2, reference)
+    evaluated = engine.evaluate(objective, micro)
+    gradients = whole(engine.plain_gradients(objective, micro), mesh)
+    weights = trained_weights(model, mesh)
+    terms = engine.step(objective, micro, 0).terms
+    plain = plain_model(FAMILY)
+    names = {name for name, _ in plain.named_parameters()}
+    differ = [name for name, x in plain.named_parameters() if mesh.is_writer and not torch.equal(x, weights[name])]
+    assert not mesh.is_writer or weights.keys() == names
+    loss, expected = plain_terms(plain, batches, batches[::share], clipping)
+    loss.backward()
+    wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
+    return Found(terms, evaluated, expected, gradients, wanted, differ)
+
+
+LAYOUTS = [Layout(), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2, zero=2), Layout(tp=2, pp=2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_step_is_that_of_the_plain_policy(pool: Pool, layout: Layout) -> None:
+    kind: PolicyLoss = "gspo" if layout.pp > 1 else "grpo"
+    found = pool.run(both_ways, layout.tp * layout.pp * layout.dp, (layout, kind), timeout_s=150.0)[0]
+    assert found.terms["logprob_gap"] <= 1e-5 and found.evaluated["logprob_gap"] <= 1e-5
+    assert not found.weights_differ
+    assert found.terms.keys() == found.evaluated.keys() == found.expected.keys()
+    for name, value in found.expected.items():
+        if name != "logprob_gap":
+            assert found.terms[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), name
+            assert found.evaluated[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), name
+    assert 0.0 < found.terms["clipped"] < 1.0 and found.terms["kl"] > 1e-5
+    assert abs(found.terms["image_effect_digits"]) > 1e-4
+    for name, gradient in found.expected_gradients.items():
+        error = (found.gradients[name] - gradient).norm()
+        noise = 1e-6 if name.endswith(("k_norm.bias", "qkv.bias")) else 0.0
+        assert error <= 2e-5 * gradient.norm() + noise, f"{name}: {error / gradient.norm():.1e}"
