@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu test-matrix test-faults test-slurm check bench clean
+.PHONY: demo demo-rl test test-gpu test-matrix test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,6 +12,7 @@ TOOLS := $(VENV)/made-tools
 PEERS := $(VENV)/peers
 CODE := cogvit data_pipeline configs tools tests
 DEMO := runs/demo
+DEMO_RL := runs/demo_rl
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads of one process only wait for each other when the other core is busy, as it is in the demo and the tests.
@@ -45,6 +46,15 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation
 	python -m cogvit.evaluate $(DEMO)/stage3 --tasks caption,vqa,perplexity --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/stage3 --evaluation $(DEMO)/eval.json \
 	    --out $(DEMO)/report.html
+
+demo-rl: $(RUNTIME)  ## drawn tasks, stage 3 on a few right answers, stage 4 on the policy's own, and report, on CPU
+	[[ -e $(DEMO_RL)/tasks/language/config.json ]] || python -m tools.make_demo_tasks --out $(DEMO_RL)/tasks
+	python -m tools.index_shards '$(DEMO_RL)/tasks/train/*.tar'
+	python -m tools.index_shards '$(DEMO_RL)/tasks/heldout/*.tar'
+	launch/local.sh 2 demo_stage3 --language.path $(DEMO_RL)/tasks/language --data.shards '$(DEMO_RL)/tasks/train/*.tar' \
+	    --data.eval-shards '$(DEMO_RL)/tasks/heldout/*.tar' --data.mixture '[]' --schedule.steps 200 --out $(DEMO_RL)/sft
+	launch/local.sh 2 demo_rl --init $(DEMO_RL)/sft --out $(DEMO_RL)/policy
+	python -m cogvit.report $(DEMO_RL)/sft $(DEMO_RL)/policy --out $(DEMO_RL)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder

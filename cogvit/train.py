@@ -172,7 +172,10 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         held, concern = partial(held_out, config, corpus, intake, targets), partial(stage.concern, config)
         evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held, config.schedule.steps, concern)
-        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, targets, state.position)))
+        batches = resources.enter_context(
+            stage.rounds(config, engine, state.position)
+            or closing(rank_batches(config, corpus.train, intake, targets, state.position))
+        )
         state = train(
             engine,
             objective,
@@ -186,6 +189,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
             stop=stop,
             watchdog=watchdog,
             spikes=SpikeLog(out / "logs" / "spikes.jsonl", config.guard.spike_factor),
+            fault=stage.fault(config),
         )
     return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
 

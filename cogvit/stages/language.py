@@ -16,6 +16,7 @@ from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.model.layouts.causal_lm import read_shape
+from cogvit.stages.protocol import ReadsShards
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
 
 
 @dataclass(frozen=True)
-class LanguageStage:
+class LanguageStage(ReadsShards):
     """Encoder, adapter and language model, and conversations in which images stand."""
 
     title: str = "Stage 3: language"

@@ -20,6 +20,7 @@ from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import read_shape
 from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.files import CONFIG, read_json
@@ -77,21 +78,39 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
+    shape = replace(read_shape(Path(config.language.path)), mmtp=config.mmtp)
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
+    given = {
+        "vision": vision_weights(config, checkpoint),
+        "adapter": _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)),
+        "language": _weights(config, checkpoint, "language", {}),
+    }
+    return _joined(config, shape, given).to(dtype_of(dtype)).eval()
+
+
+def initial_joint(config: RunConfig) -> VisionLanguageModel:
+    """Return the model that a run begins with, whatever it has become; in eval mode. Errors: as `load_joint`."""
+    shape = replace(read_shape(Path(config.language.path)), mmtp=config.mmtp)
+    adapter, began = fitted_adapter(config.adapter, config.vision.embed_dim, shape), given_weights(config)
+    fresh = drawn("vision", CogViT(config.vision), config) | drawn("adapter", adapter, config)
+    return _joined(config, shape, {part: _part_of(began, part, fresh) for part in PARTS}).eval()
+
+
+def _joined(config: RunConfig, shape: LanguageConfig, given: Mapping[str, dict[str, Tensor]]) -> VisionLanguageModel:
+    """Put a run's parts together with these weights."""
     directory = Path(config.language.path)
-    shape, tokenizer = replace(read_shape(directory), mmtp=config.mmtp), load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer is None:
-        raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
+        raise CheckpointError(f"--language.path {directory} of {config.out} has no tokenizer any more; put it back")
     vision = CogViT(config.vision)
-    load_checked(vision, vision_weights(config, checkpoint))
+    load_checked(vision, given["vision"])
     vision.preprocessing = preprocessing_of(config)
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
-    load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)))
+    load_checked(adapter, given["adapter"])
     with torch.device("meta"):
         names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
-    spoken = _weights(config, checkpoint, "language", {})
-    language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
-    model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
-    return model.to(dtype_of(dtype)).eval()
+    language = CausalLM.from_weights(shape, {name: given["language"][name] for name in names})
+    return VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
 
 
 def limits_of(config: RunConfig) -> ImageLimits:
@@ -107,6 +126,10 @@ def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, 
     if stored:
         return stored
     check_source(config, "language.path" if part == "language" else "init")
-    began = given_weights(config)
-    given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()}
+    return _part_of(given_weights(config), part, fresh)
+
+
+def _part_of(began: Mapping[str, Tensor], part: str, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights under its own names: what a run began with, or was drawn where nothing gave it."""
+    given = {**fresh, **{name: began[name] for name in began if name.startswith(f"{part}.")}}
+    return {name.removeprefix(f"{part}."): x for name, x in given.items() if name.startswith(f"{part}.")}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.batch import Batch, PackedSequence, StepBatch, move, pad_step
-from cogvit.errors import CogViTError, TeacherUnavailable
+from cogvit.errors import CogViTError, PolicyFault, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.chrono import Chrono
@@ -61,6 +61,10 @@ class Evaluation:
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == self.last)
 
 
+# Says of a step's figures, the same on every rank, why the run must stop; nothing where all is well.
+Fault = Callable[[int, dict[str, float]], str]
+
+
 def train(
     engine: Engine,
     objective: Objective,
@@ -75,11 +79,12 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
     spikes: SpikeLog,
+    fault: Fault = lambda step, values: "",
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
-    Errors: NonFiniteStep and DataError pass through, and the last checkpoint stays as it is; TeacherUnavailable too,
-    after a save. CheckpointError when the last save could not be written.
+    Errors: NonFiniteStep, DataError and PolicyFault pass through, and the last checkpoint stays as it is;
+    TeacherUnavailable too, after a save. CheckpointError when the last save could not be written.
     """
     mesh, first_step = engine.mesh, state.step
     source = iter(batches)
@@ -96,6 +101,8 @@ def train(
                     values |= losses
             finally:  # the step is done, and saved below when teachers fail, whatever becomes of its evaluation
                 meter.record(state.step, values)
+            if wrong := fault(state.step, values):
+                raise PolicyFault(wrong)
             if mesh.is_writer:
                 tell_trouble(report, spikes, state.step, values)
                 if concern := evaluation.concern(state.step, values):
@@ -138,7 +145,7 @@ def advance(
     spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
     skipped = bool(report.skipped)
     state = state.after(batch.position, images=work.images, tokens=work.tokens, spent=spent, skipped=skipped)
-    return state, step_values(report, work, seconds=seconds, data_s=data_s), report
+    return state, {**step_values(report, work, seconds=seconds, data_s=data_s), **batch.figures}, report
 
 
 def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[str, float]) -> None:
