@@ -59,12 +59,16 @@ class Turn:
     """One answer of an episode, or as much as was said of it.
 
     Attributes:
+        ended: by its last token or for its length, rather than aborted.
+        text: as the task hears it; empty before it has ended.
         tokens: [n] int32, with the token that ends it unless it was cut; that may be the image token, which is never
             read.
         logprobs: [n] float32, nats, of the weights that said each and at the temperature of the request.
         spans: who said it; their tokens sum to n.
     """
 
+    ended: bool
+    text: str
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     spans: tuple[Span, ...]
@@ -121,7 +125,7 @@ class Answer:
         request: the one that was submitted.
         outcome: `answered`, every sample over and judged; `aborted` with what was said so far; `failed` because the
             task or its verifier did; `stale` because the weights that it asks for are gone.
-        samples: one for each that was asked for; empty where it failed, is stale or was aborted before it began.
+        samples: one for each that was asked for; empty where it failed or is stale.
         reason: of a failure or of stale weights, in one line.
     """
 
@@ -154,7 +158,7 @@ class RolloutEngine(Protocol):
         """
 
     def submit(self, request: Request, callback: Callback) -> None:
-        """Ask; requests begin in the order in which they come. It does not wait."""
+        """Ask; requests begin in the order in which they come, but first those that were aborted. It does not wait."""
 
     def poll(self, timeout_s: float = 0.0) -> int:
         """Call back for what has ended and return for how many; waits so long for the first.
@@ -163,7 +167,7 @@ class RolloutEngine(Protocol):
         """
 
     def abort(self, ids: Collection[str]) -> None:
-        """End requests soon; they are called back as aborted unless they were answered before."""
+        """Interrupt those of these requests that have begun; they are called back soon, aborted or answered."""
 
     def close(self) -> None:
         """End; what was not called back never is."""
