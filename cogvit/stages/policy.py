@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cogvit.batch import Reads
 from cogvit.config import RunConfig
 from cogvit.config.recipe import prompts_hash
@@ -24,6 +27,8 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import nn
 
     from cogvit.batch import DataPosition, StepBatch
+    from cogvit.evaluation.examples import Example
+    from cogvit.evaluation.subject import Subject
     from cogvit.parallel.mesh import Mesh
     from cogvit.rl.judge import OwnVerifier
     from cogvit.rl.local import Player
@@ -34,7 +39,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.teacher.targets import Targets
     from cogvit.training.engine import Engine
     from cogvit.training.feed import Corpus
-    from cogvit.training.loop import Fault
+    from cogvit.training.loop import Guard
     from cogvit.training.objective import Objective
 
 _JOINT = LanguageStage()  # whose model it trains
@@ -116,13 +121,21 @@ class PolicyStage:
         """Nothing that does not stop the run."""
         return ""
 
-    def fault(self, config: RunConfig) -> Fault:
+    def guard(self, config: RunConfig) -> Guard:
         """A policy that does not look, or whose rollouts and training see different things."""
         from cogvit.rl.guard import PolicyGuard
         from cogvit.rl.prompts import weights_of
         from cogvit.rl.task import tasks_of
 
-        return PolicyGuard(config, [*weights_of(config, [*tasks_of(config.rl.tasks)])]).fault
+        return PolicyGuard(config, [*weights_of(config, [*tasks_of(config.rl.tasks)])]).check
+
+    def examples(self, subject: Subject) -> list[Example]:
+        """None: it is asked by its tasks."""
+        return []
+
+    def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
+        """The image as it is."""
+        return pixels
 
     @contextmanager
     def rounds(self, config: RunConfig, engine: Engine, start: DataPosition) -> Iterator[Generator[StepBatch]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.teacher.targets import Targets
     from cogvit.training.engine import Engine
     from cogvit.training.feed import Corpus
-    from cogvit.training.loop import Fault
+    from cogvit.training.loop import Guard
     from cogvit.training.objective import Objective
 
 
@@ -96,8 +96,8 @@ class Stage(Protocol):
         """Return what somebody should be told after an evaluation, in one line; nothing where all is well."""
         ...
 
-    def fault(self, config: RunConfig) -> Fault:
-        """Return what looks at every step of a start."""
+    def guard(self, config: RunConfig) -> Guard:
+        """Return what looks at the figures of every step of a start."""
         ...
 
     def rounds(
@@ -126,9 +126,9 @@ class Stage(Protocol):
 class ReadsShards:
     """What stages have in common whose samples lie in shards."""
 
-    def fault(self, config: RunConfig) -> Fault:
+    def guard(self, config: RunConfig) -> Guard:
         """Nothing stops them but what the engine finds."""
-        return lambda step, values: ""
+        return lambda step, values: None
 
     def rounds(self, config: RunConfig, engine: Engine, start: DataPosition) -> None:
         """They make no samples."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.batch import Batch, PackedSequence, StepBatch, move, pad_step
-from cogvit.errors import CogViTError, PolicyFault, TeacherUnavailable
+from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.chrono import Chrono
@@ -61,8 +61,8 @@ class Evaluation:
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == self.last)
 
 
-# Says of a step's figures, the same on every rank, why the run must stop; nothing where all is well.
-Fault = Callable[[int, dict[str, float]], str]
+# Looks at a step's figures, the same on every rank. Errors: PolicyFault when the run must stop.
+Guard = Callable[[int, dict[str, float]], None]
 
 
 def train(
@@ -79,7 +79,7 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
     spikes: SpikeLog,
-    fault: Fault = lambda step, values: "",
+    guard: Guard = lambda step, values: None,
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
@@ -101,8 +101,7 @@ def train(
                     values |= losses
             finally:  # the step is done, and saved below when teachers fail, whatever becomes of its evaluation
                 meter.record(state.step, values)
-            if wrong := fault(state.step, values):
-                raise PolicyFault(wrong)
+            guard(state.step, values)
             if mesh.is_writer:
                 tell_trouble(report, spikes, state.step, values)
                 if concern := evaluation.concern(state.step, values):

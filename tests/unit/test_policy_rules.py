@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from cogvit.config import DataConfig, ReinforcementConfig, RunConfig
-from cogvit.errors import ConfigError, DataError
+from cogvit.errors import ConfigError, DataError, PolicyFault
 from cogvit.rl import ledger
 from cogvit.rl.collect import Taken
 from cogvit.rl.figures import figures
@@ -61,19 +62,20 @@ def test_a_ledger_is_rewound_to_the_step_that_a_run_goes_on_from(tmp_path: Path)
         ended_requests(path, 5)
 
 
-def told(guard: PolicyGuard, *steps: dict[str, float]) -> list[str]:
-    return [guard.fault(number, values) for number, values in enumerate(steps, 1)]
+def look(guard: PolicyGuard, *steps: dict[str, float]) -> None:
+    for number, values in enumerate(steps, 1):
+        guard.check(number, values)
 
 
 def test_the_guard_waits_for_three_blind_steps_of_a_source() -> None:
     guard = PolicyGuard(GOOD, ["digits", "counting"])
     blind, seeing = {"image_effect_digits": 0.0}, {"image_effect_digits": -0.2}
     unmeasured = {"image_effect_digits": float("nan"), "image_effect_counting": 1.0}
-    assert told(guard, blind, blind, seeing, blind, unmeasured, blind) == [""] * 6
-    assert "step 7: the policy does not look" in guard.fault(7, blind)
-    off = PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, min_image_effect=0.0)), ["digits"])
-    text_only = PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, without_images=("digits",))), ["digits"])
-    assert told(off, *[blind] * 5) == told(text_only, *[blind] * 5) == [""] * 5
+    look(guard, blind, blind, seeing, blind, unmeasured, blind)
+    with pytest.raises(PolicyFault, match="step 7: the policy does not look"):
+        guard.check(7, blind)
+    look(PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, min_image_effect=0.0)), ["digits"]), *[blind] * 5)
+    look(PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, without_images=("digits",))), ["digits"]), *[blind] * 5)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,8 @@ def test_the_guard_stops_where_rollout_and_training_differ(
     precision: Any, limit: float | None, gap: float, stops: bool
 ) -> None:
     config = replace(GOOD, precision=precision, rl=replace(GOOD.rl, max_logprob_gap=limit))
-    assert ("logprob" in PolicyGuard(config, ["digits"]).fault(1, {"logprob_gap": gap})) == stops
+    with pytest.raises(PolicyFault, match="logprob_gap") if stops else nullcontext():
+        PolicyGuard(config, ["digits"]).check(1, {"logprob_gap": gap})
 
 
 def answer(source: str, rewards: list[float], version: int) -> Answer:
