@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogvit.batch import Batch, HostView, PackedAnswers, PackedImages, PackedSequence
+from cogvit.batch import Batch, HostView, PackedAnswers, PackedImages, PackedSequence, SampleRef
 from cogvit.config import RunConfig
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
@@ -137,8 +137,9 @@ class Packer:
             rows_of[id(question)] = range(first_row, first_row + visual)
             first_row += visual
         sequence, answers = self._sequence(lessons, rows_of, version)
-        samples = (None,) * pack_limits(self.config).images
-        return Batch(self._images(questions), None, None, samples, sequence, answers)
+        refs = [_named(question) for question in questions for _ in question.grids]
+        absent: tuple[SampleRef | None, ...] = (None,) * (pack_limits(self.config).images - len(refs))
+        return Batch(self._images(questions), None, None, (*refs, *absent), sequence, answers)
 
     def _images(self, questions: Sequence[Question]) -> PackedImages:
         limits, patch_px = pack_limits(self.config), self.config.vision.patch_size
@@ -167,7 +168,7 @@ class Packer:
         weight, logprob, fresh = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.bool_)
         position = torch.zeros(3, size, dtype=torch.int32)
         advantage, source = torch.zeros(slots), torch.full((slots,), -1)
-        key = [name_to_int64(f"{one.question.source}-{one.question.seed}") for one in lessons]
+        key = [_named(one.question).sample_id for one in lessons]
         for number, (start, lesson) in enumerate(zip(bounds, lessons, strict=False)):
             parts, said, stop = self._parts(lesson), lesson.said, bounds[number + 1]
             position[:, start:stop] = part_positions(parts, by_place=self.by_place)
@@ -193,6 +194,11 @@ class Packer:
             host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum())),
         )
         return sequence, PackedAnswers(torch.from_numpy(logprob), torch.from_numpy(fresh), advantage, source)
+
+
+def _named(question: Question) -> SampleRef:
+    """A question as a sample that lies nowhere."""
+    return SampleRef(name_to_int64(f"{question.source}-{question.seed}-{question.texts}"), "", 0, 0)
 
 
 def _runs(parts: Sequence[Part]) -> tuple[list[bool], list[int]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cogvit.rl.speaker import PlainSpeaker
 from torch import Tensor
 
 import cogvit.model.vlm
 import cogvit.parallel.language
 from cogvit.config import ParallelConfig, RunConfig
 from cogvit.rl import ledger
+from cogvit.rl.speaker import PlainSpeaker
 from cogvit.training.joint import load_joint
 from cogvit.training.meter import read_metrics
 from tests.conversations import preset
@@ -48,7 +48,8 @@ def test_a_run_says_what_its_answers_are_worth_and_loses_none(base: RunConfig, s
     lines = read_metrics(straight / "metrics.jsonl")
     for line in lines:
         assert 0.0 <= line["reward_one"] <= line["pass_one"] + 1.0 and "reward_two" in line and line["staleness"] == 0.0
-        assert line["logprob_gap"] <= LARGEST_GAP
+        assert line["logprob_gap"] <= LARGEST_GAP and line["failed_images"] == 0.0
+        assert line["images"] <= 4 * 4  # an image of a prompt lies once in a pack, however many answer
         assert line["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert any(line["image_effect_one"] != 0.0 for line in lines) and lines[-1]["grad_norm"] > 0.0
     entries = ledger.read(straight / "ledger.jsonl")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cogvit.objective.reference
 from cogvit import VisionLanguageModel
 from cogvit.batch import Batch, PackedAnswers
 from cogvit.config import ActivationConfig
+from cogvit.errors import ConfigError
 from cogvit.objective.blindness import with_other_images
 from cogvit.objective.language import JointModel
 from cogvit.objective.policy import Answers, Clipping, PolicyLoss, policy_loss
-from cogvit.objective.reference import Reference
+from cogvit.objective.reference import Reference, check_room
 from cogvit.objective.reinforce import Reinforce
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import VisionStage
@@ -144,6 +147,24 @@ def both_ways(rank: int, world: int, layout: Layout, kind: PolicyLoss) -> Found:
     loss.backward()
     wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
     return Found(terms, evaluated, expected, gradients, wanted, differ)
+
+
+def refusal_of_a_small_machine(rank: int, world: int, memory: str) -> str:
+    mesh = start_mesh(run_config(Layout()).parallel)
+    cogvit.objective.reference._MEMORY = Path(memory)
+    try:
+        check_room(torch.nn.Linear(500, 1000, bias=False), mesh)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_reference_that_does_not_fit_is_refused(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 3000 kB\n")
+    for told in pool.run(refusal_of_a_small_machine, 2, (str(tmp_path / "meminfo"),)):
+        assert "in host memory: 0.004 GB on" in told and "0.00307 GB free" in told and "--rl.kl-weight 0" in told
+    (tmp_path / "meminfo").write_text("MemAvailable: 4000 kB\n")
+    assert pool.run(refusal_of_a_small_machine, 2, (str(tmp_path / "meminfo"),)) == ["", ""]
 
 
 LAYOUTS = [Layout(), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2, zero=2), Layout(tp=2, pp=2)]
