@@ -128,3 +128,26 @@ def test_a_policy_that_does_not_look_or_is_not_itself_stops_its_run(
     status, told = pool.run(faulty, 1, (argv, where), timeout_s=150.0)[0]
     assert status == 1 and reason in told
     assert len(read_metrics(out / "metrics.jsonl")) <= 3
+
+
+def test_an_actor_answers_as_the_first_rank_does(base: RunConfig, straight: Path, pool: Pool, tmp_path: Path) -> None:
+    out = run(pool, 1, replace(base, rl=replace(base.rl, actors=1)), tmp_path / "run")
+    assert losses(out) == losses(straight) and digests(out) == digests(straight)
+    assert (out / "ledger.jsonl").read_text() == (straight / "ledger.jsonl").read_text()
+
+
+@pytest.mark.long
+def test_answers_of_older_weights_are_trained_once(base: RunConfig, pool: Pool, tmp_path: Path) -> None:
+    stale = replace(base.rl, actors=1, max_staleness=2, abort_after_fraction=0.8)
+    config = replace(base, rl=stale, schedule=replace(base.schedule, steps=8))
+    argv = [preset(tmp_path, config), "--out", str(out := tmp_path / "run")]
+    with pytest.raises(ChildProcessError, match="-9"):
+        pool.run(train_until_killed, 1, (argv, str(out / "metrics.jsonl"), 5), timeout_s=200.0)
+    assert pool.run(train_on_rank, 1, (argv,), timeout_s=200.0) == [0]
+    lines, entries = read_metrics(out / "metrics.jsonl"), ledger.read(out / "ledger.jsonl")
+    assert max(line.get("logprob_gap", 0.0) for line in lines) <= LARGEST_GAP
+    assert max(line["staleness"] for line in lines) > 0.0
+    trained = [entry.id for entry in entries if entry.end == "trained"]
+    assert len(trained) == len(set(trained)) == 8 * 4
+    assert all(entry.step - 1 - entry.version <= 2 for entry in entries if entry.end == "trained")
+    assert not [fault for fault in ledger.faults(entries, trained) if "ended" in fault]

@@ -130,3 +130,11 @@ def test_a_task_that_is_no_function_of_its_seed_is_said(
     reader = replace(packer(config).reader, tasks=tasks_of(f"{tmp_path}/moody.py:Moody"))
     with pytest.raises(DataError, match=r"task 'one', episode 0: played again it raised OSError: no more"):
         list(reader.lessons(answers[0]))
+
+
+def test_a_group_whose_answers_are_worth_the_same_teaches_nothing(config: RunConfig, answers: list[Answer]) -> None:
+    samples = tuple(replace(sample, reward=0.4) for sample in answers[0].samples)
+    alike = replace(answers[0], samples=samples)
+    assert [lesson.advantage for lesson in packer(config).reader.lessons(alike)] == [0.0] * 4
+    (pack,) = packer(config).packs(lessons(config, [alike]), 7, 0, 1)
+    assert int((pack.answers.source >= 0).sum()) == 4 and not pack.answers.advantage.any()
