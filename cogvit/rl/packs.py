@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from data_pipeline.assembly import assemble_images
 from data_pipeline.balance import Placement, attention_cost, place
 from data_pipeline.pack import pack_limits
 from data_pipeline.phases import place_phases
-from data_pipeline.spec import plan_spec
+from data_pipeline.spec import PlanSpec, plan_spec
 
 Ints = NDArray[np.int64]
 _SHARE = 4  # answers to one question stay together while they take at most this part of a pack
@@ -65,47 +65,40 @@ class Packer:
 
     def _bundled(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
         """Lessons that stay together: neighbors about the same question."""
-        limits, bundles = pack_limits(self.config), list[list[Lesson]]()
-        for _, same in groupby(lessons, key=lambda lesson: id(lesson.question)):
-            for lesson in same:
-                length = self._length(lesson)
-                if length > self.config.language.max_tokens:
-                    raise DataError(
-                        f"a question of task {lesson.question.source!r} has {length} tokens with its answer, above"
-                        f" --language.max-tokens {self.config.language.max_tokens}; raise that"
-                    )
-                last = bundles[-1] if bundles else []
-                room = _SHARE * (length + sum(map(self._length, last))) <= limits.text_tokens
-                if last and last[0].question is lesson.question and room and _SHARE * len(last) < limits.images:
-                    last.append(lesson)
-                else:
-                    bundles.append([lesson])
+        limits, most, bundles = pack_limits(self.config), self.config.language.max_tokens, list[list[Lesson]]()
+        for lesson in lessons:
+            length = self._length(lesson)
+            if length > most:
+                raise DataError(
+                    f"a question of task {lesson.question.source!r} has {length} tokens with its answer, above"
+                    f" --language.max-tokens {most}; raise that"
+                )
+            last = bundles[-1] if bundles and bundles[-1][0].question is lesson.question else []
+            tokens = length + sum(map(self._length, last))
+            if last and _SHARE * tokens <= limits.text_tokens and _SHARE * (len(last) + 1) <= limits.images:
+                last.append(lesson)
+            else:
+                bundles.append([lesson])
         return bundles
 
     def _placed(self, bundles: Sequence[Sequence[Lesson]], dp_size: int) -> Placement:
         limits, spec = pack_limits(self.config), plan_spec(self.config)
-        language = spec.language
-        assert language is not None, "a policy is a language model"
-        numerator, denominator = language.token_cost
-        patches = [[rows * columns for rows, columns in own[0].question.grids] for own in bundles]
-        lengths = [np.array([self._length(one) for one in own], np.int64) for own in bundles]
-        vision = [int(attention_cost(np.array(own, np.int64), spec.attention_tokens).sum()) for own in patches]
-        spoken = [int(attention_cost(own, language.attention_tokens).sum()) for own in lengths]
-        phases = np.array(
-            [(see * language.vision_passes, say * numerator // denominator)
-             for see, say in zip(vision, spoken, strict=True)], np.int64,
-        ).reshape(-1, 2)  # fmt: skip
-        tokens, text_tokens, slots = (
-            np.array(values, np.int64)
-            for values in (
-                [sum(own) for own in patches],
-                [int(own.sum()) for own in lengths],
-                [max(len(own), len(images)) for own, images in zip(bundles, patches, strict=True)],
-            )
-        )
+        demand = np.array([self._demand(own, spec) for own in bundles], np.int64).reshape(-1, 5)
+        phases, (tokens, text_tokens, slots) = demand[:, :2], demand[:, 2:].T
         if self.config.parallel.pp > 1:
             return place_phases(phases, tokens, text_tokens, slots, num_ranks=dp_size, limits=limits)
         return place(phases.sum(axis=1), tokens, text_tokens, slots, num_ranks=dp_size, limits=limits)
+
+    def _demand(self, bundle: Sequence[Lesson], spec: PlanSpec) -> tuple[int, int, int, int, int]:
+        """Costs of encoder and language model, patches, tokens and slots of a bundle, whose images lie there once."""
+        language = spec.language
+        assert language is not None, "a policy is a language model"
+        patches = np.array([rows * columns for rows, columns in bundle[0].question.grids], np.int64)
+        lengths = np.array([self._length(lesson) for lesson in bundle], np.int64)
+        numerator, denominator = language.token_cost
+        seen = int(attention_cost(patches, spec.attention_tokens).sum()) * language.vision_passes
+        said = int(attention_cost(lengths, language.attention_tokens).sum()) * numerator // denominator
+        return seen, said, int(patches.sum()), int(lengths.sum()), max(len(bundle), len(patches))
 
     def _parts(self, lesson: Lesson) -> list[Part]:
         """Text and images of a lesson's sequence, which ends before the answer's last token: nothing follows that."""
