@@ -156,15 +156,17 @@ class PackedAnswers:
 
     Attributes:
         logprob: [S] float32, of each label that has a weight, by the policy that gave it.
-        fresh: [S] bool, where that policy had the weights that are trained now.
+        age: [S] int64, by how many versions that policy's weights were older than those that learn from it.
         advantage: [N] float32, by which the answer is better than others to the same prompt.
         source: [N] int64, number of the source of its task; -1 where no answer is.
+        version: of the weights that learn.
     """
 
     logprob: Tensor
-    fresh: Tensor
+    age: Tensor
     advantage: Tensor
     source: Tensor
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

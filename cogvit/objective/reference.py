@@ -1,4 +1,4 @@
-"""The weights that a policy began with: they wait in host memory, and take its place for a pass."""
+"""Other weights of a policy, of its start or of some steps ago: they wait in host memory for a pass in its place."""
 
 from __future__ import annotations
 
@@ -43,19 +43,41 @@ class Reference:
             waiting.copy_(own)
 
 
-def check_room(module: nn.Module, mesh: Mesh) -> None:
-    """Look whether this machine's memory takes the references of its ranks; collective over all ranks.
+class Earlier:
+    """The weights of a module in the last steps.
+
+    versions: how many are kept.
+    """
+
+    def __init__(self, module: nn.Module, versions: int) -> None:
+        self._module, self._versions = module, versions
+        self._kept: dict[int, Reference] = {}
+
+    def keep(self, version: int) -> None:
+        """Copy the weights as those of a version; the oldest goes."""
+        if self._versions and version not in self._kept:
+            self._kept[version] = Reference(self._module)
+            self._kept = {own: self._kept[own] for own in sorted(self._kept)[-self._versions :]}
+
+    def before(self, version: int) -> list[tuple[int, Reference]]:
+        """Return what is kept of the versions before one, with its age."""
+        return [(version - own, reference) for own, reference in self._kept.items() if own < version]
+
+
+def check_room(module: nn.Module, mesh: Mesh, copies: int) -> None:
+    """Look whether this machine's memory takes so many copies of its ranks' weights; collective over all ranks.
 
     Errors: ConfigError on every rank.
     """
-    own = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    own = copies * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     host = socket.gethostname()
     needed = sum(num_bytes for other, num_bytes in mesh.gather((host, own)) if other == host)
     free, failure = free_bytes(), None
     if free is not None and needed > free:
         failure = ConfigError(
-            f"rl.kl_weight needs the weights that the run began with in host memory: {needed / 1e9:.3g} GB on {host},"
-            f" which has {free / 1e9:.3g} GB free; use more nodes or a larger tp or pp, or pass --rl.kl-weight 0"
+            f"weights of other steps in host memory, {copies} of each rank's, take {needed / 1e9:.3g} GB on {host},"
+            f" which has {free / 1e9:.3g} GB free; use more nodes, a larger tp or pp, --rl.kl-weight 0 or a smaller"
+            " --rl.max-staleness"
         )
     mesh.raise_together(failure)
 

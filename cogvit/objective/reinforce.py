@@ -2,8 +2,9 @@
 
 The loss of a step is the mean over all answers of the global batch, each a mean over its tokens, so neither packing nor
 layout weighs an answer differently. One pack in every step is also scored with other images: what they cost is what
-images are worth. And every token that was said by the very weights that learn from it must have the log-probability
-that whoever said it gave it: if not, rollout and training see different things.
+images are worth. And a token must have the log-probability that whoever said it gave it, with the weights that said it:
+if not, rollout and training see different things. What these very weights said is compared in passing; the first pack
+is scored with earlier ones too.
 
 Shape letters beyond the project's: R labels of a pack that have a weight, A answers of a pack.
 """
@@ -23,7 +24,7 @@ from cogvit.objective.blindness import with_other_images
 from cogvit.objective.distill import reduce_terms
 from cogvit.objective.language import JointModel, Speak, forward_passes, train_passes
 from cogvit.objective.policy import Answers, Clipping, policy_loss
-from cogvit.objective.reference import Reference
+from cogvit.objective.reference import Earlier, Reference
 from cogvit.parallel.schedule import Schedule
 from cogvit.parallel.vocabulary import rows_with_weight
 
@@ -36,7 +37,7 @@ class Pack:
     """What is known of a pack's labels before a pass."""
 
     answers: Answers
-    fresh: Tensor  # [R] bool, said by the weights that are trained
+    age: Tensor  # [R] int64
     source: Tensor  # [R] int64
 
 
@@ -58,6 +59,7 @@ class Reinforce:
         temperature: at which answers were drawn.
         spatial_pool: sides of the groups of patches that are a token.
         reference: the weights that the policy should stay near to, where clipping.kl_weight is not 0.
+        earlier: weights that answered before they were trained further, where answers may be stale.
     """
 
     def __init__(
@@ -67,26 +69,30 @@ class Reinforce:
         temperature: float,
         spatial_pool: int,
         reference: Reference | None,
+        earlier: Earlier | None,
     ) -> None:
         self._clipping, self._sources, self._temperature = clipping, tuple(sources), temperature
-        self._spatial_pool, self._reference = spatial_pool, reference
+        self._spatial_pool, self._reference, self._earlier = spatial_pool, reference, earlier
 
     def train(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Leave the gradients of one step on the parameters; returns the global terms (0-dim tensors).
 
         "loss", "clipped", "ratio" and "kl" are means over answers; "logprob_gap" in nats, the largest of all tokens
-        that were said by these weights (minus infinity where there are none); "image_effect_SOURCE" in nats a token, by
+        that were compared (minus infinity where there are none); "image_effect_SOURCE" in nats a token, by
         which other images lower the log-probability of the first pack's answers (NaN where it has none).
         """
         num_answers = _count_answers(micro, schedule)
         packs, other = self._packs(model, micro, schedule), self._other(model, micro, schedule)
+        gaps = self._earlier_gaps(model, micro, packs, schedule)
+        if self._earlier is not None:
+            self._earlier.keep(_answers(micro[0]).version)
 
         def loss(logprob_R: Tensor, index: int) -> tuple[Tensor, Seen]:
             seen = self._seen(logprob_R, packs[index], other[0] if index == 0 else None)
             return seen.loss / num_answers, seen._replace(loss=seen.loss.detach())
 
         seen = train_passes(model, micro, schedule, self._speak(model, micro), loss)
-        return self._terms(seen, num_answers, schedule)
+        return self._terms(seen, gaps, num_answers, schedule)
 
     def evaluate(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the terms without gradients."""
@@ -96,7 +102,8 @@ class Reinforce:
             self._seen(logprob_R, pack, other[0] if index == 0 else None)
             for index, (logprob_R, pack) in enumerate(zip(found, packs, strict=False))
         ]
-        return self._terms(seen, _count_answers(micro, schedule), schedule)
+        gaps = self._earlier_gaps(model, micro, packs, schedule)
+        return self._terms(seen, gaps, _count_answers(micro, schedule), schedule)
 
     def _speak(self, model: JointModel, micro: Sequence[Batch]) -> Speak:
         def speak(index: int, visual_ED: Tensor | None) -> Tensor:
@@ -127,21 +134,33 @@ class Reinforce:
     def _seen(self, logprob_R: Tensor, pack: Pack, other_R: Tensor | None) -> Seen:
         loss, report = policy_loss(logprob_R, pack.answers, self._clipping)
         now_R = logprob_R.detach()
-        apart_R = (now_R - pack.answers.logprob).abs().where(pack.fresh, -torch.inf)
-        gap = torch.cat([apart_R, apart_R.new_full((1,), -torch.inf)]).max()
         effect = now_R.new_zeros(2, len(self._sources))
         if other_R is not None:
             effect.index_add_(1, pack.source, torch.stack([now_R - other_R, torch.ones_like(now_R)]))
-        return Seen(loss, report, gap, effect)
+        return Seen(loss, report, _gap(now_R, pack, 0), effect)
 
-    def _terms(self, seen: Sequence[Seen], num_answers: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+    def _earlier_gaps(
+        self, model: JointModel, micro: Sequence[Batch], packs: Sequence[Pack], schedule: Schedule
+    ) -> list[Tensor]:
+        """The first pack's gaps to the weights that said its tokens, where these are kept; on the last stage."""
+        gaps: list[Tensor] = []
+        if self._earlier is not None:
+            for age, weights in self._earlier.before(_answers(micro[0]).version):
+                with weights.in_place():
+                    found = forward_passes(model, micro[:1], schedule, self._speak(model, micro))
+                gaps += [_gap(logprob_R, packs[0], age) for logprob_R in found]
+        return gaps
+
+    def _terms(
+        self, seen: Sequence[Seen], gaps: Sequence[Tensor], num_answers: Tensor, schedule: Schedule
+    ) -> dict[str, Tensor]:
         names = ["clipped", "ratio", *(["kl"] if self._reference is not None else [])]
         device, sources = schedule.mesh.device, len(self._sources)
         blank = torch.zeros(1 + len(names) + 2 * sources, device=device)
         rows = [torch.cat([torch.stack([one.loss, *(one.report[name] for name in names)]), one.effect.flatten()])
                 for one in seen]  # fmt: skip
         sums = reduce_terms(torch.stack([blank, *rows]).sum(0), schedule)
-        gap = torch.stack([blank.new_full((), -torch.inf), *(one.gap for one in seen)]).max()
+        gap = torch.stack([blank.new_full((), -torch.inf), *gaps, *(one.gap for one in seen)]).max()
         gap = schedule.mesh.all_reduce(gap, dist.ReduceOp.MAX)
         means, (cost, tokens) = sums[: 1 + len(names)] / num_answers, sums[1 + len(names) :].unflatten(0, (2, sources))
         terms = dict(zip(["loss", *names], means, strict=True)) | {GAP: gap}
@@ -154,9 +173,15 @@ def _pack(batch: Batch) -> Pack:
     answer_R = torch.searchsorted(sequence.cu_seqlens[1:-1].contiguous(), row_R.to(torch.int32), right=True)
     return Pack(
         Answers(answer_R, own.logprob.index_select(0, row_R), own.advantage),
-        own.fresh.index_select(0, row_R),
+        own.age.index_select(0, row_R),
         own.source.index_select(0, answer_R),
     )
+
+
+def _gap(logprob_R: Tensor, pack: Pack, age: int) -> Tensor:
+    """The largest difference in the log-probability of a token of this age, 0-dim; minus infinity where none has it."""
+    apart_R = (logprob_R - pack.answers.logprob).abs().where(pack.age == age, -torch.inf)
+    return torch.cat([apart_R, apart_R.new_full((1,), -torch.inf)]).max()
 
 
 def _count_answers(micro: Sequence[Batch], schedule: Schedule) -> Tensor:

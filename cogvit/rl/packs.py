@@ -158,7 +158,7 @@ class Packer:
         bounds = [*accumulate(map(self._length, lessons), initial=0)]
         bounds += [bounds[-1]] * (slots - len(lessons)) + [size]
         ids, labels, visual = np.zeros(size, np.int64), np.zeros(size, np.int64), np.full(size, -1, np.int64)
-        weight, logprob, fresh = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.bool_)
+        weight, logprob, age = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.int64)
         position = torch.zeros(3, size, dtype=torch.int32)
         advantage, source = torch.zeros(slots), torch.full((slots,), -1)
         key = [_named(one.question).sample_id for one in lessons]
@@ -174,7 +174,7 @@ class Packer:
             visual[start + np.flatnonzero(is_image)] = rows_of[id(lesson.question)]
             answer = slice(stop - len(said.tokens), stop)
             labels[answer], logprob[answer], weight[answer] = said.tokens, said.logprobs, 1.0
-            fresh[answer] = np.repeat([span.version == version for span in said.spans], [s.tokens for s in said.spans])
+            age[answer] = np.repeat([version - s.version for s in said.spans], [s.tokens for s in said.spans])
             advantage[number], source[number] = lesson.advantage, self.sources.index(lesson.question.source)
         sequence = PackedSequence(
             ids=torch.from_numpy(ids),
@@ -186,7 +186,7 @@ class Packer:
             key=torch.tensor([*key, *[0] * (slots - len(key))]),
             host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum())),
         )
-        return sequence, PackedAnswers(torch.from_numpy(logprob), torch.from_numpy(fresh), advantage, source)
+        return sequence, PackedAnswers(torch.from_numpy(logprob), torch.from_numpy(age), advantage, source, version)
 
 
 def _named(question: Question) -> SampleRef:

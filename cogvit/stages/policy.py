@@ -98,20 +98,21 @@ class PolicyStage:
     def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
         """Stage 3's model, and the clipped loss of its own answers."""
         from cogvit.objective.policy import Clipping
-        from cogvit.objective.reference import Reference, check_room
+        from cogvit.objective.reference import Earlier, Reference, check_room
         from cogvit.objective.reinforce import Reinforce
         from cogvit.rl.prompts import weights_of
         from cogvit.rl.task import tasks_of
 
         own = config.rl
         model, _ = _JOINT.build(config, mesh, target_dims)
-        reference = None
-        if own.kl_weight > 0.0:
-            check_room(model, mesh)
-            reference = Reference(model)  # before a checkpoint is loaded: what the run began with
+        check_room(model, mesh, copies=(own.kl_weight > 0.0) + own.max_staleness)
+        # Before a checkpoint is loaded: what the run began with.
+        reference = Reference(model) if own.kl_weight > 0.0 else None
         clipping = Clipping(own.loss, own.clip_low, own.clip_high, own.kl_weight)
         sources = [*weights_of(config, [*tasks_of(own.tasks)])]
-        return model, Reinforce(clipping, sources, own.temperature, config.adapter.spatial_pool, reference)
+        earlier = Earlier(model, own.max_staleness) if own.max_staleness else None
+        pool = config.adapter.spatial_pool
+        return model, Reinforce(clipping, sources, own.temperature, pool, reference, earlier)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """Those of stage 3; rollouts count with nothing."""

@@ -19,7 +19,7 @@ from cogvit.errors import ConfigError
 from cogvit.objective.blindness import with_other_images
 from cogvit.objective.language import JointModel
 from cogvit.objective.policy import Answers, Clipping, PolicyLoss, policy_loss
-from cogvit.objective.reference import Reference, check_room
+from cogvit.objective.reference import Earlier, Reference, check_room
 from cogvit.objective.reinforce import Reinforce
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import VisionStage
@@ -32,7 +32,7 @@ from tests.packs import Shown, joint_batch
 from tests.parity.test_language_trunk import ADAPTERS, LANGUAGES, VISION, Layout, plain_model, run_config
 from tests.pool import Pool
 
-SOURCES, TEMPERATURE, FAMILY = ("digits", "counting", "reading"), 1.3, "llama"
+SOURCES, TEMPERATURE, FAMILY, VERSION = ("digits", "counting", "reading"), 1.3, "llama", 5
 SHOWN: tuple[Shown, ...] = ("mixed", "images", "mixed", "nothing")
 AWAY = 1.02  # what a reference's weights are multiples of
 
@@ -57,14 +57,14 @@ def answered(batch: Batch, seed: int) -> Batch:
     row_R, answer_R = labels_of(batch)
     size, slots = len(batch.sequence.ids), len(batch.sequence.cu_seqlens) - 2
     with torch.no_grad():
-        own_R = logprobs(plain_model(FAMILY), batch)
-    fresh, logprob = torch.zeros(size, dtype=torch.bool), torch.zeros(size)
-    fresh[row_R] = answer_R % 2 == 0
-    noise_R = torch.randn(len(row_R), generator=g) * 0.3
-    logprob[row_R] = own_R + torch.where(fresh[row_R], 0.0, noise_R)
+        own_R, before_R = (logprobs(model, batch) for model in (plain_model(FAMILY), away_model()))
+    age, logprob = torch.zeros(size, dtype=torch.int64), torch.zeros(size)
+    age[row_R] = answer_R % 3
+    noise_R = torch.randn(len(row_R), generator=g) * 0.3  # of weights that nobody has kept
+    logprob[row_R] = own_R.where(age[row_R] == 0, before_R.where(age[row_R] == 1, own_R + noise_R))
     there = batch.sequence.cu_seqlens.diff()[:-1] > 0
     source = torch.where(there, torch.arange(slots) % 2, -1)
-    answers = PackedAnswers(logprob, fresh, torch.randn(slots, generator=g), source)
+    answers = PackedAnswers(logprob, age, torch.randn(slots, generator=g), source, VERSION)
     return replace(batch, answers=answers)
 
 
@@ -78,29 +78,37 @@ class Found:
     gradients: dict[str, Tensor]
     expected_gradients: dict[str, Tensor]
     weights_differ: list[str]  # names of gathered weights that are not the plain model's to the bit
+    wrong_gap: float  # where what the weights before said is a hundredth off
 
 
-def start(layout: Layout, mesh: Mesh) -> tuple[Engine, JointModel, Reference]:
-    """The engine with the plain model's weights, and a reference that is some way off."""
+def away_model() -> VisionLanguageModel:
+    """The plain model with weights that are some way off."""
+    away = plain_model(FAMILY)
+    with torch.no_grad():
+        for parameter in away.parameters():
+            parameter.mul_(AWAY)
+    return away
+
+
+def start(layout: Layout, mesh: Mesh) -> tuple[Engine, JointModel, Reference, Earlier]:
+    """The engine with the plain model's weights; a reference and the version before are some way off."""
     config = run_config(layout)
     vision = VisionStage(VISION, mesh, config.parallel, ActivationConfig(), num_tokens=96, num_slots=8)
     language = LanguageStage(LANGUAGES[FAMILY], mesh, config.parallel, ActivationConfig(), num_tokens=96)
     model = JointModel(vision, ADAPTERS[FAMILY], language)
     weights = {name: x.detach() for name, x in plain_model(FAMILY).named_parameters()}
     fill(model.to(mesh.device), mesh, lambda name, shape: weights[name] * AWAY)
-    reference = Reference(model)
+    reference, earlier = Reference(model), Earlier(model, 1)
+    earlier.keep(VERSION - 1)
     fill(model, mesh, lambda name, shape: weights[name])
-    return Engine(model, config, mesh), model, reference
+    return Engine(model, config, mesh), model, reference, earlier
 
 
 def plain_terms(
     model: VisionLanguageModel, batches: Sequence[Batch], first: Sequence[Batch], clipping: Clipping
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss with its graph, and what else a step says."""
-    away = plain_model(FAMILY)
-    with torch.no_grad():
-        for parameter in away.parameters():
-            parameter.mul_(AWAY)
+    away = away_model()
     count = sum(int((batch.answers.source >= 0).sum()) for batch in batches)
     losses, sums, gap = [], {"clipped": 0.0, "ratio": 0.0, "kl": 0.0}, 0.0
     for batch in batches:
@@ -111,7 +119,7 @@ def plain_terms(
         loss, report = policy_loss(found_R, Answers(answer_R, old_R, batch.answers.advantage, reference_R), clipping)
         losses.append(loss)
         sums = {name: value + float(report.get(name, 0.0)) for name, value in sums.items()}
-        apart = (found_R - old_R).abs()[batch.answers.fresh[row_R]].detach()
+        apart = (found_R - old_R).abs()[batch.answers.age[row_R] == 0].detach()
         gap = max([gap, *apart.tolist()])
     cost, tokens = torch.zeros(len(SOURCES)), torch.zeros(len(SOURCES))
     for batch in first:
@@ -133,8 +141,10 @@ def both_ways(rank: int, world: int, layout: Layout, kind: PolicyLoss) -> Found:
     batches = [answered(joint_batch(seed, shown, by_place=False), seed) for seed, shown in enumerate(SHOWN)]
     share = len(batches) // mesh.dp_size
     micro = batches[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
-    engine, model, reference = start(layout, mesh)
-    objective = Reinforce(clipping, SOURCES, TEMPERATURE, 2, reference)
+    engine, model, reference, earlier = start(layout, mesh)
+    objective = Reinforce(clipping, SOURCES, TEMPERATURE, 2, reference, earlier)
+    lied = replace(micro[0].answers, logprob=micro[0].answers.logprob + (micro[0].answers.age == 1) * 0.01)
+    wrong = engine.evaluate(objective, [replace(micro[0], answers=lied), *micro[1:]])["logprob_gap"]
     evaluated = engine.evaluate(objective, micro)
     gradients = whole(engine.plain_gradients(objective, micro), mesh)
     weights = trained_weights(model, mesh)
@@ -146,14 +156,14 @@ def both_ways(rank: int, world: int, layout: Layout, kind: PolicyLoss) -> Found:
     loss, expected = plain_terms(plain, batches, batches[::share], clipping)
     loss.backward()
     wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
-    return Found(terms, evaluated, expected, gradients, wanted, differ)
+    return Found(terms, evaluated, expected, gradients, wanted, differ, wrong)
 
 
 def refusal_of_a_small_machine(rank: int, world: int, memory: str) -> str:
     mesh = start_mesh(run_config(Layout()).parallel)
     cogvit.objective.reference._MEMORY = Path(memory)
     try:
-        check_room(torch.nn.Linear(500, 1000, bias=False), mesh)
+        check_room(torch.nn.Linear(250, 1000, bias=False), mesh, copies=2)
     except ConfigError as error:
         return str(error)
     return ""
@@ -162,7 +172,7 @@ def refusal_of_a_small_machine(rank: int, world: int, memory: str) -> str:
 def test_a_reference_that_does_not_fit_is_refused(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 3000 kB\n")
     for told in pool.run(refusal_of_a_small_machine, 2, (str(tmp_path / "meminfo"),)):
-        assert "in host memory: 0.004 GB on" in told and "0.00307 GB free" in told and "--rl.kl-weight 0" in told
+        assert "take 0.004 GB on" in told and "0.00307 GB free" in told and "--rl.kl-weight 0" in told
     (tmp_path / "meminfo").write_text("MemAvailable: 4000 kB\n")
     assert pool.run(refusal_of_a_small_machine, 2, (str(tmp_path / "meminfo"),)) == ["", ""]
 
@@ -175,6 +185,7 @@ def test_a_step_is_that_of_the_plain_policy(pool: Pool, layout: Layout) -> None:
     kind: PolicyLoss = "gspo" if layout.pp > 1 else "grpo"
     found = pool.run(both_ways, layout.tp * layout.pp * layout.dp, (layout, kind), timeout_s=150.0)[0]
     assert found.terms["logprob_gap"] <= 1e-5 and found.evaluated["logprob_gap"] <= 1e-5
+    assert found.wrong_gap == pytest.approx(0.01, abs=1e-5)
     assert not found.weights_differ
     assert found.terms.keys() == found.evaluated.keys() == found.expected.keys()
     for name, value in found.expected.items():

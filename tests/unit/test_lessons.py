@@ -84,8 +84,10 @@ def test_packs_hold_what_was_answered(
     packs = [pack for rank in range(ranks) for pack in own.packs(told, 7, rank, ranks)]
     assert max(largest_gap(model, pack) for pack in packs) <= 1e-5
     assert sum(int((pack.sequence.weight > 0).sum()) for pack in packs) == sum(len(one.said.tokens) for one in told)
-    assert all(bool(pack.answers.fresh[pack.sequence.weight > 0].all()) for pack in packs)
-    assert not any(bool(pack.answers.fresh.any()) for pack in own.packs(told, 8, 0, 1))
+    for version, age in ((7, 0), (9, 2)):
+        for pack in own.packs(told, version, 0, 1):
+            assert pack.answers.version == version
+            assert pack.answers.age[pack.sequence.weight > 0].unique().tolist() == [age]
     counts = [(pack.answers.source == number).sum() for pack in packs for number in range(2)]
     assert (sum(counts[::2]), sum(counts[1::2])) == (8, 8)  # of two turns each, the second source
 
