@@ -7,7 +7,7 @@ language model of random weights with a tokenizer of the words that occur. No ep
 
 --out DIR         new directory
 --tasks NAME,...  of `cogvit.rl.families` (default: digits,counting,reading)
---samples N       to train on; a tenth as many are held out (default: 3000)
+--samples N       to train on; a fiftieth as many are held out (default: 20000)
 --seed N          of episodes and weights (default: 0)
 """
 
@@ -33,7 +33,7 @@ from cogvit.rl.task import Task
 from tools.make_demo_language_model import tiny_shape, train_tokenizer
 
 _FIRST_EPISODE = 1 << 31  # stage 4 asks those below it
-_HELD_OUT = 0.1
+_HELD_OUT = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Arguments:
 
     out: str = ""
     tasks: str = "digits,counting,reading"
-    samples: str = "3000"
+    samples: str = "20000"
     seed: str = "0"
 
 
@@ -126,9 +126,9 @@ def write_shard(path: Path, solved: Sequence[Solved]) -> None:
 
 
 def write_language_model(out: Path, solved: Sequence[Solved], seed: int) -> None:
-    """Write a model of four layers with random weights, and its tokenizer."""
-    texts = dict.fromkeys(message["content"].replace("<image>", "") for one in solved for message in one.messages)
-    tokenizer = train_tokenizer(list(texts))
+    """Write a model of four layers with random weights, and a tokenizer of what is asked; answers it spells."""
+    asked = [message["content"] for one in solved for message in one.messages if message["role"] == "user"]
+    tokenizer = train_tokenizer(list(dict.fromkeys(text.replace("<image>", "") for text in asked)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CausalLM(small_shape(tokenizer))
