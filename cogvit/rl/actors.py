@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.errors import CogViTError, DataError
-from cogvit.rl.crew import Crew, Place, Report, Work, fetched, stored
+from cogvit.rl.crew import Crew, Place, Report, Work, check_room, fetched, stored
 from cogvit.rl.judge import Judge, judged
 from cogvit.rl.local import Player
 from cogvit.rl.patience import Hangs
@@ -129,6 +129,7 @@ class RayRollouts:
         versions_kept: int = 1,
         patience: Patience = Patience(),
     ) -> None:
+        check_room({"rollout": players, "judge": judges})
         self._events: SimpleQueue[tuple[_Play, Answer] | CogViTError] = SimpleQueue()
         self._versions_kept, self._kept = versions_kept, dict[int, Weights]()
         self._plays: dict[str, _Play] = {}

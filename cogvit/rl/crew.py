@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
 
 _MOST_LOSSES = 4  # of one piece of work: whatever kills an actor so often will go on to
+_IDLE_S = 1.0  # after which it looks whether there is something to wait for
 _LOG = logging.getLogger(__name__)
 
 
@@ -89,8 +90,6 @@ class Crew:
         place: what they take.
         limit_s: how long an actor may be at one piece of work, or take to start.
         fail: takes an error that ends it all.
-
-    Errors: ConfigError when the cluster has fewer CPUs or GPUs than the actors take.
     """
 
     def __init__(
@@ -104,10 +103,10 @@ class Crew:
     ) -> None:
         import ray
 
-        _check_room(name, place, ray.cluster_resources())
         options = {"num_cpus": place.cpus, "num_gpus": place.gpus, "scheduling_strategy": "SPREAD", "max_restarts": 0}
         remote = ray.remote(concurrency_groups={"control": 1})(actor_class).options(**options)
-        self._name, self._start, self._limit_s, self._fail = name, lambda: remote.remote(*arguments), limit_s, fail
+        self._name, self._limit_s, self._fail = name, limit_s, fail
+        self._start: Callable[[], Any] = lambda: remote.remote(*arguments)
         self._waiting: deque[Work] = deque()
         self._events: SimpleQueue[tuple[_Lane, int, Any] | None] = SimpleQueue()
         self._lock = threading.RLock()
@@ -138,7 +137,9 @@ class Crew:
             kill(lane.actor)
 
     def _man(self, lane: _Lane) -> None:
-        """Put a new actor into a lane."""
+        """Put a new actor into a lane. Errors: TeacherUnavailable when too many were lost before they were ready."""
+        if lane.starts == _MOST_LOSSES:
+            raise TeacherUnavailable(f"{lane.starts} {self._name} actors in a row were lost before they were ready")
         lane.actor, lane.ready, lane.work, lane.starts = self._start(), False, None, lane.starts + 1
         self._watch(lane, lane.actor.ready.remote())
 
@@ -155,25 +156,29 @@ class Crew:
                 self._watch(lane, lane.work.send(lane.actor))
 
     def _run(self) -> None:
-        while True:
-            busy = [lane.deadline_s for lane in self._lanes if lane.work or not lane.ready]
-            try:
-                event = self._events.get(timeout=max(0.0, min(busy) - time.monotonic()) if busy else 1.0)
-            except Empty:
-                with self._lock:
-                    self._replace_silent()
+        try:
+            while self._turn():
                 continue
-            if event is None:
-                return
-            try:
-                self._take(*event)
-            except CogViTError as error:
-                self._fail(error)
-                return
-            except Exception as error:  # a fault of ours, which must not hide in a thread
-                _LOG.exception("the crew of %s failed", self._name)
-                self._fail(TeacherUnavailable(f"{self._name} actors failed: {type(error).__name__}: {error}"))
-                return
+        except CogViTError as error:
+            self._fail(error)
+        except Exception as error:  # a fault of ours, which must not hide in a thread
+            _LOG.exception("the crew of %s failed", self._name)
+            self._fail(TeacherUnavailable(f"{self._name} actors failed: {type(error).__name__}: {error}"))
+
+    def _turn(self) -> bool:
+        """Take what comes next, or end whoever is silent; returns whether to go on."""
+        with self._lock:
+            busy = [lane.deadline_s for lane in self._lanes if lane.work or not lane.ready]
+        try:
+            event = self._events.get(timeout=max(0.0, min(busy) - time.monotonic()) if busy else _IDLE_S)
+        except Empty:
+            with self._lock:
+                self._replace_silent()
+            return True
+        if event is None:
+            return False
+        self._take(*event)
+        return True
 
     def _take(self, lane: _Lane, call: int, future: Any) -> None:
         """Take what came of a call."""
@@ -186,7 +191,7 @@ class Crew:
             if isinstance(error, RayTaskError):
                 raise _told(self._name, error)
             if error is not None:
-                self._check_started(lane, error)
+                self._check_started(error)
                 self._lose(lane, "died")
                 return
             report: Report = future.result()
@@ -197,17 +202,13 @@ class Crew:
         if work is not None:
             work.done(report.value)
 
-    def _check_started(self, lane: _Lane, error: BaseException) -> None:
-        """Errors: ConfigError when an actor has raised before it was ready, TeacherUnavailable when many have died."""
+    def _check_started(self, error: BaseException) -> None:
+        """Errors: ConfigError when an actor has raised before it was ready."""
         from ray.exceptions import ActorDiedError
 
         if isinstance(error, ActorDiedError) and error.actor_init_failed:
             said = str(error).strip().splitlines()[-1]
             raise ConfigError(f"a {self._name} actor did not start: {said}") from error
-        if lane.starts == _MOST_LOSSES:
-            raise TeacherUnavailable(
-                f"{lane.starts} {self._name} actors died before they were ready; look at the memory"
-            )
 
     def _replace_silent(self) -> None:
         now_s = time.monotonic()
@@ -262,10 +263,17 @@ def _told(name: str, error: Any) -> CogViTError:
     return TeacherUnavailable(f"a {name} actor failed: {said}; the log says where")
 
 
-def _check_room(name: str, place: Place, have: dict[str, float]) -> None:
-    for kind, each in (("CPU", place.cpus), ("GPU", place.gpus)):
-        if place.actors * each > have.get(kind, 0.0):
+def check_room(places: Mapping[str, Place]) -> None:
+    """Refuse crews, by name, that take more than the cluster has. Errors: ConfigError, before anybody waits."""
+    import ray
+
+    have, crews = ray.cluster_resources(), places.items()
+    for kind, needs in (("CPU", [place.cpus for _, place in crews]), ("GPU", [place.gpus for _, place in crews])):
+        if sum(place.actors * need for need, place in zip(needs, places.values(), strict=True)) > have.get(kind, 0.0):
+            told = " and ".join(
+                f"{place.actors} {name} actors of {need:g}" for need, (name, place) in zip(needs, crews, strict=True)
+            )
             raise ConfigError(
-                f"{place.actors} {name} actors of {each:g} {kind}s do not fit the Ray cluster, which has"
-                f" {have.get(kind, 0.0):g}; ask for fewer, or give Ray more"
+                f"{told} {kind}s do not fit the Ray cluster, which has {have.get(kind, 0.0):g}; ask for fewer, or give"
+                " Ray more"
             )

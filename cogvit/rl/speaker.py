@@ -109,10 +109,9 @@ class PlainSpeaker:
             logits_BV = self._model.language.logits(rows.hidden_BD)
             id_B, logprob_B = drawn_tokens(logits_BV, rows.key_B, rows.place_B, speech.temperature)
             last_B = torch.isin(id_B, self._ends) | (rows.place_B + 1 >= speech.max_new_tokens)
-            for answer, *token, last in zip(
-                rows.answers, id_B.tolist(), logprob_B.tolist(), last_B.tolist(), strict=True
-            ):
-                said[answer].append((token[0], token[1]))
+            new = zip(rows.answers, id_B.tolist(), logprob_B.tolist(), last_B.tolist(), strict=True)
+            for answer, token, logprob, last in new:
+                said[answer].append((token, logprob))
                 ended[answer] = last
             going_B = (~last_B).nonzero().squeeze(1)
             if not len(going_B):

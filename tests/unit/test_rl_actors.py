@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ from tests.rl_tasks import new_judge, new_player, policy, tasks_with
 
 pytestmark = pytest.mark.timeout(180)
 
-SHORT, LONG = Speech(seed=3, max_new_tokens=8), Speech(seed=3, max_new_tokens=440)
+SHORT, LONG = Speech(seed=3, max_new_tokens=8), Speech(seed=3, max_new_tokens=200)
 WEIGHTS = {n: w.clone() for n, w in policy().language.state_dict(prefix="language.").items()}
 
 
@@ -46,7 +45,7 @@ def actors(marks: Path) -> Iterator[RayRollouts]:
             patience=Patience(answer_s=120.0, verify_s=2.0),
         )
         engine.set_weights(0, WEIGHTS)
-        with pytest.raises(ConfigError, match="99 judge actors of 1 CPUs do not fit the Ray cluster, which has 3"):
+        with pytest.raises(ConfigError, match="1 rollout actors of 1 and 99 judge actors of 1 CPUs do not fit the Ray"):
             RayRollouts(partial(new_player, "", 1.0), partial(new_judge, ""), Place(1), Place(99))
         yield engine
         engine.close()
@@ -67,13 +66,13 @@ def all_answers(engine: RolloutEngine, requests: Sequence[Request]) -> list[Answ
     return [got[request.id] for request in requests]
 
 
-def bits(answers: Sequence[Answer]) -> bytes:
+def bits(answers: Sequence[Answer]) -> str:
     told: list[Any] = []
     for answer in answers:
         for sample in answer.samples:
             turns = [(t.text, t.tokens.tobytes(), t.logprobs.tobytes(), t.spans) for t in sample.turns]
             told.append((answer.request.id, answer.outcome, sample.over, sample.reward, turns))
-    return pickle.dumps(told)
+    return repr(told)
 
 
 def asked(count: int, source: str, speech: Speech = SHORT, **others: Any) -> list[Request]:
@@ -130,12 +129,12 @@ def test_a_request_is_aborted_and_goes_on(actors: RayRollouts) -> None:
         begun = got[-1].samples if got else ()
         actors.submit(replace(request, begun=begun), got.append)
         calls = len(got)
-        actors.poll(0.1)
+        actors.poll(0.05)
         actors.abort(["long", "nobody"])
         while len(got) == calls:
             actors.poll(1.0)
         rounds += 1
-    assert rounds > 1 and all(sample.num_tokens == 440 for sample in got[-1].samples)
+    assert rounds > 1 and all(sample.over for sample in got[-1].samples)
     (whole,) = all_answers(actors, [request])
     for one, other in zip(got[-1].samples, whole.samples, strict=True):
         assert one.turns[0].text == other.turns[0].text
@@ -144,7 +143,7 @@ def test_a_request_is_aborted_and_goes_on(actors: RayRollouts) -> None:
 
 def test_no_prompt_is_lost_or_counted_twice(actors: RayRollouts, marks: Path, tmp_path: Path) -> None:
     requests = [
-        Request(f"{n}", source, n, 2, LONG if n % 7 == 3 else SHORT)
+        Request(f"{n}", source, n, 2, LONG if n % 8 == 0 else SHORT)
         for n, source in enumerate(["digits", "mortal", "twice", "raises"] * 6)
     ]
     collector = Collector(

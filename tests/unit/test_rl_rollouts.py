@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from cogvit import VisionLanguageModel
-from cogvit.errors import CheckpointError, DataError
+from cogvit.errors import CheckpointError, ConfigError, DataError
 from cogvit.model.expert import is_expert
 from cogvit.model.language_config import ExpertConfig
+from cogvit.rl import examples
+from cogvit.rl.collect import Collector, Quota, Taken
 from cogvit.rl.episode import conversations, play
 from cogvit.rl.families import FAMILIES
 from cogvit.rl.judge import Episode, Weighted
+from cogvit.rl.ledger import Entry
 from cogvit.rl.local import LocalEngine
 from cogvit.rl.rollout import Answer, Request, Sample, Span, Speech
 from cogvit.rl.speaker import Asked, PlainSpeaker, Said
+from cogvit.rl.task import tasks_of
 from tests.cog import cog_directory
 from tests.language import IMAGE_ID, tiny_tokenizer
 from tests.rl_tasks import TASKS, policy
@@ -48,13 +52,13 @@ def ask(source: str, samples: int = 4, **others: Any) -> Request:
     return Request(f"{source}-5", source, 5, samples, SPEECH, **others)
 
 
+@torch.no_grad()
 def trained_logprobs(model: VisionLanguageModel, request: Request, sample: Sample, turn: int) -> Tensor:
     """Of a turn's tokens, by a pass over prompt and answer without a cache."""
     texts = [said.text for said in sample.turns]
     ids, images = model.prompt(conversations(TASKS[request.source], request.seed, texts)[turn])
     tokens = torch.from_numpy(sample.turns[turn].tokens).long()
-    with torch.no_grad():
-        hidden_SD = model.hidden_rows([torch.cat([ids, tokens[:-1]])], [images])
+    hidden_SD = model.hidden_rows([torch.cat([ids, tokens[:-1]])], [images])
     logprob_SV = (model.language.logits(hidden_SD) / request.speech.temperature).log_softmax(1)
     return logprob_SV[len(ids) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
 
@@ -255,3 +259,68 @@ def test_judges_are_apart_from_tasks(model: VisionLanguageModel) -> None:
     with pytest.raises(DataError, match="ends otherwise than it did before"):
         conversations(FAMILIES["digits"], 5, texts)
     assert len(conversations(TASKS["twice"], 5, texts)) == 2
+
+
+def prompts(*sources: str) -> Iterator[Request]:
+    speech = replace(SPEECH, max_new_tokens=2)
+    return iter([Request(f"{n}", source, n, 2, speech) for n, source in enumerate(sources)])
+
+
+def ids(taken: Taken) -> list[str]:
+    return [answer.request.id for answer in taken.answers]
+
+
+def test_a_synchronous_step_takes_its_prompts_in_order(model: VisionLanguageModel) -> None:
+    engine = LocalEngine(PlainSpeaker(model), TASKS)
+    collector = Collector(engine, prompts("digits", "raises", "twice", "digits", "twice", "nan", "digits"), Quota(3))
+    engine.set_weights(4, {})
+    first = collector.take(4)
+    assert ids(first) == ["0", "2"] and first.entries == (Entry("1", "raises", -1, 4, "failed"),)
+    engine.set_weights(5, {})
+    assert ids(collector.take(5)) == ["3", "4"]
+    engine.set_weights(6, {})
+    assert ids(collector.take(6)) == ["6"] and collector.take(6).answers == ()
+
+
+def test_answers_that_are_too_old_are_stale(model: VisionLanguageModel) -> None:
+    engine = LocalEngine(PlainSpeaker(model), TASKS)
+    collector = Collector(engine, prompts(*["digits"] * 7), Quota(2, max_staleness=1))
+    engine.set_weights(0, {})
+    assert ids(collector.take(0)) == ["0", "1"]
+    while engine.poll():  # the other two that are on their way
+        continue
+    engine.set_weights(2, {})
+    taken = collector.take(2)
+    assert ids(taken) == ["4", "5"] and {answer.versions for answer in taken.answers} == {(2,)}
+    assert taken.entries == tuple(Entry(n, "digits", 0, 2, "stale") for n in "23")
+
+
+def test_a_run_in_which_all_fails_ends(model: VisionLanguageModel) -> None:
+    collector = Collector(LocalEngine(PlainSpeaker(model), TASKS), prompts(*["raises"] * 20), Quota(3, max_staleness=1))
+    with pytest.raises(DataError, match=r"12 requests have failed one after the other, the last one \(11\) because"):
+        collector.take(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0,), "0 prompts a step must be at least 1"),
+        ((1, 0, 0.5), "--rl.abort-after-fraction and --rl.abort-after-s let answers go on by newer weights"),
+        ((1, 1, 0.0), "must be in"),
+        ((1, 1, 1.0, -1.0), "must be in"),
+    ],
+)
+def test_quotas_that_cannot_be(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Quota(*values)
+
+
+def test_the_guides_task_is_a_file_of_thirty_lines(model: VisionLanguageModel) -> None:
+    path = Path(examples.__file__).parent / "clock.py"
+    assert len(path.read_text().splitlines()) <= 30
+    tasks = tasks_of(f"digits, {path}:Clock")
+    task = tasks["clock"]()
+    task.reset(5)
+    assert sum(task.verify(f"{hour}.") for hour in range(1, 13)) == 1.0
+    answer = answered(LocalEngine(PlainSpeaker(model), tasks), ask("clock"))
+    assert answer.outcome == "answered" and len(answer.samples) == 4
