@@ -51,10 +51,9 @@ demo-rl: $(RUNTIME)  ## drawn tasks, stage 3 on a few right answers, stage 4 on 
 	[[ -e $(DEMO_RL)/tasks/language/config.json ]] || python -m tools.make_demo_tasks --out $(DEMO_RL)/tasks
 	python -m tools.index_shards '$(DEMO_RL)/tasks/train/*.tar'
 	python -m tools.index_shards '$(DEMO_RL)/tasks/heldout/*.tar'
-	launch/local.sh 2 demo_stage3 --language.path $(DEMO_RL)/tasks/language --data.shards '$(DEMO_RL)/tasks/train/*.tar' \
-	    --data.eval-shards '$(DEMO_RL)/tasks/heldout/*.tar' --data.mixture '[]' --schedule.steps 200 --out $(DEMO_RL)/sft
-	launch/local.sh 2 demo_rl --init $(DEMO_RL)/sft --out $(DEMO_RL)/policy
-	python -m cogvit.report $(DEMO_RL)/sft $(DEMO_RL)/policy --out $(DEMO_RL)/report.html
+	launch/local.sh 2 demo_rl_start --out $(DEMO_RL)/start
+	launch/local.sh 2 demo_rl --init $(DEMO_RL)/start --out $(DEMO_RL)/policy
+	python -m cogvit.report $(DEMO_RL)/start $(DEMO_RL)/policy --out $(DEMO_RL)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 """Stage 4 of the demo: a policy that has seen a few right answers learns from what its own are worth, on a CPU.
 
-launch/local.sh 1 demo_rl --init runs/demo_rl/sft --out runs/demo_rl/policy
+launch/local.sh 1 demo_rl --init runs/demo_rl/start --out runs/demo_rl/policy
 """
 
 from cogvit.config import (
