@@ -27,6 +27,7 @@ def config() -> RunConfig:
             global_batch_images=128,
             tokens_per_pack=1920,
             images_per_pack=72,
+            full_packs=False,
             max_patches=36,
             canonical_shares=2,
         ),

@@ -20,6 +20,7 @@ def config() -> RunConfig:
             global_batch_images=256,
             tokens_per_pack=3840,
             images_per_pack=136,
+            full_packs=False,
             text_tokens_per_pack=4096,
             max_patches=36,
             canonical_shares=2,

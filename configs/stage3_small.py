@@ -21,6 +21,7 @@ def config() -> RunConfig:
             global_batch_images=128,
             tokens_per_pack=8192,
             images_per_pack=64,
+            full_packs=False,
             text_tokens_per_pack=8192,
             sizing="glm",
             min_patches=64,

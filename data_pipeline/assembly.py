@@ -28,14 +28,15 @@ class Spoken:
 def assemble_images(
     patches: list[Tensor | None], grid_hw: Ints, key: Ints, patch_bytes: int, limits: PackLimits
 ) -> PackedImages:
-    """Lay images end to end in one pack of the full size; None stands for one that did not decode and weighs 0."""
+    """Lay images end to end in one pack; None stands for one that did not decode and weighs 0."""
     absent, lengths = limits.images - len(patches), grid_hw.prod(axis=1)
-    bounds = _bounds(lengths, limits.images, limits.tokens)
-    packed = torch.zeros(limits.tokens, patch_bytes, dtype=torch.uint8)
+    num_rows = limits.rows(int(lengths.sum()), limits.tokens)
+    bounds = _bounds(lengths, limits.images, num_rows)
+    packed = torch.zeros(num_rows, patch_bytes, dtype=torch.uint8)
     for number, image in enumerate(patches):
         if image is not None:
             packed[bounds[number] : bounds[number + 1]] = image
-    row_col = np.zeros((limits.tokens, 2), np.int32)
+    row_col = np.zeros((num_rows, 2), np.int32)
     row_col[: bounds[-2]] = np.stack(np.divmod(_places(lengths), np.repeat(grid_hw[:, 1], lengths)), axis=1)
     return PackedImages(
         patches=packed,
@@ -53,8 +54,8 @@ def assemble_text(
 ) -> PackedText:
     """Lay captions end to end in the slots of their images; weight_N is the images'."""
     lengths = np.array([len(one.ids) for one in tokens], np.int64)
-    bounds = _bounds(lengths, limits.images, limits.text_tokens)
-    padding, absent = limits.text_tokens - bounds[-2], limits.images - len(captions)
+    bounds = _bounds(lengths, limits.images, limits.rows(int(lengths.sum()), limits.text_tokens))
+    padding, absent = bounds[-1] - bounds[-2], limits.images - len(captions)
     ids = np.concatenate([*(one.ids for one in tokens), np.zeros(padding, np.int64)])
     return PackedText(
         ids=torch.from_numpy(ids),

@@ -35,6 +35,16 @@ class PackLimits:
     images: int  # N
     text_tokens: int  # L
     min_packs: int = 1  # the pipeline needs one per stage
+    trims: bool = False  # whether packs are as long as what they hold asks for
+    tensor_ranks: int = 1  # that share a pack's rows under sequence parallelism
+
+    def rows(self, used: int, most: int) -> int:
+        """Return how many rows a pack has that holds so many tokens, of at most so many: its size, trimmed or not.
+
+        Trimmed in steps of 64 rows a tensor rank, so that what divides the size divides it still; a pack has rows.
+        """
+        step = 64 * self.tensor_ranks
+        return most - (most - max(used, 1)) // step * step if self.trims else most
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,14 @@ class Made:
 def pack_limits(config: RunConfig) -> PackLimits:
     """Return the caps of a run's packs."""
     data = config.data
+    parallel = config.parallel
     return PackLimits(
-        data.tokens_per_pack, data.images_per_pack, data.text_tokens_per_pack, min_packs=config.parallel.pp
+        data.tokens_per_pack,
+        data.images_per_pack,
+        data.text_tokens_per_pack,
+        min_packs=parallel.pp,
+        trims=not data.full_packs and parallel.pp == 1,  # pipeline messages have one size
+        tensor_ranks=parallel.tp,
     )
 
 

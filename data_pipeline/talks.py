@@ -154,7 +154,7 @@ class Talks:
         that did not decode, whose answers do not count.
         """
         limits = pack_limits(self.config)
-        size, slots = limits.text_tokens, limits.images
+        size, slots = limits.rows(sum(len(one.ids) for one in laid), limits.text_tokens), limits.images
         order = sorted(range(len(laid)), key=lambda one: -len(laid[one].ids))
         lengths = [len(laid[one].ids) for one in order]
         bounds = [*accumulate(lengths, initial=0)]

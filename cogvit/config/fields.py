@@ -53,6 +53,9 @@ class DataConfig:
     text_tokens_per_pack: int = option(
         4096, "L or S: tokens of captions, or of the language model, of one microbatch on one rank"
     )
+    full_packs: bool = option(
+        True, "packs always have their full size; false: as many rows as they need, which spares padding (pp 1)"
+    )
     sizing: Literal["square", "naflex", "glm"] = option(
         "naflex",
         "resize to vision.image_size squares, or keep the aspect; glm: as GLM-OCR's processor, near the native size, in"

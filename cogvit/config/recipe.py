@@ -17,7 +17,7 @@ EXECUTION = (
     "optim.muon_tp", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last",
     "checkpoint.keep_every_steps",
     "data.index_dir", "data.eval_shards", "data.topology", "data.cache_dir", "data.cache_bytes",
-    "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack",
+    "data.tokens_per_pack", "data.images_per_pack", "data.text_tokens_per_pack", "data.full_packs",
     "data.prefetch_steps", "data.decode_threads", "data.loading", "data.max_wait_s", "data.max_bad_fraction",
     "teachers.ray_address",
 )  # fmt: skip

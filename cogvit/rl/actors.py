@@ -181,7 +181,9 @@ class RayRollouts:
         """Stop those that have begun at their next token; what is being judged is judged."""
         for one in ids:
             play = self._plays.get(one)
-            if play is not None and (actor := self._players.at(play.work)) is not None:
+            if play is None or play.work is None:
+                continue
+            if (actor := self._players.at(play.work)) is not None:
                 play.aborted = True
                 _stop(actor, play)
 

@@ -120,6 +120,24 @@ def test_packs_keep_every_cap_and_the_pipelines_minimum(corpus):
             assert lengths == micro.images.grid_hw.prod(1).tolist()
 
 
+@pytest.mark.parametrize("tensor_ranks", [1, 2])
+def test_packs_that_are_not_full_are_as_long_as_what_they_hold_and_hold_the_same(corpus, tensor_ranks):
+    config = run_config(tokens_per_pack=1034, text_tokens_per_pack=906)
+    config = replace(config, parallel=replace(config.parallel, tp=tensor_ranks))
+    trimmed = replace(config, data=replace(config.data, full_packs=False))
+    step = 64 * tensor_ranks
+    for full, short in zip(take(corpus, config, 4), take(corpus, trimmed, 4), strict=True):
+        assert contents(full) == contents(short)
+        for micro in short.micro:
+            for packed, rows, most in (
+                (micro.images, len(micro.images.patches), 1034), (micro.text, len(micro.text.ids), 906)
+            ):  # fmt: skip
+                used, end = packed.cu_seqlens[-2:].tolist()
+                assert used <= rows == end < min(used + step, most) and (most - rows) % step == 0
+    piped = replace(trimmed, parallel=replace(config.parallel, pp=2))  # whose messages have one size
+    assert {len(micro.text.ids) for micro in take(corpus, piped, 1)[0].micro} == {906}
+
+
 def test_packed_content_equals_a_direct_decode(corpus):
     config, byt5 = run_config(), ByT5Tokenizer()
     captions = {}

@@ -85,7 +85,7 @@ def cut_to_size(command: str, world: Path) -> list[str]:
             "/data/{0000..4095}.tar": "shards", "/runs/stage1": str(world / "runs" / "torchrun"),
         }  # fmt: skip
         return [*(here.get(word, word) for word in words), *TEACHERS, "--schedule.steps", "2", *SMALL]
-    if "cogvit.train" in words or "demo_stage2" in words:
+    if {"cogvit.train", "demo_stage2"} & set(words) or (words[0] == "launch/local.sh" and words[2] == "stage2_small"):
         if "--help" in words:
             return words
         small = {"--schedule.steps": "2", **dict(zip(SMALL[::2], SMALL[1::2], strict=True))}
