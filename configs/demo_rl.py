@@ -29,6 +29,7 @@ def config() -> RunConfig:
             global_batch_images=96,
             tokens_per_pack=576,
             images_per_pack=64,
+            full_packs=False,
             text_tokens_per_pack=1280,
             sizing="glm",
             min_patches=16,

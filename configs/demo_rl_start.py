@@ -29,6 +29,7 @@ def config() -> RunConfig:
             global_batch_images=64,
             tokens_per_pack=1152,
             images_per_pack=36,
+            full_packs=False,
             text_tokens_per_pack=896,
             sizing="glm",
             min_patches=16,

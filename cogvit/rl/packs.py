@@ -154,8 +154,8 @@ class Packer:
         self, lessons: Sequence[Lesson], rows_of: dict[int, range], version: int
     ) -> tuple[PackedSequence, PackedAnswers]:
         limits = pack_limits(self.config)
-        size, slots = limits.text_tokens, limits.images
         bounds = [*accumulate(map(self._length, lessons), initial=0)]
+        size, slots = limits.rows(bounds[-1], limits.text_tokens), limits.images
         bounds += [bounds[-1]] * (slots - len(lessons)) + [size]
         ids, labels, visual = np.zeros(size, np.int64), np.zeros(size, np.int64), np.full(size, -1, np.int64)
         weight, logprob, age = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.int64)
