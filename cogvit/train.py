@@ -156,7 +156,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
 
     mesh, stage = start_mesh(config.parallel, device), stage_of(config)
     with ExitStack() as resources:
-        resources.callback(stop_mesh)
+        resources.callback(stop_mesh, mesh)
         seat = take_seat(config, mesh)
         if mesh.is_writer:
             print(*opening(stage, config, corpus, device, mesh.world_size), sep="\n", flush=True)

@@ -126,6 +126,13 @@ class Corpus:
         name: str = self.fact(shard, "name")
         return name if name.startswith("/") or is_remote(name) else self.head + name
 
+    def number(self, path: str) -> int | None:
+        """Return the number of a shard by its path; None for one that is of no pattern."""
+        for name in dict.fromkeys((path.removeprefix(self.head), path)):
+            if (found := pc.index(self.shards["name"], name).as_py()) >= 0:
+                return found
+        return None
+
     def identity(self) -> str:
         """Return a hash of which shards are where: what plans depend on does not tell renamed keys."""
         digest = hashlib.blake2b(digest_size=8)
@@ -310,17 +317,20 @@ def open_corpus(place: Place, path: str = "") -> Corpus:
         fs, bare = fsspec.url_to_fs(path)
         if not retry(lambda: bool(fs.exists(bare)), path):
             raise FileNotFoundError(path)
-        with tempfile.TemporaryFile() as copy:
-            copy.write(retry(lambda: bytes(fs.cat_file(bare)), path))
-            copy.flush()
-            buffer = map_file(copy.fileno())
+        with tempfile.NamedTemporaryFile() as copy:
+            retry(lambda: fs.get_file(bare, copy.name), path)  # never whole in memory
+            buffer = _map_path(copy.name)
     else:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            buffer = map_file(descriptor)
-        finally:
-            os.close(descriptor)
+        buffer = _map_path(path)
     return parse_corpus(buffer, path, place.head)
+
+
+def _map_path(path: str) -> memoryview:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return map_file(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def map_file(descriptor: int) -> memoryview:

@@ -29,6 +29,7 @@ from data_pipeline.corpus_form import (
     BLOCKS_AT,
     HASHES,
     MORE,
+    PRELUDE,
     ROW,
     SHARDS,
     TAR_BLOCK_BYTES,
@@ -261,6 +262,10 @@ def _opened(path: str, own: Corpus | None) -> Iterator[IO[bytes]]:
     if own is not None:
         with open(path, "r+b") as file:
             _lock(file, path)
+            # One that was appended to has grown, one that was replaced begins otherwise: what it points to stays.
+            grown = os.fstat(file.fileno()).st_size != len(own.buffer)
+            if grown or file.read(PRELUDE.size) != own.buffer[: PRELUDE.size]:
+                raise DataError(f"another process has just written {path}; run the command again")
             end = -(-len(own.buffer) // ROW.itemsize) * ROW.itemsize
             file.seek(end)
             try:

@@ -8,6 +8,7 @@ are read, by offset.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -182,7 +183,7 @@ class ShardReader:
         with self._lock:
             file = self._open.get(path)
             if file is None:
-                file = _LocalFile(path)
+                file = self._opened(path)
                 if version is not None and not self._is(file, path, version):
                     raise changed(path)
                 self._open[path] = file
@@ -190,6 +191,16 @@ class ShardReader:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
             return file
+
+    def _opened(self, path: str) -> _LocalFile:
+        """Open a file; where the process may have no more, as many of the others as it takes are closed."""
+        while True:
+            try:
+                return _LocalFile(path)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._open:
+                    raise
+                self._open.popitem(last=False)
 
     def _is(self, file: _LocalFile, path: str, version: ShardVersion) -> bool:
         """As `is_version`; the bytes of a copy are read once."""

@@ -41,7 +41,11 @@ def stored(corpus_path: str, kind: str, question: str, make: Callable[[], pa.Tab
                     _write(path, make())
                     table = _mapped(path)
         except OSError as error:
-            log.warning("%s cannot be stored (%s); every process makes its own", path, error.strerror or error)
+            why = error.strerror or error
+            log.warning(
+                "%s cannot be stored (%s), so every process works through the corpus at its start; let this user write"
+                " there, or index the shards with --index-dir DIR", path, why,
+            )  # fmt: skip
             table = None
         if table is not None:
             return table

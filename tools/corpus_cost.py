@@ -32,11 +32,11 @@ class Cost:
     private_mb: float
     corpus_bytes: float  # on disk, mapped by a node's ranks together
     open_files: int
-    open_files_of_first: int
+    open_files_of_store: int  # of the process that keeps it
     save_bytes: float  # of all ranks
     save_files: int
     save_s: float  # until it is on disk, beside training
-    store_words: int  # that the first rank's store takes and gives for a save
+    store_words: int  # that the ranks' store takes and gives for a save
     resume_bytes: float  # read, of all ranks
     resume_s: float  # to read them
 
@@ -63,7 +63,7 @@ def cost_of(samples: float, layout: ParallelConfig, ranks: int, per_node: int, s
         private_mb=_PRIVATE_MB + _PRIVATE_MB_A_SHARD * shards,
         corpus_bytes=_ROW_BYTES * samples + _FOOTER_BYTES * shards,
         open_files=need.rank,
-        open_files_of_first=need.first,
+        open_files_of_store=need.keeper,
         save_bytes=state_bytes,
         save_files=nodes,
         save_s=state_bytes / (at_a_time * _DISK_BYTES_PER_S),
@@ -87,5 +87,5 @@ def cost_lines(samples: float, layout: ParallelConfig, ranks: int, per_node: int
     )
     yield (
         f"resume: {one.resume_bytes / 1e9:,.2f} GB read once by all ranks together, {one.resume_s:,.1f} s at 1 GB/s"
-        f" a node (assumed); open files: {one.open_files} a rank, {one.open_files_of_first:,} the first"
+        f" a node (assumed); open files: {one.open_files} a rank, {one.open_files_of_store:,} the store"
     )

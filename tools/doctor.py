@@ -27,9 +27,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -41,7 +41,8 @@ from cogvit.config.arguments import run_command
 from cogvit.config.device import Device, device_fault, device_flag, local_device
 from cogvit.config.environment import speaks, this_process
 from cogvit.errors import ConfigError
-from cogvit.parallel.descriptors import Descriptors, descriptors, most_descriptors
+from cogvit.parallel.descriptors import Descriptors, descriptors, most_descriptors, take_all_descriptors
+from cogvit.parallel.meeting import join_world
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "transformers", "webdataset", "pyarrow", "safetensors")
 _SHM = Path("/dev/shm")
@@ -156,7 +157,8 @@ def judge(nodes: list[Node], links: list[Links], limits: Limits) -> list[Finding
     usual = dict(Counter(tuple(sorted(node.versions.items())) for node in nodes).most_common(1)[0][0])
     for node, link in zip(nodes, links, strict=True):
         where = f"rank {node.rank} on {node.host}"
-        needed = _open_files(len(nodes), limits).first if node.rank == 0 else _open_files(len(nodes), limits).rank
+        open_files = _open_files(len(nodes), limits)
+        needed = max(open_files.first, open_files.keeper) if node.rank == 0 else open_files.rank
         absent = [package for package in _PACKAGES if package not in node.versions]
         other = [f"{name} {v}, not {usual[name]}" for name, v in node.versions.items() if usual.get(name, v) != v]
         short = f"{node.disk_gb:.1f} GB free at --out {limits.out}; --disk-gb {limits.disk_gb:g} are needed"
@@ -232,22 +234,20 @@ def table(nodes: list[Node], links: list[Links]) -> str:
 def diagnose(arguments: Arguments) -> int:
     """Examine every rank and print the table on the first; returns the exit status, the same on every rank."""
     limits = _read_limits(arguments)
-    joined = _join(limits)
-    try:
-        mine = examine_node(limits.out, limits.device), examine_links(limits)
-        found: list[tuple[Node, Links]] = [mine] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-    except RuntimeError as error:  # a peer died, or its network is silent
-        raise ConfigError(f"the ranks stopped answering each other: {str(error).splitlines()[0]}") from None
-    finally:
-        if joined:
-            dist.destroy_process_group()
+    with _in_world(limits):
+        try:
+            mine = examine_node(limits.out, limits.device), examine_links(limits)
+            found: list[tuple[Node, Links]] = [mine] * dist.get_world_size()
+            dist.all_gather_object(found, mine)
+        except RuntimeError as error:  # a peer died, or its network is silent
+            raise ConfigError(f"the ranks stopped answering each other: {str(error).splitlines()[0]}") from None
     nodes, links = [node for node, _ in found], [link for _, link in found]
     findings = judge(nodes, links, limits)
     if mine[0].rank == 0:
         print(table(nodes, links))
         needed = _open_files(len(nodes), limits)
-        print(f"open files: {needed.rank} for a rank of this layout, {needed.first} for the first; a run asks for them")
+        keeper = f"{needed.keeper} for who keeps the ranks' store" + (" (the first)" * (needed.keeper == needed.first))
+        print(f"open files: {needed.rank} for a rank of this layout, {keeper}; a run asks for them")
         for line in pinned_differently(nodes[0]):
             print(f"warning: {line}")
         for finding in findings:
@@ -279,21 +279,19 @@ def _read_limits(arguments: Arguments) -> Limits:
     return Limits(Path(arguments.out), device, disk_gb, message_mb, timeout_s, layout)
 
 
-def _join(limits: Limits) -> bool:
-    """Join the world unless this process is in one; alone where no launcher has given it a rank."""
+@contextmanager
+def _in_world(limits: Limits) -> Iterator[None]:
+    """Be in the world inside; alone where no launcher has given this process a rank."""
     if dist.is_initialized():
-        return False
+        yield
+        return
     process = this_process()
-    process.check_meeting()
     backend = "gloo"
     if not device_fault(limits.device) and local_device(limits.device, process).type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
-    if process.alone:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        return True
+    take_all_descriptors()  # what a run would lack is said of all ranks, so they must meet
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=limits.timeout_s))
+        keeper = join_world(process, backend, limits.timeout_s)
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).splitlines()[0][:120]
@@ -304,7 +302,12 @@ def _join(limits: Limits) -> bool:
         if not speaks():  # the first rank, which speaks for all, may be the one that is not there
             print(f"error: {message}", file=sys.stderr)
         raise ConfigError(message) from None
-    return True
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        if keeper is not None:
+            keeper.close()
 
 
 def _clock_skew_s() -> float:

@@ -51,7 +51,7 @@ def fit(config: RunConfig, num_images: int) -> None:
     with ExitStack() as stack:
         if teachers.source != "store":
             stack.enter_context(connect(plan_cluster(teachers.ray_address), cpus_of(teachers)))
-        source = open_source(config, makers, [index])
+        source = open_source(config, makers)
         fingerprints = {name: maker.fingerprint for name, maker in makers.items()}
         save_stats(out, fit_sample(config, index, source, fingerprints, num_images))
     images = min(num_images, len(index))

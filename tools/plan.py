@@ -84,11 +84,11 @@ def refusal(config: RunConfig, one: Prediction) -> str:
 
 def teacher_flops(member: TeacherConfig, tokens: int, length: int) -> float | None:
     """Return the FLOPs of a teacher's forward on as many patches as the student has; None where nobody knows it."""
-    if (path := Path(member.path) / "config.json").exists():
-        said = json.loads(path.read_text())
+    try:
+        said = json.loads((Path(member.path) / "config.json").read_text())
         said = said.get("vision_config", said)
         depth, width, hidden = (said[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
-    else:
+    except (OSError, ValueError, KeyError, AttributeError):  # it is not here, or no transformer
         known = next((shape for name, shape in _TEACHERS.items() if name in member.path), None)
         if known is None:
             return None
@@ -122,11 +122,15 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
         fixed = {name: int(size) for name, size in (("tp", arguments.tp), ("pp", arguments.pp)) if size}
     except ValueError as error:
         raise ConfigError(f"--nodes, --gpus-per-node, --tp and --pp are whole numbers: {error}") from None
+    if min(nodes, per_node) < 1:
+        raise ConfigError(f"--nodes {nodes} and --gpus-per-node {per_node} must be at least 1")
     samples = read_samples(arguments.samples)
     world, cluster, stage = nodes * per_node, CLUSTERS[arguments.cluster], stage_of(config)
     layouts = legal_layouts(config, world, per_node)
     layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
     if not layouts:
+        asked = replace(config.parallel, tp=fixed.get("tp", 1), pp=fixed.get("pp", 1))
+        check_run(replace(config, parallel=asked), world)  # says why
         raise ConfigError(f"{arguments.preset} has no legal layout on {nodes} x {per_node}; try other --tp and --pp")
     loads = stage.loads(config)
     found = [predict(one, loads, world, per_node, cluster) for one in layouts]

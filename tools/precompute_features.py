@@ -41,7 +41,8 @@ from cogvit.config import RunConfig, TeachersConfig
 from cogvit.config.arguments import asks_for_help, take_flag
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.stages import check_recipe, read_run
-from cogvit.stages.distill_targets import makers_of, stored_shards
+from cogvit.stages.distill_targets import makers_of
+from cogvit.stages.stored_shards import StoredShards, check_sets, stored_sets
 from cogvit.teacher.actors import TeacherPool, connect, plan_cluster
 from cogvit.teacher.encoding import ROW_DTYPES, StoreDtype
 from cogvit.teacher.room import cpus_of
@@ -52,7 +53,6 @@ from cogvit.teacher.store import (
     dtype_of,
     header_of,
     is_complete,
-    joined,
     path_of,
     writing,
 )
@@ -66,9 +66,8 @@ from cogvit.teacher.stream import (
     submit_ahead,
 )
 from data_pipeline.cache import cache_of
-from data_pipeline.index import Index, open_index
+from data_pipeline.index import Index
 from data_pipeline.loader import image_of
-from data_pipeline.sizing import sizing_of
 from tools.index_shards import read_part
 
 Ints = NDArray[np.int64]
@@ -99,10 +98,24 @@ class Shard:
 
     path: str
     contents: str
-    index: Index
-    rows: Ints  # of the index
-    grid_hw: Ints  # [len(rows), 2]
+    of: StoredShards
+    number: int
     lacking: tuple[str, ...]  # the teachers whose features of it are to be made
+
+    @property
+    def index(self) -> Index:
+        """Where its images are."""
+        return self.of.index
+
+    @property
+    def rows(self) -> Ints:
+        """Its images, as rows of the index."""
+        return self.of.rows(self.number)
+
+    @property
+    def grid_hw(self) -> Ints:
+        """The grids of its images, [len(rows), 2]."""
+        return self.of.grids(self.rows)
 
 
 @dataclass(frozen=True)
@@ -155,16 +168,16 @@ def plan_job(config: RunConfig, dtype: StoreDtype | None = None, part: tuple[int
     check_job(config)
     out, makers = Path(config.out), makers_of(config.teachers)
     job = Job(out, makers, dtype or config.teachers.precision, {}, (), config.data.tokens_per_pack)
+    sets = stored_sets(config, evaluates=config.eval.every_steps > 0)
+    check_sets(sets)
     found: dict[str, str] = {}
     shards: dict[tuple[str, str], Shard] = {}
-    patterns = [config.data.shards] + ([config.data.eval_shards] if config.eval.every_steps else [])
-    for index in [open_index(config.data, pattern) for pattern in patterns]:
-        held = list(stored_shards(index, sizing_of(config), part))
-        found = joined(found, {one.path: one.contents for one in held})
-        for one in held:
-            if lacking := job.lacking_of(one.path, one.contents):
-                shard = Shard(one.path, one.contents, index, one.rows, one.grid_hw, lacking)
-                shards[one.path.rpartition("/")[2], one.contents] = shard
+    for one in sets:
+        for number in one.numbers(part):
+            path, contents = one.index.corpus.shard_path(number), one.contents(number) or ""
+            found[path] = contents
+            if lacking := job.lacking_of(path, contents):
+                shards[path.rpartition("/")[2], contents] = Shard(path, contents, one, number, lacking)
     return replace(job, contents=found, shards=tuple(shards.values()))
 
 

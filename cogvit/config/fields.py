@@ -16,7 +16,7 @@ from cogvit.config.execution import (
 )
 from cogvit.config.option import option
 from cogvit.config.reinforcement import ReinforcementConfig
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ class OptimConfig:
     bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
     adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
     language: ModuleConfig = field(default_factory=ModuleConfig)
+    expert: ModuleConfig = field(default_factory=ModuleConfig)  # visual experts of the language model
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")

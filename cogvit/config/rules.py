@@ -57,11 +57,13 @@ def check_layout(config: RunConfig, world_size: int, towers: Sequence[Tower]) ->
     for tower in towers:
         _check_tower(tower, tp, pp)
     dp = world_size // (tp * pp)
-    images = min([config.data.global_batch_images, *(later for _, later in config.data.batch_schedule)])
+    batches = [(config.data.global_batch_images, "--data.global-batch-images")]
+    batches += [(images, f"data.batch_schedule from step {step}") for step, images in config.data.batch_schedule]
+    images, flag = min(batches)
     require(
-        dp <= max(images, 1),
-        f"{dp} data-parallel ranks have no image each in a batch of {images} (data.global_batch_images); start fewer"
-        " or raise it",
+        images < 1 or dp <= images,
+        f"{dp} data-parallel ranks are more than the {images} images of a step ({flag}): some would have none; start at"
+        f" most {images * tp * pp} processes, or raise it to {dp}",
     )
     group = config.contrast.group_ranks
     require(
@@ -202,7 +204,7 @@ def check_training(config: RunConfig) -> None:
     require(0.0 < optim.eps < 1.0, f"optim.eps={optim.eps} must be in (0, 1): AdamW divides by it where all is 0")
     for name in ("momentum", "beta1", "beta2"):
         require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
-    for name in ("vision", "text", "projection", "temperature", "bias", "adapter", "language"):
+    for name in ("vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert"):
         module = getattr(optim, name)
         for what, value in (("lr_mult", module.lr_mult), ("weight_decay", module.weight_decay)):
             require(value is None or is_rate(value), f"optim.{name}.{what}={value} must be finite and not negative")

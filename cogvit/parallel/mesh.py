@@ -6,7 +6,6 @@ tensor ranks sit on one node, pipeline neighbors under one switch, and only the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +17,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cogvit.config import ParallelConfig
 from cogvit.config.device import local_device
-from cogvit.config.environment import Process, this_process
-from cogvit.errors import CogViTError, ConfigError
+from cogvit.config.environment import this_process
+from cogvit.errors import CogViTError
 from cogvit.parallel.cpu import prepare_process
 from cogvit.parallel.descriptors import take_descriptors
+from cogvit.parallel.meeting import StoreKeeper, join_world
 
 prepare_process()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -76,6 +76,7 @@ class Mesh:
     dp_rank: int
     dp_size: int
     device: torch.device
+    keeper: StoreKeeper | None = None  # of the store of many ranks; the first one started it
 
     @property
     def is_writer(self) -> bool:
@@ -199,9 +200,10 @@ def start_mesh(layout: ParallelConfig, device: torch.device | None = None, *, ti
     process = this_process()
     if device is None:
         device = local_device("auto" if torch.cuda.is_available() else "cpu", process)
+    keeper = None
     if not dist.is_initialized():
         take_descriptors(layout, process.rank, process.world_size, gloo=device.type == "cpu")
-        _join_world(process, device, timeout_s)
+        keeper = join_world(process, "gloo" if device.type == "cpu" else "nccl", timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False
     )
@@ -217,26 +219,14 @@ def start_mesh(layout: ParallelConfig, device: torch.device | None = None, *, ti
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
+        keeper=keeper,
     )
 
 
-def stop_mesh() -> None:
+def stop_mesh(mesh: Mesh) -> None:
     """Leave the world; the counterpart of `start_mesh`."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _join_world(process: Process, device: torch.device, timeout_s: float) -> None:
-    process.check_meeting()
-    if process.alone:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
-        return
-    try:
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise ConfigError(f"{place} is in use by another program; set MASTER_PORT to a free port") from None
+    if mesh.keeper is not None:
+        mesh.keeper.close()

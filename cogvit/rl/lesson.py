@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cogvit.errors import DataError
 from cogvit.model.chat import Prompt, read_prompt
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.image_input import ImageSize
 from cogvit.model.packing import Grid
 from cogvit.objective.policy import advantages
 from cogvit.rl.episode import conversations
@@ -67,7 +67,7 @@ class Reader:
 
     tasks: Mapping[str, NewTask]
     tokenizer: Any
-    limits: ImageLimits
+    limits: ImageSize
     patch_px: int
 
     def prompt(self, source: str, seed: int, texts: Sequence[str]) -> Prompt:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cogvit.config import RunConfig, TeachersConfig
 from cogvit.errors import CogViTError
 from cogvit.parallel.mesh import Mesh
+from cogvit.stages.stored_shards import check_sets, stored_sets
 from cogvit.teacher.actors import TeacherPool
 from cogvit.teacher.room import ALONE, Asker
 from cogvit.teacher.standardize import Stats, fit_stats, load_stats, save_stats
-from cogvit.teacher.store import Maker, StoreFeatures, contents_of, joined
+from cogvit.teacher.store import Maker, StoreFeatures
 from cogvit.teacher.stream import FeatureRequest, FeatureSource, FirstThen, request_of
 from cogvit.teacher.targets import Targets
 from cogvit.teacher.zoo import fingerprint, inspect_teacher
@@ -28,7 +27,6 @@ from data_pipeline.augment import augmentation_of
 from data_pipeline.cache import cache_of
 from data_pipeline.index import Index
 from data_pipeline.loader import image_of, step_batches
-from data_pipeline.sizing import Sizing, sizing_of
 from data_pipeline.stream import stream_batches
 from data_pipeline.topology import topology_of
 
@@ -56,8 +54,8 @@ def shared_targets(config: RunConfig, train: Index | None, held_out: Index | Non
     source, failure = None, None
     try:
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:
-            indexes = [index for index in (train, held_out) if index is not None]
-            source = open_source(config, makers, indexes, Asker(mesh.dp_rank, mesh.dp_size, gpus))
+            asker = Asker(mesh.dp_rank, mesh.dp_size, gpus)
+            source = open_source(config, makers, asker, evaluates=held_out is not None)
     except CogViTError as error:
         failure = error
     mesh.raise_together(failure)
@@ -65,15 +63,19 @@ def shared_targets(config: RunConfig, train: Index | None, held_out: Index | Non
 
 
 def open_source(
-    config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index], asker: Asker = ALONE
+    config: RunConfig, makers: dict[str, Maker], asker: Asker = ALONE, *, evaluates: bool = False
 ) -> FeatureSource:
-    """Open the store for the shards of some indexes, the actors on the cluster that this process is in, or both.
+    """Open the store for a run's shards, the actors on the cluster that this process is in, or both.
 
-    asker: who asks; the first of several looks whether the store has every shard.
+    asker: who asks; the first of several looks whether the store has every shard. evaluates: on the held-out shards.
     Errors: ConfigError names what differs.
     """
-    teachers = config.teachers
-    store = stored_features(config, makers, indexes) if teachers.source != "online" else None
+    teachers, store = config.teachers, None
+    if teachers.source != "online":
+        sets = stored_sets(config, evaluates=evaluates)
+        store = StoreFeatures(Path(teachers.store), makers, *sets)
+        if asker.number == 0:
+            check_sets(sets)
     if store is not None and teachers.source == "store":
         if asker.number == 0:
             store.require_all()
@@ -81,42 +83,6 @@ def open_source(
     augmentation, cache = augmentation_of(config.data), cache_of(config.data)
     pool = TeacherPool(teachers, partial(image_of, augmentation=augmentation, cache=cache), asker)
     return pool if store is None else FirstThen(store, pool)
-
-
-def stored_features(config: RunConfig, makers: dict[str, Maker], indexes: Sequence[Index]) -> StoreFeatures:
-    """Open the feature store of tools.precompute_features for the shards of some indexes.
-
-    Errors: ConfigError names what differs.
-    """
-    sizing = sizing_of(config)
-    contents: dict[str, str] = {}
-    for index in indexes:
-        contents = joined(contents, {shard.path: shard.contents for shard in stored_shards(index, sizing)})
-    return StoreFeatures(Path(config.teachers.store), makers, contents)
-
-
-@dataclass(frozen=True)
-class StoredShard:
-    """A data shard of an index, as a store has its features."""
-
-    path: str
-    contents: str  # hash of what its features depend on
-    rows: NDArray[np.int64]
-    grid_hw: NDArray[np.int64]  # [len(rows), 2]
-
-
-def stored_shards(index: Index, sizing: Sizing, part: tuple[int, int] = (0, 1)) -> Iterator[StoredShard]:
-    """Yield the shards of an index that have images; part: of so many parts of equal numbers of shards, this one's."""
-    corpus, (number, parts) = index.corpus, part
-    for shard in range(number, corpus.num_shards, parts):
-        rows = index.rows_of_shard(shard)
-        if len(rows):
-            entries, path = index.take(rows), corpus.shard_path(shard)
-            grid_hw = sizing.grids(entries["height_px"], entries["width_px"])
-            named = np.zeros(len(rows), [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
-            named["sample_id"] = entries["sample_id"]
-            named["content_hash"] = corpus.hashes(shard)["content_hash"][rows - corpus.first[shard]]
-            yield StoredShard(path, contents_of([path], named, grid_hw)[path], rows, grid_hw)
 
 
 def sample_requests(config: RunConfig, index: Index | None) -> Generator[FeatureRequest]:

@@ -27,6 +27,10 @@ def check_policy(config: RunConfig) -> None:
         " pass 0",
     )
     require(
+        config.expert.every == 0,
+        f"expert.every={config.expert.every}: visual experts are not trained on answers; pass 0",
+    )
+    require(
         config.mmtp.depths == 0,
         f"mmtp.depths={config.mmtp.depths}: heads for more tokens are not trained on answers; pass 0",
     )

@@ -13,13 +13,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from cogvit.errors import ConfigError
 from cogvit.teacher.encoding import StoreDtype
 from cogvit.teacher.shard import COMMAND, UNFINISHED, ShardFeatures, open_shard
 from cogvit.teacher.stream import FeatureRequest, Features, is_summary, rows_asked, rows_of_images
+
+Ints = NDArray[np.int64]
 
 _VERSION = "4"
 _OPEN_FILES = 128
@@ -46,38 +48,9 @@ class Maker:
     dim: int  # C
 
 
-def contents_of(shards: Sequence[str], rows: NDArray[Any], grid_hw: NDArray[np.int64]) -> dict[str, str]:
-    """Return a hash of the ids, bytes and grids of its images for each shard that has any.
-
-    rows has the fields shard (a place in shards), sample_id and content_hash; grid_hw is [S, 2].
-    """
-    contents: dict[str, str] = {}
-    for shard, here in zip(shards, places_of(rows["shard"], len(shards)), strict=True):
-        if len(here):
-            columns = np.column_stack([rows["sample_id"][here], rows["content_hash"][here], grid_hw[here]])
-            contents[shard] = hashlib.sha256(columns.astype("<i8").tobytes()).hexdigest()
-    return contents
-
-
-def places_of(shard_S: NDArray[np.int32], num_shards: int) -> list[NDArray[np.int64]]:
-    """Return where each shard's rows lie among all, in their order."""
-    ends = np.cumsum(np.bincount(shard_S, minlength=num_shards))[:-1]
-    return np.split(np.argsort(shard_S, kind="stable"), ends)
-
-
-def joined(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
-    """Return the contents of the shards of two sets, training and held-out.
-
-    Errors: ConfigError for a shard of both with other images in each, as dropped duplicates leave: one name would stand
-    for two files.
-    """
-    for shard in first.keys() & second.keys():
-        if first[shard] != second[shard]:
-            raise ConfigError(
-                f"{shard} is in --data.shards and --data.eval-shards with other images in each; pass"
-                " --data.duplicates keep, or hold out other shards"
-            )
-    return {**first, **second}
+def contents_of(sample_id: Ints, content_hash: Ints, grid_hw: Ints) -> str:
+    """Return a hash of the ids, bytes and grids of a shard's images; grid_hw is [S, 2]."""
+    return hashlib.sha256(np.column_stack([sample_id, content_hash, grid_hw]).astype("<i8").tobytes()).hexdigest()
 
 
 def path_of(directory: Path, teacher: str, shard: str, contents: str) -> Path:
@@ -195,11 +168,12 @@ def _refuse_other(path: Path, expected: Mapping[str, str], way_out: str) -> None
 class StoreFeatures:
     """A store as a FeatureSource, for the shards whose contents it is given and the teachers that the run expects.
 
+    contents: of the shards of each set, by path. A large one is never read as a whole but to look for every shard.
     Errors: ConfigError when the store is of other teachers, precision or widths.
     """
 
-    def __init__(self, directory: Path, makers: Mapping[str, Maker], contents: Mapping[str, str]) -> None:
-        self._directory, self._makers, self._contents = directory, makers, contents
+    def __init__(self, directory: Path, makers: Mapping[str, Maker], *contents: Mapping[str, str]) -> None:
+        self._directory, self._makers, self._sets = directory, makers, contents
         for name, maker in makers.items():
             expected = {field: value for field, value in _manifest(maker, "").items() if field != "dtype"}
             _refuse_other(directory / name / "manifest.json", expected, "pass another --teachers.store")
@@ -238,13 +212,15 @@ class StoreFeatures:
         listed = {name: set(os.listdir(self._directory / name)) for name in self._makers}
         lacking = [
             shard
-            for shard, contents in self._contents.items()
+            for one in self._sets
+            for shard, contents in one.items()
             if not all(path_of(self._directory, name, shard, contents).name in listed[name] for name in self._makers)
         ]
         if lacking:
             raise ConfigError(
-                f"the store {self._directory} lacks {len(lacking)} of {len(self._contents)} shards, or has them for"
-                f" other images or grids ({lacking[0]} first); {COMMAND}, or pass --teachers.source store_then_online"
+                f"the store {self._directory} lacks {len(lacking)} of {sum(map(len, self._sets))} shards, or has them"
+                f" for other images or grids ({lacking[0]} first); {COMMAND}, or pass --teachers.source"
+                " store_then_online"
             )
 
     def submit(self, request: FeatureRequest) -> Future[Features]:
@@ -259,6 +235,12 @@ class StoreFeatures:
         DataError when a file is damaged.
         """
         return handle.result()
+
+    def _contents(self, shard: str) -> str:
+        for one in self._sets:
+            if (found := one.get(shard)) is not None:
+                return found
+        raise KeyError(shard)
 
     def _announce(self, request: FeatureRequest) -> None:
         """Tell the system of a request; what is wrong with it, its answer says."""
@@ -280,14 +262,15 @@ class StoreFeatures:
         return features
 
     def _has_shard(self, shard: str) -> bool:
-        return all(path_of(self._directory, name, shard, self._contents[shard]).exists() for name in self._makers)
+        return all(path_of(self._directory, name, shard, self._contents(shard)).exists() for name in self._makers)
 
     def _open_file(self, name: str, shard: str) -> ShardFeatures:
-        path = path_of(self._directory, name, shard, self._contents[shard])
+        contents = self._contents(shard)
+        path = path_of(self._directory, name, shard, contents)
         if not path.exists():
             raise ConfigError(f"the store has no {path} for the images and grids of {shard}; {COMMAND}")
         features, said = open_shard(path)
-        expected = _manifest(self._makers[name], said.get("dtype", "")) | {"contents": self._contents[shard]}
+        expected = _manifest(self._makers[name], said.get("dtype", "")) | {"contents": contents}
         wrong = [field for field in expected.keys() | said.keys() if said.get(field) != expected.get(field)]
         if wrong:
             raise ConfigError(f"{path} was made with other {', '.join(sorted(wrong))} than this run's; {COMMAND}")

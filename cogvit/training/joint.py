@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from cogvit.config import RunConfig, load_config
-from cogvit.config.recipe import PARTS
+from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.chat import image_token_id
+from cogvit.model.expert import beginning_of, is_expert
+from cogvit.model.frame import ImageFrame
 from cogvit.model.hub import dtype_of
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
 from cogvit.model.language_config import LanguageConfig
@@ -49,10 +51,30 @@ def given_weights(config: RunConfig) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     if config.init:
         started = initial_towers(config)
-        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
-    if any(name.startswith("language.") for name in found):
-        return found
-    return ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language.")))  # both are only read
+        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame")}
+    if any(name.startswith("language.") and not is_expert(name) for name in found):
+        return _Grown(found)
+    # Both are only read.
+    return _Grown(ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language."))))
+
+
+class _Grown(Mapping[str, Tensor]):
+    """Weights with those of visual experts, which begin as the language model's where nobody gives them."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self._given = given
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._given[name if name in self._given else beginning_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._given or (isinstance(name, str) and beginning_of(name) in self._given)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
 
 
 def is_joint(path: Path) -> bool:
@@ -78,18 +100,24 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
-    shape = replace(read_shape(Path(config.language.path)), mmtp=config.mmtp)
+    shape = replace(read_shape(Path(config.language.path)), mmtp=config.mmtp, expert=config.expert)
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
     given = {
         "vision": vision_weights(config, checkpoint),
         "adapter": _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config)),
         "language": _weights(config, checkpoint, "language", {}),
     }
+    if config.expert.every:
+        fresh = drawn("frame", ImageFrame(shape.embed_dim), config)
+        given["frame"] = _weights(config, checkpoint, "frame", fresh)
     return _joined(config, shape, given).to(dtype_of(dtype)).eval()
 
 
 def initial_joint(config: RunConfig) -> VisionLanguageModel:
-    """Return the model that a run begins with, whatever it has become; in eval mode. Errors: as `load_joint`."""
+    """Return the model, without visual experts, that a run begins with, whatever it has become; in eval mode.
+
+    Errors: as `load_joint`.
+    """
     shape = replace(read_shape(Path(config.language.path)), mmtp=config.mmtp)
     adapter, began = fitted_adapter(config.adapter, config.vision.embed_dim, shape), given_weights(config)
     fresh = drawn("vision", CogViT(config.vision), config) | drawn("adapter", adapter, config)
@@ -110,23 +138,33 @@ def _joined(config: RunConfig, shape: LanguageConfig, given: Mapping[str, dict[s
     with torch.device("meta"):
         names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
     language = CausalLM.from_weights(shape, {name: given["language"][name] for name in names})
-    return VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
+    frame = None
+    if "frame" in given:
+        frame = ImageFrame(shape.embed_dim)
+        load_checked(frame, given["frame"])
+    limits, token_id = limits_of(config), image_token_id(tokenizer)
+    return VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame)
 
 
-def limits_of(config: RunConfig) -> ImageLimits:
+def limits_of(config: RunConfig) -> ImageSize:
     """Return how large a run of stage 3 shows images, which its export repeats; of several budgets the largest."""
     patch_px, data = config.vision.patch_size, config.data
+    if data.sizing == "square":
+        return SquareImages(patch_px * config.adapter.spatial_pool, config.vision.image_size)
     least = max(data.min_patches, 1) * patch_px**2
     return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
 
 
 def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them."""
+    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them.
+
+    Of a frozen language model the experts are stored.
+    """
     stored = weights(checkpoint, f"{part}.")
-    if stored:
+    if stored and not (part == "language" and part in frozen_parts(config)):
         return stored
     check_source(config, "language.path" if part == "language" else "init")
-    return _part_of(given_weights(config), part, fresh)
+    return _part_of(given_weights(config), part, fresh) | stored
 
 
 def _part_of(began: Mapping[str, Tensor], part: str, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cogvit.errors import ConfigError, DataError
+from data_pipeline import merge
 from data_pipeline.corpus import corpus_place, open_corpus
 from data_pipeline.corpus_form import PRELUDE, VERSION
 from data_pipeline.index import load_index
@@ -120,6 +121,25 @@ def test_a_writer_that_dies_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="make room"):
         build(tmp_path)
     assert not list(tmp_path.glob("corpus-*"))
+
+
+def test_two_writers_at_once_overwrite_nothing(tmp_path, monkeypatch):
+    """The second one had looked at the file before the first one was done."""
+    write_corpus(tmp_path)
+    build(tmp_path)
+    write_tar(tmp_path / "train-00009.tar", members("new", picture(9, 9, 9)))
+
+    def seen_before_the_other_wrote(file, path):
+        monkeypatch.undo()
+        build(tmp_path)
+
+    monkeypatch.setattr(merge, "_lock", seen_before_the_other_wrote)
+    with pytest.raises(DataError, match=r"another process has just written .*corpus-.*; run the command again"):
+        build(tmp_path)
+    index = load_index(str(tmp_path))
+    index.corpus.check_shards(range(index.corpus.num_shards))
+    build(tmp_path)
+    assert load_index(str(tmp_path)).content_hash() == index.content_hash()
 
 
 @pytest.mark.parametrize("place", ["rows", "keys", "list", "prelude"])

@@ -1,6 +1,8 @@
 """Shards as files: patterns, byte ranges, retries and the walk through a tar, whatever the tar holds."""
 
 import io
+import os
+import resource
 import tarfile
 
 import fsspec
@@ -135,6 +137,20 @@ def test_reader_keeps_a_bounded_number_of_files_open(tmp_path, monkeypatch):
     for shard in shards * 2:
         assert reader.read(shard, 512, 5) == b"first"
     assert len(reader._open) == 2
+
+
+def test_a_reader_closes_files_where_the_process_may_have_no_more(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number}.tar").write_bytes(bytes([number]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = ShardReader()
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 5, hard))
+    try:
+        for number in [*range(12), *range(12)]:
+            assert reader.read(str(tmp_path / f"{number}.tar"), 0, 1) == bytes([number])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_transient_errors_are_retried_and_lasting_ones_reported():

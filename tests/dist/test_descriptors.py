@@ -95,9 +95,12 @@ def test_a_limit_that_is_too_low_is_one_line_and_a_soft_one_is_raised(monkeypatc
     layout = ParallelConfig(tp=2)
     take_descriptors(layout, 1, 8, gloo=True)
     with pytest.raises(
-        ConfigError, match=r"ulimit -n allows 1024 open files, and rank 7 of 256 needs \d+ .*\(ulimit -Hn \d+"
+        ConfigError, match=r"ulimit -n allows 1024 open files, and rank 7 of 256 ranks needs \d+ .*\(ulimit -Hn \d+"
     ):
         take_descriptors(layout, 7, 256, gloo=True)
     limits.append((1024, 65536))
     take_descriptors(layout, 7, 256, gloo=True)
-    assert limits[-1] == (descriptors(layout, 256, gloo=True).rank, 65536)
+    assert limits[-1] == (descriptors(layout, 256, gloo=True).rank + 512, 65536)
+    limits.append((1024, 4096))
+    with pytest.raises(ConfigError, match=r"what keeps the store of 4096 ranks needs 8224 \(each rank 258\)"):
+        take_descriptors(layout, 0, 4096, gloo=False)

@@ -37,7 +37,7 @@ def take_two(rank: int, world: int) -> tuple[StepBatch, str]:
             return first, str(error)
         return first, ""
     finally:
-        stop_mesh()
+        stop_mesh(mesh)
 
 
 def test_every_rank_gets_as_many_packs_as_the_fullest_and_every_failure(pool: Pool) -> None:

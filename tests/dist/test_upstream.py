@@ -122,7 +122,7 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
                 metrics.append({name: values[name] for name in ("loss", "grad_norm", "images", "failed_images")})
         return Trained(metrics, decoded, features > 0)
     finally:
-        stop_mesh()
+        stop_mesh(mesh)
 
 
 @pytest.mark.timeout(240)

@@ -76,6 +76,19 @@ def test_world_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     refuse(capsys, ["demo_stage2", "--parallel.tp", "4", "--out", "x"], "6 processes", "tp=4")
 
 
+@pytest.mark.parametrize("preset", ["demo_stage1", "demo_stage2", "demo_stage3"])
+def test_more_ranks_than_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, preset: str, tmp_path: Path
+) -> None:
+    launched(monkeypatch, 8)
+    out = tmp_path / "run"
+    few = ["--data.global-batch-images", "6", "--out", str(out)]
+    told = "8 data-parallel ranks are more than the 6 images of a step (--data.global-batch-images)"
+    refuse(capsys, [preset, *few], told, "start at most 6 processes, or raise it to 8")
+    refuse(capsys, [preset, *few, "--dry-run"], told)
+    assert not out.exists()
+
+
 def test_heads_that_tp_does_not_divide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 3)
     refuse(capsys, ["demo_stage2", "--parallel.tp", "3", "--out", "x"], "num_heads=4", "--parallel.tp 3")

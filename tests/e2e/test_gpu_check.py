@@ -14,7 +14,8 @@ import torch
 
 from cogvit.stages import check_run, read_run
 from cogvit.stages.cost import attention_flops, product_flops
-from tools.gpu_check.__main__ import SECTIONS
+from tests.processes import ended_in_time
+from tools.gpu_check.__main__ import SECTIONS, watched
 from tools.gpu_check.runs import trainer_words
 from tools.gpu_check.work import Setting
 
@@ -72,6 +73,12 @@ def test_a_worker_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert "the process died or took more than 1 s" in found["machine"]["status"]
 
 
+def test_nothing_that_a_worker_started_holds_the_gpu_after_it(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    watched(["sh", "-c", f"sleep 60 & echo $! > {told}; wait"], tmp_path, limit_s=0.5)
+    assert ended_in_time(int(told.read_text()))
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_commands_of_a_gpu_are_a_run(tmp_path: Path, stage: int) -> None:
     """What a CPU does not train: cogvit_l's width and depth in packs of 8,192 tokens."""
@@ -81,6 +88,12 @@ def test_the_commands_of_a_gpu_are_a_run(tmp_path: Path, stage: int) -> None:
     check_run(config, 1)
     assert (config.vision.embed_dim, config.vision.depth) == (1024, 24) and config.device == "cuda"
     assert (product_flops(setting.vision, 16_384) + attention_flops(setting.vision, 16_384, 512)) > 10e12
+
+
+def test_results_that_can_go_nowhere_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    printed = check(tmp_path / "file", status=2)["printed"]["text"]
+    assert "cannot be made (File exists); pass another directory" in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

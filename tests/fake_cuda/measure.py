@@ -177,6 +177,7 @@ def main(library: str) -> None:
         "fused": (1, "none", 24, True),
         "full": (1, "full", 24),
         "selective": (1, "selective", 4),
+        "selective_2": (1, "selective", 2),
         "sequence": (2, "none", 2),
         "sequence_fused": (2, "none", 2, True),
     }

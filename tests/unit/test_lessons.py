@@ -13,7 +13,6 @@ from cogvit import VisionLanguageModel
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import DataError
-from cogvit.model.image_input import ImageLimits
 from cogvit.rl.judge import OwnVerifier
 from cogvit.rl.lesson import Lesson, Reader
 from cogvit.rl.local import LocalEngine
@@ -54,7 +53,6 @@ def answers(config: RunConfig, model: VisionLanguageModel) -> list[Answer]:
 
 def packer(config: RunConfig, *, embeds: bool = True) -> Packer:
     limits = limits_of(config)
-    assert isinstance(limits, ImageLimits)
     model = initial_joint(config)
     reader = Reader(tasks_of(config.rl.tasks), model.tokenizer, limits, config.vision.patch_size)
     by_place = model.language.cfg.mrope_section is not None

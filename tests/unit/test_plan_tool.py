@@ -58,7 +58,7 @@ def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", 
                 parts = parts_of_qkv(parameter, QkvHeads(4, 4), qkv) if "qkv" in name else [parameter]
                 for part in parts:
                     newton_schulz(part)
-    assert counter.get_total_flops() == muon_flops(model, cfg.num_heads, qkv) > 0
+    assert counter.get_total_flops() == muon_flops(model.named_parameters(), cfg.num_heads, qkv) > 0
 
 
 def loads_of(config: RunConfig) -> list[Load]:
@@ -223,3 +223,26 @@ def test_what_a_corpus_costs_hardly_grows_with_it_and_nothing_with_the_square_of
     assert "corpus of 8,000,000,000 samples: open 67 ms" in capsys.readouterr().out
     assert main(["stage2_cogvit_l", "--samples", "many"]) == 2
     assert "--samples many is no number of samples, like 8e9" in capsys.readouterr().err
+
+
+def test_what_no_layout_can_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, reason in (
+        (
+            ["--tp", "1", "--pp", "1", "--data.global-batch-images", "4"],
+            "32 data-parallel ranks are more than the 4 images of a step",
+        ),
+        (["--optim.lr", "-1"], "optim.lr=-1.0 must be finite and not negative"),
+        (["--nodes", "0"], "--nodes 0 and --gpus-per-node 8 must be at least 1"),
+        (["--tp", "3"], "32 processes cannot be split into tp=3 x pp=1"),
+    ):
+        assert main(["stage2_cogvit_l", *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and reason in line
+
+
+def test_a_teacher_of_no_known_shape_is_not_counted(tmp_path: Path) -> None:
+    member = TeacherConfig("convnext", str(tmp_path))
+    assert teacher_flops(member, 100, 10) is None
+    for text in ('{"hidden_sizes": [96, 192]}', "half a fi", "[]", '{"vision_config": {"hidden_size": 8}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert teacher_flops(member, 100, 10) is None

@@ -110,7 +110,7 @@ def test_a_store_says_it_within_two_steps_of_bf16_whatever_the_batch_was(
     plain = replace(config.data, flip=False, crop=1.0, color=0.0)
     run = replace(config, data=plain, teachers=replace(config.teachers, source="store", store=config.out))
     makers = plan_job(run, dtype).makers
-    store = open_source(run, makers, [open_index(run.data, run.data.shards)])
+    store = open_source(run, makers)
     for request in requests(run, augmented=False):
         stored, computed = store.result(store.submit(request)), local.result(request)
         for name in computed:
@@ -126,7 +126,7 @@ def test_a_store_of_squares_has_the_teachers_bits_where_the_batch_is_the_same(ba
     run_job(job, local)
     run = replace(config, teachers=replace(config.teachers, source="store", store=config.out))
     index = open_index(run.data, run.data.shards)
-    store = open_source(run, job.makers, [index])
+    store = open_source(run, job.makers)
     for number in range(index.corpus.num_shards):
         rows = index.rows_of_shard(number)
         for request in shard_requests(index, rows, np.full((len(rows), 2), 16), config.data.tokens_per_pack):

@@ -18,7 +18,7 @@ from cogvit.batch import SampleRef
 from cogvit.errors import CogViTError, ConfigError, DataError
 from cogvit.teacher.encoding import StoreDtype, decode, encode
 from cogvit.teacher.shard import open_shard, shard_writer, write_shard
-from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, joined, path_of, writing
+from cogvit.teacher.store import Maker, StoreFeatures, contents_of, header_of, is_complete, path_of, writing
 from cogvit.teacher.stream import FeatureRequest, Features, FirstThen, LocalFeatures
 from cogvit.teacher.zoo import load_teacher
 from tests import teachers
@@ -32,11 +32,9 @@ MAKERS = {"siglip2": Maker("a" * 64, "fp32", 32), "dinov3": Maker("b" * 64, "fp3
 
 
 def contents(grids: tuple[tuple[int, int], ...] = GRIDS, content_hash: int = 5) -> dict[str, str]:
-    rows = np.zeros(6, [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
-    rows["shard"] = np.repeat([0, 1], 3)
-    rows["sample_id"] = [sample.sample_id for sample in SAMPLES]
-    rows["content_hash"] = content_hash
-    return contents_of(SHARDS, rows, np.array(grids * 2))
+    ids = np.array([sample.sample_id for sample in SAMPLES])
+    found = (contents_of(ids[n : n + 3], np.full(3, content_hash), np.array(grids)) for n in (0, 3))
+    return dict(zip(SHARDS, found, strict=True))
 
 
 def request(places: tuple[int | None, ...], mask_ratio: float) -> FeatureRequest:
@@ -344,26 +342,15 @@ def test_bytes_hold_tokens_that_are_a_hundredth_of_their_images_largest() -> Non
     assert (1 - torch.cosine_similarity(decoded_TC.double(), feature_TC.double())).max() < 5e-4
 
 
-def test_contents_are_hashes_of_each_shards_rows_in_their_order() -> None:
-    rows = np.zeros(5, [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
-    rows["shard"], rows["sample_id"] = [2, 0, 2, 0, 2], [9, 8, 7, 6, 5]
-    grids = np.arange(10).reshape(5, 2)
-    found = contents_of(("a", "empty", "c"), rows, grids)
-    of_a = np.array([[8, 0, 2, 3], [6, 0, 6, 7]], "<i8")
-    assert found.keys() == {"a", "c"} and found["a"] == hashlib.sha256(of_a.tobytes()).hexdigest()
-
-
-def test_a_shard_of_both_sets_has_the_same_images_in_each() -> None:
-    assert joined({"a": "1", "b": "2"}, {"b": "2", "c": "3"}) == {"a": "1", "b": "2", "c": "3"}
-    with pytest.raises(ConfigError, match=r"^b is in --data\.shards and --data\.eval-shards with other images"):
-        joined({"a": "1", "b": "2"}, {"b": "4"})
+def test_contents_are_a_hash_of_the_rows_in_their_order() -> None:
+    rows = np.array([[8, 0, 2, 3], [6, 0, 6, 7]], "<i8")
+    assert contents_of(rows[:, 0], rows[:, 1], rows[:, 2:]) == hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def test_shards_of_one_name_lie_side_by_side() -> None:
-    rows = np.zeros(2, [("shard", np.int32), ("sample_id", np.int64), ("content_hash", np.int64)])
-    rows["shard"], rows["sample_id"] = [0, 1], [4, 5]
-    found = contents_of(("a/x.tar", "b/x.tar"), rows, np.ones((2, 2), np.int64))
-    paths = {path_of(Path("store"), "one", shard, found[shard]) for shard in ("a/x.tar", "b/x.tar")}
+    found = [contents_of(np.array([number]), np.zeros(1), np.ones((1, 2))) for number in (4, 5)]
+    shards = ("a/x.tar", "b/x.tar")
+    paths = {path_of(Path("store"), "one", shard, one) for shard, one in zip(shards, found, strict=True)}
     assert len(paths) == 2 and all(path.name.startswith("x.tar.") for path in paths)
 
 

@@ -71,6 +71,7 @@ def one_of(ranks: int) -> dict[str, Any]:
         "writers": sum(turn.after is None for turn in turns),
         "open_files": need.rank,
         "open_files_first": need.first,
+        "open_files_store": need.keeper,
     }
 
 

@@ -13,23 +13,18 @@ from typing import Any
 
 from data_pipeline.index import load_index
 from data_pipeline.plan import Planner
+from tools.bench._memory import held_mb
 from tools.bench.scale import spec_of_runs
 
 SHARE = 5  # of 64, whose batches are asked for
 
 
-def memory_mb(name: str, file: str = "status") -> float:
-    """Return a figure of this process's memory."""
-    lines = Path(f"/proc/self/{file}").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
 def start(pattern: str) -> dict[str, Any]:
     """Open a corpus and plan a few steps of a share."""
-    before_mb, times = memory_mb("RssAnon"), [time.process_time()]
+    before_mb, times = held_mb(), [time.process_time()]
     index = load_index(pattern)
     times.append(time.process_time())
-    opened_mb = memory_mb("RssAnon") - before_mb
+    opened_mb = held_mb() - before_mb
     planner = Planner(index, spec_of_runs(), seed=1)
     times.append(time.process_time())
     for step in (0, 1, 16):
@@ -37,13 +32,14 @@ def start(pattern: str) -> dict[str, Any]:
         times.append(time.process_time())
     open_s, planner_s, batch_s, step_s, window_s = (after - at for at, after in pairwise(times))
     return {
+        "before_mb": before_mb,
         "open_ms": 1e3 * open_s,
         "planner_ms": 1e3 * planner_s,
         "batch_s": batch_s,
         "step_ms": 1e3 * step_s,
         "window_ms": 1e3 * window_s,
         "opened_mb": opened_mb,
-        "planned_mb": memory_mb("RssAnon") - before_mb,
+        "planned_mb": held_mb() - before_mb,
     }
 
 

@@ -4,10 +4,10 @@ Usage: python -m tools.bench.scale [flags]
 
 --out FILE      write the record there too
 --samples LIST  sizes of the corpora, in shards of 10,000 ("1e5,1e6,1e7,1e8,8e9"); none: they are left out
---peer LIST     sizes at which streaming is measured, 10.5 bytes of memory a sample ("1e6,1e7"); none: it is left out
+--peer LIST     sizes at which streaming is measured ("1e6,1e7"); none: it is left out
 --ranks LIST    worlds whose other ranks are not there ("64,256,1024,4096"); none: they are left out
 
-Every figure is of a process that has just started, in CPU seconds of it and private memory beyond its imports. The
+Every figure is of a process that has just started, in CPU seconds of it and memory of no file beyond its imports. The
 corpora have a line for every shard and rows of 64 real ones, to which the lines point in turn; plans are of 64 shares
 and batches of 65,536 images. The peer gets an index.json of as many samples. Disk: 330 MB at 8e9.
 """
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -30,11 +31,13 @@ from cogvit.errors import ConfigError
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import PlanSpec
 from tools.bench._corpora import write_long_corpus
+from tools.bench._memory import held_mb
 from tools.bench._record import flags_of, run_benchmark
 from tools.corpus_cost import IMAGES_A_SHARD
 
 PROCESSES = 8
 PAIRS, WIDTH, RANKS_A_NODE = 16, 768, 8  # of the worlds
+_LOOK_EVERY_S = 0.004
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,24 @@ def read_sizes(text: str) -> list[int]:
 
 
 def measured(module: str, *words: object) -> dict[str, Any]:
-    """Return what a module prints as JSON in a process of its own."""
+    """Return what a module prints as JSON in a process of its own, and the most that this held if it says from where.
+
+    Its memory is looked at every few milliseconds, so what is held for less may be missed.
+    """
     command = [sys.executable, "-m", module, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    figures: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    most_mb = 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None:
+            most_mb = max(most_mb, held_mb(process.pid))
+            time.sleep(_LOOK_EVERY_S)
+        assert process.stdout is not None
+        told = process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    figures: dict[str, Any] = json.loads(told.splitlines()[-1])
+    if "before_mb" in figures:
+        figures["peak_mb"] = most_mb - figures["before_mb"]
     return figures
 
 
@@ -97,7 +113,7 @@ def of_ranks(worlds: str) -> Iterator[str]:
     yield "GPUs, by the law of the groups."
     yield ""
     loss = ("group", "blocks", "messages", "collectives", "MB")
-    head = ("ranks", "join CPU s", *loss, "files", "at a time", "open files", "first")
+    head = ("ranks", "join CPU s", *loss, "files", "at a time", "open files", "first", "store's process")
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for word in words:
@@ -105,18 +121,20 @@ def of_ranks(worlds: str) -> Iterator[str]:
         yield (
             f"| {int(word):,} | {one['join_s']:.2f} | {one['group']} | {one['blocks']} | {one['messages']} |"
             f" {one['collectives']} | {one['mb']:.1f} | {one['files']} | {one['writers']} | {one['open_files']} |"
-            f" {one['open_files_first']:,} |"
+            f" {one['open_files_first']:,} | {one['open_files_store']:,} |"
         )
 
 
 def of_samples(arguments: Arguments) -> Iterator[str]:
     """Yield the tables of what a corpus costs."""
-    yield "CPU of one process that just started, and private memory (RssAnon) beyond its imports."
+    yield "CPU of one process that just started, and memory of no file (RssAnon + RssShmem) beyond its imports."
     yield ""
     yield "| samples | shards | open ms | planner ms | first batch of a share s | next step ms | next window ms |"
     yield "|---|---|---|---|---|---|---|"
-    memory = ["| samples | private MB after opening | after the first batch | PSS of 8 processes over one |"]
-    memory.append("|---|---|---|---|")
+    memory = [
+        "| samples | private MB after opening | after three batches | at the peak | PSS of 8 processes over one |"
+    ]
+    memory.append("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for shards in read_sizes(arguments.samples):
             directory = Path(scratch, str(shards))
@@ -130,7 +148,9 @@ def of_samples(arguments: Arguments) -> Iterator[str]:
                 f" {one['step_ms']:.1f} | {one['window_ms']:.1f} |"
             )
             pss = together["pss_over_one"]
-            memory.append(f"| {samples} | {one['opened_mb']:.1f} | {one['planned_mb']:.1f} | {pss:.2f} |")
+            memory.append(
+                f"| {samples} | {one['opened_mb']:.1f} | {one['planned_mb']:.1f} | {one['peak_mb']:.1f} | {pss:.2f} |"
+            )
         yield ""
         yield from memory
         yield ""
@@ -142,20 +162,25 @@ def peers(sizes: str, scratch: Path) -> Iterator[str]:
     if sizes == "none" or find_spec("streaming") is None:
         yield "MosaicML streaming was not measured: `make bench` installs it."
         return
-    yield "MosaicML streaming beside it: the dataset object is its start, its epoch's order the first batch."
+    yield "MosaicML streaming beside it, one process each: the dataset object is its start, its epoch's order the first"
+    yield "batch. MB are RssAnon + RssShmem beyond the imports: held by who goes on to read (streaming's order of all"
+    yield "samples, of which one of R ranks would hold 1/R), and at the peak, which the first rank of each node has."
     yield ""
-    yield "| samples | streaming: start s | order s | MB | ours: open + planner s | first batch s | MB |"
-    yield "|---|---|---|---|---|---|---|"
+    ours = ("ours: open + planner s", "first batch s", "MB held", "at the peak")
+    head = ("samples", "streaming: start s", "order s", "MB held", "of that order", "at the peak", *ours)
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
     for shards in read_sizes(sizes):
         directory = scratch / f"peer{shards}"
         directory.mkdir()
         pattern = write_long_corpus(directory, shards, IMAGES_A_SHARD, spec_of_runs())
         peer = measured("tools.bench._streaming", directory / "peer", shards, IMAGES_A_SHARD)
-        ours = measured("tools.bench._start", pattern)
-        start_s = (ours["open_ms"] + ours["planner_ms"]) / 1e3
+        one = measured("tools.bench._start", pattern)
+        start_s = (one["open_ms"] + one["planner_ms"]) / 1e3
         yield (
             f"| {shards * IMAGES_A_SHARD:,} | {peer['start_s']:.2f} | {peer['order_s']:.2f} | {peer['mb']:.1f} |"
-            f" {start_s:.3f} | {ours['batch_s']:.2f} | {ours['planned_mb']:.1f} |"
+            f" {peer['order_mb']:.1f} | {peer['peak_mb']:.1f} | {start_s:.3f} | {one['batch_s']:.2f} |"
+            f" {one['planned_mb']:.1f} | {one['peak_mb']:.1f} |"
         )
     yield ""
 

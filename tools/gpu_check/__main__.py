@@ -25,11 +25,13 @@ lost. Exit status: 0, or 1 where a section failed.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +72,14 @@ def check(arguments: Arguments) -> int:
         raise ConfigError(f"--out {out} holds a check already; pass another directory")
     if fault := device_fault(device_flag(arguments.device)):
         raise ConfigError(fault)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); pass another directory") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not to leave the worker behind
     while len(done := read(out)) < len(names):
-        _watched(arguments, out, names, limit_s)
+        command = [sys.executable, "-m", "tools.gpu_check", "--out", str(out), "--device", arguments.device]
+        watched([*command, "--sections", ",".join(names)], out, limit_s)
         now = read(out)
         if len(now) == len(done):  # it died in the middle of a section, or took too long
             reason = f"failed: the process died or took more than {limit_s:g} s; see worker.txt"
@@ -114,19 +121,25 @@ def _function(name: str) -> Callable[..., dict[str, object]]:
     return function
 
 
-def _watched(arguments: Arguments, out: Path, names: list[str], limit_s: float) -> None:
-    """Run a worker to its end, or end it where one section is over its time."""
-    command = [sys.executable, "-m", "tools.gpu_check", "--out", str(out), "--device", arguments.device]
-    command += ["--sections", ",".join(names)]
+def watched(command: list[str], out: Path, limit_s: float) -> None:
+    """Run a worker to its end, or end it and all that it started where one section is over its time."""
     with (out / "worker.txt").open("a") as log:
-        worker = subprocess.Popen(command, env=os.environ | {_WORKER: "1"}, stderr=log)
-        begun_s, count = time.monotonic(), len(read(out))
-        while worker.poll() is None:
-            time.sleep(0.2)
-            if len(read(out)) != count:
-                begun_s, count = time.monotonic(), len(read(out))
-            if time.monotonic() - begun_s > limit_s:
-                worker.kill()
+        worker = subprocess.Popen(command, env=os.environ | {_WORKER: "1"}, stderr=log, start_new_session=True)
+        try:
+            _wait(worker, out, limit_s)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # the tests that it runs hold the GPU too
+            worker.wait()
+
+
+def _wait(worker: subprocess.Popen[bytes], out: Path, limit_s: float) -> None:
+    """Wait for the end of a worker, but no longer than a section may take."""
+    begun_s, count = time.monotonic(), len(read(out))
+    while worker.poll() is None and time.monotonic() - begun_s <= limit_s:
+        time.sleep(0.2)
+        if len(read(out)) != count:
+            begun_s, count = time.monotonic(), len(read(out))
 
 
 def _asked(arguments: Arguments) -> tuple[list[str], float]:

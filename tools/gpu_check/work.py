@@ -68,7 +68,7 @@ def one_mesh(setting: Setting) -> Iterator[Mesh]:
     try:
         yield mesh
     finally:
-        stop_mesh()
+        stop_mesh(mesh)
 
 
 def synchronize(device: torch.device) -> None:
