@@ -187,6 +187,11 @@ class RayRollouts:
                 play.aborted = True
                 _stop(actor, play)
 
+    @property
+    def num_ready(self) -> int:
+        """Actors that have started, judges among them."""
+        return self._players.num_ready + self._judges.num_ready
+
     def close(self) -> None:
         """End the actors."""
         self._players.close()

@@ -127,6 +127,12 @@ class Crew:
         with self._lock:
             return next((lane.actor for lane in self._lanes if lane.work is work), None)
 
+    @property
+    def num_ready(self) -> int:
+        """Actors that have started."""
+        with self._lock:
+            return sum(lane.ready for lane in self._lanes)
+
     def close(self) -> None:
         """End the actors."""
         from ray import kill

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.draws import mix, name_to_int64
-from cogvit.errors import CheckpointError, DataError
+from cogvit.errors import CheckpointError, ConfigError, DataError
 from cogvit.model.chat import Message
 from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import KeyValueCache
 from cogvit.model.generation import drawn_tokens
+from cogvit.model.language import CausalLM
 from cogvit.model.vlm import VisionLanguageModel
 from cogvit.rl.rollout import Speech
 
@@ -81,10 +82,16 @@ class PlainSpeaker:
 
     An answer ends with an end of the language model's or with the image token, which stands for an image and is never
     read as a word.
+
+    Errors: ConfigError when the language model is not one of ours.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
-        self._model = model.eval()
+        if not isinstance(model.language, CausalLM):
+            raise ConfigError(
+                "a policy speaks by the cache of this project's language models: pass a Llama, GLM-4 or Qwen3"
+            )
+        self._model, self._language = model.eval(), model.language
         self._device = model.language.embed.weight.device
         self._ends = torch.tensor([*model.language.cfg.eos_ids, model.image_token_id], device=self._device)
 
@@ -106,7 +113,7 @@ class PlainSpeaker:
         said: list[list[tuple[int, float]]] = [[] for _ in asked]
         ended = [False] * len(asked)
         while not stop():
-            logits_BV = self._model.language.logits(rows.hidden_BD)
+            logits_BV = self._language.logits(rows.hidden_BD)
             id_B, logprob_B = drawn_tokens(logits_BV, rows.key_B, rows.place_B, speech.temperature)
             last_B = torch.isin(id_B, self._ends) | (rows.place_B + 1 >= speech.max_new_tokens)
             new = zip(rows.answers, id_B.tolist(), logprob_B.tolist(), last_B.tolist(), strict=True)
@@ -118,7 +125,7 @@ class PlainSpeaker:
                 break
             if len(going_B) < len(last_B):
                 rows.take(going_B)
-            rows.hear(self._model, id_B[going_B])
+            rows.hear(self._language, id_B[going_B])
         return [self._said(*parts) for parts in zip(asked, said, ended, strict=True)]
 
     def _read(self, asked: Sequence[Asked], max_new_tokens: int) -> _Rows:
@@ -131,15 +138,13 @@ class PlainSpeaker:
             torch.cat([prompt, torch.from_numpy(one.said.astype(np.int64)).to(self._device)])
             for (prompt, _), one in zip(prompts, firsts, strict=True)
         ]
-        longest, most = max(len(prompt) for prompt, _ in prompts), self._model.language.cfg.max_tokens
+        longest, most = max(len(prompt) for prompt, _ in prompts), self._language.cfg.max_tokens
         if longest + max_new_tokens > most:
             raise DataError(f"a prompt of {longest} and an answer of {max_new_tokens} tokens exceed {most}")
         pack = self._model.embedded(ids, [images for _, images in prompts])
         lengths = tuple(map(len, ids))
-        cache = KeyValueCache(self._model.causal.cfg, lengths, longest + max_new_tokens, pack.x_SD)
-        hidden_SD = self._model.language.hidden(
-            pack.x_SD, pack.position_3S, pack.segments, cache, pack.expert, pack.cross
-        )
+        cache = KeyValueCache(self._language.cfg, lengths, longest + max_new_tokens, pack.x_SD)
+        hidden_SD = self._language.hidden(pack.x_SD, pack.position_3S, pack.segments, cache, pack.expert, pack.cross)
         numbers = range(len(read))
         rows = _Rows(
             answers=[*numbers],
@@ -195,9 +200,9 @@ class _Rows:
         self.place_B, self.key_B = self.place_B[row_B], self.key_B[row_B]
         self.cross = None if self.cross is None else self.cross.taken(numbers)
 
-    def hear(self, model: VisionLanguageModel, id_B: Tensor) -> None:
+    def hear(self, language: CausalLM, id_B: Tensor) -> None:
         """Read the tokens that were said."""
         self.cache.append()
-        x_BD, position_3B = model.language.embed(id_B), self.position_B.expand(3, -1)
-        self.hidden_BD = model.language.hidden(x_BD, position_3B, None, self.cache, None, self.cross)
+        x_BD, position_3B = language.embed(id_B), self.position_B.expand(3, -1)
+        self.hidden_BD = language.hidden(x_BD, position_3B, None, self.cache, None, self.cross)
         self.position_B, self.place_B = self.position_B + 1, self.place_B + 1
