@@ -48,11 +48,11 @@ from cogvit.model.adapter import (
     insert_visual_tokens_mmtp,
     save_glm_ocr,
 )
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig
 from cogvit.model.contrastive import CogViTForContrastive, SigLIPLoss
 from cogvit.model.image_input import ImageLimits
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import ExpertConfig, LanguageConfig, RopeScaling
+from cogvit.model.language_config import LanguageConfig, RopeScaling
 from cogvit.model.mim import CogViTForMIM, TeacherWrapper
 from cogvit.model.naflex import naflex_collate, naflex_pack, naflex_resize, naflex_target_size
 from cogvit.model.param_groups import apply_lr_mult, build_param_groups

@@ -24,6 +24,7 @@ class HostView:
     lengths: tuple[int, ...]  # tokens of each of the N slots, then of the padding
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each slot, (0, 0) where absent; of images alone
     labels: int | None = None  # that have a weight, of a `PackedSequence`; None waits for the device to count them
+    experts: int | None = None  # tokens that go through the visual experts; likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class PackedSequence:
         labels: [S] int64, the token that follows.
         weight: [S] float32, of the label: answers alone count; 0 where nothing follows and for padding.
         key: [N] int64, seed of every random draw for this sample.
-        host: lengths, and how many labels have a weight, once more; as in `PackedImages`.
+        host: lengths, how many labels have a weight and how many tokens are the experts', once more; as in
+            `PackedImages`.
         ahead: what heads for more tokens read and predict, where there are any.
         expert: [S] bool, goes through the visual experts; None for a language model without them.
     """
@@ -295,8 +297,8 @@ def _padding_like(packed: Row) -> Row:
     if packed.host is None:
         return blank
     lengths = (0,) * (len(packed.host.lengths) - 1) + (sum(packed.host.lengths),)
-    labels = None if packed.host.labels is None else 0
-    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels))
+    labels, experts = (None if known is None else 0 for known in (packed.host.labels, packed.host.experts))
+    return replace(blank, host=HostView(lengths, ((0, 0),) * len(packed.host.grids), labels, experts))
 
 
 def _nothing_ahead(ahead: TokensAhead) -> TokensAhead:

@@ -9,6 +9,7 @@ __all__ = [
     "cogvit_vision",
     "demo_text",
     "demo_vision",
+    "eva2_clip_e_vision",
     "reference_vision",
     "text_tower",
 ]
@@ -42,6 +43,19 @@ def cogvit_vision(size: Size = "large") -> CogViTConfig:
 def cogvit_l_vision() -> CogViTConfig:
     """Return the 403M encoder of GLM-5V-Turbo."""
     return cogvit_vision("large")
+
+
+def eva2_clip_e_vision(image_size: int) -> CogViTConfig:
+    """Return EVA2-CLIP-E as the CogVLM family has it, without its last block: 4.4B parameters; image_size in px."""
+    return CogViTConfig(
+        image_size=image_size,
+        embed_dim=1792,
+        depth=63,
+        num_heads=16,
+        mlp_ratio=15360 / 1792,
+        use_qk_norm=False,
+        norm_after=True,
+    )
 
 
 def text_tower(size: Size = "base") -> TextConfig:

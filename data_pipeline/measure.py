@@ -69,7 +69,9 @@ class Measure:
             _summed(found.owner, values, len(rows))
             for values in (each, np.ones_like(each), found.downsized, attention_cost(each, self.spec.attention_tokens))
         )
-        tokens = self.counts.of(rows, choice_of(entries, key, language)) - images + patches // language.spatial_pool**2
+        # A text counts one token an image, of which two around it are left over where there are such.
+        around = images if language.framed else -images
+        tokens = self.counts.of(rows, choice_of(entries, key, language)) + around + patches // language.spatial_pool**2
         tokens = np.minimum(tokens, language.max_tokens)
         grid_hw = np.zeros((len(rows), 2), np.int64)
         first = found.number == 0

@@ -89,6 +89,8 @@ def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     # Runs without them are older than these.
     newer = ("batch_schedule", "budget_schedule", "language")
     said = {name: value for name, value in asdict(spec).items() if value or name not in newer}
+    if spec.language is not None and not spec.language.framed:
+        del said["language"]["framed"]
     if not spec.sizing.min_patches:
         del said["sizing"]["min_patches"]
     text = json.dumps([VERSION, index.content_hash(), said, seed], sort_keys=True)

@@ -31,6 +31,7 @@ class LanguageSpec:
     attention_tokens: int  # n0 of the language model
     token_cost: tuple[int, int]  # of n0 tokens over that of n0 patches, as a fraction; trained parts cost thrice
     vision_passes: int
+    framed: bool = False  # learned tokens stand around each image
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
     matrices = (
         shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim) + shape.embed_dim * shape.vocab_size // shape.depth
     )
-    language_passes = _TRAINED if config.optim.language.lr_mult else _FROZEN_LANGUAGE
+    learns = config.optim.language.lr_mult > 0.0 or config.expert.every > 0
+    language_passes = _TRAINED if learns else _FROZEN_LANGUAGE
     return LanguageSpec(
         tokenizer=tokenizer_fingerprint(path),
         prompts=own.prompts,
@@ -119,4 +121,5 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
         attention_tokens=max(1, matrices // channels),
         token_cost=(language_passes * channels * shape.depth, 2 * vision.embed_dim * vision.depth),
         vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
+        framed=config.expert.every > 0,
     )

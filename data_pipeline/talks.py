@@ -17,7 +17,7 @@ from cogvit.model.dialog import Dialog, DialogReader
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import read_shape
 from cogvit.model.packing import Grid
-from cogvit.model.sequence import Part, part_positions, tokens_ahead
+from cogvit.model.sequence import Part, expert_tokens, num_tokens, part_positions, tokens_ahead
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.index import Index
 from data_pipeline.measure import choice_of, pictures
@@ -43,14 +43,14 @@ class Laid:
     cut: bool  # it was longer
 
 
-def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int) -> Laid:
+def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int, *, framed: bool = False) -> Laid:
     """Return a sample's tokens, at most max_tokens; an image that would be cut goes with all that follows it.
 
-    grids: rows and columns of tokens of each image.
+    grids: rows and columns of tokens of each image. framed: learned tokens stand around each image, among its own.
     """
     is_image = dialog.ids == image_id
     lengths = np.ones(len(dialog.ids), np.int64)
-    lengths[is_image] = [rows * columns for rows, columns in grids]
+    lengths[is_image] = [num_tokens(grid, framed=framed) for grid in grids]
     kept = int(np.searchsorted(np.cumsum(lengths), max_tokens, "right"))
     ids, answer = np.repeat(dialog.ids[:kept], lengths[:kept]), np.repeat(dialog.answer[:kept], lengths[:kept])
     parts: list[Part] = []
@@ -102,7 +102,7 @@ class Talks:
             grids[one].append((high, wide))
         dialogs = self._dialogs(rows, key)
         laid = [
-            lay(dialog, self.dialogs.image_id, own, self.spec.max_tokens)
+            lay(dialog, self.dialogs.image_id, own, self.spec.max_tokens, framed=self.spec.framed)
             for dialog, own in zip(dialogs, grids, strict=True)
         ]
         kept = np.flatnonzero(found.number < np.array([one.images for one in laid], np.int64)[found.owner])
@@ -124,7 +124,7 @@ class Talks:
         bad = decoded.images.weight.numpy()[: len(order)] == 0.0
         broken = {*found.owner[order[bad]].tolist()}
         first_row = np.zeros(len(found.owner), np.int64)
-        tokens = found.grid_hw[order].prod(axis=1) // pool**2
+        tokens = found.grid_hw[order].prod(axis=1) // pool**2 + (2 if self.spec.framed else 0)
         first_row[order] = np.cumsum(tokens) - tokens
         rows_of = [first_row[found.owner == one][: laid[one].images].tolist() for one in range(len(rows))]
         sequence = self._sequence(laid, rows_of, key, broken)
@@ -161,15 +161,17 @@ class Talks:
         bounds += [bounds[-1]] * (slots - len(lengths)) + [size]
         ids, labels = np.zeros(size, np.int64), np.zeros(size, np.int64)
         weight, visual = np.zeros(size, np.float32), np.full(size, -1, np.int64)
-        position = torch.zeros(3, size, dtype=torch.int32)
+        position, expert = torch.zeros(3, size, dtype=torch.int32), torch.zeros(size, dtype=torch.bool)
+        framed = self.spec.framed
         for start, one in zip(bounds, order, strict=False):
             sample, stop = laid[one], start + len(laid[one].ids)
             ids[start:stop] = sample.ids
             labels[start : stop - 1] = sample.ids[1:]
             weight[start : stop - 1] = sample.answer[1:] * (one not in broken)
-            position[:, start:stop] = part_positions(sample.parts, by_place=self.by_place)
+            position[:, start:stop] = part_positions(sample.parts, by_place=self.by_place, framed=framed)
+            expert[start:stop] = expert_tokens(sample.parts, framed=framed)
             places = np.flatnonzero(sample.ids == self.dialogs.image_id)
-            visual[start + places] = _visual_rows(sample.parts, rows_of[one])
+            visual[start + places] = _visual_rows(sample.parts, rows_of[one], framed=framed)
         return PackedSequence(
             ids=torch.from_numpy(ids),
             position=position,
@@ -178,12 +180,13 @@ class Talks:
             labels=torch.from_numpy(labels),
             weight=torch.from_numpy(weight),
             key=torch.from_numpy(np.pad(key[order], (0, slots - len(order)))),
-            host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum())),
+            host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum()), experts=int(expert.sum())),
+            expert=expert if framed else None,
         )
 
 
-def _visual_rows(parts: tuple[Part, ...], first_rows: list[int]) -> Ints:
+def _visual_rows(parts: tuple[Part, ...], first_rows: list[int], *, framed: bool) -> Ints:
     """Return the rows of the adapter's output of a sample's images, in their order."""
-    sizes = [part[0] * part[1] for part in parts if not isinstance(part, int)]
+    sizes = [num_tokens(part, framed=framed) for part in parts if not isinstance(part, int)]
     runs = [np.arange(first, first + size) for first, size in zip(first_rows, sizes, strict=True)]
     return np.concatenate([np.zeros(0, np.int64), *runs])

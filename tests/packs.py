@@ -11,7 +11,8 @@ from torch import Tensor
 from cogvit.batch import Batch, HostView, PackedImages, PackedSequence, PackedText, TeacherTargets
 from cogvit.draws import mix
 from cogvit.model.packing import Grid
-from cogvit.model.sequence import Part, part_positions
+from cogvit.model.sequence import Part, expert_tokens, part_positions
+from cogvit.model.sequence import num_tokens as part_tokens
 from cogvit.objective.masking import mask_tokens
 from cogvit.teacher.stream import is_summary
 
@@ -92,19 +93,26 @@ def random_sequence(
     num_slots: int = 6,
     vocab_size: int = 288,
     by_place: bool = True,
+    framed: bool = False,
 ) -> PackedSequence:
-    """A pack of samples, each of texts and images' grids in visual tokens, in the order of the images' pack."""
+    """A pack of samples, each of texts and images' grids in visual tokens, in the order of the images' pack.
+
+    framed: learned tokens stand around images, whose tokens go through the visual experts.
+    """
     g = torch.Generator().manual_seed(seed)
     positions, rows, lengths, seen = [torch.zeros(3, 0, dtype=torch.int64)], [], [], 0
+    experts = [torch.zeros(0, dtype=torch.bool)]
     for parts in samples:
-        positions.append(part_positions(parts, by_place=by_place))
+        positions.append(part_positions(parts, by_place=by_place, framed=framed))
+        experts.append(expert_tokens(parts, framed=framed))
         lengths.append(positions[-1].shape[1])
         for part in parts:
             if isinstance(part, int):
                 rows += [-1] * part
             else:
-                rows += range(seen, seen + part[0] * part[1])
-                seen += part[0] * part[1]
+                size = part_tokens(part, framed=framed)
+                rows += range(seen, seen + size)
+                seen += size
     padding, absent = num_tokens - len(rows), num_slots - len(samples)
     bounds = torch.tensor([0, *lengths, *[0] * absent, padding]).cumsum(0)
     ids, weight = torch.randint(4, vocab_size, (num_tokens,), generator=g), torch.rand(num_tokens, generator=g)
@@ -112,6 +120,8 @@ def random_sequence(
     weight = torch.where(visual_row < 0, weight.mul(2).round().mul(weight), 0.0)  # a quarter has none
     weight[bounds[1:-1] - 1] = 0.0
     weight[len(rows) :] = 0.0
+    expert = torch.cat([*experts, torch.zeros(padding, dtype=torch.bool)]) if framed else None
+    labels, owned = int((weight > 0).sum()), None if expert is None else int(expert.sum())
     return PackedSequence(
         ids=torch.where(visual_row < 0, ids, 3),
         position=torch.cat([*positions, torch.zeros(3, padding, dtype=torch.int64)], dim=1).to(torch.int32),
@@ -120,11 +130,12 @@ def random_sequence(
         labels=ids.roll(-1),
         weight=weight,
         key=mix(torch.arange(num_slots) + 1000 * seed, 11),
-        host=HostView((*lengths, *[0] * absent, padding), labels=int((weight > 0).sum())),
+        host=HostView((*lengths, *[0] * absent, padding), labels=labels, experts=owned),
+        expert=expert,
     )
 
 
-def joint_batch(seed: int, shown: Shown, *, by_place: bool) -> Batch:
+def joint_batch(seed: int, shown: Shown, *, by_place: bool, framed: bool = False) -> Batch:
     """A microbatch of stage 3 with 8-px patches, merged 2 x 2: samples with several images, one, and none."""
     with_images = shown in ("mixed", "images")
     images = random_images(seed) if with_images else no_images()
@@ -135,7 +146,7 @@ def joint_batch(seed: int, shown: Shown, *, by_place: bool) -> Batch:
         "images": [[grid, 1] for grid in grids[:5]],
         "nothing": [],
     }
-    sequence = random_sequence(seed, samples[shown], by_place=by_place)
+    sequence = random_sequence(seed, samples[shown], by_place=by_place, framed=framed)
     return Batch(images, None, None, (None,) * images.num_slots, sequence)
 
 

@@ -16,6 +16,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "learned": {"use_cls_token": False},
     "rotary_cls": {"position": "rotary"},
     "cogvit_l": {"norm": "rmsnorm", "mlp": "swiglu", "position": "rotary", "use_cls_token": False},
+    "norm_after": {"norm_after": True, "use_qk_norm": False},
     "layer_scale": {"layer_scale_init": 0.3, "use_qk_norm": False, "qkv_bias": False, "proj_bias": False},
 }
 
@@ -64,9 +65,13 @@ def encode(
         place = torch.cat([torch.zeros(1, 2), place])
     for layer in range(cfg.depth):
         block = {key.split(".", 2)[2]: value for key, value in state.items() if key.startswith(f"blocks.{layer}.")}
+        if cfg.norm_after:
+            x = x + _norm(_attention(block, cfg, x, place), block, "norm1", cfg)
+            x = x + _norm(_mlp(block, cfg, x), block, "norm2", cfg)
+            continue
         x = x + block.get("ls1.gamma", 1.0) * _attention(block, cfg, _norm(x, block, "norm1", cfg), place)
         x = x + block.get("ls2.gamma", 1.0) * _mlp(block, cfg, _norm(x, block, "norm2", cfg))
-    x = _norm(x, state, "norm", cfg)
+    x = x if cfg.norm_after else _norm(x, state, "norm", cfg)
     return (x[1:], x[0]) if cfg.use_cls_token else (x, None)
 
 

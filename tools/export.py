@@ -15,9 +15,9 @@ usage: python -m tools.export RUN --out DIR [flags]
                              and those of vlm: a run of stage 3 with a GLM-4 and --adapter.kind glm
                onnx          model.onnx for images of one size, in any number
                torch_export  model.pt2, the same for torch.export.load
-               cogvlm        the directory that was released as CogVLM; RUN is then one of these, or an export that
-               cogvlm2       VisionLanguageModel.from_pretrained reads; its files of code and tokenizer are copied
-               cogagent
+               cogvlm        the directory that was released as CogVLM; RUN is then one of these, whose code files and
+               cogvlm2       tokenizer are copied, an export that VisionLanguageModel.from_pretrained reads, or a run
+               cogagent      of stage 3 with --expert.every 1 and an encoder like EVA2-CLIP-E (not cogagent)
 --size HxW     onnx and torch_export: the images' height and width in px, multiples of the patch (default: the square
                that the encoder was trained with)
 
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvit.config.arguments import run_command
-from cogvit.errors import CheckpointError, ConfigError
+from cogvit.errors import ConfigError
 from cogvit.model.adapter import save_glm_ocr
 from cogvit.model.fixed import write_program
 from cogvit.model.interop import write_text_side
@@ -120,12 +120,10 @@ def export_released(source: Path, out: Path, layout: released.Layout) -> int:
 
     Errors: CheckpointError when the source is none or the layout does not hold it.
     """
-    if is_run(source):
-        raise CheckpointError(f"{source} is a run; --layout {layout} takes a directory of a vision-language model")
-    model = VisionLanguageModel.from_pretrained(source)
+    model = load_joint(source) if is_run(source) else VisionLanguageModel.from_pretrained(source)
     try:
         model.save_pretrained(out, layout=layout)
-        for path in (path for pattern in _BESIDE for path in source.glob(pattern)):
+        for path in () if is_run(source) else (path for pattern in _BESIDE for path in source.glob(pattern)):
             if not (out / path.name).exists() and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, out / path.name)
     except OSError as error:

@@ -83,8 +83,8 @@ class Prediction:
 
 
 def state_bytes(config: RunConfig, loads: Sequence[Load]) -> float:
-    """Return what a checkpoint holds: fp32 parameters and the optimizer's moments."""
-    return _FP32_BYTES * (1 + _MOMENTS[config.optim.name]) * sum(load.parameters for load in loads)
+    """Return what a checkpoint holds: fp32 parameters and the optimizer's moments; what is frozen is not in it."""
+    return _FP32_BYTES * (1 + _MOMENTS[config.optim.name]) * sum(load.learned for load in loads)
 
 
 def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, cluster: Cluster) -> Prediction:
@@ -114,7 +114,9 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
         moved += values * passed / (cluster.memory_bytes_per_s * _MEMORY_ATTAINED)
         forward_kernels, backward_kernels = KERNELS[fused]
         launched += blocks * (forwards * forward_kernels + backward_kernels)
-    held = sum(load.parameters / (1 if load.whole else tp * pp) for load in loads)
+    ways_of = [1 if load.whole else tp * pp for load in loads]
+    held = sum(load.learned / ways for load, ways in zip(loads, ways_of, strict=True))
+    frozen = sum(load.frozen / ways for load, ways in zip(loads, ways_of, strict=True))
     sent, loss_s = _sent(config, loads, dp, micro, held, first_pass=first_pass), _loss_s(config, loads, dp, rate)
     compute_s = products + attention + moved
     muon_s = sum(
@@ -134,7 +136,7 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     tokens = sum(load.tokens for load in loads)
     return Prediction(
         layout=layout,
-        memory_bytes=_memory_bytes(config, loads, dp, micro, held, fused=fused),
+        memory_bytes=_FP32_BYTES * frozen + _memory_bytes(config, loads, dp, micro, held, fused=fused),
         sent=sent,
         seconds=seconds,
         launch_s=launched * _LAUNCH_S,

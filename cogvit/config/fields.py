@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class OptimConfig:
     bias: ModuleConfig = field(default_factory=ModuleConfig)  # of the sigmoid loss
     adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
     language: ModuleConfig = field(default_factory=ModuleConfig)
+    expert: ModuleConfig = field(default_factory=ModuleConfig)  # visual experts of the language model
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

@@ -60,6 +60,11 @@ def make_norm(cfg: TowerConfig, dim: int) -> nn.Module:
     return (RMSNorm if cfg.norm == "rmsnorm" else nn.LayerNorm)(dim, eps=cfg.eps)
 
 
+def has_norm_after(cfg: TowerConfig) -> bool:
+    """Whether a tower's norms stand behind its branches; the text tower's never do."""
+    return isinstance(cfg, CogViTConfig) and cfg.norm_after
+
+
 class Attention(nn.Module):
     """Multi-head attention within each segment, with QK-norm per head (Henry et al. 2020) and rotary positions.
 
@@ -121,11 +126,14 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + drop(ls1(attn(norm1(x)))), then x + drop(ls2(mlp(norm2(x))))."""
+    """x + drop(ls1(attn(norm1(x)))), then x + drop(ls2(mlp(norm2(x)))).
+
+    With norm_after it is norm1(attn(x)) and norm2(mlp(x)).
+    """
 
     def __init__(self, cfg: TowerConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.norm_after = layer, has_norm_after(cfg)
         self.drop_rate = drop_rate(cfg.drop_path_rate, layer, cfg.depth)
         self.norm1 = make_norm(cfg, cfg.embed_dim)
         self.attn = Attention(cfg)
@@ -137,8 +145,10 @@ class Block(nn.Module):
 
     def forward(self, x_SD: Tensor, layout: PackedLayout) -> Tensor:
         """Return the next hidden states, [S, D]."""
-        x_SD = x_SD + self._drop(self.ls1(self.attn(self.norm1(x_SD), layout)), layout, ATTENTION_BRANCH)
-        return x_SD + self._drop(self.ls2(self.mlp(self.norm2(x_SD))), layout, MLP_BRANCH)
+        seen_SD = self.norm1(self.attn(x_SD, layout)) if self.norm_after else self.attn(self.norm1(x_SD), layout)
+        x_SD = x_SD + self._drop(self.ls1(seen_SD), layout, ATTENTION_BRANCH)
+        made_SD = self.norm2(self.mlp(x_SD)) if self.norm_after else self.mlp(self.norm2(x_SD))
+        return x_SD + self._drop(self.ls2(made_SD), layout, MLP_BRANCH)
 
     def _drop(self, branch_SD: Tensor, layout: PackedLayout, branch: int) -> Tensor:
         if not self.training or self.drop_rate == 0.0:

@@ -23,7 +23,7 @@ SHAPES: dict[Size, tuple[int, int, int, int]] = {
 class CogViTConfig:
     """Shape and options of the vision encoder.
 
-    Names and defaults up to eps are those of the reference build; the last three choose the family of the blocks:
+    Names and defaults up to eps are those of the reference build; the last four choose the family of the blocks:
     `reference` is the defaults, `cogvit_l` is rmsnorm + swiglu + rotary without CLS, the layout of GLM-OCR.
 
     Attributes:
@@ -45,6 +45,7 @@ class CogViTConfig:
         norm: of blocks, QK-norm and the final norm.
         mlp: gelu has two matrices, swiglu three.
         position: 2-D table added to the tokens, or 2-D rotation of queries and keys.
+        norm_after: normalize what each branch gives instead of what it takes, with no norm at the end, as EVA2-CLIP-E.
 
     Errors: ValueError when a size is not positive, the heads do not divide the width or an option is unknown.
     """
@@ -68,6 +69,7 @@ class CogViTConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     position: Literal["learned", "rotary"] = "learned"
+    norm_after: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "naflex_max_tokens"):
@@ -226,3 +228,23 @@ class MmtpConfig:
     def num_layers(self) -> int:
         """Layers with weights of their own."""
         return min(self.depths, 1) if self.share else self.depths
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """A visual expert: projections of attention and an MLP of their own for image tokens.
+
+    Attributes:
+        every: n; blocks 0, n, 2 n and so on have one; 0 has none.
+        qkv_bias: of the expert's query, key and value projections, whatever the language model's have.
+
+    Errors: ValueError when every is negative.
+    Source: CogVLM (arXiv 2311.03079); its biases are CogVLM2's.
+    """
+
+    every: int = 0
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"expert.every={self.every} must be 0 (none) or above")

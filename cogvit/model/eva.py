@@ -20,8 +20,8 @@ from cogvit.batch import PackedImages
 from cogvit.model.init import init_model
 from cogvit.model.tokens import PackedFeatures
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _PRETRAINED_GRID = 16  # patches a side at 224 px, over which L's rotation was trained
 _ROTARY_BASE = 10000.0
 
@@ -196,7 +196,7 @@ class EvaEncoder(nn.Module):
     def _normalized(self, patches_NTE: Tensor) -> Tensor:
         mean, deviation = (
             torch.tensor(values, device=patches_NTE.device).repeat_interleave(self.cfg.patch_size**2)
-            for values in (_MEAN, _DEVIATION)
+            for values in (MEAN, DEVIATION)
         )
         return (patches_NTE.float() / 255.0 - mean) / deviation
 

@@ -5,6 +5,7 @@ Source: CogVLM (arXiv 2311.03079).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.tokens import permute_rows
+
+Branch = Callable[[Tensor], Tensor]  # rows in, as many rows out
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,17 @@ class ExpertRows:
     num_language: int
 
 
-def expert_rows(expert_S: Tensor) -> ExpertRows:
-    """Return the rows of a mask, bool [S]; waits for the device once a pass."""
+def expert_rows(expert_S: Tensor, count: int | None = None) -> ExpertRows:
+    """Return the rows of a mask, bool [S]; without a count of what it names it waits for the device."""
     order_S = expert_S.to(torch.uint8).argsort(stable=True)
-    return ExpertRows(order_S, order_S.argsort(), len(expert_S) - int(expert_S.sum()))
+    own = int(expert_S.sum()) if count is None else count
+    return ExpertRows(order_S, order_S.argsort(), len(expert_S) - own)
 
 
-def routed(x_SD: Tensor, rows: ExpertRows | None, language: nn.Module, expert: nn.Module | None) -> Tensor:
+def routed(x_SD: Tensor, rows: ExpertRows | None, language: Branch, expert: Branch | None) -> Tensor:
     """Return language(x) with expert(x) where a token is the expert's: each token is computed once.
+
+    x may have dims between S and D, as Megatron's has.
 
     Without rows, or an expert, it is language(x) as it stands. Rows that name no token still give the expert's
     parameters zero gradients.
@@ -64,6 +70,12 @@ def is_expert(name: str) -> bool:
     return ".expert." in name
 
 
+def beginning_of(name: str) -> str:
+    """Return the name of the weight that one of an expert begins as a copy of; any other begins as itself."""
+    block, found, part = name.partition(".expert.")
+    return f"{block}.{'' if part.startswith('mlp.') else 'attn.'}{part}" if found else name
+
+
 def with_expert_weights(weights: dict[str, Tensor], cfg: LanguageConfig) -> dict[str, Tensor]:
     """Return a language model's weights with experts that begin as copies of it; biases that it lacks begin at 0.
 
@@ -73,12 +85,11 @@ def with_expert_weights(weights: dict[str, Tensor], cfg: LanguageConfig) -> dict
     """
     grown = dict(weights)
     for layer in filter(cfg.has_expert, range(cfg.depth)):
-        block = f"blocks.{layer}."
-        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-            for kind in ("weight", "bias"):
-                if (source := weights.get(f"{block}{part}.{kind}")) is not None:
-                    grown[f"{block}expert.{part.removeprefix('attn.')}.{kind}"] = source.clone()
+        own = [f"blocks.{layer}.expert.{part}" for part in ("qkv", "proj", "mlp.fc1", "mlp.fc2")]
+        for name in (f"{part}.{kind}" for part in own for kind in ("weight", "bias")):
+            if (source := weights.get(beginning_of(name))) is not None:
+                grown[name] = source.clone()
         if cfg.expert.qkv_bias and not cfg.qkv_bias:
-            weight = weights[f"{block}attn.qkv.weight"]
-            grown[f"{block}expert.qkv.bias"] = weight.new_zeros(len(weight))
+            rows = len(grown[f"{own[0]}.weight"])
+            grown[f"{own[0]}.bias"] = grown[f"{own[0]}.weight"].new_zeros(rows)
     return grown

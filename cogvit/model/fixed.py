@@ -77,6 +77,9 @@ class FixedGridEncoder(nn.Module):
 
     def _block(self, block: nn.Module, x_BSD: Tensor) -> Tensor:
         assert isinstance(block, Block)
+        if block.norm_after:
+            x_BSD = x_BSD + block.ls1(block.norm1(self._attention(block.attn, x_BSD)))
+            return x_BSD + block.ls2(block.norm2(block.mlp(x_BSD)))
         x_BSD = x_BSD + block.ls1(self._attention(block.attn, block.norm1(x_BSD)))
         return x_BSD + block.ls2(block.mlp(block.norm2(x_BSD)))
 

@@ -33,6 +33,7 @@ _FAMILY = {  # what a CogViT must be to fit
     "position": "rotary",
     "use_cls_token": False,
     "use_qk_norm": True,
+    "norm_after": False,
     "qkv_bias": True,
     "proj_bias": True,
     "layer_scale_init": None,

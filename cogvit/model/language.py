@@ -19,13 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from cogvit.batch import PackedSequence, TokensAhead
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.blocks import RMSNorm
+from cogvit.model.config import ExpertConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
 from cogvit.model.drafting import Drafted, Drafter, Prompt
 from cogvit.model.expert import ExpertRows, expert_rows, is_expert, with_expert_weights
 from cogvit.model.generation import Draft, Sampling, next_tokens
 from cogvit.model.init import init_model
-from cogvit.model.language_config import ExpertConfig, LanguageConfig
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import read_causal_lm, write_causal_lm
 from cogvit.model.mtp import MtpHeads
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvit.errors import ConfigError
-from cogvit.model.config import MmtpConfig
+from cogvit.model.config import ExpertConfig, MmtpConfig
 
 Family = Literal["llama", "glm4", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
@@ -28,26 +28,6 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_tokens: int
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """A visual expert: projections of attention and an MLP of their own for image tokens.
-
-    Attributes:
-        every: n; blocks 0, n, 2 n and so on have one; 0 has none.
-        qkv_bias: of the expert's query, key and value projections, whatever the language model's have.
-
-    Errors: ValueError when every is negative.
-    Source: CogVLM (arXiv 2311.03079); its biases are CogVLM2's.
-    """
-
-    every: int = 0
-    qkv_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"expert.every={self.every} must be 0 (none) or above")
 
 
 @dataclass(frozen=True)
@@ -139,7 +119,7 @@ class LanguageConfig:
     bos_id: int | None = None
     pad_id: int | None = None
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
-    expert: ExpertConfig = ExpertConfig()
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
     cross: CrossConfig = CrossConfig()
     rope_frequencies: tuple[float, ...] | None = None
 
@@ -195,8 +175,8 @@ class LanguageConfig:
 
 def check_layout(cfg: LanguageConfig, tp: int, pp: int) -> None:
     """Check that a language model can be trained on tp tensor ranks and pp pipeline stages. Errors: ConfigError."""
-    if cfg.expert.every or cfg.cross.dim:
-        raise ConfigError("visual experts and cross attention are not trained on the trunk; take a model without them")
+    if cfg.cross.dim:
+        raise ConfigError("cross attention is not trained on the trunk; take a model without it")
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

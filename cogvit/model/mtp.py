@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cogvit.batch import TokensAhead, sent
 from cogvit.model.attention import Segments
 from cogvit.model.blocks import RMSNorm
-from cogvit.model.config import SeenAtImages
+from cogvit.model.config import ExpertConfig, SeenAtImages
 from cogvit.model.decoder import CausalLayout, DecoderBlock, KeyValueCache, rotary_1d
-from cogvit.model.language_config import CrossConfig, ExpertConfig, LanguageConfig
+from cogvit.model.language_config import CrossConfig, LanguageConfig
 
 
 class MtpLayer(nn.Module):

@@ -88,7 +88,7 @@ class VisionEmbedding(nn.Module):
         self.pos_embed = PositionTable(cfg.embed_dim, cfg.base_grid) if cfg.position == "learned" else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim)) if cfg.use_cls_token else None
-        self.norm = make_norm(cfg, cfg.embed_dim)
+        self.norm = nn.Identity() if cfg.norm_after else make_norm(cfg, cfg.embed_dim)
 
     def embed_packed(self, images: PackedImages, mask_T: Tensor | None = None) -> PackedTokens:
         """Embed a pack; patches where the bool mask [T] is true become the mask token before positions are added."""

@@ -16,7 +16,7 @@ from cogvit.errors import CheckpointError
 from cogvit.model.adapter import PatchGroups, fitted_adapter
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
-from cogvit.model.config import AdapterConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.eva import EvaEncoder
@@ -27,7 +27,6 @@ from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages, pack_shown, rgb_image
 from cogvit.model.images import ImageLike
 from cogvit.model.language import CausalLM, place_visual
-from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts.released import Layout, Released
 from cogvit.model.packing import Grid
 from cogvit.model.questions import Questions, read_questions

@@ -11,13 +11,14 @@ from torch import nn
 
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
+from cogvit.model.config import ExpertConfig
 from cogvit.model.eva import EvaEncoder
+from cogvit.model.eva_training import eva_encoder
 from cogvit.model.expert import is_expert
 from cogvit.model.frame import ImageFrame
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts import glm_ocr_full, released, vision_language
 from cogvit.model.layouts.causal_lm import write_causal_lm
 from cogvit.model.layouts.cog import CogShape
@@ -89,12 +90,12 @@ def save_ours(root: Path, parts: VlmParts) -> None:
 
 def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -> None:
     """Write a directory of the CogVLM family; None is the layout that fits. Errors: CheckpointError names why not."""
+    if parts.frame is None:
+        raise CheckpointError(f"layout {layout} holds visual experts and learned tokens around images; there are none")
+    if isinstance(parts.vision, CogViT):
+        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits))
     vision, cross = parts.vision, None if parts.cross is None else parts.cross.cfg
-    if not isinstance(vision, EvaEncoder) or parts.frame is None:
-        raise CheckpointError(
-            f"layout {layout} holds an EVA2-CLIP encoder with learned tokens around its images; this model has a"
-            f" {type(vision).__name__}; leave the layout out"
-        )
+    assert isinstance(vision, EvaEncoder)
     questions = parts.questions or Questions("chat", instruct=cross is not None)
     adapter = adapter_config(parts.adapter)
     shape = CogShape(parts.language.cfg, vision.cfg, adapter, parts.image_token_id, questions, cross)

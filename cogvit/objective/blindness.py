@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from cogvit.batch import Batch
-from cogvit.model.vit import grids_of
-from cogvit.objective.language import Language
+from cogvit.objective.language import Language, image_tokens
 from cogvit.parallel.schedule import Schedule
 
 EFFECT = "image_effect"
 
 
-def with_other_images(batch: Batch, spatial_pool: int) -> Batch:
+def with_other_images(batch: Batch, spatial_pool: int, *, framed: bool = False) -> Batch:
     """Return a pack in which every place of an image shows what follows half a pack of images later, round about.
 
     The turn is by whole images, so that where all have one size each place shows another image whole; a pack of one
@@ -27,8 +26,7 @@ def with_other_images(batch: Batch, spatial_pool: int) -> Batch:
     """
     sequence = batch.sequence
     assert sequence is not None, "a language model reads sequences"
-    sizes = [-(-rows // spatial_pool) * -(-columns // spatial_pool) for rows, columns in grids_of(batch.images)]
-    sizes = [size for size in sizes if size]
+    sizes = [size for size in image_tokens(batch.images, spatial_pool, framed=framed) if size]
     total = sum(sizes)
     if not total:
         return batch
@@ -42,13 +40,15 @@ class Watched(Language):
     """The next-token objective, whose evaluation also says what images are worth.
 
     spatial_pool: sides of the groups of patches that are a token.
+    framed: whether learned tokens stand around each image.
     """
 
-    def __init__(self, spatial_pool: int) -> None:
-        self.spatial_pool = spatial_pool
+    def __init__(self, spatial_pool: int, *, framed: bool = False) -> None:
+        self.spatial_pool, self.framed = spatial_pool, framed
 
     def evaluate(self, model: Any, micro: Sequence[Batch], schedule: Schedule) -> dict[str, Tensor]:
         """Return the loss terms, and "image_effect": nats a label by which other images raise the loss."""
         terms = super().evaluate(model, micro, schedule)
-        other = super().evaluate(model, [with_other_images(one, self.spatial_pool) for one in micro], schedule)
+        others = [with_other_images(one, self.spatial_pool, framed=self.framed) for one in micro]
+        other = super().evaluate(model, others, schedule)
         return {**terms, EFFECT: other["loss"] - terms["loss"]}

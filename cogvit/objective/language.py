@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from cogvit.batch import Batch, PackedImages, PackedSequence
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.config import AdapterConfig, MmtpConfig
+from cogvit.model.expert import is_expert
+from cogvit.model.frame import ImageFrame
+from cogvit.model.sequence import num_tokens
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import grids_of
 from cogvit.objective.distill import reduce_terms
@@ -35,7 +38,10 @@ JointPart = Literal["vision", "adapter", "language"]
 class JointModel(nn.Module):
     """This rank's stages of encoder and language model; the adapter lies whole on every tensor rank of the last stage.
 
-    frozen: parts that keep their weights. They get no gradients and no optimizer state, and stay in eval mode.
+    With visual experts, learned tokens stand around each image; they lie beside the adapter.
+
+    frozen: parts that keep their weights. They get no gradients and no optimizer state, and stay in eval mode; the
+        experts of a frozen language model learn.
     """
 
     def __init__(
@@ -48,11 +54,14 @@ class JointModel(nn.Module):
         super().__init__()
         self.vision, self.language = vision, language
         self.spatial_pool, self.frozen = adapter.spatial_pool, frozenset(frozen)
-        self.adapter = None
+        self.framed = language.cfg.expert.every > 0
+        self.adapter = self.frame = None
         if vision.trunk.mesh.is_last_stage:
             self.adapter = fitted_adapter(adapter, vision.cfg.embed_dim, language.cfg)
+            self.frame = ImageFrame(language.cfg.embed_dim) if self.framed else None
         for module in self._frozen_modules():
-            module.requires_grad_(False)
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(is_expert(name))
 
     def train(self, mode: bool = True) -> JointModel:
         """Set the mode of what is not frozen."""
@@ -62,14 +71,13 @@ class JointModel(nn.Module):
         return self
 
     def _frozen_modules(self) -> list[nn.Module]:
-        modules = [getattr(self, part) for part in self.frozen]
+        modules = [getattr(self, part) for part in self.frozen] + [self.frame] * ("adapter" in self.frozen)
         return [module for module in modules if module is not None]
 
     def visual_shape(self, images: PackedImages) -> tuple[int, int]:
         """Return how many visual tokens a pack's images have, and their width; every stage knows it."""
-        pool = self.spatial_pool
-        tokens = sum(-(-rows // pool) * -(-columns // pool) for rows, columns in grids_of(images))
-        return tokens, self.language.cfg.embed_dim
+        sizes = image_tokens(images, self.spatial_pool, framed=self.framed)
+        return sum(sizes), self.language.cfg.embed_dim
 
     def features(self, batch: Batch) -> Tensor:
         """Return the encoder's features [T, D] of a pack's patches on the last stage, hidden states elsewhere."""
@@ -80,7 +88,10 @@ class JointModel(nn.Module):
     def visual(self, patch_TD: Tensor, batch: Batch) -> Tensor:
         """Return the visual tokens [E, D of the language model] of a pack's features; on the last stage."""
         assert self.adapter is not None
-        return self.adapter.forward_packed(patch_TD, grids_of(batch.images))
+        visual_ED = self.adapter.forward_packed(patch_TD, grids_of(batch.images))
+        if self.frame is None:
+            return visual_ED
+        return self.frame(visual_ED, image_tokens(batch.images, self.spatial_pool, framed=False))
 
     @property
     def heads_see_images(self) -> bool:
@@ -96,6 +107,15 @@ class JointModel(nn.Module):
         sequence = _sequence(batch)
         out: Tensor = self.language(sequence, visual_ED)
         return self.language.losses(out, sequence, visual_ED) if self.language.mesh.is_last_stage else out
+
+
+def image_tokens(images: PackedImages, pool: int, *, framed: bool) -> list[int]:
+    """Return how many tokens stand for each image slot of a pack, 0 where none is there.
+
+    pool: sides of the groups of patches that are a token. framed: whether learned tokens stand around each image.
+    """
+    grids = [(-(-rows // pool), -(-columns // pool)) for rows, columns in grids_of(images)]
+    return [num_tokens(grid, framed=framed) if grid[0] else 0 for grid in grids]
 
 
 class Language:

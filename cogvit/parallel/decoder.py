@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from cogvit.config import ActivationConfig
-from cogvit.model.attention import packed_attention
-from cogvit.model.decoder import CausalLayout, turn
+from cogvit.model.decoder import CausalLayout
 from cogvit.model.language_config import LanguageConfig
+from cogvit.parallel.causal import CausalSelfAttention
+from cogvit.parallel.expert import ExpertMLP, ExpertProjections, ExpertSelfAttention
 from cogvit.parallel.mesh import Mesh
-from cogvit.parallel.pieces import Pieces, compute_dtype
+from cogvit.parallel.pieces import Pieces
 from cogvit.parallel.trunk import (
     LayersShape,
     PackedMLP,
-    PackedSelfAttention,
+    PackedStream,
     TensorSyncedNorm,
     build_layers,
     layer_parts,
@@ -33,33 +33,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-_turn_neighbors = partial(turn, interleaved=True)
-_turn_halves = partial(turn, interleaved=False)
-
-
-class CausalSelfAttention(PackedSelfAttention):
-    """Attention of each token over its predecessors; key-value heads lie with the queries that they serve."""
-
-    interleaved = False  # whether neighboring channels turn together
-
-    def _attend(self, qkv_S1F: Tensor, layout: CausalLayout) -> Tensor:
-        groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        sharing = self.num_attention_heads_per_partition // groups
-        by_group_SGMK = qkv_S1F.view(len(qkv_S1F), groups, sharing + 2, head_dim)
-        q_SGMK, k_SGK, v_SGK = by_group_SGMK[:, :, :sharing], by_group_SGMK[:, :, -2], by_group_SGMK[:, :, -1]
-        norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
-        q_SHK, k_SGK = self.pieces.heads(
-            q_SGMK.flatten(1, 2),
-            k_SGK,
-            norms,
-            (layout.cos_SR, layout.sin_SR),
-            self.config.layernorm_epsilon,
-            compute_dtype(qkv_S1F),
-            _turn_neighbors if self.interleaved else _turn_halves,
-        )
-        assert layout.segments is not None
-        return packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True).flatten(1)
 
 
 class CausalBranch(nn.Module):
@@ -100,6 +73,13 @@ class DecoderLayer(TransformerLayer):
         self.self_attn_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
         self.mlp_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
 
+    def forward(self, *args: Any, packed_seq_params: PackedStream, **kwargs: Any) -> Any:
+        """Run the layer; an MLP with an expert asks which tokens of this call are whose, as attention does."""
+        if isinstance(self.mlp, ExpertMLP):
+            assert isinstance(packed_seq_params.layout, CausalLayout)
+            self.mlp.rows = packed_seq_params.layout.expert
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
 
 def decoder_shape(cfg: LanguageConfig) -> LayersShape:
     """Return the shape of a language model's layers."""
@@ -114,7 +94,7 @@ def decoder_shape(cfg: LanguageConfig) -> LayersShape:
         eps=cfg.eps,
         gated=True,
         qk_norm=cfg.qk_norm,
-        biases=cfg.qkv_bias or cfg.proj_bias or cfg.mlp_bias,
+        biases=cfg.qkv_bias or cfg.proj_bias or cfg.mlp_bias or cfg.expert.qkv_bias,
     )
 
 
@@ -122,15 +102,24 @@ def build_decoder(
     cfg: LanguageConfig, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
     """Return this stage's share of a language model's layers, without the final norm."""
-    parts = layer_parts(config, mesh, CausalSelfAttention, AttnMaskType.causal, "rmsnorm", cfg.qk_norm)
-    layer = ModuleSpec(DecoderLayer, params={"sandwich_norm": cfg.sandwich_norm}, submodules=parts)
-    block = build_layers(layer, config, mesh, memory, pieces)
+
+    def layer(has_expert: bool) -> ModuleSpec:
+        attention, mlp = (ExpertSelfAttention, ExpertMLP) if has_expert else (CausalSelfAttention, PackedMLP)
+        parts = layer_parts(config, mesh, attention, AttnMaskType.causal, "rmsnorm", cfg.qk_norm, mlp)
+        return ModuleSpec(DecoderLayer, params={"sandwich_norm": cfg.sandwich_norm}, submodules=parts)
+
+    size = cfg.depth // mesh.pp_size
+    here = range(mesh.pp_rank * size, (mesh.pp_rank + 1) * size)
+    block = build_layers([layer(cfg.has_expert(number)) for number in here], config, mesh, memory, pieces)
     # Megatron's layers have all biases or none; families choose.
     for module in block.modules():
         if isinstance(module, CausalSelfAttention):
             module.interleaved = cfg.interleaved_rotary
             _keep_bias(module.linear_qkv, cfg.qkv_bias)
             _keep_bias(module.linear_proj, cfg.proj_bias)
+        elif isinstance(module, ExpertProjections):
+            _keep_bias(module.qkv, cfg.qkv_bias or cfg.expert.qkv_bias)
+            _keep_bias(module.proj, cfg.proj_bias)
         elif isinstance(module, PackedMLP):
             _keep_bias(module.linear_fc1, cfg.mlp_bias)
             _keep_bias(module.linear_fc2, cfg.mlp_bias)

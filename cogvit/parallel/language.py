@@ -17,6 +17,7 @@ from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.decoder import CausalLayout, rotary_1d
+from cogvit.model.expert import ExpertRows, expert_rows, is_expert
 from cogvit.model.language import place_visual
 from cogvit.model.language_config import LanguageConfig, check_layout
 from cogvit.parallel.decoder import build_decoder, decoder_shape
@@ -83,12 +84,19 @@ class LanguageStage(nn.Module):
             sequence: the pack; its ids are of the vocabulary, which is not looked at here.
             visual_ED: the adapter's output, on the first stage: `sequence.visual_row` names its rows.
         """
-        layout = CausalLayout(segments_of(sequence.cu_seqlens, sequence.host), *rotary_1d(sequence.position, self.cfg))
+        segments, rows = segments_of(sequence.cu_seqlens, sequence.host), self._expert_rows(sequence)
+        layout = CausalLayout(segments, *rotary_1d(sequence.position, self.cfg), rows)
         x_SD = None
         if self.embed is not None:
             x_SD = place_visual(self.embed(sequence.ids), visual_ED, sequence.visual_row)
         x_SD = self.trunk.run(x_SD, PackedStream(qkv_format="thd", layout=layout))
         return x_SD if self.norm is None else self.norm(x_SD)
+
+    def _expert_rows(self, sequence: PackedSequence) -> ExpertRows | None:
+        if not self.cfg.expert.every:
+            return None
+        assert sequence.expert is not None, "a pack says which of its tokens go through the visual experts"
+        return expert_rows(sequence.expert, None if sequence.host is None else sequence.host.experts)
 
     def loss(self, hidden_SD: Tensor, sequence: PackedSequence) -> Tensor:
         """Return the sum over the pack's labels of weight times cross entropy in nats, 0-dim fp32; on the last stage.
@@ -129,7 +137,8 @@ class LanguageStage(nn.Module):
             yield
             return
         shape = (self.cfg.vocab_size // self.mesh.tp_size, self.cfg.embed_dim)
-        learns = train and any(parameter.requires_grad for parameter in self.parameters())  # same on all stages
+        own = (parameter for name, parameter in self.named_parameters() if not is_expert(name))
+        learns = train and any(parameter.requires_grad for parameter in own)  # the same on all stages
         for weight in to_last_stage([] if self.embed is None else [self.embed.weight], [shape], self.mesh):
             self._lent = weight.requires_grad_(learns)
         try:

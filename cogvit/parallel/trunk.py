@@ -20,21 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import packed_attention
-from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate
+from cogvit.model.blocks import ATTENTION_BRANCH, MLP_BRANCH, depth_scale, drop_rate, has_norm_after
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.decoder import CausalLayout
 from cogvit.model.feedforward import tiled_mlp, trains_on_cpu
 from cogvit.model.tokens import PackedLayout
+from cogvit.parallel.linear import ColumnLinear, RowLinear, mark_shards
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Pieces, Weights, activated, compute_dtype
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
-from megatron.core.tensor_parallel.layers import (  # isort: skip
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # isort: skip
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -86,36 +82,6 @@ class TensorSyncedNorm(nn.Module):
         return self.pieces.normalized(x, self.synced(), self.eps, compute_dtype(x))
 
 
-class _Cast:
-    """Runs a linear layer in autocast's dtype: input, weight and bias, so that messages and gradients have it too.
-
-    Where no tensor ranks share the layer, nothing travels and the bias goes into the product.
-    """
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output and the bias that is still to be added."""
-        layer: Any = self
-        if layer.config.tensor_model_parallel_size > 1:
-            return super().forward(input_)  # type: ignore[misc]
-        dtype = compute_dtype(input_)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(input_.to(dtype), layer.weight.to(dtype), bias), None
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, **megatron: Any) -> Tensor:
-        dtype = compute_dtype(input)
-        bias = None if bias is None else bias.to(dtype)
-        layer: Any = super()
-        return layer._forward_impl(input=input.to(dtype), weight=weight.to(dtype), bias=bias, **megatron)
-
-
-class ColumnLinear(_Cast, ColumnParallelLinear):
-    """Rows of the weight split over the tensor ranks."""
-
-
-class RowLinear(_Cast, RowParallelLinear):
-    """Columns of the weight split over the tensor ranks."""
-
-
 class PackedSelfAttention(SelfAttention):
     """The plain model's attention on Megatron's linear layers: QK-norm, rotary positions, each image by itself."""
 
@@ -162,6 +128,11 @@ class PackedMLP(MLP):
         h_S1F, bias_F = fc1(x_S1D)
         return fc2(self.pieces.activated(h_S1F, bias_F, gated=gated))[0]
 
+    def product(self, x_S1D: Tensor) -> Tensor:
+        """Return this rank's own part of the output, of which nothing travels; without a bias that is to be added."""
+        h_S1F, bias_F = self.linear_fc1.product(x_S1D)
+        return self.linear_fc2.product(self.pieces.activated(h_S1F, bias_F, gated=self.config.gated_linear_unit))[0]
+
 
 def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Run a function of which backward keeps the inputs alone, and which it does again under the autocast of now.
@@ -172,16 +143,20 @@ def checkpointed(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class ResidualBranch(nn.Module):
-    """Megatron's bias-dropout-add slot: bias, LayerScale and stateless stochastic depth of one residual branch."""
+    """Megatron's bias-dropout-add slot: bias, a norm, LayerScale and stateless stochastic depth of a branch."""
 
     pieces = Pieces()
 
-    def __init__(self, tower: TowerConfig, *, layer: int, branch: int, sync: bool) -> None:
+    def __init__(self, tower: TowerConfig, config: TransformerConfig, *, layer: int, branch: int) -> None:
         super().__init__()
+        sync = config.sequence_parallel
         self.layer, self.branch, self.sync = layer, branch, sync
         self.rate = drop_rate(tower.drop_path_rate, layer, tower.depth)
         scale = tower.layer_scale_init
         self.gamma = None if scale is None else nn.Parameter(torch.full((tower.embed_dim,), scale))
+        self.after = None
+        if has_norm_after(tower):
+            self.after = TensorSyncedNorm(config, tower.embed_dim, tower.eps, tower.norm, sync)
         self.local: PackedLayout | None = None  # of the call under way
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -193,6 +168,8 @@ class ResidualBranch(nn.Module):
             if self.sync:
                 bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
                 gamma = None if gamma is None else copy_to_tensor_model_parallel_region(gamma)
+            if self.after is not None:
+                x, bias = self.after(x if bias is None else x + bias.to(x.dtype)), None
             scale_S = None
             if training and self.rate > 0.0:
                 assert self.local is not None
@@ -211,9 +188,9 @@ class CogViTLayer(TransformerLayer):
         super().__init__(config, submodules, **megatron)
         # Megatron turns gradients on around the residual branches even in a forward-only pass; ours must not.
         self.bias_dropout_add_exec_handler = nullcontext
-        layer, sync = self.layer_number - 1, config.sequence_parallel
-        self.self_attn_bda = ResidualBranch(tower, layer=layer, branch=ATTENTION_BRANCH, sync=sync)
-        self.mlp_bda = ResidualBranch(tower, layer=layer, branch=MLP_BRANCH, sync=sync)
+        layer = self.layer_number - 1
+        self.self_attn_bda = ResidualBranch(tower, config, layer=layer, branch=ATTENTION_BRANCH)
+        self.mlp_bda = ResidualBranch(tower, config, layer=layer, branch=MLP_BRANCH)
 
     def forward(self, *args: Any, packed_seq_params: PackedStream, **kwargs: Any) -> Any:
         """Run the layer; the branches draw by the packing of this call (recompute calls again with the same)."""
@@ -321,8 +298,10 @@ def build_trunk(
 ) -> TransformerBlock:
     """Return this stage's share of the tower's layers, without a final norm."""
     parts = layer_parts(config, mesh, PackedSelfAttention, AttnMaskType.no_mask, tower.norm, tower.use_qk_norm)
+    if has_norm_after(tower):
+        parts = replace(parts, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
     layer = ModuleSpec(CogViTLayer, params={"tower": tower}, submodules=parts)
-    return build_layers(layer, config, mesh, memory, pieces)
+    return build_layers([layer] * (config.num_layers // mesh.pp_size), config, mesh, memory, pieces)
 
 
 def layer_parts(
@@ -332,6 +311,7 @@ def layer_parts(
     mask: AttnMaskType,
     norm_kind: Literal["layernorm", "rmsnorm"],
     qk_norm: bool,
+    mlp: type[PackedMLP] = PackedMLP,
 ) -> TransformerLayerSubmodules:
     """Return what a layer of any of our stacks is made of, all but its residual branches."""
     norm = ModuleSpec(TensorSyncedNorm, params={"kind": norm_kind, "sync": config.sequence_parallel})
@@ -351,46 +331,25 @@ def layer_parts(
             ),
         ),
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(PackedMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
+        mlp=ModuleSpec(mlp, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
     )
 
 
 def build_layers(
-    layer: ModuleSpec, config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
+    layers: list[ModuleSpec], config: TransformerConfig, mesh: Mesh, memory: ActivationConfig, pieces: Pieces
 ) -> TransformerBlock:
-    """Return this stage's share of a stack of equal layers, without a final norm."""
+    """Return this stage's share of a stack of layers, without a final norm; all stages have as many."""
     block = CogViTBlock(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // mesh.pp_size), layer_norm=IdentityOp),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=IdentityOp),
         post_layer_norm=False,
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
     )
-    _mark_shards(block)
+    mark_shards(block)
     for module in block.modules():
         if isinstance(module, (PackedSelfAttention, PackedMLP)):
             module.recompute = memory.recompute == "selective"
         if isinstance(getattr(module, "pieces", None), Pieces):
             module.pieces = pieces
     return block
-
-
-def _mark_shards(block: TransformerBlock) -> None:
-    """Say which parameters are shards; Megatron does it inside the initialization that `megatron_config` turns off.
-
-    DeepSpeed counts unmarked parameters once in the gradient norm, and Muon gathers marked ones over the tensor ranks.
-    """
-    for module in block.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            rows = isinstance(module, ColumnParallelLinear)
-            mark_shard(module.weight, dim=0 if rows else 1)
-            if rows and module.bias is not None:
-                mark_shard(module.bias, dim=0)
-
-
-def mark_shard(parameter: nn.Parameter, *, dim: int) -> None:
-    """Say that a parameter is this tensor rank's part of a plain tensor that is split along a dim."""
-    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-        if hasattr(parameter, name):
-            delattr(parameter, name)
-    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

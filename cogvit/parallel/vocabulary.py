@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cogvit.parallel.linear import mark_shard
 from cogvit.parallel.mesh import Mesh
-from cogvit.parallel.trunk import mark_shard
 
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy  # isort: skip
 from megatron.core.tensor_parallel.mappings import (  # isort: skip

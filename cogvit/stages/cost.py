@@ -6,13 +6,15 @@ size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.expert import is_expert
 from cogvit.model.language import CausalLM
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.vit import CogViT
@@ -37,6 +39,12 @@ class Load:
     muon_flops: float  # of making every matrix of the blocks orthogonal once; 0 where Muon does not train them
     memory: ActivationConfig
     whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
+    frozen: int = 0  # of the parameters, those that have neither gradients nor moments
+
+    @property
+    def learned(self) -> int:
+        """Parameters with gradients and moments."""
+        return self.parameters - self.frozen
 
     @property
     def forward_flops(self) -> float:
@@ -84,10 +92,10 @@ def attention_flops(tower: CogViTConfig | TextConfig, tokens: int, sequence_toke
     return tower.depth * tokens * 4.0 * sequence_tokens * tower.embed_dim
 
 
-def muon_flops(module: nn.Module, num_heads: int, qkv: str) -> float:
+def muon_flops(named: Iterable[tuple[str, nn.Parameter]], num_heads: int, qkv: str) -> float:
     """Return the FLOPs of one update of Muon's matrices; qkv is optim.muon_qkv."""
     flops = 0.0
-    for name, parameter in module.named_parameters():
+    for name, parameter in named:
         if role_of(name, parameter) == "block_matrix":
             parts = {"split": 3, "heads": 3 * num_heads, "fused": 1}[qkv] if "qkv" in name else 1
             small, large = sorted((parameter.shape[0] // parts, parameter.shape[1]))
@@ -102,11 +110,16 @@ def vision_load(config: RunConfig) -> Load:
     patches = rows * columns if data.sizing == "square" else data.max_patches
     with torch.device("meta"):
         module = CogViT(shape)
-    return tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
+    load = tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
+    learns = config.objective != "language" or config.optim.vision.lr_mult > 0.0
+    return load if learns else replace(load, frozen=load.parameters, muon_flops=0.0)
 
 
 def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
-    """Return the language model's load, in samples of the greatest length."""
+    """Return the language model's load, in samples of the greatest length; each token goes through one expert or none.
+
+    Source: `cogvit.model.expert`.
+    """
     data, optim = config.data, config.optim
     with torch.device("meta"):
         module = CausalLM(shape)
@@ -115,8 +128,9 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
     channels = shape.num_heads * shape.head_dim
     qkv = channels + 2 * shape.num_kv_heads * shape.head_dim
     matrices = shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim)
-    trains = optim.name == "muon" and optim.language.lr_mult > 0.0
-    blocks = [p for name, p in module.named_parameters() if role_of(name, p) == "block_matrix"]
+    learned = [(name, p) for name, p in module.named_parameters() if optim.language.lr_mult > 0.0 or is_expert(name)]
+    trains = optim.name == "muon"
+    blocks = [p for name, p in learned if role_of(name, p) == "block_matrix"]
     return Load(
         parameters=count_parameters(module),
         matrices=tuple((p.shape[0], p.shape[1]) for p in blocks) if trains else (),
@@ -128,8 +142,9 @@ def language_load(config: RunConfig, shape: LanguageConfig) -> Load:
         pack_tokens=data.text_tokens_per_pack,
         product_flops=shape.depth * tokens * 2.0 * matrices,
         attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
-        muon_flops=muon_flops(module, shape.num_heads, optim.muon_qkv) if trains else 0.0,
+        muon_flops=muon_flops(learned, shape.num_heads, optim.muon_qkv) if trains else 0.0,
         memory=config.memory.language,
+        frozen=count_parameters(module) - sum(p.numel() for _, p in learned),
     )
 
 
@@ -145,7 +160,8 @@ def tower_load(
     """Return a tower's load in sequences of one length, one for each image of the largest global batch."""
     data, optim = config.data, config.optim
     tokens = length * max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
-    matrices = [p for name, p in module.named_parameters() if role_of(name, p) == "block_matrix"]
+    named = list(module.named_parameters())
+    matrices = [p for name, p in named if role_of(name, p) == "block_matrix"]
     return Load(
         parameters=count_parameters(module),
         matrices=() if whole else tuple((p.shape[0], p.shape[1]) for p in matrices),
@@ -157,7 +173,7 @@ def tower_load(
         pack_tokens=pack_tokens,
         product_flops=product_flops(tower, tokens),
         attention_flops=attention_flops(tower, tokens, length),
-        muon_flops=muon_flops(module, tower.num_heads, optim.muon_qkv) if optim.name == "muon" else 0.0,
+        muon_flops=muon_flops(named, tower.num_heads, optim.muon_qkv) if optim.name == "muon" else 0.0,
         memory=config.memory.text if isinstance(tower, TextConfig) or whole else config.memory.vision,
         whole=whole,
     )

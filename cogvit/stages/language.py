@@ -36,7 +36,8 @@ class LanguageStage:
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "mmtp.", "memory.language.", "optim.adapter.", "optim.language.",
+        "language.", "adapter.", "mmtp.", "expert.", "memory.language.", "optim.adapter.", "optim.language.",
+        "optim.expert.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
     execution: tuple[str, ...] = ()
@@ -51,11 +52,8 @@ class LanguageStage:
         """Check what images and sequences take, and the language model's layout. Errors: ConfigError."""
         data, own, pool = config.data, config.language, config.adapter.spatial_pool
         require(data.order == "planned", "--data.order sequential has no index, by which conversations are packed")
-        require(
-            data.sizing == "glm" and data.grid_multiple == pool,
-            f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
-            f" {data.sizing} and {data.grid_multiple}",
-        )
+        _check_images(config)
+        _check_parts(config)
         require(own.max_tokens >= 2, f"--language.max-tokens {own.max_tokens} must be at least 2")
         require(
             own.max_tokens <= data.text_tokens_per_pack,
@@ -67,19 +65,9 @@ class LanguageStage:
             f"--language.max-patches {own.max_patches} must be from {pool**2} to"
             f" data.tokens_per_pack={data.tokens_per_pack}",
         )
-        trained = [part for part in PARTS if part not in frozen_parts(config)]
-        require(
-            bool(trained),
-            "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
-        )
         require(
             config.mmtp.depths < own.max_tokens,
             f"--mmtp.depths {config.mmtp.depths} must be below --language.max-tokens {own.max_tokens}",
-        )
-        require(
-            not config.mmtp.depths or "language" in trained,
-            f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
-            " optim.language.lr_mult is 0",
         )
         shape, parallel = language_shape(config), config.parallel
         require(
@@ -104,7 +92,14 @@ class LanguageStage:
         from data_pipeline.talks import dialog_reader
 
         if config.init:
-            check_init(config)
+            begun = check_init(config)
+            there = config.expert if begun is None or not begun.expert.every else begun.expert
+            require(
+                there == config.expert,
+                f"--init {config.init} has visual experts in every {there.every}th block with"
+                f" expert.qkv_bias={there.qkv_bias}; pass --expert.every {there.every} and --expert.qkv-bias"
+                f" {str(there.qkv_bias).lower()}, or begin with an export of its encoder",
+            )
         dialog_reader(config.language.path)
         return config
 
@@ -134,7 +129,7 @@ class LanguageStage:
         )
         model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
         fill_on_device(model, mesh, initial_weights(config, given_weights(config), {}, {}))
-        return model, Watched(config.adapter.spatial_pool)
+        return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
         """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
@@ -168,7 +163,7 @@ class LanguageStage:
 
 
 def language_shape(config: RunConfig) -> LanguageConfig:
-    """Return the shape of a run's language model, with its heads for more tokens.
+    """Return the shape of a run's language model, with its heads for more tokens and its visual experts.
 
     Errors: ConfigError when it is not there or not of a known family.
     """
@@ -179,6 +174,42 @@ def language_shape(config: RunConfig) -> LanguageConfig:
         f"--language.path {path} does not exist; pass a directory that holds config.json, weights and a tokenizer",
     )
     try:
-        return replace(read_shape(Path(path)), mmtp=config.mmtp)
+        return replace(read_shape(Path(path)), mmtp=config.mmtp, expert=config.expert)
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
+
+
+def _check_images(config: RunConfig) -> None:
+    """Check how large images are shown. Errors: ConfigError."""
+    data, own, pool = config.data, config.language, config.adapter.spatial_pool
+    square = data.sizing == "square"
+    require(
+        (square or data.sizing == "glm") and data.grid_multiple == pool,
+        f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
+        f" {data.sizing} and {data.grid_multiple}",
+    )
+    rows, columns = config.vision.base_grid
+    require(
+        not square or (rows % pool == 0 and rows * columns <= own.max_patches),
+        f"squares of vision.image_size={config.vision.image_size} px have {rows} x {columns} patches, which"
+        f" adapter.spatial_pool={pool} must divide and --language.max-patches {own.max_patches} allow",
+    )
+
+
+def _check_parts(config: RunConfig) -> None:
+    """Check which parts are trained. Errors: ConfigError."""
+    trained, every = [part for part in PARTS if part not in frozen_parts(config)], config.expert.every
+    require(
+        not every or ("language" not in trained and config.optim.expert.lr_mult > 0.0),
+        f"--expert.every {every} trains visual experts beside a language model that stays as it is: pass"
+        " --optim.language.lr-mult 0 and an optim.expert.lr_mult above 0",
+    )
+    require(
+        bool(trained or every),
+        "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
+    )
+    require(
+        not config.mmtp.depths or "language" in trained,
+        f"--mmtp.depths {config.mmtp.depths}: the heads learn with the language model, whose"
+        " optim.language.lr_mult is 0",
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import NonFiniteStep
+from cogvit.model.expert import is_expert
 from cogvit.parallel.convert import PlainTensor, Split, gather_plain, plain_tensors
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.rectangles import rectangles
@@ -59,8 +60,10 @@ class Engine:
         self._named = {tensor.name: tensor.parameter for tensor in self.tensors}
         self.schedule = Schedule(mesh, config.precision)
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
-        joint = any(module_of(tensor.name) == "language" for tensor in tensors)  # every stage has layers of it
-        groups = param_groups(named, config.optim, config.schedule, joint=joint)
+        later: tuple[Module, ...] = ()
+        if any(module_of(tensor.name) == "language" for tensor in tensors):  # every stage has layers of it
+            later = ("adapter", "language", "expert") if config.expert.every else ("adapter", "language")
+        groups = param_groups(named, config.optim, config.schedule, later=later)
         qkv_heads = {
             t.parameter: QkvHeads(t.num_heads // mesh.tp_size, t.num_kv_heads // mesh.tp_size)
             for t in self.tensors
@@ -205,8 +208,12 @@ def _parts(tensor: PlainTensor, fragment: Fragment, values: Tensor, mesh: Mesh) 
 
 
 def module_of(name: str) -> Module:
-    """Return the module whose rates a parameter has, from the first part of its plain name."""
+    """Return the module whose rates a parameter has, from its plain name; tokens around images go with the adapter."""
     first = name.split(".")[0]
+    if is_expert(name):
+        return "expert"
+    if first == "frame":
+        return "adapter"
     if first in ("vision", "text", "adapter", "language"):
         return cast(Module, first)
     return "temperature" if first == "log_t" else "bias" if first == "bias" else "projection"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from cogvit.config import RunConfig, load_config
-from cogvit.config.recipe import PARTS
+from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.chat import image_token_id
+from cogvit.model.expert import beginning_of, is_expert
+from cogvit.model.frame import ImageFrame
 from cogvit.model.hub import dtype_of
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
 from cogvit.model.layouts.causal_lm import read_shape
@@ -48,10 +50,30 @@ def given_weights(config: RunConfig) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     if config.init:
         started = initial_towers(config)
-        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in PARTS}
-    if any(name.startswith("language.") for name in found):
-        return found
-    return ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language.")))  # both are only read
+        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame")}
+    if any(name.startswith("language.") and not is_expert(name) for name in found):
+        return _Grown(found)
+    # Both are only read.
+    return _Grown(ChainMap(found, cast(Any, CausalLMFile(Path(config.language.path), "language."))))
+
+
+class _Grown(Mapping[str, Tensor]):
+    """Weights with those of visual experts, which begin as the language model's where nobody gives them."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self._given = given
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._given[name if name in self._given else beginning_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._given or (isinstance(name, str) and beginning_of(name) in self._given)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
 
 
 def is_joint(path: Path) -> bool:
@@ -78,7 +100,8 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
     directory = Path(config.language.path)
-    shape, tokenizer = replace(read_shape(directory), mmtp=config.mmtp), load_tokenizer(directory)
+    shape = replace(read_shape(directory), mmtp=config.mmtp, expert=config.expert)
+    tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
     vision = CogViT(config.vision)
@@ -90,23 +113,33 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
         names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
     spoken = _weights(config, checkpoint, "language", {})
     language = CausalLM.from_weights(shape, {name: spoken[name] for name in names})
-    model = VisionLanguageModel(vision, adapter, language, image_token_id(tokenizer), limits_of(config), tokenizer)
+    frame = None
+    if config.expert.every:
+        frame = ImageFrame(shape.embed_dim)
+        load_checked(frame, _weights(config, checkpoint, "frame", drawn("frame", frame, config)))
+    limits, token_id = limits_of(config), image_token_id(tokenizer)
+    model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame)
     return model.to(dtype_of(dtype)).eval()
 
 
-def limits_of(config: RunConfig) -> ImageLimits:
+def limits_of(config: RunConfig) -> ImageSize:
     """Return how large a run of stage 3 shows images, which its export repeats; of several budgets the largest."""
     patch_px, data = config.vision.patch_size, config.data
+    if data.sizing == "square":
+        return SquareImages(patch_px * config.adapter.spatial_pool, config.vision.image_size)
     least = max(data.min_patches, 1) * patch_px**2
     return ImageLimits(patch_px * config.adapter.spatial_pool, least, data.max_patches * patch_px**2)
 
 
 def _weights(config: RunConfig, checkpoint: Folder, part: str, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them."""
+    """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them.
+
+    Of a frozen language model the experts are stored.
+    """
     stored = weights(checkpoint, f"{part}.")
-    if stored:
+    if stored and not (part == "language" and part in frozen_parts(config)):
         return stored
     check_source(config, "language.path" if part == "language" else "init")
     began = given_weights(config)
     given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()}
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()} | stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
 
-Module = Literal["vision", "text", "projection", "temperature", "bias", "adapter", "language"]
+Module = Literal["vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert"]
 Kind = Literal["muon", "adamw", "sgd"]
 Role = Literal["block_matrix", "matrix", "vector"]
 
@@ -23,7 +23,10 @@ _ROLES: dict[Module, tuple[Role, ...]] = {
     "bias": ("vector",),
     "adapter": ("matrix", "vector"),
     "language": ("block_matrix", "matrix", "vector"),
+    "expert": ("block_matrix", "vector"),
 }
+_EARLY: tuple[Module, ...] = ("vision", "text", "projection", "temperature", "bias")  # every run has their groups
+
 
 MASTER = "master"  # what the fp32 parameter is called beside its moments
 
@@ -71,15 +74,15 @@ def param_groups(
     config: OptimConfig,
     schedule: ScheduleConfig,
     *,
-    joint: bool = False,
+    later: Collection[Module] = (),
 ) -> list[ParamGroup]:
     """Sort parameters into groups: the same list in the same order for every model and stage, empty groups included.
 
     named: name, parameter and module of every trainable parameter of this rank. A module has one group per role.
-    joint: whether the run has a language model behind an adapter; the same on all ranks.
+    later: modules that came with stage 3, of which the run has these; the same on all ranks.
     """
-    # A norm over groups is rounded by how many there are: runs without these modules keep their bits.
-    roles_of = {module: roles for module, roles in _ROLES.items() if joint or module not in ("adapter", "language")}
+    # A norm over groups is rounded by how many there are: runs without the later modules keep their bits.
+    roles_of = {module: roles for module, roles in _ROLES.items() if module in _EARLY or module in later}
     members: dict[tuple[Module, Role], list[Parameter]] = {
         (module, role): [] for module, roles in roles_of.items() for role in roles
     }
@@ -98,6 +101,7 @@ def module_config(module: Module, config: OptimConfig) -> ModuleConfig:
         "bias": config.bias,
         "adapter": config.adapter,
         "language": config.language,
+        "expert": config.expert,
     }[module]
 
 

@@ -155,7 +155,8 @@ def check_init(config: RunConfig) -> RunConfig | None:
     if run is not None and not list_checkpoints(folder_of(path)):
         raise CheckpointError(f"--init {path} has no complete checkpoint in {folder_of(path)}")
     cfg = read_model_config(path) if run is None else run.vision
-    shape = ["patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "norm", "mlp", "position", "use_cls_token"]
+    blocks = ("norm", "norm_after", "mlp", "position")
+    shape = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "use_cls_token", *blocks)
     differences = [
         f"{name}: {getattr(cfg, name)!r} there, {getattr(config.vision, name)!r} here"
         for name in shape

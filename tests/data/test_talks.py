@@ -18,6 +18,7 @@ from cogvit import ImageLimits
 from cogvit.batch import Batch, DataPosition, StepBatch, pad_step
 from cogvit.config import RunConfig
 from cogvit.errors import DataError
+from cogvit.model.config import ExpertConfig
 from cogvit.model.dialog import Dialog
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.index import Index
@@ -131,6 +132,29 @@ def test_counts_are_exact_and_the_plan_knows_them(corpus: Index, language: Path)
     spec = plan_spec(config)
     frozen = replace(config, optim=replace(config.optim, vision=replace(config.optim.vision, lr_mult=0.0)))
     assert spec.language is not None and plan_spec(frozen).language.vision_passes == 1
+
+
+def test_with_experts_learned_tokens_stand_around_every_image(corpus: Index, language: Path) -> None:
+    config = stage3("", language)
+    framed = replace(config, expert=ExpertConfig(1))
+    plain, loader = (step_loader(corpus, one, reads="conversations") for one in (config, framed))
+    assert loader.plan_hash != plain.plan_hash
+    for number, step in enumerate(take(corpus, framed, 2)):
+        lengths: dict[int, int] = {}
+        for batch in step.micro:
+            sequence = batch.sequence
+            assert sequence is not None and sequence.expert is not None and sequence.host is not None
+            sizes = [rows * columns // 4 + 2 for rows, columns in batch.images.grid_hw.tolist() if rows]
+            rows_S = sequence.visual_row
+            assert sorted(rows_S[rows_S >= 0].tolist()) == list(range(sum(sizes)))
+            ends = torch.isin(rows_S, torch.tensor(sizes).cumsum(0) - 1)
+            # All tokens of an image but the last go through the experts.
+            assert torch.equal(sequence.expert, (rows_S >= 0) & ~ends)
+            assert sequence.host.experts == int(sequence.expert.sum()) == sum(sizes) - len(sizes)
+            bounds = sequence.cu_seqlens.tolist()
+            lengths |= {key: bounds[n + 1] - bounds[n] for n, key in enumerate(sequence.key.tolist())}
+        planned = loader.planner.batch(number)
+        assert [lengths[key] for key in planned.key.tolist()] == planned.tokens.tolist()
 
 
 def test_a_longer_sample_loses_its_end_and_images_there_are_counted(tmp_path: Path, language: Path) -> None:

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvit import AdapterConfig, CausalLM, LanguageConfig, PackedSequence, VisionLanguageModel
 from cogvit.errors import CheckpointError
-from cogvit.model.config import MmtpConfig
+from cogvit.model.config import ExpertConfig, MmtpConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.expert import expert_rows, is_expert
 from cogvit.model.image_input import pack_shown
 from cogvit.model.language import rows_of
-from cogvit.model.language_config import CrossConfig, ExpertConfig, Family
+from cogvit.model.language_config import CrossConfig, Family
 from cogvit.model.packing import pack_images
 from cogvit.model.sequence import expert_tokens, part_positions, parts_of_row
 from tests.language import IMAGE_ID, conversation, picture, tiny_vlm

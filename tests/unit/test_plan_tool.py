@@ -58,7 +58,7 @@ def test_flops_of_muon_are_those_of_its_matrices(qkv: Literal["split", "heads", 
                 parts = parts_of_qkv(parameter, QkvHeads(4, 4), qkv) if "qkv" in name else [parameter]
                 for part in parts:
                     newton_schulz(part)
-    assert counter.get_total_flops() == muon_flops(model, cfg.num_heads, qkv) > 0
+    assert counter.get_total_flops() == muon_flops(model.named_parameters(), cfg.num_heads, qkv) > 0
 
 
 def loads_of(config: RunConfig) -> list[Load]:

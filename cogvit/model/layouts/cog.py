@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogvit.errors import CheckpointError
-from cogvit.model.config import AdapterConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.eva import EvaConfig
-from cogvit.model.language_config import ExpertConfig, LanguageConfig
+from cogvit.model.language_config import LanguageConfig
 from cogvit.model.layouts.causal_lm import special_ids
 from cogvit.model.layouts.parts import Parts, Shapes
 from cogvit.model.questions import Questions

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cogvit.errors import CheckpointError
-from cogvit.model.config import AdapterConfig
-from cogvit.model.language_config import ExpertConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.layouts import cogvlm
 from cogvit.model.layouts.cog import CogShape, config_values, read_language, read_vision
 from cogvit.model.layouts.parts import Parts, Shapes

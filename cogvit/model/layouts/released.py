@@ -65,6 +65,7 @@ def fitting_layout(shape: CogShape) -> Layout:
     layout: Layout = "cogagent" if shape.cross is not None else "cogvlm2" if adapter.kind == "conv" else "cogvlm"
     grouped = layout == "cogvlm2"
     kind, pool = ("conv", 2) if grouped else ("swiglu", 1)
+    base = 500000.0 if grouped else 10000.0
     biases = language.qkv_bias or language.proj_bias or language.mlp_bias
     asked = {
         "visual experts in every block": language.expert.every == 1,
@@ -73,6 +74,7 @@ def fitting_layout(shape: CogShape) -> Layout:
         "heads that fill the width": language.num_heads * language.head_dim == language.embed_dim,
         "a Llama without biases": language.family == "llama" and not biases and not language.rope_scaling,
         "a head of its own": not language.tied,
+        f"rope_base {base:g}": language.rope_base == base,
         f"an adapter of kind {kind} with spatial_pool {pool}": (adapter.kind, adapter.spatial_pool) == (kind, pool),
         "heads of 64 in the second encoder": shape.cross is None or shape.cross.head_dim == 64,
     }

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from cogvit.config import from_json
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.config import AdapterConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.image_input import ImageLimits
-from cogvit.model.language_config import ExpertConfig
 from cogvit.model.layouts import glm_ocr_full
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 
