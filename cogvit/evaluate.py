@@ -71,6 +71,7 @@ from cogvit.evaluation.samples import Samples, joined_sources, read_samples, row
 from cogvit.evaluation.subject import Subject, load_subject
 from cogvit.training.restore import untrained_towers
 from data_pipeline.index import Index, load_index
+from data_pipeline.token_counts import wording_of
 
 ANSWERED = ("caption", "vqa", "perplexity")
 TASKS = ("knn", "linear", "zeroshot", "retrieval", *ANSWERED, "distill")
@@ -212,9 +213,8 @@ def run_tasks(subject: Subject, tasks: Sequence[str], arguments: Arguments) -> E
 def spoken_results(subject: Subject, tasks: Sequence[str]) -> Evaluation:
     """Ask the language model about held-out images. Errors: DataError when nothing can be asked."""
     assert subject.joint is not None and subject.talks is not None
-    config = subject.config or RunConfig()
-    prompts, field = dict(config.language.prompts), config.data.caption_field
-    found = list(exams(subject.talks, prompts, field))
+    wording = replace(wording_of(subject.config or RunConfig()), video=subject.joint.video)
+    found = list(exams(subject.talks, wording))
     for exam in found:
         _note(f"{', '.join(tasks)}: {len(exam.asked):,} {exam.name}")
     results = answer_results(subject.joint, found, tasks)

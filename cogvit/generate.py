@@ -1,12 +1,13 @@
-"""Asks a vision-language model about pictures; the answer appears as it is made.
+"""Asks a vision-language model about pictures and videos; the answer appears as it is made.
 
-usage: python -m cogvit.generate RUN_OR_EXPORT --prompt TEXT [--image FILE[,FILE...]] [flags]
+usage: python -m cogvit.generate RUN_OR_EXPORT --prompt TEXT [--image FILE[,FILE...]] [--video FILE] [flags]
 
 RUN_OR_EXPORT is a run of stage 3, or a directory that VisionLanguageModel.from_pretrained reads: ours, a GLM-OCR of
 transformers, or a released CogVLM, CogVLM2 or CogAgent.
 
 --prompt TEXT         the question
 --image FILE,...      pictures that stand before it, of CogVLM and its family before all of the conversation
+--video FILE          mp4, avi or webm that stands behind the pictures, as frames with their times
 --history FILE        what was said before: a JSON list of {"role": "user" or "assistant", "content": TEXT}
 --template NAME       how CogVLM's family is asked: base, chat, vqa; of CogAgent chat_old too (default: as released)
 --dtype NAME          of the weights, fp32 or bf16 (default: fp32)
@@ -44,6 +45,7 @@ class Arguments:
     run_or_export: str
     prompt: str = ""
     image: str = ""
+    video: str = ""
     history: str = ""
     template: str = ""
     dtype: str = "fp32"
@@ -70,6 +72,7 @@ def generate(arguments: Arguments) -> int:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")
     images = [name for name in arguments.image.split(",") if name]
     parts: list[dict[str, Any]] = [{"type": "image", "image": Path(name)} for name in images]
+    parts += [{"type": "video", "video": arguments.video}] if arguments.video else []
     messages = [*before, {"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
     if drafted is not None and model.language.mtp is None:
         raise ConfigError(f"--draft mtp: {arguments.run_or_export} has no heads; a run with --mmtp.depths trains them")

@@ -170,7 +170,7 @@ class Corpus:
         return self.mapped[self.block[shard] + rows - self.first[shard]]
 
     def ref(self, row: int, number: int = 0) -> SampleRef:
-        """Return where the image of a sample lies, or further ones from 1 on."""
+        """Return where the image of a sample lies, or further ones and videos from 1 on."""
         shard, entry = self._entry(row)
         image = self.further(shard, row)[number - 1] if number else entry
         offset_bytes = int(image["image_block"]) * TAR_BLOCK_BYTES
@@ -178,13 +178,13 @@ class Corpus:
         return SampleRef(int(entry["sample_id"]), self.shard_path(shard), offset_bytes, size_bytes, self.version(shard))
 
     def further(self, shard: int, row: int) -> NDArray[Any]:
-        """Return MORE of the images of a sample behind its first one."""
+        """Return MORE of the images of a sample behind its first one, and of its videos, as they are shown."""
         every = self.more(shard)
         first, last = np.searchsorted(every["row"], [row - self.first[shard], row - self.first[shard] + 1])
         return every[first:last]
 
     def further_of(self, rows: Ints) -> NDArray[Any]:
-        """Return the images of some rows behind their first ones: which of the rows, number from 1, height, width."""
+        """Return FURTHER of some rows: their images behind the first ones, and videos; which row, and number from 1."""
         shard, found = self.shard_of(rows), [np.zeros(0, FURTHER)]
         for one in np.unique(shard).tolist():
             if self.fact(one, "more"):
@@ -196,7 +196,8 @@ class Corpus:
                 before = np.repeat(np.cumsum(last - first) - (last - first), last - first)
                 own["number"] = np.arange(len(own)) - before + 1
                 chosen = every[np.repeat(first, last - first) + own["number"] - 1]
-                own["height_px"], own["width_px"] = chosen["height_px"], chosen["width_px"]
+                for name in ("height_px", "width_px", "frames", "last_ms"):
+                    own[name] = chosen[name]
                 found.append(own)
         return np.concatenate(found)
 

@@ -12,7 +12,7 @@ import xxhash
 
 from data_pipeline.caption import LANGUAGES
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"CVCORPUS"
 PRELUDE = struct.Struct("<8sIIQQQQ")  # magic, version, bytes of a row, offset, size and hash of the tail, hash of these
 
@@ -35,16 +35,18 @@ ROW = np.dtype(
     ]
 )
 HASHES = np.dtype([("content_hash", np.int64), ("content_check", np.int64)])  # of the encoded image
-MORE = np.dtype(  # a further image of a conversation
+MORE = np.dtype(  # a further image of a conversation, or a video
     [
         ("row", np.uint32),  # of its sample in the shard
         ("image_block", np.uint32),
         ("size_bytes", np.uint32),
         ("height_px", np.uint16),
         ("width_px", np.uint16),
+        ("frames", np.uint32),  # of a video; 0 of an image
+        ("last_ms", np.uint32),  # when a video's last frame appears
     ]
 )
-FURTHER = np.dtype([("owner", np.int64), ("number", np.int64), ("height_px", np.int64), ("width_px", np.int64)])
+FURTHER = np.dtype([(name, np.int64) for name in ("owner", "number", "height_px", "width_px", "frames", "last_ms")])
 TAR_BLOCK_BYTES = 512
 BLOCKS_AT = 2 * ROW.itemsize  # where the first block may begin; all begin at a multiple of a row
 SHARDS = pa.schema(
@@ -59,7 +61,7 @@ SHARDS = pa.schema(
         ("captioned", pa.int64()),  # images with a caption
         ("pictured", pa.int64()),  # samples with an image
         ("spoken", pa.int64()),  # with a caption or a conversation
-        ("more", pa.int64()),  # further images
+        ("more", pa.int64()),  # further images, and videos
         ("key_bytes", pa.int64()),
         ("rows_hash", pa.uint64()),
         ("apart_hash", pa.uint64()),

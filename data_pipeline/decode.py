@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import simplejpeg
 import torch
@@ -34,6 +35,7 @@ from data_pipeline.augment import PLAIN, View
 
 __all__ = [
     "MAX_PIXELS",
+    "Encoded",
     "Header",
     "Pixels",
     "decode_patches",
@@ -49,6 +51,16 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _PHONE_JPEG = "MPO"  # a JPEG with further pictures behind the first
 _EXIF_MARK = b"Exif\0\0"
 _JPEG_MARK = b"\xff\xd8\xff"
+
+
+class Shot(Protocol):
+    """An image that is no file of its own: a frame of a video."""
+
+    def pixels(self, at_least_hw_px: tuple[int, int]) -> Pixels:
+        """Return uint8 [H, W, 3], upright, not below a size. Errors: DataError when it does not decode."""
+
+
+Encoded = bytes | Shot
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +114,19 @@ def read_image(data: bytes, at_least_hw_px: tuple[int, int] | None = None) -> Pi
         raise DataError(f"does not decode: {error}") from error
 
 
-def read_image_at(data: bytes, size_hw_px: tuple[int, int], view: View = PLAIN) -> Tensor:
+def read_image_at(data: Encoded, size_hw_px: tuple[int, int], view: View = PLAIN) -> Tensor:
     """Decode and resize, bilinear and antialiased, to uint8 [3, height, width], as a view shows the image.
 
     Errors: DataError when it does not decode.
     """
     height_px, width_px = size_hw_px
-    pixels = view.cut(read_image(data, decode_size(height_px / view.side, width_px / view.side)))
+    least = decode_size(height_px / view.side, width_px / view.side)
+    pixels = view.cut(read_image(data, least) if isinstance(data, bytes) else data.pixels(least))
     image = rearrange(torch.from_numpy(pixels), "h w c -> c h w")
     return view.finish(resize_to_grid(image, size_hw_px, patch_size=1))
 
 
-def decode_patches(data: bytes, grid_hw: tuple[int, int], patch_size_px: int, view: View = PLAIN) -> Tensor:
+def decode_patches(data: Encoded, grid_hw: tuple[int, int], patch_size_px: int, view: View = PLAIN) -> Tensor:
     """Decode, resize to a grid of patches and cut, as the student sees an image: uint8 [n, 3 * P * P].
 
     Patches go row by row, each channel-major like a flat Conv2d weight.

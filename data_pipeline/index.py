@@ -79,7 +79,7 @@ class Index:
         return found
 
     def ref(self, row: int, number: int = 0) -> SampleRef:
-        """Return where the image of a sample lies, or further ones from 1 on."""
+        """Return where the image of a sample lies, or further ones and videos from 1 on."""
         return self.corpus.ref(row, number)
 
     def name(self, row: int) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cogvit.draws import mix
 from data_pipeline.balance import attention_cost
 from data_pipeline.caption import CaptionChoice, choose_captions
+from data_pipeline.clips import Shown, shown_of
 from data_pipeline.index import Index
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import LanguageSpec, PlanSpec
@@ -22,11 +23,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """All images of B samples, sample after sample."""
+    """All images and frames of B samples, sample after sample."""
 
-    owner: Ints  # [E], which sample
-    number: Ints  # [E], of the sample's images
-    key: Ints  # [E], seed of every draw for the image; the sample's own for the first
+    shown: Shown
+    key: Ints  # [E], seed of every draw for the image; the sample's own for the first, and one for all of a video
     grid_hw: Ints  # [E, 2]
     downsized: NDArray[np.bool_]  # [E]
 
@@ -64,9 +64,9 @@ class Measure:
             return Measured(grid_hw, patches, none + 1, none, phases, downsized)
         assert self.counts is not None, "a language model's plan counts tokens"
         found = pictures(self.index, rows, key, sizing, language)
-        each = found.grid_hw.prod(axis=1)
+        each, owner = found.grid_hw.prod(axis=1), found.shown.owner
         patches, images, downsized, vision = (
-            _summed(found.owner, values, len(rows))
+            _summed(owner, values, len(rows))
             for values in (each, np.ones_like(each), found.downsized, attention_cost(each, self.spec.attention_tokens))
         )
         # A text counts one token an image, of which two around it are left over where there are such.
@@ -74,8 +74,8 @@ class Measure:
         tokens = self.counts.of(rows, choice_of(entries, key, language)) + around + patches // language.spatial_pool**2
         tokens = np.minimum(tokens, language.max_tokens)
         grid_hw = np.zeros((len(rows), 2), np.int64)
-        first = found.number == 0
-        grid_hw[found.owner[first]] = found.grid_hw[first]
+        first = found.shown.place == 0
+        grid_hw[owner[first]] = found.grid_hw[first]
         numerator, denominator = language.token_cost
         spoken = attention_cost(tokens, language.attention_tokens) * numerator // denominator
         phases = np.stack([vision * language.vision_passes, spoken], axis=1)
@@ -88,23 +88,15 @@ def choice_of(entries: NDArray[Any], key: Ints, language: LanguageSpec) -> Capti
 
 
 def pictures(index: Index, rows: Ints, key: Ints, sizing: Sizing, language: LanguageSpec) -> Pictures:
-    """Return the images of some rows; those of one sample share its patches evenly where they are too many."""
-    entries = index.take(rows)
-    further = index.corpus.further_of(rows)
-    has_one = np.flatnonzero(entries["height_px"] > 0)
-    owner = np.concatenate([has_one, further["owner"]])
-    number = np.concatenate([np.zeros(len(has_one), np.int64), further["number"]])
-    height_px = np.concatenate([entries["height_px"][has_one], further["height_px"]]).astype(np.int64)
-    width_px = np.concatenate([entries["width_px"][has_one], further["width_px"]]).astype(np.int64)
-    order = np.lexsort((number, owner))
-    owner, number, height_px, width_px = (x[order] for x in (owner, number, height_px, width_px))
-    own_key = key[owner]
-    later = number > 0
-    own_key[later] = mix(torch.from_numpy(own_key[later]), torch.from_numpy(number[later])).numpy()
-    most = language.max_patches // np.bincount(owner, minlength=len(rows))[owner]
-    grid_hw = sizing.grids(height_px, width_px, own_key, most)
-    downsized = sizing.exceeds(height_px, width_px, own_key, most)
-    return Pictures(owner, number, own_key, grid_hw, downsized)
+    """Return what is shown of some rows; what is shown of one sample shares its patches evenly where it is too much."""
+    shown = shown_of(index, rows, language.video)
+    own_key = key[shown.owner]
+    later = shown.number > 0
+    own_key[later] = mix(torch.from_numpy(own_key[later]), torch.from_numpy(shown.number[later])).numpy()
+    most = language.max_patches // np.bincount(shown.owner, minlength=len(rows))[shown.owner]
+    grid_hw = sizing.grids(shown.height_px, shown.width_px, own_key, most)
+    downsized = sizing.exceeds(shown.height_px, shown.width_px, own_key, most)
+    return Pictures(shown, own_key, grid_hw, downsized)
 
 
 def _summed(owner: Ints, values: NDArray[Any], count: int) -> Ints:

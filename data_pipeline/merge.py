@@ -373,7 +373,7 @@ def _further(table: pa.Table) -> NDArray[Any]:
     if len(more):
         more["row"] = np.repeat(np.arange(len(counts)), counts)
         more["image_block"] = pc.list_flatten(table["more_offset_bytes"]).to_numpy() // TAR_BLOCK_BYTES
-        for name in ("size_bytes", "height_px", "width_px"):
+        for name in ("size_bytes", "height_px", "width_px", "frames", "last_ms"):
             more[name] = pc.list_flatten(table[f"more_{name}"]).to_numpy()
     return more
 

@@ -16,7 +16,7 @@ from cogvit.errors import DataError
 from data_pipeline.assembly import assemble_images
 from data_pipeline.augment import augmentation_of, views_of
 from data_pipeline.balance import PackLimits
-from data_pipeline.decode import decode_patches
+from data_pipeline.decode import Encoded, decode_patches
 from data_pipeline.topology import Slice
 
 Ints = NDArray[np.int64]
@@ -61,7 +61,7 @@ def decode_pack(
     grid_hw: Ints,
     key: Ints,
     decodes: Slice | None,
-    read: Callable[[int], bytes],
+    read: Callable[[int], Encoded],
     name: Callable[[int], str],
 ) -> Decoded:
     """Pack images, of which those that other ranks decode are zeros here; without width where all are.

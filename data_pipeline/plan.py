@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cogvit.draws import mix
 from cogvit.errors import DataError
+from cogvit.model.config import VideoConfig
 from data_pipeline.balance import spread
 from data_pipeline.index import Index
 from data_pipeline.measure import Measure
@@ -93,6 +94,8 @@ def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
         del said["language"]["framed"]
     if not spec.sizing.min_patches:
         del said["sizing"]["min_patches"]
+    if spec.language is not None and spec.language.video == VideoConfig():
+        del said["language"]["video"]
     text = json.dumps([VERSION, index.content_hash(), said, seed], sort_keys=True)
     return f"{VERSION}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 

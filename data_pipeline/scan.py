@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
@@ -12,8 +14,17 @@ import xxhash
 
 from cogvit.draws import name_to_int64
 from cogvit.errors import DataError
+from cogvit.model.video import Measured, VideoReader
 from data_pipeline.caption import LANGUAGES, NO_LABEL, captions_of, label_of, not_understood, parse_metadata, source_of
-from data_pipeline.conversation import Names, conversation_of, image_names, is_conversation, spelt_bytes
+from data_pipeline.conversation import (
+    Mark,
+    Names,
+    conversation_of,
+    file_names,
+    is_conversation,
+    marks_of,
+    spelt_bytes,
+)
 from data_pipeline.decode import is_damaged_exif, read_header
 from data_pipeline.rules import Rules
 from data_pipeline.shards import Member, members_of, shard_name
@@ -21,6 +32,7 @@ from data_pipeline.table import CONVERSATION, METADATA_EXTENSIONS, MORE_COLUMNS,
 
 MAX_SIDE_PX = 2**16 - 1  # what the corpus file's rows hold
 MAX_MEMBER_BYTES = 2**32 - 1
+VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi"})
 MAX_CAPTIONS = 2**8 - 1  # of a language that a sample draws from, the first
 IMAGE_EXTENSIONS = frozenset(
     {"png", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "gif", "tif", "tiff", "bmp", "avif", "jp2", "j2k"}
@@ -45,6 +57,7 @@ class _Found:
     """What a shard holds of one key."""
 
     images: dict[str, dict[str, Any]] = field(default_factory=dict)  # columns, by what stands between key and extension
+    videos: dict[str, dict[str, Any]] = field(default_factory=dict)  # likewise
     texts: dict[str, Member] = field(default_factory=dict)  # by extension
 
 
@@ -53,7 +66,7 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
 
     Errors: DataError when it is not a sound tar.
     """
-    problems = LeftOut()
+    problems, videos = LeftOut(), VideoReader()
     found: dict[str, _Found] = {}
     for member in members_of(shard, file):
         if not member.name.isprintable():
@@ -64,10 +77,15 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
             texts = found.setdefault(member.key, _Found()).texts
             if texts.setdefault(member.extension, member) is not member:
                 problems.note(member.name, "a second json, txt or cls of the same key")
-        elif member.extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            _take_image(member, found.setdefault(member.key, _Found()).images, rules, problems)
+        elif _kind(member) in IMAGE_EXTENSIONS:
+            images = found.setdefault(member.key, _Found()).images
+            _take(member, images, problems, partial(_image, member, rules, problems))
+        elif _kind(member) in VIDEO_EXTENSIONS:
+            shots = found.setdefault(member.key, _Found()).videos
+            _take(member, shots, problems, partial(_video, member, rules, videos))
         else:
-            problems.note(member.name, "neither an image nor a caption by its name")
+            problems.note(member.name, "neither an image, a video nor a caption by its name")
+    videos.close()
     distinct: dict[int, dict[str, Any]] = {}
     for key, one in found.items():
         row = _row(key, one, rules, problems)
@@ -86,14 +104,23 @@ def scan_shard(shard: str, file: IO[bytes], default_source: str, rules: Rules) -
     return pa.Table.from_pylist(rows, schema=SCHEMA), problems
 
 
-def _take_image(member: Member, images: dict[str, dict[str, Any]], rules: Rules, problems: LeftOut) -> None:
-    """Add an image to those of its key: KEY.jpg is called "", KEY.0.jpg is called "0"."""
+def _kind(member: Member) -> str:
+    return member.extension.rpartition(".")[2]
+
+
+def _take(
+    member: Member,
+    known: dict[str, dict[str, Any]],
+    problems: LeftOut,
+    columns: Callable[[], dict[str, Any]],
+) -> None:
+    """Add an image or video to those of its key: KEY.jpg is called "", KEY.0.jpg is called "0"."""
     name = member.extension.rpartition(".")[0]
-    if name in images:
-        problems.note(member.name, "a second image of the same key")
+    if name in known:
+        problems.note(member.name, "a second image or video of the same name")
         return
     try:
-        images[name] = _image_columns(member, rules, problems)
+        known[name] = columns()
     except DataError as error:
         problems.note(member.name, str(error))
 
@@ -108,13 +135,16 @@ def _row(key: str, found: _Found, rules: Rules, problems: LeftOut) -> dict[str, 
             return None
         if talk is not None:
             return talk
+    for name in found.videos:
+        problems.note(".".join(filter(None, (key, name))), "a video without a conversation")
     for name in found.images.keys() - {""}:
         problems.note(f"{key}.{name}", "an image with a second dot in its name (keys end at the first one)")
     if "" not in found.images:
         if found.texts:
             problems.note(key, "captions without an image")
         return None
-    return found.images[""] | _caption_columns(key, found.texts, rules, problems)
+    image = {name: value for name, value in found.images[""].items() if name not in ("frames", "last_ms")}
+    return image | _caption_columns(key, found.texts, rules, problems)
 
 
 def _conversation_columns(found: _Found, rules: Rules) -> dict[str, Any] | None:
@@ -129,10 +159,17 @@ def _conversation_columns(found: _Found, rules: Rules) -> dict[str, Any] | None:
         return None  # its image serves without it, and the reason is counted there
     if not is_conversation(metadata):
         return None
-    images = _in_order(found.images, image_names(metadata))
-    conversation = conversation_of(metadata, len(images))
-    columns: dict[str, Any] = images[0] if images else _no_image(member)
-    columns |= {f"more_{name}": [image[name] for image in images[1:]] for name in MORE_COLUMNS}
+    images = _in_order(found.images, file_names(metadata, Mark.IMAGE))
+    videos = _in_order(found.videos, file_names(metadata, Mark.VIDEO))
+    conversation = conversation_of(metadata, len(images), ((),) * len(videos))
+    rest = {Mark.IMAGE: iter(images), Mark.VIDEO: iter(videos)}
+    shown = [next(rest[mark]) for mark in marks_of(metadata, len(images), len(videos))]
+    # An image that comes first has its place in the sample's row; a video never has.
+    begins = bool(shown) and not shown[0]["frames"]
+    columns: dict[str, Any] = dict(shown[0]) if begins else _no_image(member, shown)
+    columns |= {f"more_{name}": [one[name] for one in shown[begins:]] for name in MORE_COLUMNS}
+    for name in ("frames", "last_ms"):
+        columns.pop(name, None)
     columns |= {f"{language}_bytes": [] for language in LANGUAGES} | {"en_bytes": [spelt_bytes(conversation)]}
     source = source_of(metadata, rules.source_field)
     return columns | {
@@ -165,10 +202,11 @@ def _in_order(images: dict[str, dict[str, Any]], names: Names) -> list[dict[str,
     return own
 
 
-def _no_image(member: Member) -> dict[str, Any]:
-    """Return the columns of a conversation without an image; its text stands for the image's bytes."""
+def _no_image(member: Member, shown: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the columns of a conversation that begins with no image; its first video, or its text, stands for it."""
     columns: dict[str, Any] = dict.fromkeys(("offset_bytes", "size_bytes", "height_px", "width_px"), 0)
-    return columns | {"format": ""} | _hashes(member.data)
+    hashes = {name: shown[0][name] for name in ("content_hash", "content_check")} if shown else _hashes(member.data)
+    return columns | {"format": ""} | hashes
 
 
 def _hashes(data: bytes) -> dict[str, int]:
@@ -178,21 +216,26 @@ def _hashes(data: bytes) -> dict[str, int]:
     }
 
 
-def _image_columns(member: Member, rules: Rules, problems: LeftOut) -> dict[str, Any]:
+def _image(member: Member, rules: Rules, problems: LeftOut) -> dict[str, Any]:
     header = read_header(member.data)
     rules.check_size(header.height_px, header.width_px)
     if header.exif and is_damaged_exif(header.exif):
         problems.note(member.name, "damaged EXIF (the image is taken as it lies)")
-    if max(header.height_px, header.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
+    return _columns(member, Measured(header.height_px, header.width_px, 0, 0)) | {"format": header.format}
+
+
+def _video(member: Member, rules: Rules, videos: VideoReader) -> dict[str, Any]:
+    measured = videos.measure(member.data)
+    rules.check_size(measured.height_px, measured.width_px)
+    return _columns(member, measured)
+
+
+def _columns(member: Member, measured: Measured) -> dict[str, Any]:
+    """Return the columns of an image, which has no frames, or a video."""
+    if max(measured.height_px, measured.width_px) > MAX_SIDE_PX or len(member.data) > MAX_MEMBER_BYTES:
         raise DataError(f"a side is longer than {MAX_SIDE_PX:,} px, or the file than {MAX_MEMBER_BYTES:,} bytes")
-    return {
-        "format": header.format,
-        **_hashes(member.data),
-        "offset_bytes": member.offset_bytes,
-        "size_bytes": len(member.data),
-        "height_px": header.height_px,
-        "width_px": header.width_px,
-    }
+    place = {"offset_bytes": member.offset_bytes, "size_bytes": len(member.data)}
+    return {**_hashes(member.data), **place, **asdict(measured)}
 
 
 def _caption_columns(key: str, members: dict[str, Member], rules: Rules, problems: LeftOut) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cogvit.config import RunConfig
-from cogvit.model.config import CogViTConfig, TextConfig
+from cogvit.model.config import CogViTConfig, TextConfig, VideoConfig
 from cogvit.model.dialog import tokenizer_fingerprint
 from cogvit.model.pretrained_language import language_shape
 from data_pipeline.sizing import Sizing, sizing_of
@@ -31,6 +31,7 @@ class LanguageSpec:
     attention_tokens: int  # n0 of the language model
     token_cost: tuple[int, int]  # of n0 tokens over that of n0 patches, as a fraction; trained parts cost thrice
     vision_passes: int
+    video: VideoConfig
     framed: bool = False  # learned tokens stand around each image
 
 
@@ -121,5 +122,6 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
         attention_tokens=max(1, matrices // channels),
         token_cost=(language_passes * channels * shape.depth, 2 * vision.embed_dim * vision.depth),
         vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
+        video=config.video,
         framed=config.expert.every > 0,
     )

@@ -15,26 +15,26 @@ from cogvit.errors import ConfigError, DataError
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.shards import filesystem, is_pipe, is_remote, retry, shard_name
 
-VERSION = 6
+VERSION = 7
 CAPTION_EXTENSIONS = ("json", "txt")  # in the order in which captions are looked for
 CONVERSATION = len(CAPTION_EXTENSIONS)  # caption_member of a json that is a conversation
 METADATA_EXTENSIONS = (*CAPTION_EXTENSIONS, "cls")  # and labels
 _METADATA_KEY = b"cogvit.index"
 
-MORE_COLUMNS = ("offset_bytes", "size_bytes", "height_px", "width_px")
+MORE_COLUMNS = ("offset_bytes", "size_bytes", "height_px", "width_px", "frames", "last_ms")
 SCHEMA = pa.schema(  # a row a sample
     [
         ("key", pa.string()),
         ("source", pa.string()),
         ("format", pa.string()),  # as its bytes say, lower case: jpeg, png, webp, ...
         ("sample_id", pa.int64()),
-        ("content_hash", pa.int64()),  # of the encoded image, the first of several, or of the json where there is none
+        ("content_hash", pa.int64()),  # of the first file that is shown, or of the json where there is none
         ("content_check", pa.int64()),  # another hash of it: images are equal where both are
         ("offset_bytes", pa.int64()),
         ("size_bytes", pa.int64()),
         ("height_px", pa.int32()),  # upright; 0 where there is no image
         ("width_px", pa.int32()),
-        *((f"more_{name}", pa.list_(pa.int64())) for name in MORE_COLUMNS),  # further images of a conversation
+        *((f"more_{name}", pa.list_(pa.int64())) for name in MORE_COLUMNS),  # a conversation's, and its videos
         ("caption_offset_bytes", pa.int64()),
         ("caption_size_bytes", pa.int32()),
         ("caption_member", pa.int8()),  # index into CAPTION_EXTENSIONS, or CONVERSATION; -1 where nothing is said

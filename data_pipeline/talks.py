@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,7 +18,9 @@ from cogvit.model.language_config import LanguageShape
 from cogvit.model.packing import Grid
 from cogvit.model.pretrained_language import language_shape
 from cogvit.model.sequence import Part, expert_tokens, num_tokens, part_positions, tokens_ahead
+from cogvit.model.video import VideoReader
 from data_pipeline.caption import LANGUAGES
+from data_pipeline.clips import STILL, reading
 from data_pipeline.index import Index
 from data_pipeline.measure import choice_of, pictures
 from data_pipeline.pack import Made, decode_pack, pack_limits
@@ -26,7 +28,7 @@ from data_pipeline.plan import GlobalBatch
 from data_pipeline.shards import ShardReader
 from data_pipeline.sizing import Sizing
 from data_pipeline.spec import LanguageSpec, plan_spec
-from data_pipeline.token_counts import TokenCounts, open_counts, read_text
+from data_pipeline.token_counts import TokenCounts, open_counts, read_text, wording_of
 from data_pipeline.topology import Slice
 
 Ints = NDArray[np.int64]
@@ -76,8 +78,7 @@ def open_talks(index: Index, config: RunConfig, reader: ShardReader) -> Talks:
     dialogs, shape = dialog_reader(config.language.path)
     spec = plan_spec(config).language
     assert spec is not None, "stage 3 names a language model"
-    field = config.data.caption_field
-    counts = open_counts(index.corpus, dialogs, spec, field, reader)
+    counts = open_counts(index.corpus, dialogs, spec, wording_of(config), reader)
     return Talks(index, config, dialogs, shape.mrope_section is not None, spec, counts, reader)
 
 
@@ -92,56 +93,53 @@ class Talks:
     spec: LanguageSpec
     counts: TokenCounts
     reader: ShardReader
+    videos: VideoReader = field(default_factory=VideoReader)
 
     def pack(self, batch: GlobalBatch, members: Ints, decodes: Slice | None, sizing: Sizing) -> Made:
         """Read, decode and pack some samples of a batch."""
         rows, key, pool = batch.rows[members], batch.key[members], self.spec.spatial_pool
         found = pictures(self.index, rows, key, sizing, self.spec)
         grids: list[list[Grid]] = [[] for _ in rows]
-        for one, (high, wide) in zip(found.owner.tolist(), (found.grid_hw // pool).tolist(), strict=True):
+        shown = found.shown
+        for one, (high, wide) in zip(shown.owner.tolist(), (found.grid_hw // pool).tolist(), strict=True):
             grids[one].append((high, wide))
         dialogs = self._dialogs(rows, key)
         laid = [
             lay(dialog, self.dialogs.image_id, own, self.spec.max_tokens, framed=self.spec.framed)
             for dialog, own in zip(dialogs, grids, strict=True)
         ]
-        kept = np.flatnonzero(found.number < np.array([one.images for one in laid], np.int64)[found.owner])
+        kept = np.flatnonzero(shown.place < np.array([one.images for one in laid], np.int64)[shown.owner])
         # Equal grids side by side: attention on CPU runs over neighbors of one length at a time.
         order = kept[np.lexsort((*found.grid_hw[kept].T, -found.grid_hw[kept].prod(axis=1)))]
         refs = [
             self.index.ref(row, number)
-            for row, number in zip(rows[found.owner[order]].tolist(), found.number[order].tolist(), strict=True)
+            for row, number in zip(rows[shown.owner[order]].tolist(), shown.number[order].tolist(), strict=True)
         ]
-
-        def read(slot: int) -> bytes:
-            ref = refs[slot]
-            return self.reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
+        read = reading(refs, shown.time_ms[order], self.reader, self.videos)
 
         def name(slot: int) -> str:
-            return self.index.name(int(rows[found.owner[order[slot]]]))
+            row, time_ms = int(rows[shown.owner[order[slot]]]), int(shown.time_ms[order[slot]])
+            return self.index.name(row) + ("" if time_ms == STILL else f" at {time_ms / 1000:g} s")
 
         decoded = decode_pack(self.config, found.grid_hw[order], found.key[order], decodes, read, name)
         bad = decoded.images.weight.numpy()[: len(order)] == 0.0
-        broken = {*found.owner[order[bad]].tolist()}
-        first_row = np.zeros(len(found.owner), np.int64)
+        broken = {*shown.owner[order[bad]].tolist()}
+        first_row = np.zeros(len(shown.owner), np.int64)
         tokens = found.grid_hw[order].prod(axis=1) // pool**2 + (2 if self.spec.framed else 0)
         first_row[order] = np.cumsum(tokens) - tokens
-        rows_of = [first_row[found.owner == one][: laid[one].images].tolist() for one in range(len(rows))]
+        rows_of = [first_row[shown.owner == one][: laid[one].images].tolist() for one in range(len(rows))]
         sequence = self._sequence(laid, rows_of, key, broken)
         if self.config.mmtp.depths:
             sequence = replace(sequence, ahead=tokens_ahead(sequence, self.config.mmtp, tokens.tolist()))
         absent: tuple[SampleRef | None, ...] = (None,) * (pack_limits(self.config).images - len(refs))
         micro = Batch(images=decoded.images, text=None, targets=None, samples=(*refs, *absent), sequence=sequence)
-        cut, dropped = sum(one.cut for one in laid), len(found.owner) - len(order)
+        cut, dropped = sum(one.cut for one in laid), len(shown.owner) - len(order)
         return Made(micro, decoded.decoded, decoded.failures, cut, dropped)
 
     def _dialogs(self, rows: Ints, key: Ints) -> list[Dialog]:
-        choice, prompts = choice_of(self.index.take(rows), key, self.spec), dict(self.spec.prompts)
-        field = self.config.data.caption_field
+        choice, wording = choice_of(self.index.take(rows), key, self.spec), wording_of(self.config)
         return [
-            self.dialogs.read(
-                read_text(self.index.corpus, row, LANGUAGES[language], number, prompts, field, self.reader)
-            )
+            self.dialogs.read(read_text(self.index.corpus, row, LANGUAGES[language], number, wording, self.reader))
             for row, language, number in zip(
                 rows.tolist(), choice.language.tolist(), choice.number.tolist(), strict=True
             )

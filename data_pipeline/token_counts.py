@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cogvit.config import RunConfig
 from cogvit.errors import DataError
+from cogvit.model.config import VideoConfig
 from cogvit.model.dialog import Conversation, DialogReader
 from data_pipeline.caption import LANGUAGES, CaptionChoice, captions_of
+from data_pipeline.clips import frame_texts
 from data_pipeline.conversation import asked_about, conversation_of
 from data_pipeline.corpus import Corpus
 from data_pipeline.shards import ShardReader
@@ -31,6 +34,20 @@ KIND = "tokens"
 TOLD_FROM = 100_000  # texts: counting fewer takes seconds
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a sample becomes a conversation."""
+
+    prompts: dict[str, str]  # what a caption answers, by language
+    field: str  # of a json, that holds its captions: data.caption_field
+    video: VideoConfig
+
+
+def wording_of(config: RunConfig) -> Wording:
+    """Return how a run's samples become conversations."""
+    return Wording(dict(config.language.prompts), config.data.caption_field, config.video)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +65,14 @@ class TokenCounts:
 
 
 def open_counts(
-    corpus: Corpus, dialogs: DialogReader, spec: LanguageSpec, field: str, reader: ShardReader
+    corpus: Corpus, dialogs: DialogReader, spec: LanguageSpec, wording: Wording, reader: ShardReader
 ) -> TokenCounts:
-    """Return the counts as they are stored beside the corpus, or made now; field is data.caption_field.
+    """Return the counts as they are stored beside the corpus, or made now.
 
     Errors: DataError when a text cannot be read as it was indexed.
     """
-    question = json.dumps([VERSION, corpus.content, corpus.identity(), spec.tokenizer, spec.prompts, field])
+    told = [spec.tokenizer, spec.prompts, wording.field, asdict(spec.video)]
+    question = json.dumps([VERSION, corpus.content, corpus.identity(), *told])
     sizes = [len(corpus.lengths(shard)) for shard in range(corpus.num_shards)]
 
     def make() -> pa.Table:
@@ -62,7 +80,7 @@ def open_counts(
             log.warning("counting the tokens of %s texts; the next start finds them", f"{sum(sizes):,}")
         counted = [np.zeros(0, np.uint32)]
         for shard in range(corpus.num_shards):
-            texts = _texts(corpus, shard, dict(spec.prompts), field, reader)
+            texts = _texts(corpus, shard, wording, reader)
             counted.append(np.array([len(dialogs.read(text)) for text in texts], np.uint32))
         return pa.table({"tokens": np.concatenate(counted)})
 
@@ -72,7 +90,7 @@ def open_counts(
 
 
 def read_text(
-    corpus: Corpus, row: int, language: str, number: int, prompts: dict[str, str], field: str, reader: ShardReader
+    corpus: Corpus, row: int, language: str, number: int, wording: Wording, reader: ShardReader
 ) -> Conversation:
     """Read a caption of a sample, with what is asked in its language, or the sample's conversation.
 
@@ -81,22 +99,22 @@ def read_text(
     metadata, extension = corpus.metadata(row, reader)
     entry = corpus.take(np.array([row]))[0]
     if entry["caption_member"] == CONVERSATION:
-        return conversation_of(metadata, int(entry["height_px"] > 0) + len(corpus.further(corpus.shard(row), row)))
-    texts = captions_of(metadata, field if extension == "json" else "")[language]
+        more = corpus.further(corpus.shard(row), row)
+        images = int(entry["height_px"] > 0) + int((more["frames"] == 0).sum())
+        return conversation_of(metadata, images, frame_texts(more, wording.video))
+    texts = captions_of(metadata, wording.field if extension == "json" else "")[language]
     if number >= len(texts):
         raise DataError(
             f"{corpus.name(row)} has other captions than its index; pass the --data.caption-field that its shards were"
             " indexed with, or run python -m tools.index_shards again"
         )
-    return asked_about(prompts.get(language, ""), texts[number])
+    return asked_about(wording.prompts.get(language, ""), texts[number])
 
 
-def _texts(
-    corpus: Corpus, shard: int, prompts: dict[str, str], field: str, reader: ShardReader
-) -> Iterator[Conversation]:
+def _texts(corpus: Corpus, shard: int, wording: Wording, reader: ShardReader) -> Iterator[Conversation]:
     """The texts of a shard in the order of `Corpus.lengths`."""
     first = int(corpus.first[shard])
     for place, entry in enumerate(corpus.rows_of(shard)):
         for language, count in zip(LANGUAGES, entry["num_captions"].tolist(), strict=True):
             for number in range(count):
-                yield read_text(corpus, first + place, language, number, prompts, field, reader)
+                yield read_text(corpus, first + place, language, number, wording, reader)

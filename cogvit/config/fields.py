@@ -15,7 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
-from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig
+from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig, VideoConfig
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     language: LanguageTowerConfig = field(default_factory=LanguageTowerConfig)
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")

@@ -22,17 +22,20 @@ from cogvit.evaluation.examples import Example, Item
 from cogvit.evaluation.results import Evaluation, Score, score
 from cogvit.evaluation.samples import spread
 from cogvit.model.dialog import Conversation, DialogReader, Turn
+from cogvit.model.video import VideoReader
 from cogvit.model.vlm import VisionLanguageModel
 from data_pipeline.caption import LANGUAGES
+from data_pipeline.clips import reading, shown_of
 from data_pipeline.decode import read_image
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
 from data_pipeline.table import CONVERSATION
 from data_pipeline.talks import lay
-from data_pipeline.token_counts import read_text
+from data_pipeline.token_counts import Wording, read_text
 
 MOST_ASKED = 400  # of a source in a language
 _LONGEST_ANSWER = 64  # tokens
+_LEAST_PX = (512, 512)  # frames of videos are not halved below it
 _AT_ONCE = 32  # prompts side by side
 _SHOWN = 4  # of each kind, in a report
 Images = tuple[Image.Image, ...]
@@ -73,28 +76,26 @@ class Exam:
         return [one.blind(self.asked[after[place]].images) for place, one in enumerate(self.asked)]
 
 
-def exams(index: Index, prompts: dict[str, str], field: str) -> Iterator[Exam]:
-    """Yield what can be asked of held-out samples, evenly spread; images that do not decode are left out.
-
-    prompts: what a caption answers, by language.
-    """
-    reader = ShardReader()
+def exams(index: Index, wording: Wording) -> Iterator[Exam]:
+    """Yield what can be asked of held-out samples, evenly spread; those whose images do not decode are left out."""
+    reader, videos = ShardReader(), VideoReader()
     for source in index.sources:
         rows = index.rows_of(source)
         entries = index.take(rows)
         talks = spread(rows[entries["caption_member"] == CONVERSATION], MOST_ASKED)
         if len(talks):
-            asked = [_talk(read_text(index.corpus, row, "en", 0, {}, field, reader)) for row in talks.tolist()]
-            yield Exam("vqa", source, list(_shown(index, talks, asked, reader)))
+            asked = [_talk(read_text(index.corpus, row, "en", 0, wording, reader)) for row in talks.tolist()]
+            yield Exam("vqa", source, list(_shown(index, talks, asked, wording, reader, videos)))
         captioned = (entries["caption_member"] >= 0) & (entries["caption_member"] != CONVERSATION)
         for number, language in enumerate(LANGUAGES):
             chosen = spread(rows[captioned & (entries["num_captions"][:, number] > 0)], MOST_ASKED)
             if len(chosen):
                 found = []
                 for row in chosen.tolist():
-                    texts = index.corpus.captions(row, reader, field)[language]
-                    found.append((read_text(index.corpus, row, language, 0, prompts, field, reader)[:-1], texts))
-                yield Exam("caption", f"{source}_{language}", list(_shown(index, chosen, found, reader)))
+                    texts = index.corpus.captions(row, reader, wording.field)[language]
+                    found.append((read_text(index.corpus, row, language, 0, wording, reader)[:-1], texts))
+                shown = list(_shown(index, chosen, found, wording, reader, videos))
+                yield Exam("caption", f"{source}_{language}", shown)
 
 
 def answer_results(model: VisionLanguageModel, found: Sequence[Exam], tasks: Sequence[str]) -> Evaluation:
@@ -130,15 +131,19 @@ def answer_examples(model: VisionLanguageModel, found: Sequence[Exam]) -> list[E
         chosen = [exam.asked[place] for place in np.linspace(0, len(exam.asked) - 1, _SHOWN + 2).astype(int)[1:-1]]
         for one, said in zip(chosen, answers(model, chosen), strict=True):
             question = " ".join(part for turn in one.turns for part in turn.parts if part)
-            png = _png(one.images[0]) if one.images else None
+            png = _png(one.images) if one.images else None
             right = exact([said], [one.right]) == 1.0
             shown.append(Example(Item(question, png), (Item(said, right=right), Item(f"({one.right[0]})"))))
     return shown
 
 
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
+def _png(images: Images) -> bytes:
+    """Several images side by side."""
+    spread_px = [round(image.width * images[0].height / image.height) for image in images]
+    strip, data = Image.new("RGB", (sum(spread_px), images[0].height)), io.BytesIO()
+    for place, (image, width_px) in enumerate(zip(images, spread_px, strict=True)):
+        strip.paste(image.resize((width_px, strip.height)), (sum(spread_px[:place]), 0))
+    strip.save(data, "PNG")
     return data.getvalue()
 
 
@@ -186,16 +191,24 @@ def _talk(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
 
 
 def _shown(
-    index: Index, rows: NDArray[np.int64], asked: Sequence[tuple[Conversation, tuple[str, ...]]], reader: ShardReader
+    index: Index,
+    rows: NDArray[np.int64],
+    asked: Sequence[tuple[Conversation, tuple[str, ...]]],
+    wording: Wording,
+    reader: ShardReader,
+    videos: VideoReader,
 ) -> Iterator[Asked]:
     """Questions with their images; those whose images do not decode are left out."""
     for row, (turns, right) in zip(rows.tolist(), asked, strict=True):
         images = []
+        shown = shown_of(index, np.array([row]), wording.video)
+        count = sum(turn.parts.count(None) for turn in turns)
+        refs = [index.ref(row, number) for number in shown.number[:count].tolist()]
+        read = reading(refs, shown.time_ms[:count], reader, videos)
         try:
-            for number in range(sum(turn.parts.count(None) for turn in turns)):
-                ref = index.ref(row, number)
-                data = reader.read(ref.shard, ref.offset_bytes, ref.size_bytes, ref.version)
-                images.append(Image.fromarray(read_image(data)))
+            for number in range(count):
+                data = read(number)
+                images.append(Image.fromarray(read_image(data) if isinstance(data, bytes) else data.pixels(_LEAST_PX)))
         except DataError:
             continue
         yield Asked(turns, tuple(images), right)

@@ -1,17 +1,21 @@
 """Conversations as the tokens of a prompt, by the chat template of a transformers tokenizer.
 
 Messages are OpenAI-style: {"role": "user", "content": text or parts}; a part is {"type": "text", "text": ...},
-{"type": "image", "image": PIL image or path} or {"type": "image_url", "image_url": path or data URL, or {"url": ...}}.
+{"type": "image", "image": PIL image or path}, {"type": "image_url", "image_url": path or data URL, or {"url": ...}} or
+{"type": "video", "video": path}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from cogvit.errors import DataError
+from cogvit.model.config import VideoConfig
 from cogvit.model.image_input import rgb_image
+from cogvit.model.video import shown_parts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,17 +42,18 @@ def image_token_id(tokenizer: Any) -> int:
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def read_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
+def read_prompt(tokenizer: Any, messages: Sequence[Message], video: VideoConfig) -> Prompt:
     """Return a conversation as the prompt of its next answer.
 
-    Errors: DataError when a message or part is none, an image cannot be read, a text holds the image token, or the
-    tokenizer has no chat template or image token.
+    video: which frames of videos are shown.
+    Errors: DataError when a message or part is none, an image or video cannot be read, a text holds the image token,
+    or the tokenizer has no chat template or image token.
     """
     check_template(tokenizer)
     token_id, images = image_token_id(tokenizer), []
     plain: list[dict[str, Any]] = []
     for message in messages:
-        parts = list(message_parts(message))
+        parts = [one for part in message_parts(message) for one in shown_parts(part, video)]
         images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         plain.append(in_plain_parts(tokenizer, message["role"], shown))
@@ -94,8 +99,12 @@ def message_parts(message: Message) -> Iterator[dict[str, Any]]:
                 yield {"type": "image", "image": image}
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
                 yield {"type": "image", "image": url}
+            case {"type": "video", "video": str() | PathLike() as path}:
+                yield {"type": "video", "video": path}
             case _:
-                raise DataError(f"{str(part)[:60]!r} is no part of a message; expected a text, image or image_url part")
+                raise DataError(
+                    f"{str(part)[:60]!r} is no part of a message; expected a text, image, image_url or video part"
+                )
 
 
 def _spelt(part: Mapping[str, Any], tokenizer: Any) -> str:

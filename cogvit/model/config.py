@@ -231,6 +231,33 @@ class MmtpConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """Which frames of a video are shown.
+
+    Attributes:
+        frames: the most of a video; they are spread evenly from the first to the last unless `every_s` says otherwise.
+        every_s: seconds from one to the next; 0 spreads them evenly.
+        first_s: what comes after so many seconds is not looked at; 0 looks at all.
+        times: the time of each frame stands before it as text.
+
+    Errors: ValueError when a number is out of range.
+    """
+
+    frames: int = 24
+    every_s: float = 0.0
+    first_s: float = 60.0
+    times: bool = True
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"video.frames={self.frames} must be at least 1")
+        for name, least in (("every_s", 0.001), ("first_s", 0.001)):
+            value = getattr(self, name)
+            if value != 0.0 and not least <= value < math.inf:
+                raise ValueError(f"video.{name}={value} must be 0, or {least} or above")
+
+
+@dataclass(frozen=True)
 class ExpertConfig:
     """A visual expert: projections of attention and an MLP of their own for image tokens.
 

@@ -49,8 +49,8 @@ class Drafted:
 
     @property
     def accepted_length(self) -> float:
-        """Tokens a pass, the model's own among them: 1 where no draft was right."""
-        return self.tokens / max(self.passes, 1)
+        """Tokens a pass, the model's own among them: 1 where no draft was right, or nothing was drafted."""
+        return self.tokens / self.passes if self.passes else 1.0
 
     def __str__(self) -> str:
         return f"accepted length {self.accepted_length:.2f}: {self.tokens} tokens in {self.passes} passes"

@@ -70,6 +70,8 @@ def read_questions(tokenizer: Any, messages: Sequence[Message], questions: Quest
         for part in message_parts(message):
             if part["type"] == "image":
                 images.append(rgb_image(part["image"]))
+            elif part["type"] == "video":
+                raise DataError(f"{part['video']} is a video; they are shown to models with a chat template")
             else:
                 texts.append(str(part["text"]))
         if message["role"] != ("user", "assistant")[number % 2]:

@@ -16,7 +16,7 @@ from cogvit.errors import CheckpointError
 from cogvit.model.adapter import PatchGroups, fitted_adapter
 from cogvit.model.attention import Segments, segments_of
 from cogvit.model.chat import Message, image_token_id, read_prompt
-from cogvit.model.config import AdapterConfig, ExpertConfig
+from cogvit.model.config import AdapterConfig, ExpertConfig, VideoConfig
 from cogvit.model.cross import CrossRows
 from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.eva import EvaEncoder
@@ -64,6 +64,7 @@ class VisionLanguageModel(nn.Module):
         cross: a second encoder, whose rows the language model's cross attention looks at; None without.
         questions: how conversations are read where it is not by a chat template.
         released: the files that it came from, where these are of a released layout.
+        video: which frames of videos are shown.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class VisionLanguageModel(nn.Module):
         cross: EvaEncoder | None = None,
         questions: Questions | None = None,
         released: Released | None = None,
+        video: VideoConfig | None = None,
     ) -> None:
         """Put the modules together.
 
@@ -113,6 +115,7 @@ class VisionLanguageModel(nn.Module):
         self.vision, self.adapter, self.language = vision, adapter, language
         self.image_token_id, self.limits, self.tokenizer = image_token_id, limits, tokenizer
         self.frame, self.cross, self.questions, self.released = frame, cross, questions, released
+        self.video = video or VideoConfig()
 
     @classmethod
     def joined(
@@ -240,8 +243,8 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             messages: OpenAI-style, `{"role": "user", "content": text or parts}`; a part is `{"type": "text", "text":
-                ...}`, `{"type": "image", "image": PIL image or path}` or `{"type": "image_url", "image_url": path or
-                data URL}`.
+                ...}`, `{"type": "image", "image": PIL image or path}`, `{"type": "image_url", "image_url": path or
+                data URL}` or `{"type": "video", "video": path}`.
             max_new_tokens: of the answer, its end included.
             temperature: 0 takes the most likely token; above 0 it draws.
             top_p: draws among the most likely tokens that have this much of the probability together.
@@ -316,7 +319,7 @@ class VisionLanguageModel(nn.Module):
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one, or ask it for logits")
         if self.questions is None:
-            prompt = read_prompt(self.tokenizer, messages)
+            prompt = read_prompt(self.tokenizer, messages, self.video)
         else:
             prompt = read_questions(self.tokenizer, messages, self.questions, self.image_token_id)
         lengths = iter([self.num_visual_tokens(image) for image in prompt.images])
@@ -352,6 +355,7 @@ class VisionLanguageModel(nn.Module):
             self.cross,
             self.questions,
             self.released,
+            self.video,
         )
 
     def save_glm_ocr_full(self, directory: str | Path) -> None:

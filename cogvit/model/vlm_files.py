@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
-from cogvit.model.config import ExpertConfig
+from cogvit.model.config import ExpertConfig, VideoConfig
 from cogvit.model.eva import EvaEncoder
 from cogvit.model.eva_training import eva_encoder
 from cogvit.model.expert import is_expert
@@ -43,6 +43,7 @@ class VlmParts(NamedTuple):
     cross: EvaEncoder | None = None
     questions: Questions | None = None
     released: released.Released | None = None
+    video: VideoConfig = VideoConfig()
 
     def modules(self) -> nn.ModuleDict:
         """Return what has weights, under the names of a `VisionLanguageModel`."""
@@ -92,7 +93,9 @@ def save_ours(root: Path, parts: VlmParts) -> None:
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(root / vision_language.LANGUAGE)
     adapter = adapter_config(parts.adapter)
-    vision_language.write(root, parts.image_token_id, parts.limits, adapter, parts.adapter.state_dict())
+    sizes, video = (parts.limits.min_pixels, parts.limits.max_pixels), parts.video
+    joint = vision_language.Joint(parts.image_token_id, *sizes, adapter, parts.adapter.state_dict(), video)
+    vision_language.write(root, joint)
 
 
 def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -> None:
@@ -167,7 +170,7 @@ def _read_ours(root: Path) -> VlmParts:
     load_checked(adapter, joint.weights)
     limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
     tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
-    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame)
+    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, video=joint.video)
 
 
 def _read_grown(root: Path) -> tuple[CausalLM | PretrainedLanguage, ImageFrame | None]:

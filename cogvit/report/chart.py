@@ -13,6 +13,12 @@ WIDTH, HEIGHT = 400, 216  # viewBox units; text of 12 units stays readable on a 
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24
 NUM_COLORS = 6  # --series-1 ... of the page
 MAX_POINTS = 300
+_NAME_WIDTH = 150  # of a line's name below a picture
+_FILE_STYLE = (
+    ":root{--series-1:#2a6fdb;--series-2:#d9622b;--series-3:#17936a;--series-4:#8a55c8;--series-5:#b8860b;"
+    "--series-6:#c23b6b}text{fill:#686b70;font:11.5px sans-serif}.title{fill:#1c1d1f;font-size:13px}"
+    "path{fill:none;stroke-width:2;stroke-linejoin:round}.raw{stroke-width:1;opacity:.3}.grid{stroke:#e4e4e1}"
+)
 
 
 @dataclass(frozen=True)
@@ -41,21 +47,47 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
     lines = [line for line in series if line.y]
     if not lines:
         return ""
+    label = f"{title}, steps {number(lines[0].x[0])} to {number(lines[0].x[-1])}"
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b>{_legend(lines)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{_body(lines)}</svg></figure>'
+    )
+
+
+def svg_picture(charts: Sequence[tuple[str, Sequence[Series]]]) -> str:
+    """Return an SVG file of titled charts side by side, whose colors are its own; no line may be empty.
+
+    All charts have the same lines, at most NUM_COLORS; they are named once, below.
+    """
+    parts = [f'<rect width="100%" height="100%" fill="#fff"/><style>{_FILE_STYLE}</style>']
+    for place, (title, lines) in enumerate(charts):
+        parts.append(f'<text class="title" x="{place * WIDTH + LEFT}" y="16">{escape(title)}</text>')
+        parts.append(f'<svg x="{place * WIDTH}" y="24" width="{WIDTH}" height="{HEIGHT}">{_body(lines)}</svg>')
+    for color, line in enumerate(charts[0][1]):
+        x, y = LEFT + color * _NAME_WIDTH, HEIGHT + 40
+        parts.append(f'<path class="line" {_stroke(color)} d="M{x} {y - 4}h20"/><text x="{x + 26}" y="{y}">')
+        parts.append(f"{escape(line.name)}</text>")
+    width = max(len(charts) * WIDTH, LEFT + len(charts[0][1]) * _NAME_WIDTH)
+    size = f'viewBox="0 0 {width} {HEIGHT + 52}" width="{width}" height="{HEIGHT + 52}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
+
+
+def _body(lines: Sequence[Series]) -> str:
+    """The grid and the lines of a chart."""
     x_axis = linear_axis(min(line.x[0] for line in lines), max(line.x[-1] for line in lines), ends="values")
     low, high = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
     y_axis = log_axis(low, high) if low > 0 and high > 50 * low else linear_axis(min(low, 0.0), high, ends="round")
     body = _grid(x_axis, y_axis)
     for color, line in enumerate(lines):
-        stroke = f'style="stroke:var(--series-{color % NUM_COLORS + 1})"'
         if line.noisy:
-            body += f'<path class="raw" {stroke} d="{_path(line.x, line.y, x_axis, y_axis)}"/>'
+            body += f'<path class="raw" {_stroke(color)} d="{_path(line.x, line.y, x_axis, y_axis)}"/>'
         smooth = running_mean(line.y) if line.noisy else line.y
-        body += f'<path class="line" {stroke} d="{_path(line.x, smooth, x_axis, y_axis)}"/>'
-    label = f"{title}, steps {number(lines[0].x[0])} to {number(lines[0].x[-1])}"
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b>{_legend(lines)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{body}</svg></figure>'
-    )
+        body += f'<path class="line" {_stroke(color)} d="{_path(line.x, smooth, x_axis, y_axis)}"/>'
+    return body
+
+
+def _stroke(color: int) -> str:
+    return f'style="stroke:var(--series-{color % NUM_COLORS + 1})"'
 
 
 def linear_axis(low: float, high: float, *, ends: Literal["values", "round"]) -> Axis:

@@ -36,7 +36,7 @@ class LanguageStage:
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "mmtp.", "expert.", "memory.language.", "optim.adapter.", "optim.language.",
+        "language.", "adapter.", "mmtp.", "expert.", "video.", "memory.language.", "optim.adapter.", "optim.language.",
         "optim.expert.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
@@ -151,10 +151,10 @@ class LanguageStage:
     def examples(self, subject: Subject) -> list[Example]:
         """What is said of held-out images."""
         from cogvit.evaluation.answers import answer_examples, exams
+        from data_pipeline.token_counts import wording_of
 
         assert subject.joint is not None and subject.config is not None and subject.talks is not None
-        config = subject.config
-        found = exams(subject.talks, dict(config.language.prompts), config.data.caption_field)
+        found = exams(subject.talks, wording_of(subject.config))
         return answer_examples(subject.joint, list(found))
 
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:

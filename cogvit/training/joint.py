@@ -128,7 +128,7 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
         frame = ImageFrame(language.cfg.embed_dim)
         load_checked(frame, _weights(config, checkpoint, "frame", drawn("frame", frame, config)))
     limits, token_id = limits_of(config), image_token_id(tokenizer)
-    model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame)
+    model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, video=config.video)
     return model.to(dtype_of(dtype)).eval()
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from cogvit.errors import DataError
+from cogvit.model.config import VideoConfig
 from cogvit.model.dialog import Turn
-from data_pipeline.conversation import conversation_of, image_names
+from data_pipeline.conversation import Mark, conversation_of, file_names
 from data_pipeline.index import load_index
 from data_pipeline.loader import usable_index
 from data_pipeline.scan import scan_shard
 from data_pipeline.shards import ShardReader
-from data_pipeline.token_counts import read_text
+from data_pipeline.token_counts import Wording, read_text
 from tests.conversations import TWO_TURNS, indexed, said, talk, write_talks
 from tests.data.corpus import ANY_SIZE, members, picture, write_tar
 
@@ -33,10 +34,10 @@ def test_both_forms_say_the_same() -> None:
 
 def test_images_are_named_in_parts_or_beside_them() -> None:
     parts = [{"type": "image", "image": "x.0.jpg"}, {"type": "image_url", "image_url": "x.1.jpg"}]
-    assert image_names({"messages": said(parts, "a")}) == ("x.0.jpg", "x.1.jpg")
-    assert image_names({"image": "coco/1.jpg", "conversations": []}) == ("coco/1.jpg",)
-    assert image_names({"images": ["a", "b"], "messages": said(parts, "a")}) == ("a", "b")
-    assert image_names({"messages": said("<image> what", "a")}) == ()
+    assert file_names({"messages": said(parts, "a")}, Mark.IMAGE) == ("x.0.jpg", "x.1.jpg")
+    assert file_names({"image": "coco/1.jpg", "conversations": []}, Mark.IMAGE) == ("coco/1.jpg",)
+    assert file_names({"images": ["a", "b"], "messages": said(parts, "a")}, Mark.IMAGE) == ("a", "b")
+    assert file_names({"messages": said("<image> what", "a")}, Mark.IMAGE) == ()
 
 
 BAD: list[tuple[Any, int, str]] = [
@@ -109,7 +110,7 @@ def test_each_stage_sees_what_it_can_read(tmp_path: Path) -> None:
     assert counts == {"images": 28, "captions": 20, "conversations": 36}
     assert "left out: 16 x no caption" in usable_index(index, "captions").describe()
     row = next(row for row in index.rows_of().tolist() if index.name(row).endswith(":two3"))
-    text = read_text(index.corpus, row, "en", 0, {}, "", ShardReader())
+    text = read_text(index.corpus, row, "en", 0, Wording({}, "", VideoConfig()), ShardReader())
     assert text == conversation_of({"conversations": TWO_TURNS}, 2)
     assert index.corpus.captions(row, ShardReader()) == {"en": (), "zh": ()}
 

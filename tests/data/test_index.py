@@ -127,7 +127,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert report.num_images == 4
     assert sum(report.problems.values()) == 14
     assert report.problems["an image with a second dot in its name (keys end at the first one)"] == 2
-    assert report.problems["neither an image nor a caption by its name"] == 2
+    assert report.problems["neither an image, a video nor a caption by its name"] == 2
     assert report.problems["a sample's json does not parse"] == 2
     assert report.problems["a second image of the same key"] == 1
     assert report.problems["captions without an image"] == 1

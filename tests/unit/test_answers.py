@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from cogvit.config import RunConfig
 from cogvit.evaluation.answers import answer_results, answers, exact, exams, nats_a_token
 from cogvit.evaluation.cider import cider, words
+from cogvit.model.config import VideoConfig
 from cogvit.model.dialog import Turn
+from data_pipeline.token_counts import Wording
 from tests.conversations import indexed, write_talks
 from tests.language import tiny_vlm
 
 PROMPTS = dict(RunConfig().language.prompts)
+WORDING = Wording(PROMPTS, "", VideoConfig())
 
 
 def test_words_are_words_in_both_languages() -> None:
@@ -44,7 +47,7 @@ def test_cider_of_two_images_by_hand() -> None:
 
 def test_what_can_be_asked_of_held_out_samples(tmp_path: Path) -> None:
     index = indexed(write_talks(tmp_path))
-    found = {f"{exam.task}_{exam.name}": exam for exam in exams(index, PROMPTS, "")}
+    found = {f"{exam.task}_{exam.name}": exam for exam in exams(index, WORDING)}
     assert {name: len(exam.asked) for name, exam in found.items()} == {
         "caption_captions_en": 20, "caption_captions_zh": 10, "vqa_talks": 16,
     }  # fmt: skip
@@ -60,7 +63,7 @@ def test_what_can_be_asked_of_held_out_samples(tmp_path: Path) -> None:
 
 def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tmp_path: Path) -> None:
     index, model = indexed(write_talks(tmp_path, captions=6, talks=2)), tiny_vlm()
-    found = list(exams(index, PROMPTS, ""))
+    found = list(exams(index, WORDING))
     asked = [one for exam in found for one in exam.asked]
     together = answers(model, asked)
     for one, said in list(zip(asked, together, strict=True))[::4]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cogvit import VisionLanguageModel
 from cogvit.config.arguments import run_command
 from cogvit.generate import Arguments, generate
+from cogvit.model.config import VideoConfig
+from cogvit.model.video import VideoReader
+from tests.clips import clip, sound
 from tests.language import QUESTION, conversation, picture, tiny_vlm
 
 
@@ -36,6 +40,29 @@ def test_it_prints_the_models_answer(export: Path, capsys: pytest.CaptureFixture
     )
 
 
+def test_a_video_is_asked_about_as_frames_with_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_vlm(eos_ids=(0,))
+    model.video = VideoConfig(frames=2, first_s=0.5)
+    model.save_pretrained(tmp_path / "export")
+    (tmp_path / "a.mp4").write_bytes(clip(12))
+    assert (
+        run(str(tmp_path / "export"), "--prompt", "Which?", "--video", str(tmp_path / "a.mp4"), "--max-new-tokens=8")
+        == 0
+    )
+    reader = VideoReader()
+    frames = [Image.fromarray(frame) for frame in reader.frames(clip(12), [0, 500], (48, 64))]
+    reader.close()
+    texts = ("0.0s", "0.5s", "Which?")
+    parts = [{"type": "text", "text": text} for text in texts]
+    shown = [{"type": "image", "image": frame} for frame in frames]
+    content = [parts[0], shown[0], parts[1], shown[1], parts[2]]
+    assert capsys.readouterr().out == model.generate([{"role": "user", "content": content}], 8) + "\n"
+    (tmp_path / "b.mp4").write_bytes(sound())
+    assert run(str(tmp_path / "export"), "--prompt", "a", "--video", str(tmp_path / "b.mp4")) == 2
+    told = f"error: the video {tmp_path / 'b.mp4'} cannot be read: a video without a moving picture, sound alone\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_vlm(eos_ids=(0,))
     model.save_glm_ocr_full(tmp_path)
@@ -51,6 +78,7 @@ def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.C
         (["--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens many must be a number"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature=-1.0 must be 0"),
         (["--prompt", "a", "--image", "none.png"], "the image (none.png) cannot be read: No such file"),
+        (["--prompt", "a", "--video", "none.mp4"], "the video none.mp4 cannot be read: No such file"),
         (["--prompt", "a", "--max-new-tokens", "5000"], "exceed the model's max_tokens=512"),
         (["--prompt", "<|image|>"], "1 <|image|> for 0 images"),
     ],

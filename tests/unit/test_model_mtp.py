@@ -248,6 +248,20 @@ def test_drafts_are_those_of_the_heads_over_the_whole_text(images: SeenAtImages)
     assert max(lengths) > 2.0 and min(lengths) < max(lengths)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("images", SEEN_AT_IMAGES)
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_a_prompt_may_end_with_its_image_and_an_answer_inside_a_draft(images: SeenAtImages, most: int) -> None:
+    model = tiny(images)
+    prompt, sequence, _ = with_image(model, torch.arange(3, 9))
+    lone = model.text_prompt(model.embed_ids(torch.tensor([5])), 0)
+    for asked, bounds in ((prompt, sequence.cu_seqlens), (lone, torch.tensor([0, 1, 1]))):
+        alone = [*model.stream(asked.x_SD, asked.position_3S, segments_of(bounds), Sampling(most))]
+        drafted = Drafted()
+        assert torch.equal(torch.cat([*model.stream_drafted(asked, Sampling(most), drafted)]), torch.cat(alone))
+        assert drafted.tokens == most - 1 and drafted.accepted_length >= 1.0
+
+
 def test_an_answer_ends_where_it_ends_without_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny("token")
     model.cfg = replace(model.cfg, eos_ids=(3, 11), pad_id=1)

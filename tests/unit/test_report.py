@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from fontTools.ttLib import TTFont
@@ -18,7 +19,17 @@ from hypothesis import strategies as st
 from cogvit.batch import DataPosition
 from cogvit.config import LogConfig, RunConfig, ScheduleConfig, TeacherConfig, TeachersConfig, to_json
 from cogvit.errors import CogViTError
-from cogvit.report.chart import HEIGHT, WIDTH, Series, line_chart, linear_axis, log_axis, number, running_mean
+from cogvit.report.chart import (
+    HEIGHT,
+    WIDTH,
+    Series,
+    line_chart,
+    linear_axis,
+    log_axis,
+    number,
+    running_mean,
+    svg_picture,
+)
 from cogvit.report.figures import evaluation_table
 from cogvit.report.font import FAMILY
 from cogvit.report.page import report_page, write_report
@@ -102,16 +113,43 @@ def test_every_baseline_stands_in_a_column_of_its_figure() -> None:
     figure = {"value": 0.06, "chance": 0.004}
     table = evaluation_table(
         {
-            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
             "distill_dinov3": {"explained_all": figure, "explained_all_place": {"value": 0.128, "chance": 0.0}},
+            "retrieval_x_en": {"r5": figure, "r5_color": {"value": 0.022, "chance": 0.004}, "r5_usual": figure},
         }
     )
-    first, further = table.replace("<wbr>", "").split("<details>")
-    rows = {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in first.split("<tr>")[2:]}
-    assert list(rows) == ["r5", "explained_all"] and "r5_usual" in further
-    assert "2.2&#8239;%" in rows["r5"] and "12.8&#8239;%" in rows["explained_all"]
-    assert re.findall(r"sorts\">(\w+)</th>", first) == ["value", "chance", "color", "place"]
-    assert re.findall(r"sorts\">(\w+)</th>", further) == ["value", "chance"]
+    retrieval, distill = table.replace("<wbr>", "").split("<h3>")[1:]
+    first, further = retrieval.split("<details>")
+    assert rows_of(first).keys() == {"r5"} and "r5_usual" in further
+    assert "2.2&#8239;%" in rows_of(first)["r5"] and "12.8&#8239;%" in rows_of(distill)["explained_all"]
+    assert columns_of(first) == ["value", "chance", "color"] and columns_of(further) == ["value", "chance"]
+    assert columns_of(distill) == ["value", "chance", "place"]
+
+
+def rows_of(table: str) -> dict[str, str]:
+    return {re.findall(r"<small>([^<]+)</small>", row)[0]: row for row in table.split("<tr>")[2:]}
+
+
+def columns_of(table: str) -> list[str]:
+    return re.findall(r"num sorts\">([\w ]+)</th>", table)
+
+
+def test_what_matters_comes_first_and_nats_are_one_row_a_task() -> None:
+    share = {"value": 0.9, "chance": 0.1}
+    nats = {"nats": {"value": 0.2, "chance": 1.5}, "nats_gap": {"value": 1.3, "chance": 0.0}}
+    table = evaluation_table(
+        {
+            "distill_dinov3": {"explained_all": share},
+            "perplexity_digits_en": {**nats, "nats_without_image": {"value": 1.25, "chance": 1.5}},
+            "knn_digits": {"accuracy": share},
+            "caption_digits_en": {"exact": share},
+            "own_task": {"share": share},
+        }
+    ).replace("<wbr>", "")
+    tasks = [task for task in re.findall(r"<td>(\w+)<br>", table) if task != "perplexity_digits_en"]
+    assert tasks == ["caption_digits_en", "knn_digits", "distill_dinov3", "own_task"]
+    first, further = table.partition("<h3>Nats")[2].partition("<h3>")[0].split("<details>")
+    assert rows_of(first).keys() == {"nats"} and rows_of(further).keys() == {"nats_gap"}
+    assert columns_of(first) == ["value", "chance", "without image"] and ">1.250<" in rows_of(first)["nats"]
 
 
 def test_key_figures_come_from_the_metrics(page: str) -> None:
@@ -171,6 +209,16 @@ def test_axis_over_many_magnitudes_is_logarithmic() -> None:
     assert log_axis(0.5, 300.0).ticks == (1.0, 10.0, 100.0)
     drawn = points(line_chart("t", [Series("a", [1, 2, 3], [1.0, 10.0, 100.0], noisy=False)]), "line")
     assert drawn[0][1] - drawn[1][1] == pytest.approx(drawn[1][1] - drawn[2][1], abs=0.2)
+
+
+def test_a_picture_of_charts_is_a_file_of_its_own() -> None:
+    lines = [Series("a & b", [1, 2, 3], [1.0, 2.0, 3.0]), Series("c", [1, 2, 3], [3.0, 2.0, 1.0], noisy=False)]
+    root = ElementTree.fromstring(svg_picture([("loss <1>", lines), ("loss <2>", lines)]))
+    words = [text for one in root.iter("{http://www.w3.org/2000/svg}text") if (text := one.text)]
+    assert [word for word in words if word.startswith("loss")] == ["loss <1>", "loss <2>"]
+    assert words[-2:] == ["a & b", "c"]
+    drawn = [one for one in root.iter("{http://www.w3.org/2000/svg}path") if one.get("class") == "line"]
+    assert len(drawn) == 2 * len(lines) + len(lines)  # and a stroke before each name
 
 
 def test_running_mean_keeps_constants_and_lines_and_tames_noise() -> None:

@@ -59,10 +59,10 @@ def test_baselines_and_chance_stand_in_one_row() -> None:
         return {"value": value, "chance": 0.1}
 
     knn = {"accuracy": figure(0.9), "accuracy_untrained": figure(0.5), "accuracy_pixels": figure(0.7)}
-    page = evaluation_table({"knn_digits": knn, "retrieval": {"r1": figure(0.2)}})
+    page = evaluation_table({"knn_digits": knn, "linear_digits": {"accuracy": figure(0.2)}})
     first, second = page.partition("<tbody>")[2].split("</tr>")[:2]
     for value in ("90.0", "10.0", "50.0", "70.0"):
         assert f"{value}&#8239;%" in first
     assert second.count('data-value=""') == 2 and "untrained</th>" in page
-    assert "untrained" not in evaluation_table({"retrieval": {"r1": figure(0.2)}})
+    assert "untrained" not in evaluation_table({"linear_digits": {"accuracy": figure(0.2)}})
     assert evaluation_table({}) == ""

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from cogvit.config import from_json
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.config import AdapterConfig, ExpertConfig
-from cogvit.model.image_input import ImageLimits
+from cogvit.model.config import AdapterConfig, ExpertConfig, VideoConfig
 from cogvit.model.layouts import glm_ocr_full
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 
@@ -34,6 +33,7 @@ class Joint:
     max_pixels: float
     adapter: AdapterConfig
     weights: dict[str, Tensor]  # of the adapter
+    video: VideoConfig
 
 
 def model_type(directory: Path) -> str:
@@ -53,13 +53,11 @@ def model_type(directory: Path) -> str:
     return str(found)
 
 
-def write(
-    directory: Path, image_token_id: int, limits: ImageLimits, adapter: AdapterConfig, weights: Mapping[str, Tensor]
-) -> None:
+def write(directory: Path, joint: Joint) -> None:
     """Write what the encoder and the language model do not write themselves; the directory is made."""
-    write_files(directory / ADAPTER, asdict(adapter), weights)
-    sizes = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
-    write_json(directory / CONFIG, {"model_type": MODEL_TYPE, "image_token_id": image_token_id, **sizes})
+    write_files(directory / ADAPTER, asdict(joint.adapter), joint.weights)
+    sizes = {"min_pixels": joint.min_pixels, "max_pixels": joint.max_pixels, "video": asdict(joint.video)}
+    write_json(directory / CONFIG, {"model_type": MODEL_TYPE, "image_token_id": joint.image_token_id, **sizes})
 
 
 def read(directory: Path) -> Joint:
@@ -70,12 +68,17 @@ def read(directory: Path) -> Joint:
         adapter = from_json(AdapterConfig, read_json(directory / ADAPTER / CONFIG))
     except ConfigError as error:
         raise CheckpointError(f"{directory / ADAPTER / CONFIG}: {error}") from None
+    try:
+        video = from_json(VideoConfig, values.get("video", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: video: {error}") from None
     return Joint(
         image_token_id=int(_number(directory, values, "image_token_id")),
         min_pixels=_number(directory, values, "min_pixels"),
         max_pixels=_number(directory, values, "max_pixels"),
         adapter=adapter,
         weights=weights,
+        video=video,
     )
 
 
