@@ -20,7 +20,9 @@ from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.generation import Sampling
 from cogvit.model.language import place_visual
 from cogvit.model.packing import pack_images
+from cogvit.model.vit import CogViT
 from cogvit.report.chart import running_mean
+from configs.models import demo_vision
 from tools.experiments.interleaved import (
     Document,
     Laid,
@@ -110,10 +112,17 @@ class Trained:
     found: Found
 
 
-def train_base(pixels: Pictures, tokenizer: Any, depth: int, steps: int, seed: int) -> VisionLanguageModel:
-    """Return encoder, adapter and language model, trained from random weights on the next token alone."""
-    torch.manual_seed(seed)
-    model, words = new_model(tokenizer, depth), Words.of(tokenizer)
+def train_base(
+    pixels: Pictures, tokenizer: Any, depth: int, course: Course, vision: CogViT | None = None
+) -> VisionLanguageModel:
+    """Return encoder, adapter and language model, trained on the next token alone.
+
+    vision: an encoder that stands still; the demo's with random weights, which learns, if None.
+    """
+    torch.manual_seed(course.seed)
+    own = CogViT(demo_vision()) if vision is None else vision.requires_grad_(False)
+    model = new_model(tokenizer, depth, own)
+    words = Words.of(tokenizer)
 
     def terms(documents: list[list[int]]) -> list[Tensor]:
         laid = lay(pixels, documents, words)
@@ -121,7 +130,7 @@ def train_base(pixels: Pictures, tokenizer: Any, depth: int, steps: int, seed: i
         visual_ED = model.encode_images(pack_images(laid.patches.split(sizes), laid.grids))
         return losses(model.causal, model.causal.forward_packed(laid.sequence, visual_ED), laid, visual_ED)
 
-    descend(terms, lambda found: found[0], [*model.parameters()], Course(len(pixels.grids), steps, seed))
+    descend(terms, lambda found: found[0], [x for x in model.parameters() if x.requires_grad], course)
     return model.eval()
 
 
