@@ -366,6 +366,13 @@ class VisionLanguageModel(nn.Module):
         """
         save_glm_ocr_full(Path(directory), self._parts())
 
+    @property
+    def causal(self) -> CausalLM:
+        """The language model, which is one of ours. Errors: ValueError for one of transformers."""
+        if not isinstance(self.language, CausalLM):
+            raise ValueError(f"the language model is a {type(self.language).__name__}, and not a CausalLM")
+        return self.language
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: str | torch.dtype = torch.float32) -> VisionLanguageModel:
         """Read what `save_pretrained` or `save_glm_ocr_full` wrote, a GLM-OCR of transformers, or a released CogVLM.

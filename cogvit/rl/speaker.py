@@ -91,7 +91,7 @@ class PlainSpeaker:
             raise ConfigError(
                 "a policy speaks by the cache of this project's language models: pass a Llama, GLM-4 or Qwen3"
             )
-        self._model, self._language = model.eval(), model.language
+        self._model, self._language = model.eval(), model.causal
         self._device = model.language.embed.weight.device
         self._ends = torch.tensor([*model.language.cfg.eos_ids, model.image_token_id], device=self._device)
 

@@ -221,10 +221,10 @@ def test_a_language_model_of_another_family_lies_whole_on_the_last_stage(
     assert export(ExportArguments(str(out), str(tmp_path / "vlm"), "vlm")) == 0
     assert asked(out, image) == asked(tmp_path / "vlm", image)
     argv = [preset(tmp_path, config), "--out", str(tmp_path / "refused")]
-    for flags, message in (
-        (["--parallel.tp", "2"], "--parallel.tp 2 cannot split a language model of family gpt_neox, which lies whole"),
-        (["--mmtp.depths", "1"], "--mmtp.depths 1: heads are of llama, glm4, qwen3"),
-        (["--memory.language.recompute", "full"], "is a gpt_neox and keeps its activations"),
+    for world, flags, message in (
+        (2, ["--parallel.tp", "2"], "--parallel.tp 2 cannot split a language model of family gpt_neox"),
+        (1, ["--mmtp.depths", "1"], "--mmtp.depths 1: heads are of llama, glm4, qwen3"),
+        (1, ["--memory.language.recompute", "full"], "is a gpt_neox and keeps its activations"),
     ):
-        ((status, printed),) = pool.run(refusal, 1, ([*argv, *flags],))
+        (status, printed), *_ = pool.run(refusal, world, ([*argv, *flags],))
         assert status == 2 and message in printed and printed.count("\n") == 1
