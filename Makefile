@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-language test test-gpu test-matrix test-faults test-slurm check bench clean
+.PHONY: demo demo-language demo-rl test test-gpu test-matrix test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,6 +13,7 @@ LANGUAGE := $(VENV)/made-language
 PEERS := $(VENV)/peers
 CODE := cogvit data_pipeline configs tools tests
 DEMO := runs/demo
+DEMO_RL := runs/demo_rl
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads of one process only wait for each other when the other core is busy, as it is in the demo and the tests.
@@ -56,6 +57,14 @@ demo-language: $(RUNTIME) $(LANGUAGE)  ## after make demo, by hand: SmolLM2-135M
 	python -m cogvit.evaluate $(DEMO)/smollm2-sees --tasks vqa,perplexity --data '$(DEMO)/corpus/heldout-questions/*.tar' \
 	    --out $(DEMO)/eval-smollm2.json
 	python -m cogvit.report $(DEMO)/smollm2-sees --evaluation $(DEMO)/eval-smollm2.json --out $(DEMO)/report-smollm2.html
+
+demo-rl: $(RUNTIME)  ## drawn tasks, stage 3 on a few right answers, stage 4 on the policy's own, and report, on CPU
+	[[ -e $(DEMO_RL)/tasks/language/config.json ]] || python -m tools.make_demo_tasks --out $(DEMO_RL)/tasks
+	python -m tools.index_shards '$(DEMO_RL)/tasks/train/*.tar'
+	python -m tools.index_shards '$(DEMO_RL)/tasks/heldout/*.tar'
+	launch/local.sh 2 demo_rl_start --out $(DEMO_RL)/start
+	launch/local.sh 2 demo_rl --init $(DEMO_RL)/start --out $(DEMO_RL)/policy
+	python -m cogvit.report $(DEMO_RL)/start $(DEMO_RL)/policy --out $(DEMO_RL)/report.html
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -6,15 +6,16 @@ L caption tokens of a pack, M masked tokens of a pack, C teacher channels, P pat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-# What a stage reads of a sample: its image, a caption of it too, or all of its images and what is said of them.
-Reads = Literal["images", "captions", "conversations"]
+# What a stage reads of a sample: its image, a caption of it too, or all of its images and what is said of them; or no
+# sample at all, but answers of the model itself.
+Reads = Literal["images", "captions", "conversations", "answers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,25 @@ class TokensAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedAnswers:
+    """What a policy learns from the samples of a `PackedSequence`, each of which is one answer or one episode.
+
+    Attributes:
+        logprob: [S] float32, of each label that has a weight, by the policy that gave it.
+        age: [S] int64, by how many versions that policy's weights were older than those that learn from it.
+        advantage: [N] float32, by which the answer is better than others to the same prompt.
+        source: [N] int64, number of the source of its task; -1 where no answer is.
+        version: of the weights that learn.
+    """
+
+    logprob: Tensor
+    age: Tensor
+    advantage: Tensor
+    source: Tensor
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardVersion:
     """What tells that a shard is still the one that was indexed."""
 
@@ -193,6 +213,7 @@ class Batch:
     targets: TeacherTargets | None
     samples: tuple[SampleRef | None, ...]  # N, in slot order
     sequence: PackedSequence | None = None  # text with the images in it
+    answers: PackedAnswers | None = None  # of the sequence, where it was not read but sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +235,11 @@ class StepBatch:
     decoded: int = 0  # images that this rank decoded, or tried to
     failures: tuple[str, ...] = ()  # those of them that did not decode: which and why
     dropped: int = 0  # images of this rank whose place in a conversation was cut off
+    figures: Mapping[str, float] = field(default_factory=dict)  # for metrics.jsonl; the same on every rank
 
 
 Row = TypeVar("Row", PackedImages, PackedText, PackedSequence)
-Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead)
+Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead, PackedAnswers)
 
 
 def to_device(packed: Row, device: torch.device) -> Row:
@@ -227,7 +249,7 @@ def to_device(packed: Row, device: torch.device) -> Row:
 
 def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
     changed: dict[str, Any] = {}
-    for name in (field.name for field in fields(packed)):
+    for name in (one.name for one in fields(packed)):
         value = getattr(packed, name)
         if isinstance(value, Tensor):
             changed[name] = change(value)
@@ -257,12 +279,13 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def _on_each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    text, sequence, targets = batch.text, batch.sequence, batch.targets
+    text, sequence, targets, answers = batch.text, batch.sequence, batch.targets, batch.answers
     return replace(
         batch,
         images=_each(batch.images, change),
         text=None if text is None else _each(text, change),
         sequence=None if sequence is None else _each(sequence, change),
+        answers=None if answers is None else _each(answers, change),
         targets=None if targets is None else TeacherTargets({name: change(x) for name, x in targets.features.items()}),
     )
 
@@ -275,15 +298,19 @@ def pad_step(step: StepBatch, num_packs: int) -> StepBatch:
 
 def _emptied(batch: Batch) -> Batch:
     """Return a pack of the same shape that is all padding."""
-    targets = batch.targets
+    targets, answers = batch.targets, batch.answers
     if targets is not None:
         targets = TeacherTargets({name: features[:0] for name, features in targets.features.items()})
+    if answers is not None:
+        answers = _each(answers, torch.zeros_like)
+        answers.source.sub_(1)
     return Batch(
         images=_padding_like(batch.images),
         text=None if batch.text is None else _padding_like(batch.text),
         targets=targets,
         samples=(None,) * len(batch.samples),
         sequence=None if batch.sequence is None else _padding_like(batch.sequence),
+        answers=answers,
     )
 
 

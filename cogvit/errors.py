@@ -31,3 +31,9 @@ class NonFiniteStep(CogViTError):
     """A loss or gradient was NaN or infinite; nothing was updated."""
 
     exit_status = 1
+
+
+class PolicyFault(CogViTError):
+    """A policy that does not look at its images, or whose answers are not its own; the run stopped without a save."""
+
+    exit_status = 1

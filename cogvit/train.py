@@ -47,6 +47,7 @@ from cogvit.training.slurm import place_line
 
 if TYPE_CHECKING:
     from cogvit.training.claim import Start
+    from cogvit.training.state import TrainState
 
 REQUEUE_STATUS = 75
 USAGE = """usage: python -m cogvit.train PRESET [flags]
@@ -129,12 +130,21 @@ def own_device(config: RunConfig, process: Process) -> torch.device:
         raise
 
 
+def set_out(state: TrainState, start: Start, elapsed_s: float) -> TrainState:
+    """Say where a run goes on, and return its state with the time that the start took."""
+    from cogvit.training.chrono import after_restart
+
+    if state.step:
+        said = f"resumes after step {state.step} of {start.config.schedule.steps}, from {start.checkpoints}"
+        print(said, flush=True)
+    return replace(state, chrono=after_restart(state.chrono, start.out, state.step, elapsed_s))
+
+
 def run(start: Start, corpus: Corpus, device: torch.device) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s, config = time.monotonic(), start.config
     from cogvit.parallel.mesh import start_mesh, stop_mesh
     from cogvit.training.checkpoint import Checkpoints, folder_in
-    from cogvit.training.chrono import after_restart
     from cogvit.training.claim import claimed_checkpoints
     from cogvit.training.engine import Engine
     from cogvit.training.loop import Evaluation, train
@@ -162,21 +172,18 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         mesh.from_writer(lambda: resources.enter_context(claimed_checkpoints(start)))
         state = checkpoints.resume(engine) or TrainState(0, first_position(config, corpus), images=0, tokens=0)
         if mesh.is_writer:
-            if state.step:
-                said = f"resumes after step {state.step} of {config.schedule.steps}, from {start.checkpoints}"
-                print(said, flush=True)
-            elapsed_s = time.monotonic() - launched_s
-            state = replace(state, chrono=after_restart(state.chrono, out, state.step, elapsed_s))
+            state = set_out(state, start, time.monotonic() - launched_s)
         meter = resources.enter_context(Meter(out, config, mesh.is_writer, state.step))
         stacks = out / "logs" / f"stacks_rank{mesh.rank}.txt"
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         held, concern = partial(held_out, config, corpus, intake, targets), partial(stage.concern, config)
         evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held, config.schedule.steps, concern)
-        batches = resources.enter_context(closing(rank_batches(config, corpus.train, intake, targets, state.position)))
+        rounds = stage.rounds(config, engine, state.position)
+        batches = rounds or closing(rank_batches(config, corpus.train, intake, targets, state.position))
         state = train(
             engine,
             objective,
-            batches,
+            resources.enter_context(batches),
             state,
             deliver=tuple if targets is None else targets.delivered,
             steps=config.schedule.steps,
@@ -186,6 +193,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
             stop=stop,
             watchdog=watchdog,
             spikes=SpikeLog(out / "logs" / "spikes.jsonl", config.guard.spike_factor),
+            guard=stage.guard(config),
         )
     return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
 

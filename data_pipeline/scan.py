@@ -117,7 +117,8 @@ def _take(
     """Add an image or video to those of its key: KEY.jpg is called "", KEY.0.jpg is called "0"."""
     name = member.extension.rpartition(".")[0]
     if name in known:
-        problems.note(member.name, "a second image or video of the same name")
+        kind = "video" if _kind(member) in VIDEO_EXTENSIONS else "image"
+        problems.note(member.name, f"a second {kind} of the same key")
         return
     try:
         known[name] = columns()

@@ -55,7 +55,7 @@ class BatchActor:
         os.chdir(directory)  # a relative path means what it means to the ranks
         torch.set_num_threads(1)
         # Ray lays arrays into the object store as they are, and maps them where they are taken.
-        ray.util.register_serializer(Tensor, serializer=Tensor.numpy, deserializer=_mapped)
+        ray.util.register_serializer(Tensor, serializer=Tensor.numpy, deserializer=mapped)
         self._loaders: list[tuple[RunConfig, Reads, StepLoader]] = []  # of the training shards and the held-out ones
         self._lock = threading.Lock()
 
@@ -76,7 +76,7 @@ class BatchActor:
             return loader
 
 
-def _mapped(array: NDArray[Any]) -> Tensor:
+def mapped(array: NDArray[Any]) -> Tensor:
     """Return the tensor in an array's memory, which is the object store's: nobody may write into it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")

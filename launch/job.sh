@@ -149,6 +149,7 @@ check_flags() {
 import json, sys
 run = json.loads(sys.argv[1])
 teachers = run["teachers"]["source"] if run["objective"] == "distill" else "none"
+teachers = "rollout-actors" if run["objective"] == "policy" and run["rl"]["actors"] else teachers
 print(run["parallel"]["tp"], run["parallel"]["pp"], teachers, run["data"]["loading"])
 ' "$resolved") || finish 1
     ((TASKS_PER_NODE % TP == 0)) ||
@@ -157,7 +158,7 @@ print(run["parallel"]["tp"], run["parallel"]["pp"], teachers, run["data"]["loadi
 }
 
 # Whether the run that check_flags looked at talks to Ray.
-needs_ray() { [[ $TEACHERS == *online* || $LOADING == server ]]; }
+needs_ray() { [[ $TEACHERS == *online* || $TEACHERS == rollout-actors || $LOADING == server ]]; }
 
 # Starts a Ray cluster on the job's nodes, with a token of its own, and waits until all are in it; sets RAY_ADDRESS.
 start_ray() {

@@ -207,6 +207,8 @@ def view_batch(argv: list[str]) -> None:
     if config.data.order == "sequential":
         raise ConfigError("--data.order sequential plans nothing that could be shown; pass --data.order planned")
     reads = stage_of(config).reads
+    if reads == "answers":
+        raise ConfigError(f"{rest[0]} plans nothing that could be shown: a policy trains on what it answers itself")
     index = usable_index(open_index(train_part(config.data), config.data.shards), reads)
     start = start_position(index, config, reads=reads)
     seat = topology_of(["here"] * view.dp_ranks, config.data.canonical_shares).seat(0)

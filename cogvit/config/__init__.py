@@ -26,6 +26,7 @@ from cogvit.config.fields import (
     TeachersConfig,
     TextEncoderConfig,
 )
+from cogvit.config.reinforcement import ReinforcementConfig
 from cogvit.config.tree import from_json, load_config, read_config, to_json
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ModuleConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReinforcementConfig",
     "RunConfig",
     "ScheduleConfig",
     "TeacherConfig",

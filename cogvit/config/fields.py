@@ -15,6 +15,7 @@ from cogvit.config.execution import (
     ZeroConfig,
 )
 from cogvit.config.option import option
+from cogvit.config.reinforcement import ReinforcementConfig
 from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig, VideoConfig
 
 
@@ -280,7 +281,7 @@ class LanguageTowerConfig:
 class RunConfig:
     """Everything that defines a run."""
 
-    objective: Literal["distill", "contrast", "language"] = option("distill", "stage 1, 2 or 3")
+    objective: Literal["distill", "contrast", "language", "policy"] = option("distill", "stage 1, 2, 3 or 4")
     vision: CogViTConfig = field(default_factory=CogViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -289,6 +290,7 @@ class RunConfig:
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")
     init_bias: float | None = option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cogvit.config.fields import RunConfig
@@ -63,6 +65,18 @@ def files_of(config: RunConfig) -> dict[str, str]:
         "teachers.stats": config.teachers.stats,
     }
     return {field: path for field, path in (named | members).items() if path}
+
+
+def prompts_hash(config: RunConfig) -> str:
+    """Return a hash of what decides a run's prompts beside the policy's weights: the code of a user's tasks too."""
+    own, digest = config.rl, hashlib.blake2b(digest_size=8)
+    settings = (own.tasks, own.mixture, own.group, own.max_new_tokens, own.temperature, config.data.global_batch_images)
+    digest.update(repr((*settings, config.seed)).encode())
+    for name in own.tasks.split(","):
+        path = Path(name.strip().rpartition(":")[0])
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

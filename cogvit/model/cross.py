@@ -8,6 +8,7 @@ Source: CogAgent (arXiv 2312.08914).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,15 @@ class CrossRows:
         if layer not in self._kept:
             self._kept[layer] = key_value(self.row_EC)
         return self._kept[layer]
+
+    def taken(self, sequences: Sequence[int]) -> CrossRows:
+        """Return what the named sequences look at; one may be named several times, or left out."""
+        stops = [0, *accumulate(self.count_N)]
+        place = [torch.arange(stops[n], stops[n + 1], device=self.row_EC.device) for n in sequences]
+        place_E = torch.cat(place)
+        found = CrossRows(self.row_EC[place_E], [self.count_N[n] for n in sequences])
+        found._kept = None if self._kept is None else {layer: kept[place_E] for layer, kept in self._kept.items()}
+        return found
 
 
 class CrossAttention(nn.Module):

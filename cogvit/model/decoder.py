@@ -116,6 +116,16 @@ class KeyValueCache:
         self.length_B = self.length_B + count
         self._longest, self._new = self._longest + count, count
 
+    def take(self, row_B: Tensor) -> None:
+        """Make the rows those that are named, in this order; one may be named several times, or left out."""
+        width_W = torch.arange(self._width, device=row_B.device)
+        place_S = (row_B.unsqueeze(1) * self._width + width_W).flatten()
+        self.key = [key[place_S] for key in self.key]
+        self.value = [value[place_S] for value in self.value]
+        self.length_B = self.length_B[row_B]
+        lengths = self.length_B.tolist()
+        self._rows, self._longest, self._ragged = len(lengths), max(lengths, default=0), len({*lengths}) > 1
+
     def truncate(self, length: int) -> None:
         """Forget what lies behind the first so many tokens of the only row."""
         assert self._rows == 1, "rows of several prompts end at different places"

@@ -79,3 +79,22 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int, first_row: int
     total_B = (likely_BV * kept_BV).sum(1)
     place_B = (mass_BV <= (draw_B * total_B).unsqueeze(1)).sum(1).clamp(max=kept_BV.sum(1) - 1)
     return id_BV.gather(1, place_B.unsqueeze(1)).squeeze(1)
+
+
+def drawn_tokens(logits_BV: Tensor, key_B: Tensor, place_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw the id [B] that follows in each row, of all tokens; returns it with its log-probability, fp32 [B], nats.
+
+    A row's draw is a hash of its key and place alone, and tokens keep the order of the vocabulary: it does not matter
+    which rows stand beside it, nor which of two tokens is a little more likely.
+
+    Args:
+        logits_BV: of the rows' last tokens.
+        key_B: int64, of each row's draws.
+        place_B: int64, number of each row's token, from 0.
+        temperature: above 0.
+    """
+    logprob_BV = (logits_BV.float() / temperature).log_softmax(1)
+    mass_BV = logprob_BV.double().exp().cumsum(1)
+    draw_B = uniform(key_B, place_B).double() * mass_BV[:, -1]
+    id_B = (mass_BV <= draw_B.unsqueeze(1)).sum(1).clamp(max=logits_BV.shape[1] - 1)
+    return id_B, logprob_BV.gather(1, id_B.unsqueeze(1)).squeeze(1)

@@ -59,9 +59,28 @@ def mrope_section(pairs: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """What everything around a causal language model knows of it; `LanguageConfig` explains the fields.
+    """What everything around a causal language model knows of it.
 
-    The family is the model_type of transformers. Errors: ValueError when a size is not positive or heads do not divide.
+    Attributes:
+        family: the model_type of transformers.
+        vocab_size: V.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: H, of the queries.
+        num_kv_heads: G, of keys and values; divides H.
+        head_dim: K.
+        mlp_dim: F, of the MLP, of its gate and of its up projection.
+        max_tokens: of a sequence, prompt and answer.
+        mrope_section: pairs of channels that turn by time, row and column of a visual token; None where every token
+            has one position.
+        eos_ids: tokens that end an answer.
+        bos_id: the token that begins a text, if any.
+        pad_id: the token that fills up finished answers; the first of eos_ids if None.
+        mmtp: heads that predict more tokens than the next one.
+        expert: projections and MLP of image tokens.
+        cross: attention to an image of high resolution.
+
+    Errors: ValueError when a size is not positive or heads do not divide.
     """
 
     family: str
@@ -105,22 +124,6 @@ class LanguageConfig(LanguageShape):
 
     Attributes:
         family: llama, glm4 or qwen3.
-        vocab_size: V.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: H, of the queries.
-        num_kv_heads: G, of keys and values; divides H.
-        head_dim: K.
-        mlp_dim: F, of the gate and of the up projection.
-        max_tokens: of a sequence, prompt and answer.
-        mrope_section: pairs of channels that turn by time, row and column of a visual token; None where every token
-            has one position.
-        eos_ids: tokens that end an answer.
-        bos_id: the token that begins a text, if any.
-        pad_id: the token that fills up finished answers; the first of eos_ids if None.
-        mmtp: heads that predict more tokens than the next one.
-        expert: projections and MLP of image tokens.
-        cross: attention to an image of high resolution.
         eps: of the norms.
         rope_base: of the rotation's angles.
         rope_scaling: of long contexts; None where there is none.

@@ -44,7 +44,7 @@ class WholeLanguage(nn.Module):
     """
 
     def __init__(self, cfg: LanguageShape, model: Any) -> None:
-        """Take a `...ForCausalLM` of transformers and its sizes; `from_pretrained` also tries it out."""
+        """Take a model of transformers and what is known of it."""
         super().__init__()
         self.cfg = cfg
         self.model: Any = None if model is None else model.eval()

@@ -195,8 +195,8 @@ class VisionLanguageModel(nn.Module):
             )
         return self.language.logits(self.hidden_rows(list(input_ids), shown)).unflatten(0, input_ids.shape)
 
-    def _embedded(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Embedded:
-        """Rows of token ids with their images."""
+    def embedded(self, rows: Sequence[Tensor], images: Sequence[Sequence[Image]]) -> Embedded:
+        """Return rows of token ids with their images as a pack. Errors: as `forward`."""
         ids_S, by_place = torch.cat(list(rows)), self.language.cfg.mrope_section is not None
         framed, device = self.frame is not None, self.language.embed.weight.device
         positions, experts = [], []
@@ -281,7 +281,7 @@ class VisionLanguageModel(nn.Module):
         """Return the greedy answers to several conversations, each as `generate` gives it alone."""
         prompts = [self.prompt(messages) for messages in conversations]
         with torch.no_grad():
-            read = self._embedded([ids for ids, _ in prompts], [images for _, images in prompts])
+            read = self.embedded([ids for ids, _ in prompts], [images for _, images in prompts])
         sampling = Sampling(max_new_tokens)
         spoken = self.language.stream(read.x_SD, read.position_3S, read.segments, sampling, read.expert, read.cross)
         answers = torch.stack(list(spoken), dim=1)
@@ -293,14 +293,14 @@ class VisionLanguageModel(nn.Module):
         images: of each row, as in `forward`. Errors: as `forward`.
         """
         device = self.language.embed.weight.device
-        read = self._embedded([row.to(device) for row in rows], images)
+        read = self.embedded([row.to(device) for row in rows], images)
         return self.language.hidden(read.x_SD, read.position_3S, read.segments, None, read.expert, read.cross)
 
     @torch.no_grad()
     def _next_ids(
         self, ids_S: Tensor, images: list[Image], sampling: Sampling, drafted: Drafted | None
     ) -> Iterator[Tensor]:
-        read = self._embedded([ids_S], [images])
+        read = self.embedded([ids_S], [images])
         if drafted is None:
             return self.language.stream(read.x_SD, read.position_3S, read.segments, sampling, read.expert, read.cross)
         is_image_S = ids_S == self.image_token_id
@@ -365,6 +365,13 @@ class VisionLanguageModel(nn.Module):
         than GLM-OCR's, a language model that is not GLM-4 without biases, a tokenizer without its image tokens.
         """
         save_glm_ocr_full(Path(directory), self._parts())
+
+    @property
+    def causal(self) -> CausalLM:
+        """The language model, which is one of ours. Errors: ValueError for one of transformers."""
+        if not isinstance(self.language, CausalLM):
+            raise ValueError(f"the language model is a {type(self.language).__name__}, and not a CausalLM")
+        return self.language
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: str | torch.dtype = torch.float32) -> VisionLanguageModel:

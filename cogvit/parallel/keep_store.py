@@ -6,6 +6,7 @@ input does: with the process that started it, however that ends.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
@@ -26,6 +27,7 @@ def keep(host: str, port: int) -> None:
     print(KEPT, flush=True)
     sys.stdin.read()
     del store
+    os._exit(0)  # torch takes a second to leave, and a next start may want the port
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cogvit.parallel.mtp import MtpStage
 from cogvit.parallel.pieces import Fusion, pieces_on
 from cogvit.parallel.stage import TrunkStage
 from cogvit.parallel.trunk import PackedStream, megatron_config
-from cogvit.parallel.vocabulary import Vocabulary, embedded, label_loss
+from cogvit.parallel.vocabulary import Vocabulary, embedded, label_logprobs, label_loss, rows_with_weight
 
 
 class LanguageStage(nn.Module):
@@ -105,6 +105,18 @@ class LanguageStage(nn.Module):
         """
         count = None if sequence.host is None else sequence.host.labels
         return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
+
+    def logprobs(self, hidden_SD: Tensor, sequence: PackedSequence, temperature: float) -> Tensor:
+        """Return the log-probability of each of the pack's labels that has a weight, [R] fp32; on the last stage.
+
+        Args:
+            hidden_SD: what `forward` gave.
+            sequence: the pack.
+            temperature: of the distribution.
+        """
+        row_R = rows_with_weight(sequence.weight, None if sequence.host is None else sequence.host.labels)
+        hidden_RD, label_R = hidden_SD.index_select(0, row_R) / temperature, sequence.labels.index_select(0, row_R)
+        return label_logprobs(hidden_RD, self.head_weight, label_R)
 
     def losses(self, hidden_SD: Tensor, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
         """Return the sums over the pack's labels, [1 + M] fp32: of the next token and of those after it.

@@ -94,14 +94,28 @@ def loss_in_chunks(
     return torch.stack(losses).sum()
 
 
+def label_logprobs(hidden_RD: Tensor, weight_VD: Tensor, label_R: Tensor) -> Tensor:
+    """Return the log-probability of each label in nats, [R] fp32; arguments, chunks and memory as of `label_loss`."""
+    chunks = zip(hidden_RD.split(_CHUNK_LABELS), label_R.split(_CHUNK_LABELS), strict=True)
+    losses = [
+        checkpoint(_chunk_losses, weight_VD, hidden, label, use_reentrant=False, preserve_rng_state=False)
+        for hidden, label in chunks
+    ]
+    return -torch.cat(losses)
+
+
 def rows_with_weight(weight_S: Tensor, count: int | None = None) -> Tensor:
     """Return the places [R] that have a weight; count is R, and None waits for the device to know."""
     return (weight_S.nonzero() if count is None else torch.nonzero_static(weight_S, size=count)).squeeze(1)
 
 
 def _chunk_loss(weight_VD: Tensor, hidden_RD: Tensor, label_R: Tensor, weight_R: Tensor) -> Tensor:
+    return (_chunk_losses(weight_VD, hidden_RD, label_R) * weight_R).sum()
+
+
+def _chunk_losses(weight_VD: Tensor, hidden_RD: Tensor, label_R: Tensor) -> Tensor:
     logits_1RV = logits_of(hidden_RD, weight_VD).unsqueeze(0)
     if not len(label_R):
-        return logits_1RV.float().sum()
+        return logits_1RV.float().sum(-1)[0]
     loss_1R: Tensor = vocab_parallel_cross_entropy(logits_1RV, label_R.unsqueeze(0))
-    return (loss_1R[0] * weight_R).sum()
+    return loss_1R[0]

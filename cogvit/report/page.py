@@ -137,6 +137,7 @@ def _run(run: Run) -> str:
         line_chart("Loss", [run.series(name) for name in run.names("loss")]),
         line_chart("Held-out loss", [run.series(name, noisy=False) for name in run.names("eval_loss")]),
         line_chart("What images are worth", [run.series(name, noisy=False) for name in run.names("image_effect")]),
+        *_rollout_charts(run),
         line_chart("Learning rate", [run.series("lr", noisy=False)]),
         line_chart("Gradient norm", [line for line in map(run.series, run.names("grad_norm")) if any(line.y)]),
         line_chart("Images per second", [run.series("images_per_s")]),
@@ -149,6 +150,20 @@ def _run(run: Run) -> str:
         f"<h3>Settings that differ from the defaults</h3>{_table(_changed(to_json(run.config), to_json(RunConfig())))}"
         f"<details><summary>Complete configuration</summary><pre>{escape(settings)}</pre></details>"
     )
+
+
+def _rollout_charts(run: Run) -> list[str]:
+    """What a policy's answers were like; nothing of a run that gave none."""
+    lost = ("aborted_prompts", "failed_prompts", "stale_prompts", "equal_groups")
+    return [
+        line_chart("Reward", [run.series(name) for name in run.names("reward")]),
+        line_chart("Prompts with a right answer (pass@k)", [run.series(name) for name in run.names("pass_")]),
+        line_chart("Staleness, steps", [run.series(name) for name in run.names("staleness")]),
+        line_chart("Length of answers, tokens", [run.series(name) for name in run.names("answer_length")]),
+        line_chart("Prompts put off, failed or stale", [run.series(name) for name in lost if run.names(name)]),
+        line_chart("Answers per second", [run.series(name) for name in run.names("answers_per_s")]),
+        line_chart("Rollout against training, nats", [run.series(name) for name in run.names("logprob_gap")]),
+    ]
 
 
 def _cards(run: Run) -> list[str]:

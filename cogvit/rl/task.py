@@ -18,7 +18,7 @@ _METHODS = {"reset": ("seed",), "step": ("text",), "verify": ("answer",)}
 
 @runtime_checkable
 class Task(Protocol):
-    """One episode of one task; objects are pickled, so that another process may judge.
+    """One episode of one task, a function of its seed and the answers, so that another process may play it again.
 
     Attributes:
         source: names the task in metrics and in the ledger.

@@ -19,6 +19,7 @@ from cogvit.errors import ConfigError
 from cogvit.stages.contrast import ContrastStage
 from cogvit.stages.distill import DistillStage
 from cogvit.stages.language import LanguageStage
+from cogvit.stages.policy import PolicyStage
 from cogvit.stages.protocol import Stage
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "build", "check_recipe", "check_run", "read_run", "recipe_differences", "settings_of", "stage_of"]
 
-_ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage(), LanguageStage())
+_ALL: tuple[Stage, ...] = (DistillStage(), ContrastStage(), LanguageStage(), PolicyStage())
 
 
 def stage_of(config: RunConfig) -> Stage:
@@ -41,6 +42,8 @@ def stage_of(config: RunConfig) -> Stage:
             return ContrastStage()
         case "language":
             return LanguageStage()
+        case "policy":
+            return PolicyStage()
 
 
 def read_run(preset: str, words: Sequence[str]) -> RunConfig:

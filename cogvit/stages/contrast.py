@@ -15,6 +15,7 @@ from cogvit.config import ModuleConfig, RunConfig, load_config
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, CogViTError
 from cogvit.model.config import TextConfig
+from cogvit.stages.protocol import ReadsShards
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import Tensor, nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
 
 
 @dataclass(frozen=True)
-class ContrastStage:
+class ContrastStage(ReadsShards):
     """Two towers, and captions beside the images."""
 
     title: str = "Stage 2: image-text alignment"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cogvit.batch import Reads
 from cogvit.config import RunConfig, TeacherConfig
 from cogvit.config.rules import Tower, is_rate, require, vision_tower
+from cogvit.stages.protocol import ReadsShards
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import Tensor, nn
@@ -30,7 +31,7 @@ MASK_COLOR = (255, 0, 128)
 
 
 @dataclass(frozen=True)
-class DistillStage:
+class DistillStage(ReadsShards):
     """The vision tower, images alone, and teachers who say what is behind the masked patches."""
 
     title: str = "Stage 1: distillation"

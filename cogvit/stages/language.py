@@ -15,6 +15,7 @@ from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
 from cogvit.model.language_config import FAMILIES, LanguageConfig, LanguageShape, check_layout
+from cogvit.stages.protocol import ReadsShards
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from torch import nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
 
 
 @dataclass(frozen=True)
-class LanguageStage:
+class LanguageStage(ReadsShards):
     """Encoder, adapter and language model, and conversations in which images stand."""
 
     title: str = "Stage 3: language"

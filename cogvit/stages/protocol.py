@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cogvit.batch import Reads
+from cogvit.batch import DataPosition, Reads, StepBatch
 from cogvit.config import RunConfig
 from cogvit.config.rules import Tower
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.parallel.mesh import Mesh
     from cogvit.stages.cost import Load
     from cogvit.teacher.targets import Targets
+    from cogvit.training.engine import Engine
     from cogvit.training.feed import Corpus
+    from cogvit.training.loop import Guard
     from cogvit.training.objective import Objective
 
 
@@ -92,6 +96,19 @@ class Stage(Protocol):
         """Return what somebody should be told after an evaluation, in one line; nothing where all is well."""
         ...
 
+    def guard(self, config: RunConfig) -> Guard:
+        """Return what looks at the figures of every step of a start."""
+        ...
+
+    def rounds(
+        self, config: RunConfig, engine: Engine, start: DataPosition
+    ) -> AbstractContextManager[Generator[StepBatch]] | None:
+        """Return the batches of a stage that makes its own samples, from a position on; None where shards have them.
+
+        Collective over all ranks. Errors on entry: ConfigError, DataError or TeacherUnavailable, on all ranks.
+        """
+        ...
+
     def examples(self, subject: Subject) -> list[Example]:
         """Return answers on held-out images for the report."""
         ...
@@ -104,3 +121,15 @@ class Stage(Protocol):
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """Return an image [height, width, 3] as `tools.view_batch` draws it."""
         ...
+
+
+class ReadsShards:
+    """What stages have in common whose samples lie in shards."""
+
+    def guard(self, config: RunConfig) -> Guard:
+        """Nothing stops them but what the engine finds."""
+        return lambda step, values: None
+
+    def rounds(self, config: RunConfig, engine: Engine, start: DataPosition) -> None:
+        """They make no samples."""
+        return

@@ -26,7 +26,7 @@ from cogvit.training.optim import Module, lr_at, module_schedule
 _CONFIG, _METRICS, _NEWEST = "config.json", "metrics.jsonl", "newest_checkpoint"
 _CHANGES = "changes.jsonl"  # in OUT/logs: what differs from the start before
 # What a start that begins anew must not find; its logs and its lock may stay.
-_LEFT = (_CONFIG, "identity.json", _METRICS, "teacher_stats.safetensors", "checkpoints")
+_LEFT = (_CONFIG, "identity.json", _METRICS, "teacher_stats.safetensors", "ledger.jsonl", "checkpoints")
 _LEFT_LOGS = (_NEWEST, "chrono.json", "spikes.jsonl", _CHANGES, "wandb_id")
 
 

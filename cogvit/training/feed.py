@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cogvit.batch import DataPosition
 from cogvit.config import RunConfig
+from cogvit.config.recipe import prompts_hash
 from cogvit.config.split import held_out_part, is_split, train_part
 from cogvit.errors import CogViTError, ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
 
-    from cogvit.batch import DataPosition, Reads, StepBatch
+    from cogvit.batch import Reads, StepBatch
     from cogvit.parallel.mesh import Mesh
     from cogvit.teacher.targets import Targets
     from data_pipeline.index import Index
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class Corpus:
     """The indexes of a run's shards, and what is read of them."""
 
-    train: Index | None  # None where the shards are read in sequential order
+    train: Index | None  # None where the shards are read in sequential order, or nothing is read
     held_out: Index | None  # None where the run does not evaluate
     reads: Reads  # of each sample
 
@@ -42,6 +44,8 @@ def open_corpus(config: RunConfig, reads: Reads) -> Corpus:
     from data_pipeline.index import open_index
 
     data = config.data
+    if reads == "answers":
+        return Corpus(None, None, reads)
     if not data.shards:
         raise ConfigError("--data.shards PATTERN is needed: the training shards")
     if config.eval.every_steps and held_out_part(data) is None:
@@ -63,6 +67,8 @@ def first_position(config: RunConfig, corpus: Corpus) -> DataPosition:
     from data_pipeline.loader import start_position
     from data_pipeline.stream import stream_position
 
+    if corpus.reads == "answers":
+        return DataPosition(prompts_hash(config), 0)
     if corpus.train is None:
         return stream_position(config)
     return start_position(corpus.train, config, reads=corpus.reads)
@@ -72,6 +78,8 @@ def describe(config: RunConfig, corpus: Corpus) -> str:
     """Return one line on what the run trains on, and what of it is left out for which reason."""
     from data_pipeline.loader import usable_index
 
+    if corpus.reads == "answers":
+        return f"data: the policy's own answers, {config.rl.group} to each prompt of {config.rl.tasks}"
     if corpus.train is None:
         return f"data: a stream of {config.data.shards}"
     return f"data: {usable_index(corpus.train, corpus.reads).describe()}"
@@ -116,7 +124,7 @@ def ray_cluster(config: RunConfig, mesh: Mesh, *, asks_actors: bool) -> Iterator
             from cogvit.teacher.room import cpus_of
             from data_pipeline.server import batch_bytes
 
-            num_cpus = cpus_of(teachers) if asks_actors else 0
+            num_cpus = cpus_of(teachers) + config.rl.cpus if asks_actors else 0
             store_bytes = batch_bytes(config, mesh.world_size) if served else 0
             # The first rank starts the cluster; the others join it once it is there.
             planned = plan_cluster(teachers.ray_address)

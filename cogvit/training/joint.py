@@ -22,7 +22,7 @@ from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import FAMILIES, LanguageConfig
 from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.vision_language import MODEL_TYPE
@@ -112,24 +112,54 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     config, checkpoint = load_config(path / "config.json"), latest_of_run(path)
     if not config.language.path:
         raise CheckpointError(f"{path} has no language model; pass a run of stage 3, or an export of one")
-    directory = Path(config.language.path)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise CheckpointError(f"--language.path {directory} of {path} has no tokenizer any more; put it back")
-    vision = CogViT(config.vision)
-    load_checked(vision, vision_weights(config, checkpoint))
-    vision.preprocessing = preprocessing_of(config)
     language = _language(config, checkpoint)
     whole = language if isinstance(language, PretrainedLanguage) else None
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, language.cfg)
-    frame: ImageFrame | None = None
-    load_checked(adapter, _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config), whole))
+    given = {
+        "vision": vision_weights(config, checkpoint),
+        "adapter": _weights(config, checkpoint, "adapter", drawn("adapter", adapter, config), whole),
+    }
     if config.expert.every:
+        fresh = drawn("frame", ImageFrame(language.cfg.embed_dim), config)
+        given["frame"] = _weights(config, checkpoint, "frame", fresh)
+    return _joined(config, language, given).to(dtype_of(dtype)).eval()
+
+
+def initial_joint(config: RunConfig) -> VisionLanguageModel:
+    """Return the model, without visual experts, that a run begins with, whatever it has become; in eval mode.
+
+    Errors: as `load_joint`, and CheckpointError for a language model of another family than ours.
+    """
+    shape = language_shape(Path(config.language.path))
+    if not isinstance(shape, LanguageConfig):
+        raise CheckpointError(f"--language.path {config.language.path} is of no family of ours ({', '.join(FAMILIES)})")
+    shape, began = replace(shape, mmtp=config.mmtp), given_weights(config)
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
+    fresh = drawn("vision", CogViT(config.vision), config) | drawn("adapter", adapter, config)
+    given: dict[str, dict[str, Tensor]] = {part: _part_of(began, part, fresh) for part in PARTS}
+    return _joined(config, _causal(shape, given["language"]), given).eval()
+
+
+def _joined(
+    config: RunConfig, language: CausalLM | PretrainedLanguage, given: Mapping[str, dict[str, Tensor]]
+) -> VisionLanguageModel:
+    """Put a run's parts together with these weights."""
+    tokenizer = load_tokenizer(Path(config.language.path))
+    if tokenizer is None:
+        raise CheckpointError(
+            f"--language.path {config.language.path} of {config.out} has no tokenizer any more; put it back"
+        )
+    vision = CogViT(config.vision)
+    load_checked(vision, given["vision"])
+    vision.preprocessing = preprocessing_of(config)
+    adapter = fitted_adapter(config.adapter, config.vision.embed_dim, language.cfg)
+    load_checked(adapter, given["adapter"])
+    frame: ImageFrame | None = None
+    if "frame" in given:
         frame = ImageFrame(language.cfg.embed_dim)
-        load_checked(frame, _weights(config, checkpoint, "frame", drawn("frame", frame, config)))
+        load_checked(frame, given["frame"])
     limits, token_id = limits_of(config), image_token_id(tokenizer)
-    model = VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, video=config.video)
-    return model.to(dtype_of(dtype)).eval()
+    return VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, video=config.video)
 
 
 def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLanguage:
@@ -140,11 +170,14 @@ def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLan
         whole = PretrainedLanguage.from_pretrained(directory)
         whole.set_weights(_weights(config, checkpoint, "language", {}, whole))
         return whole
-    shape = replace(shape, mmtp=config.mmtp, expert=config.expert)
+    return _causal(replace(shape, mmtp=config.mmtp, expert=config.expert), _weights(config, checkpoint, "language", {}))
+
+
+def _causal(shape: LanguageConfig, given: Mapping[str, Tensor]) -> CausalLM:
+    """A language model of ours with these weights, without those of heads for more tokens that the run did not have."""
     with torch.device("meta"):
-        names = CausalLM(shape).state_dict().keys()  # without heads for more tokens that the run did not have
-    spoken = _weights(config, checkpoint, "language", {})
-    return CausalLM.from_weights(shape, {name: spoken[name] for name in names})
+        names = CausalLM(shape).state_dict().keys()
+    return CausalLM.from_weights(shape, {name: given[name] for name in names})
 
 
 def limits_of(config: RunConfig) -> ImageSize:
@@ -171,6 +204,10 @@ def _weights(
     if stored and not (part == "language" and part in frozen_parts(config)):
         return stored
     check_source(config, "language.path" if part == "language" else "init")
-    began = given_weights(config, whole)
-    given = fresh | {name: began[name] for name in began if name.startswith(f"{part}.")}
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in given.items()} | stored
+    return _part_of(given_weights(config, whole), part, fresh) | stored
+
+
+def _part_of(began: Mapping[str, Tensor], part: str, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights under its own names: what a run began with, or was drawn where nothing gave it."""
+    given = {**fresh, **{name: began[name] for name in began if name.startswith(f"{part}.")}}
+    return {name.removeprefix(f"{part}."): x for name, x in given.items() if name.startswith(f"{part}.")}

@@ -61,6 +61,10 @@ class Evaluation:
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == self.last)
 
 
+# Looks at a step's figures, the same on every rank. Errors: PolicyFault when the run must stop.
+Guard = Callable[[int, dict[str, float]], None]
+
+
 def train(
     engine: Engine,
     objective: Objective,
@@ -75,11 +79,12 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
     spikes: SpikeLog,
+    guard: Guard = lambda step, values: None,
 ) -> TrainState:
     """Train until `steps` or until the ranks agree to stop; the returned state is saved.
 
-    Errors: NonFiniteStep and DataError pass through, and the last checkpoint stays as it is; TeacherUnavailable too,
-    after a save. CheckpointError when the last save could not be written.
+    Errors: NonFiniteStep, DataError and PolicyFault pass through, and the last checkpoint stays as it is;
+    TeacherUnavailable too, after a save. CheckpointError when the last save could not be written.
     """
     mesh, first_step = engine.mesh, state.step
     source = iter(batches)
@@ -96,6 +101,7 @@ def train(
                     values |= losses
             finally:  # the step is done, and saved below when teachers fail, whatever becomes of its evaluation
                 meter.record(state.step, values)
+            guard(state.step, values)
             if mesh.is_writer:
                 tell_trouble(report, spikes, state.step, values)
                 if concern := evaluation.concern(state.step, values):
@@ -138,7 +144,7 @@ def advance(
     spent = Chrono(step_s=seconds - data_s, data_wait_s=data_s)
     skipped = bool(report.skipped)
     state = state.after(batch.position, images=work.images, tokens=work.tokens, spent=spent, skipped=skipped)
-    return state, step_values(report, work, seconds=seconds, data_s=data_s), report
+    return state, {**step_values(report, work, seconds=seconds, data_s=data_s), **batch.figures}, report
 
 
 def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[str, float]) -> None:

@@ -183,6 +183,7 @@ def summary(values: dict[str, float]) -> str:
     """Return a step in a few words: losses, rate of learning, speed."""
     losses = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("loss", "eval_loss"))]
     formats = {
+        "reward": "reward {:.3f}",
         "lr": "lr {:.1e}",
         "grad_norm": "grad {:.3g}",
         "images_per_s": "{:.1f} img/s",

@@ -8,6 +8,7 @@ import pytest
 
 from cogvit.errors import DataError
 from cogvit.model.chat import read_prompt
+from cogvit.model.config import VideoConfig
 from cogvit.model.dialog import DialogReader, Turn, tokenizer_fingerprint
 from tests.language import PLAIN, STRUCTURED, picture, tiny_tokenizer
 
@@ -39,7 +40,7 @@ def test_the_prompt_is_that_of_generation() -> None:
     tokenizer = tiny_tokenizer()
     dialog = DialogReader(tokenizer, ()).read(TALK[:2])
     parts = [{"type": "image", "image": picture(9, 9)}, {"type": "text", "text": "Hi"}]
-    prompt = read_prompt(tokenizer, [{"role": "user", "content": parts}]).ids
+    prompt = read_prompt(tokenizer, [{"role": "user", "content": parts}], VideoConfig()).ids
     assert dialog.ids.tolist()[: len(prompt)] == prompt and dialog.answer[len(prompt) :].all()
 
 

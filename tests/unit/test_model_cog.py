@@ -81,7 +81,7 @@ def test_logits_are_those_of_the_released_code(tmp_path: Path, layout: Layout) -
 def test_answers_of_a_cache_are_those_of_whole_rows(tmp_path: Path, layout: Layout) -> None:
     model = VisionLanguageModel.from_pretrained(cog_directory(layout, tmp_path))
     prompt = torch.tensor([3, *[0] * model.num_visual_tokens(A), 5, 17])
-    read = model._embedded([prompt, torch.tensor([4, 5, 6])], [[A], []])
+    read = model.embedded([prompt, torch.tensor([4, 5, 6])], [[A], []])
     given = torch.stack(
         [*model.language.stream(read.x_SD, read.position_3S, read.segments, Sampling(5), read.expert, read.cross)], 1
     )

@@ -35,7 +35,8 @@ def test_public_names_document_themselves_and_their_members(name: str, page: str
     for key, value in members.items():
         assert getattr(value, "__doc__", None) or getattr(value, "__func__", value).__doc__, f"{name}.{key}"
     if dataclasses.is_dataclass(public):
-        explained = text.partition("Attributes:")[2]
+        # What a class has from another is explained there.
+        explained = "".join((one.__doc__ or "").partition("Attributes:")[2] for one in public.__mro__)
         fields = {field.name for field in dataclasses.fields(public)}
         known = {field.name for field in dataclasses.fields(cogvit.CogViTConfig)} if name == "TextConfig" else set()
         assert [field for field in fields - known if f"        {field}: " not in explained] == []

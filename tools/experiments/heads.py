@@ -20,7 +20,9 @@ from cogvit.model.drafting import Drafted, Prompt
 from cogvit.model.generation import Sampling
 from cogvit.model.language import place_visual
 from cogvit.model.packing import pack_images
+from cogvit.model.vit import CogViT
 from cogvit.report.chart import running_mean
+from configs.models import demo_vision
 from tools.experiments.interleaved import (
     Document,
     Laid,
@@ -110,18 +112,25 @@ class Trained:
     found: Found
 
 
-def train_base(pixels: Pictures, tokenizer: Any, depth: int, steps: int, seed: int) -> VisionLanguageModel:
-    """Return encoder, adapter and language model, trained from random weights on the next token alone."""
-    torch.manual_seed(seed)
-    model, words = new_model(tokenizer, depth), Words.of(tokenizer)
+def train_base(
+    pixels: Pictures, tokenizer: Any, depth: int, course: Course, vision: CogViT | None = None
+) -> VisionLanguageModel:
+    """Return encoder, adapter and language model, trained on the next token alone.
 
-    def terms(documents: list[Document]) -> list[Tensor]:
+    vision: an encoder that stands still; the demo's with random weights, which learns, if None.
+    """
+    torch.manual_seed(course.seed)
+    own = CogViT(demo_vision()) if vision is None else vision.requires_grad_(False)
+    model = new_model(tokenizer, depth, own)
+    words = Words.of(tokenizer)
+
+    def terms(documents: list[list[int]]) -> list[Tensor]:
         laid = lay(pixels, documents, words)
         sizes = [rows * columns for rows, columns in laid.grids]
         visual_ED = model.encode_images(pack_images(laid.patches.split(sizes), laid.grids))
-        return losses(model.language, model.language.forward_packed(laid.sequence, visual_ED), laid, visual_ED)
+        return losses(model.causal, model.causal.forward_packed(laid.sequence, visual_ED), laid, visual_ED)
 
-    descend(terms, lambda found: found[0], [*model.parameters()], Course(len(pixels.grids), steps, seed))
+    descend(terms, lambda found: found[0], [x for x in model.parameters() if x.requires_grad], course)
     return model.eval()
 
 
@@ -129,15 +138,15 @@ def train_heads(run: Run, base: VisionLanguageModel, train: Pictures, held_out: 
     """Train heads behind a base; both kinds of pictures are its encoder's features."""
     start_s, words = time.process_time(), Words.of(base.tokenizer)
     torch.manual_seed(run.seed)
-    language = CausalLM(replace(base.language.cfg, mmtp=run.mmtp))
-    language.load_state_dict(base.language.state_dict(), strict=False)
+    language = CausalLM(replace(base.causal.cfg, mmtp=run.mmtp))
+    language.load_state_dict(base.causal.state_dict(), strict=False)
     model = replaced(base, language)
     adapter, learning = model.adapter, [*language.parameters(), *model.adapter.parameters()]
     if not run.joint:
         assert language.mtp is not None, "heads alone are some"
         learning = [*language.mtp.parameters()]
 
-    def terms(documents: list[Document]) -> list[Tensor]:
+    def terms(documents: list[list[int]]) -> list[Tensor]:
         laid = lay(train, documents, words, run.mmtp)
         with torch.set_grad_enabled(run.joint):
             visual_ED = adapter.forward_packed(laid.patches, laid.grids)
@@ -221,21 +230,21 @@ def examine(
 
     All labels of the text count at every depth, also those that `token_path` does not learn.
     """
-    mmtp = model.language.cfg.mmtp
+    mmtp = model.causal.cfg.mmtp
     documents = draw_documents(HELD_OUT_DOCUMENTS, len(held_out.grids), torch.Generator().manual_seed(0))
     laid = lay(held_out, documents, words, mmtp)
     sequence = laid.sequence
     visual_ED = model.adapter.forward_packed(laid.patches, laid.grids)
-    hidden_SD = model.language.forward_packed(sequence, visual_ED)
-    means = [losses(model.language, hidden_SD, laid, visual_ED)[0].item()]
+    hidden_SD = model.causal.forward_packed(sequence, visual_ED)
+    means = [losses(model.causal, hidden_SD, laid, visual_ED)[0].item()]
     places: dict[str, list[float]] = {place: [] for place in PLACES}
     labels: dict[str, list[int]] = {place: [] for place in PLACES}
     ahead = lay(held_out, documents, words, replace(mmtp, images="token")).sequence.ahead
     if ahead is None or sequence.ahead is None:
         return means, places, labels
-    deep = model.language.forward_ahead(hidden_SD, sequence, sequence.ahead, visual_ED)
+    deep = model.causal.forward_ahead(hidden_SD, sequence, sequence.ahead, visual_ED)
     for deep_SD, source_S, weight_S in zip(deep, ahead.source.long(), ahead.weight, strict=True):
-        each_S = F.cross_entropy(model.language.logits(deep_SD), sequence.labels[source_S], reduction="none")
+        each_S = F.cross_entropy(model.causal.logits(deep_SD), sequence.labels[source_S], reduction="none")
         means.append(each_S[weight_S > 0].mean().item())
         for place, where_S in places_of(sequence, source_S, words).items():
             own = each_S[where_S & (weight_S > 0)]
@@ -259,7 +268,7 @@ def accepted_length(model: VisionLanguageModel, held_out: Pictures, words: Words
     drafted, sampling = Drafted(), Sampling(LONGEST_ANSWER)
     documents = draw_documents(PROMPTS, len(held_out.grids), torch.Generator().manual_seed(1))
     for number, document in enumerate(documents):
-        for _ in model.language.stream_drafted(
+        for _ in model.causal.stream_drafted(
             prompt_of(model, held_out, document[number % 2 :], words), sampling, drafted
         ):
             continue
@@ -268,11 +277,11 @@ def accepted_length(model: VisionLanguageModel, held_out: Pictures, words: Words
 
 def prompt_of(model: VisionLanguageModel, held_out: Pictures, document: Document, words: Words) -> Prompt:
     """Return a document without its last caption as a prompt."""
-    laid = lay(held_out, [document], words, model.language.cfg.mmtp)
+    laid = lay(held_out, [document], words, model.causal.cfg.mmtp)
     sequence, ahead = laid.sequence, laid.sequence.ahead
     assert ahead is not None, "heads were asked for"
     length = len(sequence.ids) - len(held_out.texts[document[-1]])
-    embedded_SD = model.language.embed_ids(sequence.ids[:length])
+    embedded_SD = model.causal.embed_ids(sequence.ids[:length])
     visual_ED = model.adapter.forward_packed(laid.patches, laid.grids)
     x_SD = place_visual(embedded_SD, visual_ED, sequence.visual_row[:length])
     return Prompt(x_SD, embedded_SD, ahead.slot[:length], sequence.position[:, :length])

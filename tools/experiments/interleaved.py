@@ -24,7 +24,6 @@ from cogvit.model.image_input import ImageLimits, image_patches
 from cogvit.model.packing import Grid, pack_images
 from cogvit.model.sequence import Part, part_positions, tokens_ahead
 from cogvit.model.vit import CogViT
-from configs.models import demo_vision
 from data_pipeline.caption import captions_of, parse_metadata
 from data_pipeline.shards import expand_shards, read_members
 from tools.make_demo_language_model import tiny_shape, train_tokenizer
@@ -147,13 +146,11 @@ def read_pictures(pattern: str, tokenizer: Any, most: int | None = None) -> Pict
     return found
 
 
-def new_model(tokenizer: Any, depth: int) -> VisionLanguageModel:
-    """Return the demo's encoder and a GLM-4 of so many layers, joined by an adapter that keeps every patch."""
+def new_model(tokenizer: Any, depth: int, vision: CogViT) -> VisionLanguageModel:
+    """Return an encoder and a GLM-4 of so many layers, joined by an adapter that keeps every patch."""
     language = CausalLM(replace(tiny_shape(tokenizer), depth=depth))
     adapter = AdapterConfig("glm", spatial_pool=1)
-    return VisionLanguageModel.joined(
-        CogViT(demo_vision()), language, tokenizer, adapter, LIMITS.min_pixels, LIMITS.max_pixels
-    )
+    return VisionLanguageModel.joined(vision, language, tokenizer, adapter, LIMITS.min_pixels, LIMITS.max_pixels)
 
 
 def features_of(model: VisionLanguageModel, pixels: Pictures, at_once: int = 256) -> Pictures:

@@ -3,12 +3,13 @@
 Usage: python -m tools.experiments.mmtp [--run NAME] [flags]
   --work DIR      corpus, models and results; what is there is used again [runs/mmtp]
   --run NAME      one part of it and no record: prepare, base_SEED or a run's name (--run list prints all in order)
+  --encoder RUN   a run of stage 1 or 2 of the demo, whose encoder the bases keep; without it they learn one
   --base-steps N  of the model that all runs of a seed start from [600]
   --steps N       of each run [150]
   --out FILE      also write the record there, and beside it the curves as FILE with .svg for its suffix
 
-A base is trained for each seed: encoder, adapter and a GLM-4 of 4 layers, from random weights on the next token of
-interleaved texts (`interleaved.py`). Its encoder then stands still and its features are kept; every run begins from the
+A base is trained for each seed: encoder, adapter and a GLM-4 of 4 layers, on the next token of interleaved
+texts (`interleaved.py`). Its encoder then stands still and its features are kept; every run begins from the
 same base with new heads and sees the same batches. `joint` runs train language model, adapter and heads together, as
 stage 3 does, beside a control without heads; `alone` runs train heads alone, behind a language model that stands, so
 that all options answer the same question. Held-out losses are in nats a label over the same labels for every option.
@@ -30,8 +31,9 @@ from cogvit import VisionLanguageModel
 from cogvit.errors import ConfigError
 from cogvit.model.config import SEEN_AT_IMAGES
 from cogvit.model.pretrained import load_tokenizer
+from cogvit.training.restore import load_towers
 from tools.bench._record import flags_of, run_benchmark
-from tools.experiments.heads import Found, Run, train_base, train_heads
+from tools.experiments.heads import Course, Found, Run, train_base, train_heads
 from tools.experiments.interleaved import (
     HELD_OUT,
     TRAIN,
@@ -55,6 +57,7 @@ class Arguments:
 
     work: str = "runs/mmtp"
     run: str = ""
+    encoder: str = ""
     base_steps: str = "600"
     steps: str = "150"
     out: str = ""
@@ -81,11 +84,13 @@ def prepare(work: Path) -> None:
     read_pictures(str(corpus / HELD_OUT), tokenizer, HELD_OUT_OF_SHARD).save(work / "heldout.safetensors")
 
 
-def make_base(work: Path, seed: int, steps: int) -> None:
+def make_base(work: Path, seed: int, steps: int, encoder: str) -> None:
     """Train a seed's base and keep it with its features of all pictures."""
     train, held_out = (Pictures.load(work / f"{name}.safetensors") for name in ("train", "heldout"))
     base = work / f"base_{seed}"
-    model = train_base(train, load_tokenizer(work / "tokenizer"), DEPTH, steps, seed)
+    vision = load_towers(Path(encoder)).vision if encoder else None
+    course = Course(len(train.grids), steps, seed)
+    model = train_base(train, load_tokenizer(work / "tokenizer"), DEPTH, course, vision)
     model.save_pretrained(base)
     features_of(model, train).save(base / "train.safetensors")
     features_of(model, held_out).save(base / "heldout.safetensors")
@@ -105,7 +110,7 @@ def names() -> list[str]:
     return ["prepare", *(f"base_{seed}" for seed in SEEDS), *(run.name for run in all_runs())]
 
 
-def make(work: Path, name: str, base_steps: int, steps: int) -> None:
+def make(work: Path, name: str, base_steps: int, steps: int, encoder: str = "") -> None:
     """Make one part, unless it is there. Errors: ConfigError for a name that none has."""
     runs = {run.name: run for run in all_runs()}
     if name not in names():
@@ -114,7 +119,7 @@ def make(work: Path, name: str, base_steps: int, steps: int) -> None:
     if name == "prepare" and not (work / "heldout.safetensors").exists():
         prepare(work)
     elif name.startswith("base_") and not (work / name / "heldout.safetensors").exists():
-        make_base(work, int(name.removeprefix("base_")), base_steps)
+        make_base(work, int(name.removeprefix("base_")), base_steps, encoder)
     elif name in runs and not (work / f"{name}.json").exists():
         make_run(work, runs[name], steps)
 
@@ -138,7 +143,7 @@ def report(arguments: Arguments) -> Iterator[str]:
         yield from names()
         return
     for name in [arguments.run] if arguments.run else names():
-        make(work, name, base_steps, steps)
+        make(work, name, base_steps, steps, arguments.encoder)
     if arguments.run:
         return
     rows = read_rows(work)

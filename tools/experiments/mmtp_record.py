@@ -63,10 +63,13 @@ def record(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
         yield from table(["run", *_LOSSES[1:]], [[row.kind, *row.at(place)] for row in with_heads])
     for way in ("joint", "alone"):
+        lines = list(beside(way, with_heads))
+        if not lines:
+            continue
         yield ""
         yield f"Held-out losses beside those of `{way}_token_shared`, in percent: the mean, and each seed with itself:"
         yield ""
-        yield from table(["run", *_LOSSES[1:]], list(beside(way, with_heads)))
+        yield from table(["run", *_LOSSES[1:]], lines)
     yield ""
     seconds = [one.cpu_s for row in rows for one in row.found]
     yield f"{len(seconds)} runs, {min(seconds):.0f} to {max(seconds):.0f} CPU s each, {sum(seconds) / 60:.0f} minutes."

@@ -1,0 +1,54 @@
+"""The fields of reinforcement learning: tasks, rollouts, the loss and the guard."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cogvit.config.option import option
+
+
+@dataclass(frozen=True)
+class ReinforcementConfig:
+    """What a policy is asked, how its answers are drawn, and what it learns from them."""
+
+    tasks: str = option("", "names of tasks and FILE.py:NAME of tasks of your own, with commas between")
+    mixture: tuple[tuple[str, float], ...] = option((), "weights of the tasks' sources; equal if empty")
+    group: int = option(8, "answers to each prompt, which are compared with each other")
+    max_new_tokens: int = option(32, "of an answer, its end included")
+    temperature: float = option(1.0, "of the distribution that answers are drawn from and that is trained")
+    actors: int = option(0, "Ray actors that answer; 0: the first rank answers between steps")
+    actor_cpus: float = option(1.0, "CPUs that an actor takes, and its threads")
+    actor_gpus: float = option(0.0, "GPUs that it takes: a fraction shares one, 0 is the CPU")
+    judges: int = option(1, "Ray actors that judge what the others answered")
+    task_s: float = option(30.0, "how long a call of a task, or what an episode is worth, may take")
+    max_staleness: int = option(
+        0, "steps by which the weights that answered may be older than those that learn from it; 0 waits for them"
+    )
+    abort_after_s: float = option(0.0, "answers that take longer are put off and taken up again later; 0: never")
+    abort_after_fraction: float = option(
+        1.0, "once this share of a step's prompts is answered, the others are put off and taken up again later"
+    )
+    loss: Literal["grpo", "gspo"] = option("grpo", "ratios of tokens, or of whole answers")
+    clip_low: float = option(0.2, "how far a ratio may fall below 1")
+    clip_high: float = option(0.2, "how far a ratio may rise above 1")
+    kl_weight: float = option(
+        0.0, "of the divergence from the weights that the run began with, which then wait in host memory; 0: without"
+    )
+    min_image_effect: float = option(
+        1e-3,
+        "nats a token by which other images must change the answers of each source; a policy of which they change less"
+        " for 3 steps does not look, and the run stops; 0 lets it go on",
+    )
+    without_images: tuple[str, ...] = option((), "sources whose tasks show no image")
+    max_logprob_gap: float | None = option(
+        None,
+        "the most, in nats, by which rollout and training may differ in a token's log-probability before the run stops;"
+        " 1e-3 in fp32 and 1 in bf16 if none",
+    )
+
+    @property
+    def cpus(self) -> int:
+        """CPUs that actors and judges take of a Ray cluster."""
+        return math.ceil(self.actors * self.actor_cpus + self.judges) if self.actors else 0
