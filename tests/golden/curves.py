@@ -20,7 +20,6 @@ CASES = {
     "stage1_cogvit_l_muon": Case(stage="distill", family="cogvit_l", optimizer="muon"),
     "stage2_cogvit_l_muon": Case(stage="contrast", family="cogvit_l", optimizer="muon"),
     "stage2_reference_adamw": Case(stage="contrast", family="reference", optimizer="adamw"),
-    "stage3_cogvit_l_muon": Case(stage="language", family="cogvit_l", optimizer="muon"),
 }
 Curves = dict[str, list[float]]  # loss and grad_norm of each step
 
