@@ -25,6 +25,7 @@ GUIDES = (
 # What this test cannot run as it stands, and where it is run instead; sbatch is for tests/slurm.
 ELSEWHERE = {
     "make demo": "continuous integration runs it before the tests",
+    "make demo-rl": "by hand, in ten minutes; tests/e2e/test_stage4.py runs its stages small",
     "make test": "this is it",
     "make check": "continuous integration runs it first",
     "python -m tools.index_shards '/data/*.tar' --merge 64": "tests/data makes the parts that it joins",
