@@ -1,4 +1,4 @@
-"""SmolLM2 learns to see in a quarter of an hour on two cores: frozen, behind the demo's encoder and a new adapter.
+"""SmolLM2, frozen, behind the demo's encoder and a new adapter, for two cores and by hand; not run yet.
 
 make demo-language, which runs
 
