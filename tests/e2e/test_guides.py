@@ -26,8 +26,9 @@ GUIDES = (
 ELSEWHERE = {
     "make demo": "continuous integration runs it before the tests",
     "make demo-rl": "by hand, in ten minutes; tests/e2e/test_stage4.py runs its stages small",
-    "python -m cogvit.train demo_rl --init runs/demo_rl/start --rl.tasks digits,my_task.py:Mine --out runs/mine": "needs"
-    " what make demo-rl has made",
+    "python -m cogvit.train demo_rl --init runs/demo_rl/start --rl.tasks digits,my_task.py:Mine --out runs/mine": (
+        "needs what make demo-rl has made"
+    ),
     "make test": "this is it",
     "make check": "continuous integration runs it first",
     "python -m tools.index_shards '/data/*.tar' --merge 64": "tests/data makes the parts that it joins",
