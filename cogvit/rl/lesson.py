@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,14 @@ class Reader:
         tokenizer: of the language model.
         limits: how large images are shown.
         patch_px: sides of a patch.
+        video: which frames of videos are shown.
     """
 
     tasks: Mapping[str, NewTask]
     tokenizer: Any
     limits: ImageSize
     patch_px: int
-    video: VideoConfig = field(default_factory=VideoConfig)  # which frames of videos are shown
+    video: VideoConfig
 
     def prompt(self, source: str, seed: int, texts: Sequence[str]) -> Prompt:
         """Return tokens and images of what follows some answers of an episode.

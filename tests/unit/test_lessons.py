@@ -54,7 +54,7 @@ def answers(config: RunConfig, model: VisionLanguageModel) -> list[Answer]:
 def packer(config: RunConfig, *, embeds: bool = True) -> Packer:
     limits = limits_of(config)
     model = initial_joint(config)
-    reader = Reader(tasks_of(config.rl.tasks), model.tokenizer, limits, config.vision.patch_size)
+    reader = Reader(tasks_of(config.rl.tasks), model.tokenizer, limits, config.vision.patch_size, config.video)
     by_place = model.language.cfg.mrope_section is not None
     return Packer(config, reader, SOURCES, IMAGE_ID, by_place, embeds)
 
