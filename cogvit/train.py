@@ -166,6 +166,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         stop = resources.enter_context(StopRequest())
         model, objective = stage.build(config, mesh, {} if targets is None else dict(targets.dims))
         engine = Engine(model, config, mesh)
+        resources.callback(engine.zero.close)
         out, newest = Path(config.out), Path(config.out) / "logs" / "newest_checkpoint"
         folder = folder_in(out, config.checkpoint)
         checkpoints = resources.enter_context(Checkpoints(folder, mesh, config.checkpoint, newest))

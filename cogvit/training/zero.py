@@ -380,6 +380,10 @@ class ZeroEngine:
         """Set the module's parameters from the fp32 fragments of all dp ranks; collective over dp."""
         self._zero.update_lp_params()
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters, which would keep them, and every group, to the process's end."""
+        self._engine.destroy()
+
     def load_update_count(self, count: int) -> None:
         """Set how many updates the optimizer has made; with the tensors, this is its whole state."""
         for group in self.inner.param_groups:

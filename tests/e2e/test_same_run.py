@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -187,3 +188,12 @@ def test_damaged_metrics_lines_stop_nothing(
     rows = read_metrics(out / "metrics.jsonl")
     assert {row["step"] for row in rows} >= {1, 3, 4} and (out / "metrics_damaged.jsonl").read_bytes()
     assert "metrics_damaged.jsonl" in capfd.readouterr().err
+
+
+def test_a_run_that_has_ended_holds_no_connection(argv: list[str], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert main(with_flag(argv, "--out", str(tmp_path / name))) == 0
+    gc.collect()
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    # Megatron keeps one group of its last start; each run of DeepSpeed's would keep sixteen.
+    assert names.count("gloo_tcp_loop") <= 4, names
