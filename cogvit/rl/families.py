@@ -23,7 +23,7 @@ COLORS = {
     "black": (20, 20, 20),
 }
 _PAPER = (245, 245, 240)
-_LETTERS = "ABCDEFGHKLMNPRSTUVXYZ"  # that no other is taken for
+_LETTERS = "ABCDEFGHKLNPRSTUVXYZ"  # that no other is taken for, narrower than their pitch
 _GRID = 4
 _PITCH_PX = 16  # of characters
 _STEP_PX = 4  # glyphs stand at multiples of it: at any pixel a small model needs many times the pictures
@@ -205,12 +205,12 @@ def _font(size_px: int) -> Any:
 
 
 def _written(text: str, rng: np.random.Generator, *, size_px: int) -> Image.Image:
-    """A text whose ink lies whole in the canvas, somewhere: characters of one pitch at steps of a grid."""
+    """A text whose ink lies whole inside the canvas, somewhere: characters of one pitch, at steps of a grid."""
     image, draw = _canvas()
     boxes = [draw.textbbox((0, 0), character, font=_font(size_px)) for character in text]
     top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
     wide, high = _PITCH_PX * (len(text) - 1) + int(boxes[-1][2] - boxes[-1][0]), int(bottom - top)
-    x, y = (_STEP_PX * int(rng.integers(0, max((SIDE_PX - size) // _STEP_PX, 0) + 1)) for size in (wide, high))
+    x, y = (1 + _STEP_PX * int(rng.integers((SIDE_PX - 2 - size) // _STEP_PX + 1)) for size in (wide, high))
     ink = _color(rng)[1]
     for place, (character, box) in enumerate(zip(text, boxes, strict=True)):
         draw.text((x + place * _PITCH_PX - box[0], y - top), character, font=_font(size_px), fill=ink)

@@ -79,8 +79,8 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     _train(
         *("demo_rl_start", "--out", out, "--seed", seed, "--language.path", shown / "language"),
         *("--data.shards", shown / "train" / "*.tar", "--data.eval-shards", shown / "heldout" / "*.tar"),
+        *("--data.mixture", "[]", "--eval.every-steps", course.start_steps),
         *("--schedule.steps", course.start_steps, "--checkpoint.every-steps", course.start_steps),
-        *("--eval.every-steps", course.start_steps),
     )
     return out
 
