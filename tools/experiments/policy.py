@@ -13,6 +13,7 @@ learn             trains what it then measures: on each TASKS, a name of `cogvit
 --samples N       learn: right answers to begin with (default: 6000)
 --start-steps N   learn: of 64 of them (default: 90)
 --steps N         learn: of the policy (default: 60)
+--answers N       learn: of each of these, 8 to a prompt (default: 96)
 --prompts N       to be worth something in, of each task (default: 100)
 --group N         answers to each of these, drawn at temperature 1 (default: 8)
 --max-new-tokens N  of an answer (default: 40)
@@ -50,6 +51,7 @@ class Arguments:
     samples: str = "6000"
     start_steps: str = "90"
     steps: str = "60"
+    answers: str = "96"
     prompts: str = "100"
     group: str = "8"
     max_new_tokens: str = "40"
@@ -83,7 +85,8 @@ def worth_table(runs: Sequence[str], tasks: str, exam: Exam) -> Iterator[str]:
 
 def learn_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
     """Train policies and yield their figures. Errors: ConfigError; as training."""
-    course = Course(*(_number(arguments, name) for name in ("samples", "start_steps", "steps")), exam.max_new_tokens)
+    sizes = (_number(arguments, name) for name in ("samples", "start_steps", "steps", "answers"))
+    course = Course(*sizes, max_new_tokens=exam.max_new_tokens)
     seeds, stalenesses = _numbers("seeds", arguments.seeds), _numbers("staleness", arguments.staleness)
     for tasks in arguments.what:
         if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:

@@ -29,12 +29,14 @@ class Course:
         samples: right answers.
         start_steps: of stage 3 on these.
         steps: of stage 4.
+        answers: of each of these.
         max_new_tokens: of an answer.
     """
 
     samples: int
     start_steps: int
     steps: int
+    answers: int
     max_new_tokens: int
 
 
@@ -91,6 +93,7 @@ def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Cou
     _train(
         *("demo_rl", "--init", start, "--out", out, "--seed", seed, "--rl.tasks", tasks),
         *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
+        *("--data.global-batch-images", course.answers),
         *("--schedule.steps", course.steps, "--checkpoint.every-steps", course.steps),
         *("--rl.max-staleness", staleness, "--rl.actors", int(staleness > 0)),
     )
