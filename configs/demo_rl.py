@@ -36,7 +36,7 @@ def config() -> RunConfig:
         ),
         optim=OptimConfig(
             name="adamw",
-            lr=1e-4,
+            lr=2e-4,
             weight_decay=0.0,
         ),
         schedule=ScheduleConfig(steps=100, warmup_steps=5, kind="constant"),

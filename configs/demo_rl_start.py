@@ -41,7 +41,7 @@ def config() -> RunConfig:
             canonical_shares=2,
         ),
         optim=OptimConfig(lr=4e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=300, warmup_steps=20, kind="constant"),
-        checkpoint=CheckpointConfig(every_steps=100),
+        schedule=ScheduleConfig(steps=250, warmup_steps=20, kind="constant"),
+        checkpoint=CheckpointConfig(every_steps=125),
         eval=EvalConfig(every_steps=50),
     )
