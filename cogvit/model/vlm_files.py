@@ -103,7 +103,7 @@ def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -
     if parts.frame is None:
         raise CheckpointError(f"layout {layout} holds visual experts and learned tokens around images; there are none")
     if isinstance(parts.vision, CogViT):
-        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits))
+        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits, output_position=parts.cross is not None))
     vision, cross = parts.vision, None if parts.cross is None else parts.cross.cfg
     if not isinstance(parts.language, CausalLM):
         raise CheckpointError(f"layout {layout} cannot hold a language model of family {parts.language.cfg.family}")

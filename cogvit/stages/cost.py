@@ -15,7 +15,8 @@ from torch import nn
 
 from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.expert import is_expert
+from cogvit.model.eva import EvaEncoder, second_encoder
+from cogvit.model.expert import is_grown
 from cogvit.model.language import CausalLM
 from cogvit.model.language_config import LanguageConfig, LanguageShape
 from cogvit.model.pretrained import new_causal_lm
@@ -131,7 +132,10 @@ def language_load(config: RunConfig, shape: LanguageShape) -> Load:
     channels = shape.num_heads * shape.head_dim
     qkv = channels + 2 * shape.num_kv_heads * shape.head_dim
     matrices = shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim)
-    learned = [(name, p) for name, p in module.named_parameters() if optim.language.lr_mult > 0.0 or is_expert(name)]
+    cross, rows = shape.cross, config.cross.rows_per_image  # of the one image that a sample has
+    looking = 2.0 * tokens * 2 * shape.embed_dim * cross.dim
+    looking += 2.0 * (tokens // length) * rows * cross.encoder_dim * 2 * cross.dim
+    learned = [(name, p) for name, p in module.named_parameters() if optim.language.lr_mult > 0.0 or is_grown(name)]
     trains = optim.name == "muon"
     blocks = [p for name, p in learned if role_of(name, p) == "block_matrix"]
     return Load(
@@ -143,12 +147,40 @@ def language_load(config: RunConfig, shape: LanguageShape) -> Load:
         gated=True,
         tokens=tokens,
         pack_tokens=data.text_tokens_per_pack,
-        product_flops=shape.depth * tokens * 2.0 * matrices,
-        attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
+        product_flops=shape.depth * (tokens * 2.0 * matrices + looking),
+        # It is causal: half of the pairs; cross attention sees all.
+        attention_flops=shape.depth * tokens * (2.0 * length * channels + 4.0 * rows * cross.dim),
         muon_flops=muon_flops(learned, shape.num_heads, optim.muon_qkv) if trains else 0.0,
         memory=config.memory.language,
         whole=not ours,
         frozen=count_parameters(module) - sum(p.numel() for _, p in learned),
+    )
+
+
+def cross_load(config: RunConfig) -> Load:
+    """Return the load of a second encoder, which lies whole on every tensor rank, for one image a sample."""
+    data, module = config.data, config.cross
+    with torch.device("meta"):
+        encoder = EvaEncoder(second_encoder(module))
+    images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
+    tokens, length = images * module.rows_per_image, module.rows_per_image
+    named = list(encoder.named_parameters())
+    matrices = 4 * module.embed_dim**2 + 3 * module.embed_dim * module.mlp_dim
+    again = config.memory.vision.recompute != "none"
+    return Load(
+        parameters=count_parameters(encoder),
+        matrices=(),
+        depth=module.depth,
+        width=module.embed_dim,
+        hidden=module.mlp_dim,
+        gated=True,
+        tokens=tokens,
+        pack_tokens=data.images_per_pack * length,
+        product_flops=module.depth * tokens * 2.0 * matrices,
+        attention_flops=module.depth * tokens * 4.0 * length * module.embed_dim,
+        muon_flops=muon_flops(named, module.num_heads, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
+        memory=ActivationConfig("full" if again else "none"),
+        whole=True,
     )
 
 
