@@ -33,13 +33,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     directory = tmp_path_factory.mktemp("cross")
     indexed(write_talks(directory / "shards"))
     language = write_language_model(directory / "language", "llama", num_key_value_heads=4)
-    config = stage3(directory / "shards", language, sizing="square", max_patches=16, min_patches=0, grid_multiple=1)
+    config = stage3(directory / "shards", language, max_patches=16, min_patches=0)
     vision = CogViTConfig(
         image_size=16, patch_size=PATCH_PX, embed_dim=32, depth=2, num_heads=2, use_qk_norm=False, norm_after=True
     )
     return replace(
         config,
         vision=vision,
+        data=replace(config.data, sizing="square", grid_multiple=1),
         adapter=AdapterConfig("swiglu", spatial_pool=1),
         expert=ExpertConfig(1),
         cross=CROSS,
