@@ -219,6 +219,19 @@ def second_encoder(module: CrossModuleConfig) -> EvaConfig:
     )
 
 
+def cross_module(encoder: EvaConfig, dim: int) -> CrossModuleConfig:
+    """Return the cross module of a second encoder and of cross attention of so many channels."""
+    return CrossModuleConfig(
+        encoder.image_size,
+        encoder.patch_size,
+        encoder.embed_dim,
+        encoder.depth,
+        encoder.num_heads,
+        encoder.mlp_dim,
+        dim,
+    )
+
+
 def rotation(cfg: EvaConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [T, K] of L's rotation: the first half of a head turns by row, the second by column.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cogvit.model.cross import CrossRows, look, split_heads
+from cogvit.model.cross import look, split_heads
 from cogvit.model.decoder import CausalLayout
 from cogvit.model.language_config import CrossConfig
 from cogvit.parallel.linear import ColumnLinear, RowLinear
@@ -54,12 +54,12 @@ class CrossAttentionOnRows(nn.Module):
         assert layout is not None and layout.cross is not None, "a layer with cross attention is told what it looks at"
         query_S1F, _ = self.query(hidden_states)
         key_value_EF, _ = self.key_value.product(layout.cross.row_EC)
-        inputs = (query_S1F, key_value_EF, layout.cross, layout)
+        inputs = (query_S1F, key_value_EF, layout)
         seen_SF = checkpointed(self._look, *inputs) if self.recompute else self._look(*inputs)
         return self.proj(seen_SF.unsqueeze(1))[0], None
 
-    def _look(self, query_S1F: Tensor, key_value_EF: Tensor, rows: CrossRows, layout: CausalLayout) -> Tensor:
-        assert layout.segments is not None
+    def _look(self, query_S1F: Tensor, key_value_EF: Tensor, layout: CausalLayout) -> Tensor:
+        assert layout.segments is not None and layout.cross is not None
         query_SHK = query_S1F.view(len(query_S1F), self.num_heads, -1)
         keys_and_values = split_heads(key_value_EF, self.num_heads)
-        return look(query_SHK, *keys_and_values, layout.segments.lengths, rows.count_N).flatten(1)
+        return look(query_SHK, *keys_and_values, layout.segments.lengths, layout.cross.count_N).flatten(1)
