@@ -169,6 +169,7 @@ def _run_in_group(call: Call) -> Any:
         store = dist.FileStore(str(call.scratch / "rendezvous"), call.world)
         timeout = timedelta(seconds=call.timeout_s)
         dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world, timeout=timeout)
+        dist.barrier()  # some functions leave the group at once, while another rank still connects
         value = call.fn(call.rank, call.world, *call.args)
         faulthandler.unregister(signal.SIGUSR2)
     return value
