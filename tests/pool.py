@@ -169,7 +169,9 @@ def _run_in_group(call: Call) -> Any:
         store = dist.FileStore(str(call.scratch / "rendezvous"), call.world)
         timeout = timedelta(seconds=call.timeout_s)
         dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world, timeout=timeout)
-        dist.barrier()  # some functions leave the group at once, while another rank still connects
+        # Some functions leave the group at once, or die, while another rank still connects.
+        store.set(f"met_{call.rank}", "")
+        store.wait([f"met_{rank}" for rank in range(call.world)])
         value = call.fn(call.rank, call.world, *call.args)
         faulthandler.unregister(signal.SIGUSR2)
     return value
