@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-language demo-rl test test-gpu test-matrix test-faults test-slurm check bench clean
+.PHONY: demo demo-language demo-rl test test-gpu test-matrix test-long test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -68,6 +68,10 @@ demo-rl: $(RUNTIME)  ## drawn tasks, stage 3 on a few right answers, stage 4 on 
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(RUNTIME)  ## those long ones: every pair of choices of a layout, stores that are slow to set up, 30 kills
+	python -m pytest --ignore tests/slurm -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    -o faulthandler_timeout=3600
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
 	python -m pytest tests/faults -o faulthandler_timeout=3600

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from torch import Tensor
@@ -50,10 +50,10 @@ def name_of(case: Case) -> str:
     return "-".join([case.stage, case.family, case.optimizer, *flags])
 
 
-def rows(config: pytest.Config) -> list[Case]:
-    """The cover, or every legal combination where the command line asks for it."""
+def rows(config: pytest.Config) -> list[Any]:
+    """The cover, whose runs take minutes, or every legal combination where the command line asks for it."""
     cases = legal_cases() if config.getoption("--matrix") else COVER
-    return [*SINGLE, *(case for case in cases if case not in SINGLE)]
+    return [*SINGLE, *(pytest.param(case, marks=pytest.mark.long) for case in cases if case not in SINGLE)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

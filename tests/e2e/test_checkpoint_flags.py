@@ -35,6 +35,7 @@ def test_the_checkpoints_of_another_run_are_refused(
     assert told in refused
 
 
+@pytest.mark.long
 def test_the_same_recipe_in_another_out_is_another_run_until_somebody_says_otherwise(
     pool: Pool, tmp_path: Path
 ) -> None:

@@ -183,18 +183,25 @@ def both_ways(rank: int, world: int, row: Row) -> list[Found]:
     return found
 
 
-ROWS = [
-    Row(((COGVLM2, FROZEN), (SPARSE, EVERYTHING), (SPARSE, NO_IMAGE))),
-    Row(((COGVLM2, FROZEN), (SPARSE, FROZEN)), ParallelConfig(tp=2)),
-    Row(((COGVLM2, FROZEN), (SPARSE, EVERYTHING)), ParallelConfig(tp=2, sequence=True)),
-    Row(((COGVLM2, FROZEN), (SPARSE, FROZEN), (SPARSE, NO_IMAGE)), ParallelConfig(pp=2)),
-    Row(((COGVLM2, FROZEN),), dp=2, zero=ZeroConfig(2, overlap=True)),
-    Row(((COGVLM2, FROZEN),), memory=ActivationConfig("selective")),
-    Row(((COGVLM2, FROZEN),), ParallelConfig(tp=2, pp=2, sequence=True), memory=ActivationConfig("full", offload=True)),
-]
+ROWS = {
+    "one": Row(((COGVLM2, FROZEN), (SPARSE, EVERYTHING), (SPARSE, NO_IMAGE))),
+    "tp2": Row(((COGVLM2, FROZEN), (SPARSE, FROZEN)), ParallelConfig(tp=2)),
+    "tp2-sp": Row(((COGVLM2, FROZEN), (SPARSE, EVERYTHING)), ParallelConfig(tp=2, sequence=True)),
+    "pp2": Row(((COGVLM2, FROZEN), (SPARSE, FROZEN), (SPARSE, NO_IMAGE)), ParallelConfig(pp=2)),
+    "dp2-zero2": Row(((COGVLM2, FROZEN),), dp=2, zero=ZeroConfig(2, overlap=True)),
+    "selective": Row(((COGVLM2, FROZEN),), memory=ActivationConfig("selective")),
+    "tp2-pp2-sp-full": Row(
+        ((COGVLM2, FROZEN),),
+        ParallelConfig(tp=2, pp=2, sequence=True),
+        memory=ActivationConfig("full", offload=True),
+    ),
+}
+IN_CI = ("one", "dp2-zero2", "tp2-pp2-sp-full")
 
 
-@pytest.mark.parametrize("row", ROWS, ids=["one", "tp2", "tp2-sp", "pp2", "dp2-zero2", "selective", "tp2-pp2-sp-full"])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name, marks=() if name in IN_CI else pytest.mark.long) for name, row in ROWS.items()]
+)
 def test_the_trunk_trains_the_plain_models_experts(pool: Pool, row: Row) -> None:
     for (cfg, frozen), found in zip(row.cases, pool.run(both_ways, row.world, (row,), timeout_s=220.0)[0], strict=True):
         case = f"{cfg.family} frozen {frozen}"
