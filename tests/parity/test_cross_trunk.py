@@ -32,12 +32,10 @@ ROWS = {
         ((COGAGENT, FROZEN),), ParallelConfig(tp=2, pp=2, sequence=True), memory=ActivationConfig("full", offload=True)
     ),
 }
-QUICK = ("sp2", "pp2")
+IN_CI = ("tp2-pp2-sp-full",)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in ROWS])
 def test_the_trunk_trains_the_plain_models_cross_module(pool: Pool, name: str) -> None:
     row = ROWS[name]
     for (cfg, frozen), found in zip(row.cases, pool.run(both_ways, row.world, (row,), timeout_s=220.0)[0], strict=True):
