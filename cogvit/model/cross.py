@@ -106,8 +106,8 @@ def look(
         if not count:
             outputs.append(query * 0)  # and still a function of what made it
             continue
-        rows = (x[start : start + count].transpose(0, 1) for x in (key_EHK, value_EHK))
-        outputs.append(F.scaled_dot_product_attention(query.transpose(0, 1), *rows).transpose(0, 1))
+        key, value = (x[start : start + count].transpose(0, 1) for x in (key_EHK, value_EHK))
+        outputs.append(F.scaled_dot_product_attention(query.transpose(0, 1), key, value).transpose(0, 1))
         start += count
     seen_SHK = torch.cat(outputs)
     return seen_SHK if len(key_EHK) else seen_SHK + (key_EHK.sum() + value_EHK.sum()) * 0

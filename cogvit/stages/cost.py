@@ -108,14 +108,17 @@ def muon_flops(named: Iterable[tuple[str, nn.Parameter]], num_heads: int, qkv: s
 
 def vision_load(config: RunConfig) -> Load:
     """Return the vision tower's load."""
-    data, shape = config.data, config.vision
-    rows, columns = shape.base_grid
-    patches = rows * columns if data.sizing == "square" else data.max_patches
+    shape, length = config.vision, _largest_patches(config) + config.vision.use_cls_token
     with torch.device("meta"):
         module = CogViT(shape)
-    load = tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
+    load = tower_load(config, shape, module, length, pack_tokens=config.data.tokens_per_pack)
     learns = config.objective != "language" or config.optim.vision.lr_mult > 0.0
     return load if learns else replace(load, frozen=load.parameters, muon_flops=0.0)
+
+
+def _largest_patches(config: RunConfig) -> int:
+    rows, columns = config.vision.base_grid
+    return rows * columns if config.data.sizing == "square" else config.data.max_patches
 
 
 def language_load(config: RunConfig, shape: LanguageShape) -> Load:
@@ -164,6 +167,7 @@ def cross_load(config: RunConfig) -> Load:
         encoder = EvaEncoder(second_encoder(module))
     images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
     tokens, length = images * module.rows_per_image, module.rows_per_image
+    in_pack = min(data.images_per_pack, max(1, data.tokens_per_pack // _largest_patches(config)))
     named = list(encoder.named_parameters())
     matrices = 4 * module.embed_dim**2 + 3 * module.embed_dim * module.mlp_dim
     again = config.memory.vision.recompute != "none"
@@ -175,7 +179,7 @@ def cross_load(config: RunConfig) -> Load:
         hidden=module.mlp_dim,
         gated=True,
         tokens=tokens,
-        pack_tokens=data.images_per_pack * length,
+        pack_tokens=in_pack * length,
         product_flops=module.depth * tokens * 2.0 * matrices,
         attention_flops=module.depth * tokens * 4.0 * length * module.embed_dim,
         muon_flops=muon_flops(named, module.num_heads, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
