@@ -141,7 +141,7 @@ ROWS = {
 }
 
 
-IN_CI = ("one", "pp2", "tp2-pp2")
+IN_CI = ("one", "tp2-pp2")
 
 
 @pytest.mark.parametrize(
