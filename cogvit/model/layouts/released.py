@@ -1,4 +1,4 @@
-"""The released directories of the CogVLM family and GLM-4V-9B, read and written: config.json and safetensors, in one file or many."""
+"""The released directories of the CogVLM family and GLM-4V-9B, read and written: config.json and safetensors."""
 
 from __future__ import annotations
 
