@@ -18,7 +18,7 @@ from cogvit.config import ActivationConfig, OptimConfig, ParallelConfig, RunConf
 from cogvit.errors import ConfigError
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.image_input import ImageLimits
-from cogvit.model.language_config import CrossConfig, check_layout, mrope_section
+from cogvit.model.language_config import check_layout, mrope_section
 from cogvit.objective.language import JointModel, JointPart, Language
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import VisionStage
@@ -236,11 +236,6 @@ def test_the_trunk_trains_the_plain_model(
 def test_a_layout_that_cannot_be_is_refused(tp: int, pp: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(LANGUAGES["glm4"], tp, pp)
-
-
-def test_what_the_trunk_does_not_build_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cross attention is not trained on the trunk"):
-        check_layout(replace(LANGUAGES["glm4"], cross=CrossConfig(32, 16)), 1, 1)
 
 
 def state_after_step(rank: int, world: int, layout: Layout, family: str) -> tuple[dict[str, Tensor], int]:
