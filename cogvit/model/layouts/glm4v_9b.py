@@ -52,9 +52,10 @@ def read_shape(values: Mapping[str, Any]) -> CogShape:
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}; expected as released: {_EXPECTED}")
     scale_of(values)
+    sizes: dict[str, Any] = read_sizes(values, _SIZES, "")
     language = LanguageConfig(
         "glm",
-        **read_sizes(values, _SIZES, ""),
+        **sizes,
         eps=float(values.get("layernorm_epsilon", 1.5625e-07)),
         rope_base=ROPE_BASE * float(values.get("rope_ratio", 1)),
         rotary_fraction=0.5,
