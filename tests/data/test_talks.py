@@ -18,7 +18,7 @@ from cogvit import ImageLimits
 from cogvit.batch import Batch, DataPosition, StepBatch, pad_step
 from cogvit.config import RunConfig
 from cogvit.errors import DataError
-from cogvit.model.config import ExpertConfig
+from cogvit.model.config import ExpertConfig, MmtpConfig
 from cogvit.model.dialog import Dialog
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.index import Index
@@ -166,6 +166,17 @@ def test_a_longer_sample_loses_its_end_and_images_there_are_counted(tmp_path: Pa
     (step,) = take(index, config, 1)
     assert (step.cut_captions, step.dropped, step.decoded) == (4, 4, 4)
     assert all(len(value[0]) <= 28 and len(value[4]) == 1 for value in contents(step.micro).values())
+
+
+def test_an_image_behind_the_last_answer_is_dropped_and_counted(tmp_path: Path, language: Path) -> None:
+    turns = said("<image>a", "one")
+    more = [*turns, {"role": "user", "content": "and<image>"}]
+    write_tar(tmp_path / "a.tar", [*talk("k", turns, images=1), *talk("m", more, images=2)])
+    config = stage3("", language, canonical_shares=1, global_batch_images=2, lookahead_steps=1)
+    (step,) = take(indexed(tmp_path), replace(config, mmtp=MmtpConfig(2, images="embeddings")), 1)
+    assert (step.dropped, step.decoded, step.cut_captions) == (1, 2, 0)
+    texts = {value[0] for value in contents(step.micro).values()}
+    assert len({tuple(token for token in text if token != IMAGE) for text in texts}) == 1
 
 
 def test_an_image_that_does_not_decode_silences_its_sample_alone(tmp_path: Path, language: Path) -> None:
