@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cogvit import ImageLimits
@@ -222,6 +222,7 @@ def _whole(ids: Any, grids: list[tuple[int, int]]) -> int:
     pool=st.integers(1, 3),
     most=st.integers(16, 400),
 )
+@example(79, 1.0, 14, 1, 16)  # 79 / sqrt(79 * 79 / 56**2) is below 56
 def test_images_have_the_size_that_users_give_them(height: int, ratio: float, patch: int, pool: int, most: int) -> None:
     width, least = max(1, round(height * ratio)), most // 4
     sizing = Sizing("glm", patch, (1, 1), most, False, pool, (), least)
