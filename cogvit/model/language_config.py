@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvit.errors import ConfigError
-from cogvit.model.config import ExpertConfig, MmtpConfig
+from cogvit.model.config import CrossModuleConfig, ExpertConfig, MmtpConfig
 
 Family = Literal["llama", "glm4", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
@@ -48,6 +48,11 @@ class CrossConfig:
     def __post_init__(self) -> None:
         if min(self.encoder_dim, self.dim) < 0 or bool(self.encoder_dim) != bool(self.dim):
             raise ValueError(f"cross.encoder_dim={self.encoder_dim} and cross.dim={self.dim} must both be 0, or above")
+
+
+def cross_of(module: CrossModuleConfig) -> CrossConfig:
+    """Return what a cross module is to the language model."""
+    return CrossConfig(module.embed_dim, module.dim) if module.image_size else CrossConfig()
 
 
 def mrope_section(pairs: int) -> tuple[int, int, int]:
@@ -198,8 +203,6 @@ def check_layout(cfg: LanguageShape, tp: int, pp: int) -> None:
                 f" stage; use --parallel.tp 1, or a model of {', '.join(FAMILIES)}"
             )
         return
-    if cfg.cross.dim:
-        raise ConfigError("cross attention is not trained on the trunk; take a model without it")
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

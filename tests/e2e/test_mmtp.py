@@ -47,6 +47,7 @@ def test_every_depth_is_measured_and_learns(straight: Path) -> None:
     assert len(losses(straight, "eval_loss_mtp_2")) == 2
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_another_layout(base: RunConfig, straight: Path, pool: Pool, tmp_path: Path) -> None:
     out = run(pool, 2, replace(base, parallel=ParallelConfig(pp=2)), tmp_path / "run")
     shutil.rmtree(out / "checkpoints" / "step_00000006")
