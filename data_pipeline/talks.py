@@ -60,11 +60,12 @@ class Sharp:
 def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int, *, framed: bool = False) -> Laid:
     """Return a sample's tokens, at most max_tokens; an image that would be cut goes with all that follows it.
 
-    grids: rows and columns of tokens of each image. framed: learned tokens stand around each image, among its own.
+    grids: rows and columns of tokens of each image; those behind the last answer, which have no token, come last.
+    framed: learned tokens stand around each image, among its own.
     """
     is_image = dialog.ids == image_id
     lengths = np.ones(len(dialog.ids), np.int64)
-    lengths[is_image] = [num_tokens(grid, framed=framed) for grid in grids]
+    lengths[is_image] = [num_tokens(grid, framed=framed) for grid in grids[: int(is_image.sum())]]
     kept = int(np.searchsorted(np.cumsum(lengths), max_tokens, "right"))
     ids, answer = np.repeat(dialog.ids[:kept], lengths[:kept]), np.repeat(dialog.answer[:kept], lengths[:kept])
     parts: list[Part] = []

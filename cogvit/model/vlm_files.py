@@ -175,7 +175,10 @@ def _read_ours(root: Path) -> VlmParts:
     vision = CogViT.from_pretrained(root / vision_language.VISION)
     language, frame, cross = _read_grown(root)
     adapter = make_adapter(joint.adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
-    load_checked(adapter, joint.weights)
+    try:
+        load_checked(adapter, joint.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}: its adapter: {error}") from None
     limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
     tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
     return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, cross, video=joint.video)

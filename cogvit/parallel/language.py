@@ -55,7 +55,7 @@ class LanguageStage(nn.Module):
     ) -> None:
         super().__init__()
         check_layout(cfg, mesh.tp_size, mesh.pp_size)
-        self.cfg, self.mesh = cfg, mesh
+        self.cfg, self.mesh, self.recompute = cfg, mesh, memory.recompute != "none"
         self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
         config = megatron_config(decoder_shape(cfg), mesh, memory, parallel)
         layers = build_decoder(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
@@ -113,7 +113,10 @@ class LanguageStage(nn.Module):
         hidden_SD: what `forward` gave.
         """
         count = None if sequence.host is None else sequence.host.labels
-        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
+        return self._label_loss(hidden_SD, sequence.labels, sequence.weight, count)
+
+    def _label_loss(self, hidden_SD: Tensor, label_S: Tensor, weight_S: Tensor, count: int | None) -> Tensor:
+        return label_loss(hidden_SD, self.head_weight, label_S, weight_S, count, recompute=self.recompute)
 
     def logprobs(self, hidden_SD: Tensor, sequence: PackedSequence, temperature: float) -> Tensor:
         """Return the log-probability of each of the pack's labels that has a weight, [R] fp32; on the last stage.
@@ -142,10 +145,7 @@ class LanguageStage(nn.Module):
             depths = zip(
                 self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), sequence.ahead.counts, strict=True
             )
-            sums += [
-                label_loss(deep_SD, self.head_weight, label_S, weight_S, count)
-                for deep_SD, label_S, weight_S, count in depths
-            ]
+            sums += [self._label_loss(*depth) for depth in depths]
         return torch.stack(sums)
 
     @contextmanager

@@ -192,6 +192,22 @@ def test_what_cannot_be_trained_is_refused_in_a_line(
     assert status == 2 and message in printed and printed.count("\n") == 1
 
 
+def test_an_adapter_of_another_width_is_refused_in_a_line(
+    base: RunConfig, straight: Path, pool: Pool, tmp_path: Path
+) -> None:
+    argv = [
+        preset(tmp_path, base),
+        "--out",
+        str(tmp_path / "run"),
+        "--init",
+        str(straight),
+        "--adapter.hidden-dim",
+        "9",
+    ]
+    ((status, printed),) = pool.run(refusal, 1, (argv,))
+    assert status == 2 and "has adapter.fc1.weight of (" in printed and printed.count("error: ") == 1
+
+
 def test_a_language_model_that_does_not_fit_is_refused_in_a_line(base: RunConfig, pool: Pool, tmp_path: Path) -> None:
     config = Path(shutil.copytree(base.language.path, tmp_path / "other")) / "config.json"
     good = config.read_text()
