@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-language demo-rl test test-gpu test-matrix test-faults test-slurm check bench clean
+.PHONY: demo demo-language demo-rl test test-gpu test-matrix test-long test-faults test-slurm check bench clean
 
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -42,7 +42,7 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation
 	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2 \
 	    --data.mixture '[["pictograms", 0.78], ["digits", 0.2], ["photos", 0.02]]'
 	[[ -e $(DEMO)/language/config.json ]] || \
-	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language --steps 200
+	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language --steps 120
 	launch/local.sh 2 demo_stage3 --init $(DEMO)/stage2 --out $(DEMO)/stage3
 	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
 	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
@@ -68,6 +68,10 @@ demo-rl: $(RUNTIME)  ## drawn tasks, stage 3 on a few right answers, stage 4 on 
 
 test: $(RUNTIME)  ## every test of one machine but the long ones
 	python -m pytest --ignore tests/slurm -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(RUNTIME)  ## those long ones: every pair of choices of a layout, stores that are slow to set up, 30 kills
+	python -m pytest --ignore tests/slurm -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    -o faulthandler_timeout=3600
 
 test-faults: $(RUNTIME)  ## signals, kills and damage, 30 kills among them
 	python -m pytest tests/faults -o faulthandler_timeout=3600

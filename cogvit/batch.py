@@ -91,6 +91,24 @@ class PackedText:
 
 
 @dataclass(frozen=True, slots=True)
+class SharpImages:
+    """The images of a `PackedSequence` once more, squares of one size at high resolution, in the order of its samples.
+
+    Attributes:
+        patches: [E, C * P * P] uint8 as in `PackedImages`, image after image; [E, 0] on a stage that embeds none.
+        count: images of each of the N samples, known to the host.
+    """
+
+    patches: Tensor
+    count: tuple[int, ...]
+
+    @property
+    def patches_per_image(self) -> int:
+        """Patches of each image; 0 where there is none."""
+        return len(self.patches) // max(sum(self.count), 1)
+
+
+@dataclass(frozen=True, slots=True)
 class PackedSequence:
     """Whole samples of text and images end to end in one row of exactly S language tokens.
 
@@ -214,6 +232,7 @@ class Batch:
     samples: tuple[SampleRef | None, ...]  # N, in slot order
     sequence: PackedSequence | None = None  # text with the images in it
     answers: PackedAnswers | None = None  # of the sequence, where it was not read but sampled
+    sharp: SharpImages | None = None  # of the sequence, where a second encoder sees its images
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +258,7 @@ class StepBatch:
 
 
 Row = TypeVar("Row", PackedImages, PackedText, PackedSequence)
-Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead, PackedAnswers)
+Packed = TypeVar("Packed", PackedImages, PackedText, PackedSequence, TokensAhead, PackedAnswers, SharpImages)
 
 
 def to_device(packed: Row, device: torch.device) -> Row:
@@ -286,6 +305,7 @@ def _on_each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         text=None if text is None else _each(text, change),
         sequence=None if sequence is None else _each(sequence, change),
         answers=None if answers is None else _each(answers, change),
+        sharp=None if batch.sharp is None else _each(batch.sharp, change),
         targets=None if targets is None else TeacherTargets({name: change(x) for name, x in targets.features.items()}),
     )
 
@@ -304,6 +324,9 @@ def _emptied(batch: Batch) -> Batch:
     if answers is not None:
         answers = _each(answers, torch.zeros_like)
         answers.source.sub_(1)
+    sharp = batch.sharp
+    if sharp is not None:
+        sharp = SharpImages(sharp.patches[:0], (0,) * len(sharp.count))
     return Batch(
         images=_padding_like(batch.images),
         text=None if batch.text is None else _padding_like(batch.text),
@@ -311,6 +334,7 @@ def _emptied(batch: Batch) -> Batch:
         samples=(None,) * len(batch.samples),
         sequence=None if batch.sequence is None else _padding_like(batch.sequence),
         answers=answers,
+        sharp=sharp,
     )
 
 

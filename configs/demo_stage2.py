@@ -28,7 +28,7 @@ def config() -> RunConfig:
         optim=OptimConfig(
             lr=1e-2, adamw_lr=2e-3, temperature=ModuleConfig(lr_mult=2.0), bias=ModuleConfig(lr_mult=2.0)
         ),
-        schedule=ScheduleConfig(steps=400, warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=200),
-        eval=EvalConfig(every_steps=200),
+        schedule=ScheduleConfig(steps=320, warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=160),
+        eval=EvalConfig(every_steps=160),
     )

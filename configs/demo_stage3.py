@@ -46,7 +46,7 @@ def config() -> RunConfig:
             vision=ModuleConfig(lr_mult=0.5),
             language=ModuleConfig(lr_mult=0.5),
         ),
-        schedule=ScheduleConfig(steps=300, warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=100),
-        eval=EvalConfig(every_steps=100),
+        schedule=ScheduleConfig(steps=240, warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=80),
+        eval=EvalConfig(every_steps=80),
     )

@@ -78,7 +78,8 @@ class Measure:
         grid_hw[owner[first]] = found.grid_hw[first]
         numerator, denominator = language.token_cost
         spoken = attention_cost(tokens, language.attention_tokens) * numerator // denominator
-        phases = np.stack([vision * language.vision_passes, spoken], axis=1)
+        seen = vision * language.vision_passes + images * language.sharp_cost
+        phases = np.stack([seen, spoken], axis=1)
         return Measured(grid_hw, patches, images, tokens, phases, downsized)
 
 

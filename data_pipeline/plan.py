@@ -92,6 +92,8 @@ def plan_hash(index: Index, spec: PlanSpec, seed: int) -> str:
     said = {name: value for name, value in asdict(spec).items() if value or name not in newer}
     if spec.language is not None and not spec.language.framed:
         del said["language"]["framed"]
+    if spec.language is not None and not spec.language.sharp_cost:
+        del said["language"]["sharp_cost"]
     if not spec.sizing.min_patches:
         del said["sizing"]["min_patches"]
     if spec.language is not None and spec.language.video == VideoConfig():

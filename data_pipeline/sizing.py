@@ -43,8 +43,8 @@ class Sizing:
         height, width = height_px.astype(np.int64), width_px.astype(np.int64)
         patches = self._budget(len(height), key, most)
         if self.kind == "glm":
-            groups = np.maximum(patches / self.multiple**2, 1.0)
-            return self._near(height.astype(np.float64), width.astype(np.float64), groups) * self.multiple
+            most_px = np.maximum(patches, self.multiple**2) * float(self.patch_size_px**2)
+            return self._near(height.astype(np.float64), width.astype(np.float64), most_px) * self.multiple
         budget = patches // self.multiple**2
         rows, columns = _largest_side(height, width, budget), _largest_side(width, height, budget)
         tall = rows * width >= columns * height
@@ -66,21 +66,25 @@ class Sizing:
         budget = self._budget(len(height_px), key, most) // self.multiple**2
         return self._native(height_px.astype(np.int64), width_px.astype(np.int64)).prod(axis=1) > budget
 
-    def _near(self, height: Sides, width: Sides, budget: Sides) -> Ints:
-        """Return the groups of whole images near their own size. Source: as `cogvit.ImageLimits.size_px`."""
-        unit_px = float(self.patch_size_px * self.multiple)
+    def _near(self, height: Sides, width: Sides, most_px: Sides) -> Ints:
+        """Return the groups of whole images near their own size; most_px: [B] pixels that an image may have.
+
+        Source: as `cogvit.ImageLimits.size_px`, whose order of operations decides where rounding does.
+        """
+        unit_px, least_px = float(self.patch_size_px * self.multiple), float(self.min_patches * self.patch_size_px**2)
         scale = np.where((height < unit_px) | (width < unit_px), np.maximum(unit_px / height, unit_px / width), 1.0)
         height, width = np.trunc(height * scale), np.trunc(width * scale)
-        groups = np.stack([np.rint(height / unit_px), np.rint(width / unit_px)], axis=1)
-        sides = np.stack([height, width], axis=1) / unit_px
-        area, least = height * width / unit_px**2, max(self.min_patches / self.multiple**2, 0.0)
-        shrunk = np.maximum(np.floor(sides / np.sqrt(area / budget)[:, None]), 1.0)
+        sides, area = np.stack([height, width], axis=1), height * width
+        groups = np.rint(sides / unit_px)
+        shrunk = np.maximum(np.floor(sides / np.sqrt(area / most_px)[:, None] / unit_px), 1.0)
         # A thin image's longer side would not fit beside one group.
+        budget = most_px / unit_px**2
         shrunk = np.minimum(shrunk, np.maximum(np.floor(budget[:, None] / shrunk[:, ::-1]), 1.0))
-        stretched = np.ceil(sides * np.sqrt(least / area)[:, None])
-        fits = stretched.prod(axis=1) <= budget
+        stretched = np.ceil(sides * np.sqrt(least_px / area)[:, None] / unit_px)
+        fits = stretched.prod(axis=1) * unit_px**2 <= most_px
         enlarged = np.where(fits[:, None], stretched, shrunk)
-        over, under = groups.prod(axis=1) > budget, groups.prod(axis=1) < least
+        pixels = groups.prod(axis=1) * unit_px**2
+        over, under = pixels > most_px, pixels < least_px
         return np.where(over[:, None], shrunk, np.where(under[:, None], enlarged, groups)).astype(np.int64)
 
     def _budget(self, count: int, key: Ints | None, most: Ints | None) -> Ints:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from cogvit.config import RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig, VideoConfig
 from cogvit.model.dialog import tokenizer_fingerprint
 from cogvit.model.pretrained_language import language_shape
+from data_pipeline.balance import attention_cost
 from data_pipeline.sizing import Sizing, sizing_of
 
 Value = TypeVar("Value")
@@ -33,6 +36,7 @@ class LanguageSpec:
     vision_passes: int
     video: VideoConfig
     framed: bool = False  # learned tokens stand around each image
+    sharp_cost: int = 0  # of a second encoder for each image, in units of the vision tower's forward and backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,4 +128,11 @@ def _language_spec(config: RunConfig) -> LanguageSpec:
         vision_passes=_TRAINED if config.optim.vision.lr_mult else _FROZEN_VISION,
         video=config.video,
         framed=config.expert.every > 0,
+        sharp_cost=_sharp_cost(config) if config.cross.image_size else 0,
     )
+
+
+def _sharp_cost(config: RunConfig) -> int:
+    module, vision = config.cross, config.vision
+    units = attention_cost(np.array([module.rows_per_image]), 2 * module.embed_dim + 3 * module.mlp_dim // 2)
+    return _TRAINED * int(units[0]) * module.embed_dim * module.depth // (vision.embed_dim * vision.depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cogvit.batch import Batch, HostView, PackedSequence, SampleRef
+from cogvit.batch import Batch, HostView, PackedSequence, SampleRef, SharpImages
 from cogvit.config import RunConfig
 from cogvit.model.dialog import Dialog, DialogReader
 from cogvit.model.language_config import LanguageShape
@@ -21,9 +22,10 @@ from cogvit.model.sequence import Part, expert_tokens, num_tokens, part_position
 from cogvit.model.video import VideoReader
 from data_pipeline.caption import LANGUAGES
 from data_pipeline.clips import STILL, reading
+from data_pipeline.decode import Encoded
 from data_pipeline.index import Index
 from data_pipeline.measure import choice_of, pictures
-from data_pipeline.pack import Made, decode_pack, pack_limits
+from data_pipeline.pack import Made, decode_pack, decode_sharp, pack_limits
 from data_pipeline.plan import GlobalBatch
 from data_pipeline.shards import ShardReader
 from data_pipeline.sizing import Sizing
@@ -45,14 +47,25 @@ class Laid:
     cut: bool  # it was longer
 
 
+@dataclass(frozen=True, slots=True)
+class Sharp:
+    """What a second encoder sees of a pack, and what became of it on the way; nothing without one."""
+
+    images: SharpImages | None = None
+    broken: tuple[int, ...] = ()  # samples with an image that did not decode
+    decoded: int = 0
+    failures: tuple[str, ...] = ()
+
+
 def lay(dialog: Dialog, image_id: int, grids: list[Grid], max_tokens: int, *, framed: bool = False) -> Laid:
     """Return a sample's tokens, at most max_tokens; an image that would be cut goes with all that follows it.
 
-    grids: rows and columns of tokens of each image. framed: learned tokens stand around each image, among its own.
+    grids: rows and columns of tokens of each image; those behind the last answer, which have no token, come last.
+    framed: learned tokens stand around each image, among its own.
     """
     is_image = dialog.ids == image_id
     lengths = np.ones(len(dialog.ids), np.int64)
-    lengths[is_image] = [num_tokens(grid, framed=framed) for grid in grids]
+    lengths[is_image] = [num_tokens(grid, framed=framed) for grid in grids[: int(is_image.sum())]]
     kept = int(np.searchsorted(np.cumsum(lengths), max_tokens, "right"))
     ids, answer = np.repeat(dialog.ids[:kept], lengths[:kept]), np.repeat(dialog.answer[:kept], lengths[:kept])
     parts: list[Part] = []
@@ -123,7 +136,8 @@ class Talks:
 
         decoded = decode_pack(self.config, found.grid_hw[order], found.key[order], decodes, read, name)
         bad = decoded.images.weight.numpy()[: len(order)] == 0.0
-        broken = {*shown.owner[order[bad]].tolist()}
+        sharp = self._sharp(laid, order, shown.owner[order], found.key[order], decodes, read, name)
+        broken = {*shown.owner[order[bad]].tolist(), *sharp.broken}
         first_row = np.zeros(len(shown.owner), np.int64)
         tokens = found.grid_hw[order].prod(axis=1) // pool**2 + (2 if self.spec.framed else 0)
         first_row[order] = np.cumsum(tokens) - tokens
@@ -132,9 +146,35 @@ class Talks:
         if self.config.mmtp.depths:
             sequence = replace(sequence, ahead=tokens_ahead(sequence, self.config.mmtp, tokens.tolist()))
         absent: tuple[SampleRef | None, ...] = (None,) * (pack_limits(self.config).images - len(refs))
-        micro = Batch(images=decoded.images, text=None, targets=None, samples=(*refs, *absent), sequence=sequence)
+        samples = (*refs, *absent)
+        micro = Batch(decoded.images, text=None, targets=None, samples=samples, sequence=sequence, sharp=sharp.images)
         cut, dropped = sum(one.cut for one in laid), len(shown.owner) - len(order)
-        return Made(micro, decoded.decoded, decoded.failures, cut, dropped)
+        return Made(micro, decoded.decoded + sharp.decoded, decoded.failures + sharp.failures, cut, dropped)
+
+    def _sharp(
+        self,
+        laid: list[Laid],
+        order: Ints,
+        owner: Ints,
+        key: Ints,
+        decodes: Slice | None,
+        read: Callable[[int], Encoded],
+        name: Callable[[int], str],
+    ) -> Sharp:
+        """Decode images once more for a second encoder, in the order of the samples in their pack.
+
+        order, owner and key are of each image of the pack: its place among those of all samples, its sample, its seed.
+        """
+        if not self.config.cross.image_size:
+            return Sharp()
+        place = np.argsort(_by_length(laid))[owner]
+        slots = np.lexsort((order, place)).tolist()
+        count = tuple(np.bincount(place, minlength=pack_limits(self.config).images).tolist())
+        images, each = decode_sharp(
+            self.config, count, key[slots], decodes, lambda n: read(slots[n]), lambda n: name(slots[n])
+        )
+        broken = (int(owner[slot]) for slot, image in zip(slots, each.each, strict=True) if image is None)
+        return Sharp(images, tuple(broken), each.decoded, each.failures)
 
     def _dialogs(self, rows: Ints, key: Ints) -> list[Dialog]:
         choice, wording = choice_of(self.index.take(rows), key, self.spec), wording_of(self.config)
@@ -153,7 +193,7 @@ class Talks:
         """
         limits = pack_limits(self.config)
         size, slots = limits.rows(sum(len(one.ids) for one in laid), limits.text_tokens), limits.images
-        order = sorted(range(len(laid)), key=lambda one: -len(laid[one].ids))
+        order = _by_length(laid)
         lengths = [len(laid[one].ids) for one in order]
         bounds = [*accumulate(lengths, initial=0)]
         bounds += [bounds[-1]] * (slots - len(lengths)) + [size]
@@ -181,6 +221,11 @@ class Talks:
             host=HostView(tuple(np.diff(bounds).tolist()), labels=int((weight > 0).sum()), experts=int(expert.sum())),
             expert=expert if framed else None,
         )
+
+
+def _by_length(laid: list[Laid]) -> list[int]:
+    """The numbers of samples in the order in which they lie in a pack."""
+    return sorted(range(len(laid)), key=lambda one: -len(laid[one].ids))
 
 
 def _visual_rows(parts: tuple[Part, ...], first_rows: list[int], *, framed: bool) -> Ints:

@@ -16,6 +16,9 @@ from tests.pool import Pool
 
 # Before anything imports torch, transformers or wandb.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+# A shell that is no terminal's starts what it runs beside itself with Ctrl-C ignored, and every child inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("project", deadline=None)  # the machine is shared: wall time of one example says nothing
 settings.load_profile("project")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cogvit.batch import Batch, HostView, PackedImages, PackedSequence, PackedText, TeacherTargets
+from cogvit.batch import Batch, HostView, PackedImages, PackedSequence, PackedText, SharpImages, TeacherTargets
 from cogvit.draws import mix
 from cogvit.model.packing import Grid
 from cogvit.model.sequence import Part, expert_tokens, part_positions
@@ -135,8 +135,11 @@ def random_sequence(
     )
 
 
-def joint_batch(seed: int, shown: Shown, *, by_place: bool, framed: bool = False) -> Batch:
-    """A microbatch of stage 3 with 8-px patches, merged 2 x 2: samples with several images, one, and none."""
+def joint_batch(seed: int, shown: Shown, *, by_place: bool, framed: bool = False, sharp_patches: int = 0) -> Batch:
+    """A microbatch of stage 3 with 8-px patches, merged 2 x 2: samples with several images, one, and none.
+
+    sharp_patches: of each image as a second encoder sees it.
+    """
     with_images = shown in ("mixed", "images")
     images = random_images(seed) if with_images else no_images()
     grids: list[Grid] = [(-(-rows // 2), -(-columns // 2)) for rows, columns in images.grid_hw.tolist() if rows]
@@ -147,7 +150,13 @@ def joint_batch(seed: int, shown: Shown, *, by_place: bool, framed: bool = False
         "nothing": [],
     }
     sequence = random_sequence(seed, samples[shown], by_place=by_place, framed=framed)
-    return Batch(images, None, None, (None,) * images.num_slots, sequence)
+    sharp = None
+    if sharp_patches:
+        count = [sum(not isinstance(part, int) for part in parts) for parts in samples[shown]]
+        g = torch.Generator().manual_seed(seed + 100)
+        patches = torch.randint(0, 256, (sum(count) * sharp_patches, 3 * 8**2), generator=g).to(torch.uint8)
+        sharp = SharpImages(patches, (*count, *[0] * (len(sequence.key) - len(count))))
+    return Batch(images, None, None, (None,) * images.num_slots, sequence, sharp=sharp)
 
 
 def _int32(values: list[int] | list[tuple[int, int]]) -> Tensor:

@@ -118,7 +118,7 @@ def _collect(ranks: list[Rank], deadline_s: float) -> list[Any]:
             rank = waiting.pop(pipe)
             outcome = _receive(rank)
             if outcome.error is not None:
-                raise outcome.error
+                raise _death_among(ranks) or outcome.error
             values[rank.call.rank] = outcome.value
     # A rank that left early would close sockets that its peers still read, so all wait for this word.
     for rank in ranks:
@@ -132,7 +132,18 @@ def _receive(rank: Rank) -> Outcome:
         return pickle.loads(rank.pipe.recv_bytes())
     except EOFError:
         rank.process.join()
-        return Outcome(None, ChildProcessError(f"rank {rank.call.rank} died with status {rank.process.exitcode}"))
+        return Outcome(None, _death_of(rank))
+
+
+def _death_of(rank: Rank) -> ChildProcessError:
+    return ChildProcessError(f"rank {rank.call.rank} died with status {rank.process.exitcode}")
+
+
+def _death_among(ranks: list[Rank]) -> ChildProcessError | None:
+    """A rank whose peer has died only says that a connection broke, and may say it before that death is known."""
+    if any(wait([rank.process.sentinel for rank in ranks], timeout=0.5)):
+        return next((_death_of(rank) for rank in ranks if rank.process.exitcode), None)
+    return None
 
 
 def _stacks(ranks: list[Rank]) -> str:
@@ -169,6 +180,9 @@ def _run_in_group(call: Call) -> Any:
         store = dist.FileStore(str(call.scratch / "rendezvous"), call.world)
         timeout = timedelta(seconds=call.timeout_s)
         dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world, timeout=timeout)
+        # Some functions leave the group at once, or die, while another rank still connects.
+        store.set(f"met_{call.rank}", "")
+        store.wait([f"met_{rank}" for rank in range(call.world)])
         value = call.fn(call.rank, call.world, *call.args)
         faulthandler.unregister(signal.SIGUSR2)
     return value

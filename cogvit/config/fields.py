@@ -16,7 +16,15 @@ from cogvit.config.execution import (
 )
 from cogvit.config.option import option
 from cogvit.config.reinforcement import ReinforcementConfig
-from cogvit.model.config import AdapterConfig, CogViTConfig, ExpertConfig, MmtpConfig, TextConfig, VideoConfig
+from cogvit.model.config import (
+    AdapterConfig,
+    CogViTConfig,
+    CrossModuleConfig,
+    ExpertConfig,
+    MmtpConfig,
+    TextConfig,
+    VideoConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -246,6 +254,7 @@ class OptimConfig:
     adapter: ModuleConfig = field(default_factory=ModuleConfig)  # between vision tower and language model
     language: ModuleConfig = field(default_factory=ModuleConfig)
     expert: ModuleConfig = field(default_factory=ModuleConfig)  # visual experts of the language model
+    cross: ModuleConfig = field(default_factory=ModuleConfig)  # second encoder, and cross attention to it
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,7 @@ class RunConfig:
     mmtp: MmtpConfig = field(default_factory=MmtpConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    cross: CrossModuleConfig = field(default_factory=CrossModuleConfig)
     rl: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     proj_dim: int = option(768, "width of the shared image-text space (stage 2)")
     init_log_t: float = option(2.302585092994046, "log temperature at the start (stage 2)")

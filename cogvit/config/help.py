@@ -12,6 +12,7 @@ from cogvit.config.flags import Slot, settable, word_of
 from cogvit.errors import ConfigError
 
 ALL = "all"
+_TOGETHER = "\N{NO-BREAK SPACE}"  # where a line is not to end
 _FIRST = (  # what almost every run says
     "out", "data.shards", "data.held_out", "data.global_batch_images", "schedule.steps", "optim.lr", "init",
     "precision", "parallel.tp", "checkpoint.every_minutes",
@@ -39,9 +40,9 @@ def first_page(preset: RunConfig | None = None) -> str:
     """Return the flags that almost every run says, and which sections have the others."""
     slots = {slot.path: slot for slot in settable(preset or RunConfig())}
     lines = ["flags that most runs say:", *(_entry(slots[path]) for path in _FIRST if path in slots)]
-    counts = ", ".join(f"{name} ({len(group)})" for name, group in sections(preset).items())
+    counts = ", ".join(f"{name}{_TOGETHER}({len(group)})" for name, group in sections(preset).items())
     more = f"--help SECTION explains the flags of one of: {counts}; --help {ALL}: every flag."
-    return "\n".join([*lines, "", *textwrap.wrap(more, _width())])
+    return "\n".join([*lines, "", *(line.replace(_TOGETHER, " ") for line in textwrap.wrap(more, _width()))])
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> str:

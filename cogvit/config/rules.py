@@ -204,7 +204,7 @@ def check_training(config: RunConfig) -> None:
     require(0.0 < optim.eps < 1.0, f"optim.eps={optim.eps} must be in (0, 1): AdamW divides by it where all is 0")
     for name in ("momentum", "beta1", "beta2"):
         require(0.0 <= getattr(optim, name) < 1.0, f"optim.{name}={getattr(optim, name)} must be in [0, 1)")
-    for name in ("vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert"):
+    for name in ("vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert", "cross"):
         module = getattr(optim, name)
         for what, value in (("lr_mult", module.lr_mult), ("weight_decay", module.weight_decay)):
             require(value is None or is_rate(value), f"optim.{name}.{what}={value} must be finite and not negative")

@@ -36,7 +36,7 @@ from data_pipeline.token_counts import Wording, read_text
 MOST_ASKED = 400  # of a source in a language
 _LONGEST_ANSWER = 64  # tokens
 _LEAST_PX = (512, 512)  # frames of videos are not halved below it
-_AT_ONCE = 32  # prompts side by side
+_AT_ONCE = 8192  # tokens of prompts side by side, at most
 _SHOWN = 4  # of each kind, in a report
 Images = tuple[Image.Image, ...]
 
@@ -157,9 +157,28 @@ def exact(said: Sequence[str], right: Sequence[Sequence[str]]) -> float:
 def answers(model: VisionLanguageModel, asked: Sequence[Asked]) -> list[str]:
     """Return the model's greedy answers."""
     said: list[str] = []
-    for start in tqdm(range(0, len(asked), _AT_ONCE), unit=" prompts", unit_scale=_AT_ONCE, disable=None, leave=False):
-        said += model.generate_many([_messages(one) for one in asked[start : start + _AT_ONCE]], _LONGEST_ANSWER)
+    with tqdm(total=len(asked), unit=" prompts", disable=None, leave=False) as shown:
+        for part in _side_by_side(model, asked):
+            said += model.generate_many([_messages(one) for one in part], _LONGEST_ANSWER)
+            shown.update(len(part))
     return said
+
+
+def _side_by_side(model: VisionLanguageModel, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Yield the questions in their order, as many at once as there is room for, at least one."""
+    part: list[Asked] = []
+    tokens = 0
+    for one in asked:
+        # Letters for tokens: near enough where only memory is bounded.
+        letters = sum(len(text) for turn in one.learned for text in turn.parts if text is not None)
+        needed = letters + sum(model.num_visual_tokens(image) for image in one.images) + _LONGEST_ANSWER
+        if part and tokens + needed > _AT_ONCE:
+            yield part
+            part, tokens = [], 0
+        part.append(one)
+        tokens += needed
+    if part:
+        yield part
 
 
 @torch.inference_mode()
@@ -167,8 +186,7 @@ def nats_a_token(model: VisionLanguageModel, asked: Sequence[Asked]) -> float:
     """Return the mean loss of the right answers' tokens."""
     dialogs = DialogReader(model.tokenizer, model.language.cfg.eos_ids)
     total, count = 0.0, 0
-    for start in range(0, len(asked), _AT_ONCE):
-        part = asked[start : start + _AT_ONCE]
+    for part in _side_by_side(model, asked):
         rows, learned = [], []
         for one in part:
             grids = [model.token_grid(image) for image in one.images]

@@ -145,7 +145,7 @@ class TextConfig:
         return int(self.embed_dim * self.mlp_ratio)
 
 
-AdapterKind = Literal["mlp", "glm", "swiglu", "conv"]
+AdapterKind = Literal["mlp", "glm", "swiglu", "conv", "wide_conv"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class AdapterConfig:
 
     Attributes:
         kind: mlp is two layers over merged patches, glm the merger of GLM-OCR, swiglu the projection of CogVLM, conv
-            that of CogVLM2.
+            that of CogVLM2, wide_conv that of GLM-4V-9B.
         hidden_dim: of the adapter's MLP; each kind's own multiple of the language model's width if None.
         spatial_pool: s; s x s neighboring patches become one token of the language model.
 
@@ -255,6 +255,56 @@ class VideoConfig:
             value = getattr(self, name)
             if value != 0.0 and not least <= value < math.inf:
                 raise ValueError(f"video.{name}={value} must be 0, or {least} or above")
+
+
+@dataclass(frozen=True)
+class CrossModuleConfig:
+    """A second encoder that sees each image at high resolution, and cross attention of every block to what it gives.
+
+    All defaults but the first are those of the released EVA2-CLIP-L, which sees 1120 px.
+
+    Attributes:
+        image_size: side of the squares that images are shown as, px; 0 has no such module.
+        patch_size: P of the encoder, px.
+        embed_dim: C, its width.
+        depth: its blocks.
+        num_heads: of its attention.
+        mlp_dim: of its MLP.
+        dim: of all heads of cross attention together, which are as many as the language model's.
+
+    Errors: ValueError when a size is not positive or does not divide.
+    Source: CogAgent (arXiv 2312.08914).
+    """
+
+    image_size: int = 0
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 23
+    num_heads: int = 16
+    mlp_dim: int = 2730
+    dim: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.image_size < 0:
+            raise ValueError(f"cross.image_size={self.image_size} must be 0 (none) or above")
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cross.{name}={getattr(self, name)} must be at least 1")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"cross.patch_size={self.patch_size} does not divide cross.image_size={self.image_size}; use a multiple"
+                " of it"
+            )
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"cross.num_heads={self.num_heads} must divide cross.embed_dim={self.embed_dim} into heads of which 4"
+                " divides the channels"
+            )
+
+    @property
+    def rows_per_image(self) -> int:
+        """What cross attention sees of an image: its patches."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)

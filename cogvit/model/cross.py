@@ -75,17 +75,44 @@ class CrossAttention(nn.Module):
             layer: number of the block.
         """
         query_SHK = rearrange(self.query(self.norm(x_SD)), "s (h k) -> s h k", h=self.num_heads)
-        both = rearrange(rows.project(self.key_value, layer), "e (two h k) -> two e h k", two=2, h=self.num_heads)
-        each = [len(x_SD) // max(len(rows.count_N), 1)] * len(rows.count_N)
-        lengths = each if segments is None else list(segments.lengths[: len(rows.count_N)])
-        queries = query_SHK.split([*lengths, len(x_SD) - sum(lengths)])
-        outputs, start = [], 0
-        for query, count in zip(queries, (*rows.count_N, 0), strict=True):
-            key, value = both[:, start : start + count].transpose(1, 2)
-            # Without rows it is 0, and still a function of the query's weights.
-            query = query.transpose(0, 1)
-            seen = F.scaled_dot_product_attention(query, key, value) if count else query * 0
-            outputs.append(seen.transpose(0, 1))
-            start += count
-        out_SD = rearrange(torch.cat(outputs), "s h k -> s (h k)")
-        return self.proj(out_SD if len(rows.row_EC) else out_SD + both.sum() * 0)
+        key_EHK, value_EHK = split_heads(rows.project(self.key_value, layer), self.num_heads)
+        each = (len(x_SD) // max(len(rows.count_N), 1),) * len(rows.count_N)
+        lengths = each if segments is None else segments.lengths
+        seen_SHK = look(query_SHK, key_EHK, value_EHK, lengths, rows.count_N)
+        return self.proj(rearrange(seen_SHK, "s h k -> s (h k)"))
+
+
+def split_heads(both_EF: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values [E, H, K] of [E, 2 H K]."""
+    key_EHK, value_EHK = rearrange(both_EF, "e (two h k) -> two e h k", two=2, h=num_heads)
+    return key_EHK, value_EHK
+
+
+def look(
+    query_SHK: Tensor, key_EHK: Tensor, value_EHK: Tensor, lengths: Sequence[int], count_N: Sequence[int]
+) -> Tensor:
+    """Return what tokens gather from all rows of their own sequence, [S, H, K]; 0 where it has none.
+
+    Args:
+        query_SHK: of the tokens, sequence after sequence.
+        key_EHK: of the rows, likewise.
+        value_EHK: likewise.
+        lengths: tokens of each sequence; what follows the N that may have rows is padding.
+        count_N: rows of each sequence.
+    """
+    own = lengths[: len(count_N)]
+    outputs, start = [], 0
+    for query, count in zip(query_SHK.split([*own, len(query_SHK) - sum(own)]), (*count_N, 0), strict=True):
+        if not count:
+            outputs.append(query * 0)  # and still a function of what made it
+            continue
+        key, value = (x[start : start + count].transpose(0, 1) for x in (key_EHK, value_EHK))
+        outputs.append(F.scaled_dot_product_attention(query.transpose(0, 1), key, value).transpose(0, 1))
+        start += count
+    seen_SHK = torch.cat(outputs)
+    return seen_SHK if len(key_EHK) else seen_SHK + (key_EHK.sum() + value_EHK.sum()) * 0
+
+
+def is_cross(name: str) -> bool:
+    """Whether a weight of a language model is of its cross attention."""
+    return ".cross." in name

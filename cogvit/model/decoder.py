@@ -60,13 +60,14 @@ def turn(x_SHK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool) ->
 
     Pairs are (2 i, 2 i + 1) where interleaved, else (i, i + R).
     """
-    cos, sin = cos_SR.unsqueeze(1), sin_SR.unsqueeze(1)
-    turned, kept = x_SHK.split([2 * cos.shape[-1], x_SHK.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    cos, sin, width = cos_SR.unsqueeze(1), sin_SR.unsqueeze(1), 2 * cos_SR.shape[-1]
+    turned, kept = (x_SHK, None) if width == x_SHK.shape[-1] else x_SHK.split([width, x_SHK.shape[-1] - width], dim=-1)
     turned = turned.to(torch.promote_types(x_SHK.dtype, cos.dtype))
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    pairs = (a * cos - b * sin, b * cos + a * sin)
-    out = rearrange(list(pairs), "pair s h r -> s h (r pair)" if interleaved else "pair s h r -> s h (pair r)")
-    return torch.cat([out.to(x_SHK.dtype), kept], dim=-1)
+    pair_dim = -1 if interleaved else -2
+    # unbind and stack, not slices: the gradient of each is one pass
+    a, b = turned.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(pair_dim)
+    out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair_dim).flatten(-2).to(x_SHK.dtype)
+    return out if kept is None else torch.cat([out, kept], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ class DialogReader:
             ids, answer = ids + own, answer + told
         if open_end and self._ends:
             ids, answer = [*ids, self._ends[0]], [*answer, True]
-        images = sum(turn.parts.count(None) for turn in conversation)
+        last = max((number for number, turn in enumerate(conversation) if turn.role == "assistant"), default=-1)
+        images = sum(turn.parts.count(None) for turn in conversation[: last + 1])  # those behind it are not read
         if ids.count(self.image_id) != images:
             raise DataError(f"the chat template gives {ids.count(self.image_id)} {IMAGE_TOKEN} for {images} images")
         return Dialog(np.array(ids, np.int64), np.array(answer, np.bool_))

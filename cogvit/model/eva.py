@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cogvit.batch import PackedImages
+from cogvit.model.config import CrossModuleConfig
 from cogvit.model.init import init_model
 from cogvit.model.tokens import PackedFeatures
 
@@ -151,12 +153,13 @@ class EvaEncoder(nn.Module):
         cfg: its shape.
         cos_TK: of L's rotation, [T, K]; None for E.
         sin_TK: likewise.
+        recompute: set it to compute each block again in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, cfg: EvaConfig) -> None:
         """Build an encoder with new weights, which follow torch's default generator."""
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, False
         tokens = cfg.side_patches**2
         self.patch_embed = nn.Conv2d(cfg.in_chans, cfg.embed_dim, kernel_size=cfg.patch_size, stride=cfg.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, cfg.embed_dim))
@@ -189,8 +192,9 @@ class EvaEncoder(nn.Module):
             x = self._normalized(patches_NTE).to(x.dtype)
         x = F.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
         x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1) + self.pos_embed
+        angles, again = (self.cos_TK, self.sin_TK), self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, self.cos_TK, self.sin_TK)
+            x = checkpoint(block, x, *angles, use_reentrant=False) if again else block(x, *angles)
         return x[:, 1:] if self.out_pos_embed is None else x[:, 1:] + self.out_pos_embed
 
     def _normalized(self, patches_NTE: Tensor) -> Tensor:
@@ -199,6 +203,33 @@ class EvaEncoder(nn.Module):
             for values in (MEAN, DEVIATION)
         )
         return (patches_NTE.float() / 255.0 - mean) / deviation
+
+
+def second_encoder(module: CrossModuleConfig) -> EvaConfig:
+    """Return the shape of a cross module's encoder."""
+    return EvaConfig(
+        "l",
+        module.image_size,
+        module.patch_size,
+        module.embed_dim,
+        module.depth,
+        module.num_heads,
+        module.mlp_dim,
+        output_position=True,
+    )
+
+
+def cross_module(encoder: EvaConfig, dim: int) -> CrossModuleConfig:
+    """Return the cross module of a second encoder and of cross attention of so many channels."""
+    return CrossModuleConfig(
+        encoder.image_size,
+        encoder.patch_size,
+        encoder.embed_dim,
+        encoder.depth,
+        encoder.num_heads,
+        encoder.mlp_dim,
+        dim,
+    )
 
 
 def rotation(cfg: EvaConfig) -> tuple[Tensor, Tensor]:

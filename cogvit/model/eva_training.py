@@ -12,10 +12,11 @@ from cogvit.model.image_input import ImageSize, SquareImages
 from cogvit.model.vit import CogViT
 
 
-def eva_encoder(vit: CogViT, shown: ImageSize) -> EvaEncoder:
+def eva_encoder(vit: CogViT, shown: ImageSize, *, output_position: bool = False) -> EvaEncoder:
     """Return the same encoder as an `EvaEncoder`; CLIP's normalization of images is folded into its patch embedding.
 
-    Features agree but for rounding. The mask token stays behind.
+    Features agree but for rounding. The mask token stays behind. output_position: it has positions for what comes out,
+    as CogAgent's has; they are 0.
 
     Errors: CheckpointError names what the released encoder does not have.
     """
@@ -26,10 +27,21 @@ def eva_encoder(vit: CogViT, shown: ImageSize) -> EvaEncoder:
     with torch.device("meta"):
         encoder = EvaEncoder(
             EvaConfig(
-                "e", cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_dim, cfg.eps
+                "e",
+                cfg.image_size,
+                cfg.patch_size,
+                cfg.embed_dim,
+                cfg.depth,
+                cfg.num_heads,
+                cfg.mlp_dim,
+                cfg.eps,
+                output_position,
             )
         )
-    encoder.load_state_dict(_weights(vit.state_dict()), assign=True)
+    weights = _weights(vit.state_dict())
+    if output_position:
+        weights["out_pos_embed"] = torch.zeros_like(weights["pos_embed"][1:])
+    encoder.load_state_dict(weights, assign=True)
     return encoder.train(vit.training)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cogvit.model.cross import is_cross
 from cogvit.model.language_config import LanguageConfig
 from cogvit.model.tokens import permute_rows
 
@@ -68,6 +69,11 @@ class VisualExpert(nn.Module):
 def is_expert(name: str) -> bool:
     """Whether a weight of a language model is of an expert."""
     return ".expert." in name
+
+
+def is_grown(name: str) -> bool:
+    """Whether a weight is of what a language model has for images alone, which learns where that stays as it is."""
+    return is_expert(name) or is_cross(name)
 
 
 def beginning_of(name: str) -> str:

@@ -25,8 +25,8 @@ class LinearWeights(Protocol):
         """[out, in]."""
 
     @property
-    def bias(self) -> Tensor:
-        """[out]."""
+    def bias(self) -> Tensor | None:
+        """[out], if it has one."""
 
 
 def tiles(x_SD: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> bool:
@@ -69,14 +69,15 @@ class _TiledMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_SD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, gated: bool
+        x_SD: Tensor, w1_FD: Tensor, b1_F: Tensor | None, w2_DF: Tensor, b2_D: Tensor | None, gated: bool
     ) -> tuple[Tensor, ...]:
-        up, bias1, down, bias2 = (p.to(x_SD.dtype) for p in (w1_FD.t(), b1_F, w2_DF.t(), b2_D))
+        up, down = w1_FD.t().to(x_SD.dtype), w2_DF.t().to(x_SD.dtype)
+        bias1, bias2 = (None if bias is None else bias.to(x_SD.dtype) for bias in (b1_F, b2_D))
         out_SD = torch.empty_like(x_SD)
         hidden = []
         for x, out in zip(x_SD.split(TILE_TOKENS), out_SD.split(TILE_TOKENS), strict=True):
-            h = torch.addmm(bias1, x, up)
-            torch.addmm(bias2, _activate(h, gated), down, out=out)
+            h = _product(x, up, bias1)
+            _product(_activate(h, gated), down, bias2, out)
             hidden.append(h)
         return out_SD, *hidden
 
@@ -97,16 +98,24 @@ class _TiledMlp(torch.autograd.Function):
         up, down = w1_FD.to(x_SD.dtype), w2_DF.to(x_SD.dtype)
         total = torch.promote_types(w1_FD.dtype, torch.float32)
         grad_w1, grad_w2 = torch.zeros_like(w1_FD, dtype=total), torch.zeros_like(w2_DF, dtype=total)
-        grad_b1, grad_b2 = torch.zeros_like(w1_FD[:, 0], dtype=total), grad_SD.sum(0, dtype=total)
+        of_bias1, of_bias2 = ctx.needs_input_grad[2], ctx.needs_input_grad[4]  # type: ignore[attr-defined]
+        grad_b1 = torch.zeros_like(w1_FD[:, 0], dtype=total) if of_bias1 else None
+        grad_b2 = grad_SD.sum(0, dtype=total) if of_bias2 else None
         grad_x_SD = torch.empty_like(x_SD)
         tiles = (x.split(TILE_TOKENS) for x in (x_SD, grad_SD, grad_x_SD))
         for x, grad, grad_x, h in zip(*tiles, hidden, strict=True):
             _add_product(grad_w2, grad.t(), _activate(h, ctx.gated))  # type: ignore[attr-defined]
             grad_h = _activation_gradient(grad @ down, h, ctx.gated)  # type: ignore[attr-defined]
             _add_product(grad_w1, grad_h.t(), x)
-            grad_b1 += grad_h.sum(0, dtype=total)
+            if grad_b1 is not None:
+                grad_b1 += grad_h.sum(0, dtype=total)
             torch.mm(grad_h, up, out=grad_x)
-        return grad_x_SD, *(g.to(w1_FD.dtype) for g in (grad_w1, grad_b1, grad_w2, grad_b2)), None
+        grads = (grad_w1, grad_b1, grad_w2, grad_b2)
+        return grad_x_SD, *(None if grad is None else grad.to(w1_FD.dtype) for grad in grads), None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
 
 def _activate(h: Tensor, gated: bool) -> Tensor:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogvit.errors import ConfigError
-from cogvit.model.config import ExpertConfig, MmtpConfig
+from cogvit.model.config import CrossModuleConfig, ExpertConfig, MmtpConfig
 
-Family = Literal["llama", "glm4", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
+Family = Literal["llama", "glm", "glm4", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("llama", "glm", "glm4", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class CrossConfig:
     def __post_init__(self) -> None:
         if min(self.encoder_dim, self.dim) < 0 or bool(self.encoder_dim) != bool(self.dim):
             raise ValueError(f"cross.encoder_dim={self.encoder_dim} and cross.dim={self.dim} must both be 0, or above")
+
+
+def cross_of(module: CrossModuleConfig) -> CrossConfig:
+    """Return what a cross module is to the language model."""
+    return CrossConfig(module.embed_dim, module.dim) if module.image_size else CrossConfig()
 
 
 def mrope_section(pairs: int) -> tuple[int, int, int]:
@@ -118,12 +123,12 @@ class LanguageShape:
 class LanguageConfig(LanguageShape):
     """Shape and options of a causal decoder that is ours.
 
-    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm4` also normalizes what each
-    branch gives before it is added (sandwich norm) and turns neighboring channels of the first part of a head;
+    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm` (GLM-4-9B) turns neighboring
+    channels of the first part of a head; `glm4` does too, and normalizes what each branch gives before it is added;
     `qwen3` normalizes queries and keys per head.
 
     Attributes:
-        family: llama, glm4 or qwen3.
+        family: llama, glm, glm4 or qwen3.
         eps: of the norms.
         rope_base: of the rotation's angles.
         rope_scaling: of long contexts; None where there is none.
@@ -181,7 +186,7 @@ class LanguageConfig(LanguageShape):
     @property
     def interleaved_rotary(self) -> bool:
         """Whether channels (2 i, 2 i + 1) turn together; otherwise (i, i + rotary_dim / 2)."""
-        return self.family == "glm4"
+        return self.family in ("glm", "glm4")
 
     @property
     def qk_norm(self) -> bool:
@@ -198,8 +203,6 @@ def check_layout(cfg: LanguageShape, tp: int, pp: int) -> None:
                 f" stage; use --parallel.tp 1, or a model of {', '.join(FAMILIES)}"
             )
         return
-    if cfg.cross.dim:
-        raise ConfigError("cross attention is not trained on the trunk; take a model without it")
     for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
         if getattr(cfg, name) % tp:
             raise ConfigError(

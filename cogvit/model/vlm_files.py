@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import GlmAdapter, PatchGroups, adapter_config, make_adapter
-from cogvit.model.config import ExpertConfig, VideoConfig
-from cogvit.model.eva import EvaEncoder
+from cogvit.model.config import CrossModuleConfig, ExpertConfig, VideoConfig
+from cogvit.model.eva import EvaEncoder, cross_module, second_encoder
 from cogvit.model.eva_training import eva_encoder
-from cogvit.model.expert import is_expert
+from cogvit.model.expert import is_grown
 from cogvit.model.frame import ImageFrame
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
+from cogvit.model.language_config import CrossConfig, cross_of
 from cogvit.model.layouts import glm_ocr_full, released, vision_language
 from cogvit.model.layouts.causal_lm import write_causal_lm
 from cogvit.model.layouts.cog import CogShape
@@ -73,23 +74,19 @@ def read_parts(root: Path, dtype: torch.dtype) -> VlmParts:
 
 def save_ours(root: Path, parts: VlmParts) -> None:
     """Write a directory of directories. Errors: CheckpointError names what it cannot hold."""
-    if not isinstance(parts.vision, CogViT) or not isinstance(parts.limits, ImageLimits) or parts.cross is not None:
-        raise CheckpointError("this layout holds a CogViT, and neither images of one size nor a second encoder")
+    if not isinstance(parts.vision, CogViT) or not isinstance(parts.limits, ImageLimits):
+        raise CheckpointError("this layout holds a CogViT that sees images in their own size, and none of one size")
     parts.vision.save_pretrained(root / vision_language.VISION)
     weights: dict[str, Tensor] = {}
     if isinstance(parts.language, CausalLM):
         cfg, weights = parts.language.cfg, parts.language.state_dict()
-        plain = {name: weight for name, weight in weights.items() if not is_expert(name)}
-        write_causal_lm(root / vision_language.LANGUAGE, replace(cfg, expert=ExpertConfig()), plain)
+        plain = {name: weight for name, weight in weights.items() if not is_grown(name)}
+        alone = replace(cfg, expert=ExpertConfig(), cross=CrossConfig())
+        write_causal_lm(root / vision_language.LANGUAGE, alone, plain)
     else:
         parts.language.save_pretrained(root / vision_language.LANGUAGE)
-    if parts.language.cfg.expert.every or parts.frame is not None:
-        own = {name: weight for name, weight in weights.items() if is_expert(name)}
-        frame = {} if parts.frame is None else parts.frame.state_dict()
-        own |= {f"frame.{name}": weight for name, weight in frame.items()}
-        vision_language.write_expert(
-            root, vision_language.Grown(parts.language.cfg.expert, parts.frame is not None, own)
-        )
+    if grown := _grown(parts, weights):
+        vision_language.write_expert(root, grown)
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(root / vision_language.LANGUAGE)
     adapter = adapter_config(parts.adapter)
@@ -98,12 +95,23 @@ def save_ours(root: Path, parts: VlmParts) -> None:
     vision_language.write(root, joint)
 
 
+def _grown(parts: VlmParts, weights: dict[str, Tensor]) -> vision_language.Grown:
+    cross, shape = CrossModuleConfig(), parts.language.cfg
+    own = {name: weight for name, weight in weights.items() if is_grown(name)}
+    if parts.frame is not None:
+        own |= {f"frame.{name}": weight for name, weight in parts.frame.state_dict().items()}
+    if parts.cross is not None:
+        cross = cross_module(parts.cross.cfg, shape.cross.dim)
+        own |= {f"cross.{name}": weight.detach() for name, weight in parts.cross.named_parameters()}
+    return vision_language.Grown(shape.expert, parts.frame is not None, own, cross)
+
+
 def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -> None:
     """Write a directory of the CogVLM family; None is the layout that fits. Errors: CheckpointError names why not."""
     if parts.frame is None:
         raise CheckpointError(f"layout {layout} holds visual experts and learned tokens around images; there are none")
     if isinstance(parts.vision, CogViT):
-        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits))
+        parts = parts._replace(vision=eva_encoder(parts.vision, parts.limits, output_position=parts.cross is not None))
     vision, cross = parts.vision, None if parts.cross is None else parts.cross.cfg
     if not isinstance(parts.language, CausalLM):
         raise CheckpointError(f"layout {layout} cannot hold a language model of family {parts.language.cfg.family}")
@@ -165,31 +173,44 @@ def _read_released(root: Path, layout: released.Layout, dtype: torch.dtype) -> V
 def _read_ours(root: Path) -> VlmParts:
     joint = vision_language.read(root)
     vision = CogViT.from_pretrained(root / vision_language.VISION)
-    language, frame = _read_grown(root)
+    language, frame, cross = _read_grown(root)
     adapter = make_adapter(joint.adapter, vision.cfg.embed_dim, language.cfg.embed_dim)
-    load_checked(adapter, joint.weights)
+    try:
+        load_checked(adapter, joint.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}: its adapter: {error}") from None
     limits = ImageLimits(vision.cfg.patch_size * adapter.spatial_pool, joint.min_pixels, joint.max_pixels)
     tokenizer = load_tokenizer(root / vision_language.LANGUAGE)
-    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, video=joint.video)
+    return VlmParts(vision, adapter, language, joint.image_token_id, limits, tokenizer, frame, cross, video=joint.video)
 
 
-def _read_grown(root: Path) -> tuple[CausalLM | PretrainedLanguage, ImageFrame | None]:
-    """The language model with its visual experts, and the tokens around images. Errors: CheckpointError, ValueError."""
+def _read_grown(root: Path) -> tuple[CausalLM | PretrainedLanguage, ImageFrame | None, EvaEncoder | None]:
+    """The language model with what grew on it, the tokens around images and the second encoder.
+
+    Errors: CheckpointError, ValueError.
+    """
     grown, language = vision_language.read_expert(root), load_language(root / vision_language.LANGUAGE)
-    if not grown.expert.every and not grown.framed:
-        return language, None
     frame = ImageFrame(language.cfg.embed_dim) if grown.framed else None
-    blocks = nn.ModuleList()
-    if grown.expert.every:
-        language = language.with_experts(grown.expert)
-        blocks = language.blocks
-    modules = nn.ModuleDict({"blocks": blocks} | ({} if frame is None else {"frame": frame}))
-    own = {name: weight for name, weight in modules.named_parameters() if is_expert(name) or name.startswith("frame.")}
+    cross = EvaEncoder(second_encoder(grown.cross)) if grown.cross.image_size else None
+    if not isinstance(language, CausalLM):
+        return language.with_experts(grown.expert) if grown.expert.every else language, frame, cross
+    if not grown:
+        return language, frame, cross
+    with torch.device("meta"):
+        shape = CausalLM(replace(language.cfg, expert=grown.expert, cross=cross_of(grown.cross)))
+    beside = nn.ModuleDict({name: part for name, part in (("frame", frame), ("cross", cross)) if part is not None})
+    own = {name: weight for name, weight in shape.named_parameters() if is_grown(name)}
+    own |= dict(beside.named_parameters())
     try:
         check_shapes(grown.weights, {name: tuple(weight.shape) for name, weight in own.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{root / vision_language.EXPERT}: {error}") from None
     with torch.no_grad():
-        for name, weight in own.items():
+        for name, weight in beside.named_parameters():
             weight.copy_(grown.weights[name])
-    return language, frame
+    blocks = {name: weight for name, weight in grown.weights.items() if is_grown(name)}
+    if blocks:
+        language = CausalLM.from_weights(shape.cfg, language.state_dict() | blocks)
+        for name, weight in language.named_parameters():
+            weight.requires_grad_(is_grown(name))
+    return language, frame, cross

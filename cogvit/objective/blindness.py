@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cogvit.batch import Batch
+from cogvit.batch import Batch, SharpImages
 from cogvit.objective.language import Language, image_tokens
 from cogvit.parallel.schedule import Schedule
 
@@ -22,7 +22,7 @@ def with_other_images(batch: Batch, spatial_pool: int, *, framed: bool = False) 
     """Return a pack in which every place of an image shows what follows half a pack of images later, round about.
 
     The turn is by whole images, so that where all have one size each place shows another image whole; a pack of one
-    image shows it out of order. Where there is none, nothing changes.
+    image shows it out of order. Where there is none, nothing changes. A second encoder sees others likewise.
     """
     sequence = batch.sequence
     assert sequence is not None, "a language model reads sequences"
@@ -33,7 +33,15 @@ def with_other_images(batch: Batch, spatial_pool: int, *, framed: bool = False) 
     turn = sum(sizes[: (len(sizes) + 1) // 2]) if len(sizes) > 1 else total // 2
     row_S = sequence.visual_row
     shown_S = ((row_S + turn) % total).where(row_S >= 0, row_S)
-    return replace(batch, sequence=replace(sequence, visual_row=shown_S))
+    return replace(batch, sequence=replace(sequence, visual_row=shown_S), sharp=_turned(batch.sharp))
+
+
+def _turned(sharp: SharpImages | None) -> SharpImages | None:
+    if sharp is None:
+        return None
+    images = sum(sharp.count)
+    turn = sharp.patches_per_image * ((images + 1) // 2) if images > 1 else len(sharp.patches) // 2
+    return replace(sharp, patches=sharp.patches.roll(-turn, 0))
 
 
 class Watched(Language):

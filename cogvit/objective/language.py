@@ -7,6 +7,9 @@ One stage takes one pass. With several, the encoder runs as a pipeline of its ow
 carries both models' load: first without gradients, for the visual tokens, which go from the last stage to the first;
 then the language model with them as leaves; then, with their gradients, the encoder again, unless it is frozen. A
 language model that lies whole on the last stage takes the visual tokens there, in the encoder's one pass.
+
+A second encoder, which sees images at high resolution for cross attention, lies whole on every tensor rank of the first
+stage. With several stages its rows go to all of them before the language model's pass, and their gradients come back.
 """
 
 from __future__ import annotations
@@ -19,24 +22,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cogvit.batch import Batch, PackedImages, PackedSequence
+from cogvit.batch import Batch, PackedImages, PackedSequence, SharpImages
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.config import AdapterConfig, MmtpConfig
-from cogvit.model.expert import is_expert
+from cogvit.model.cross import CrossRows
+from cogvit.model.eva import EvaConfig, EvaEncoder
+from cogvit.model.expert import is_grown
 from cogvit.model.frame import ImageFrame
 from cogvit.model.sequence import num_tokens
 from cogvit.model.tokens import PackedFeatures
 from cogvit.model.vit import grids_of
 from cogvit.objective.distill import reduce_terms
+from cogvit.parallel.convert import plain_tensors
 from cogvit.parallel.encoder import VisionStage
-from cogvit.parallel.ends import to_first_stage, to_last_stage
+from cogvit.parallel.ends import summed_on_first_stage, to_all_stages, to_first_stage, to_last_stage
 from cogvit.parallel.language import LanguageStage
 from cogvit.parallel.schedule import Schedule
 from cogvit.parallel.whole import WholeLanguageStage
 
 JointPart = Literal["vision", "adapter", "language"]
-# Runs the language model on a microbatch, by its number, with its visual tokens: on the last stage what a loss reads.
-Speak = Callable[[int, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What this stage of a language model is shown of a pack's images.
+
+    Attributes:
+        visual_ED: visual tokens, where the language model begins, and on the last stage where its heads see them.
+        cross: what cross attention looks at, on every stage; None without a second encoder.
+    """
+
+    visual_ED: Tensor | None
+    cross: CrossRows | None = None
+
+
+# Runs the language model on a microbatch, by its number, with what it is shown: on the last stage what a loss reads.
+Speak = Callable[[int, Sight], Tensor]
 
 
 class JointModel(nn.Module):
@@ -45,7 +66,8 @@ class JointModel(nn.Module):
     With visual experts, learned tokens stand around each image; they lie beside the adapter.
 
     frozen: parts that keep their weights. They get no gradients and no optimizer state, and stay in eval mode; the
-        experts of a frozen language model learn.
+        experts and the cross attention of a frozen language model learn.
+    cross: the shape of a second encoder, which lies whole on the first stage.
     """
 
     def __init__(
@@ -54,6 +76,7 @@ class JointModel(nn.Module):
         adapter: AdapterConfig,
         language: LanguageStage | WholeLanguageStage,
         frozen: Sequence[JointPart] = (),
+        cross: EvaConfig | None = None,
     ) -> None:
         super().__init__()
         self.vision, self.language = vision, language
@@ -63,9 +86,11 @@ class JointModel(nn.Module):
         if vision.trunk.mesh.is_last_stage:
             self.adapter = fitted_adapter(adapter, vision.cfg.embed_dim, language.cfg)
             self.frame = ImageFrame(language.cfg.embed_dim) if self.framed else None
+        self.cross_cfg = cross
+        self.cross = EvaEncoder(cross) if cross is not None and vision.trunk.mesh.is_first_stage else None
         for module in self._frozen_modules():
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(is_expert(name))
+            for tensor in plain_tensors(module):
+                tensor.parameter.requires_grad_(is_grown(tensor.name))
 
     def train(self, mode: bool = True) -> JointModel:
         """Set the mode of what is not frozen."""
@@ -97,20 +122,37 @@ class JointModel(nn.Module):
             return visual_ED
         return self.frame(visual_ED, image_tokens(batch.images, self.spatial_pool, framed=False))
 
+    def sharp_shape(self, batch: Batch) -> tuple[int, int]:
+        """Return how many rows the second encoder gives of a pack's images, and their width; every stage knows it."""
+        assert self.cross_cfg is not None
+        return sum(_sharp(batch).count) * self.cross_cfg.side_patches**2, self.cross_cfg.embed_dim
+
+    def sharp_rows(self, batch: Batch) -> Tensor:
+        """Return the second encoder's rows [E, C] of a pack's images; on the first stage."""
+        assert self.cross is not None
+        patches = _sharp(batch).patches
+        if len(patches):
+            images = patches.unflatten(0, (-1, self.cross.cfg.side_patches**2))
+            return self.cross(images).flatten(0, 1)
+        nothing = [parameter.flatten()[:0] for parameter in self.cross.parameters()]  # they still get zero gradients
+        return torch.cat(nothing).unflatten(0, (0, self.cross.cfg.embed_dim))
+
+    def looked_at(self, row_EC: Tensor, batch: Batch) -> CrossRows:
+        """Return a pack's rows as its samples' own."""
+        assert self.cross_cfg is not None
+        return CrossRows(row_EC, [images * self.cross_cfg.side_patches**2 for images in _sharp(batch).count])
+
     @property
     def heads_see_images(self) -> bool:
         """Whether heads for more tokens see visual tokens, on the last stage, which made them."""
         mmtp = self.language.cfg.mmtp
         return mmtp.depths > 0 and mmtp.images == "embeddings"
 
-    def spoken(self, batch: Batch, visual_ED: Tensor | None) -> Tensor:
-        """Return the sums of a pack's weighted losses, [1 + M], on the last stage, hidden states elsewhere.
-
-        visual_ED: where the language model begins, and on the last stage where the heads see images.
-        """
+    def spoken(self, batch: Batch, sight: Sight) -> Tensor:
+        """Return the sums of a pack's weighted losses, [1 + M], on the last stage, hidden states elsewhere."""
         sequence = _sequence(batch)
-        out: Tensor = self.language(sequence, visual_ED)
-        return self.language.losses(out, sequence, visual_ED) if self.language.mesh.is_last_stage else out
+        out: Tensor = self.language(sequence, sight.visual_ED, sight.cross)
+        return self.language.losses(out, sequence, sight.visual_ED) if self.language.mesh.is_last_stage else out
 
 
 def image_tokens(images: PackedImages, pool: int, *, framed: bool) -> list[int]:
@@ -163,7 +205,7 @@ def train_passes(
     if "vision" in model.frozen and schedule.mesh.pp_size > 1:  # nothing goes back through the stages
         features = _seen(model, micro, schedule)
         return schedule.forward_backward(
-            None, lambda index: speak(index, model.visual(features[index], micro[index])), len(micro), loss
+            None, lambda index: speak(index, Sight(model.visual(features[index], micro[index]))), len(micro), loss
         )
     return schedule.forward_backward(model.vision.trunk, _behind_encoder(model, micro, speak), len(micro), loss)
 
@@ -175,10 +217,7 @@ def forward_passes(model: JointModel, micro: Sequence[Batch], schedule: Schedule
         forward = _behind_encoder(model, micro, speak)
         return schedule.forward_only(model.vision.trunk, forward, len(micro), lambda out, index: out)
     visual = _bring(model, _seen(model, micro, schedule), micro, schedule)
-
-    def spoken(index: int) -> Tensor:
-        return speak(index, visual[index] if visual else None)
-
+    spoken = _shown(model, micro, speak, visual, _look(model, micro, schedule))
     with language.lent_embedding(train=False):
         return schedule.forward_only(language.trunk, spoken, len(micro), lambda out, index: out)
 
@@ -193,14 +232,30 @@ def _behind_encoder(model: JointModel, micro: Sequence[Batch], speak: Speak) -> 
     """What runs a microbatch where the language model begins behind the encoder's last block, on one stage."""
 
     def forward(index: int) -> Tensor:
-        out = model.features(micro[index])
-        return out if model.adapter is None else speak(index, model.visual(out, micro[index]))
+        batch = micro[index]
+        out = model.features(batch)
+        if model.adapter is None:
+            return out
+        cross = None if model.cross is None else model.looked_at(model.sharp_rows(batch), batch)
+        return speak(index, Sight(model.visual(out, batch), cross))
+
+    return forward
+
+
+def _shown(
+    model: JointModel, micro: Sequence[Batch], speak: Speak, visual: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Callable[[int], Tensor]:
+    """What runs a microbatch on a stage of several, to which visual tokens and a second encoder's rows were brought."""
+
+    def forward(index: int) -> Tensor:
+        cross = model.looked_at(rows[index], micro[index]) if rows else None
+        return speak(index, Sight(visual[index] if visual else None, cross))
 
     return forward
 
 
 def _losses_of(model: JointModel, micro: Sequence[Batch]) -> Speak:
-    return lambda index, visual_ED: model.spoken(micro[index], visual_ED)
+    return lambda index, sight: model.spoken(micro[index], sight)
 
 
 @dataclass(frozen=True)
@@ -242,6 +297,11 @@ def _sequence(batch: Batch) -> PackedSequence:
     return batch.sequence
 
 
+def _sharp(batch: Batch) -> SharpImages:
+    assert batch.sharp is not None, "a second encoder sees images at high resolution"
+    return batch.sharp
+
+
 def _three_passes(
     model: JointModel,
     language: LanguageStage,
@@ -255,14 +315,13 @@ def _three_passes(
     learns = not model.frozen.issuperset(("vision", "adapter"))
     for visual_ED in visual:
         visual_ED.requires_grad_(learns)
-
-    def forward(index: int) -> Tensor:
-        return speak(index, visual[index] if visual else None)
-
+    rows = [row_EC.requires_grad_() for row_EC in _look(model, micro, schedule)]
+    forward = _shown(model, micro, speak, visual, rows)
     with language.lent_embedding(train=True):
         sums = schedule.forward_backward(language.trunk, forward, len(micro), loss)
+    _back_to_rows(model, summed_on_first_stage(_gradients(rows), schedule.mesh), micro, schedule)
     if learns:
-        own = [torch.zeros_like(x) if x.grad is None else x.grad for x in visual]
+        own = _gradients(visual)
         found = to_last_stage(own, _shapes(model, micro), schedule.mesh)
         if model.heads_see_images and schedule.mesh.is_last_stage:
             found = [there + here for there, here in zip(found, own, strict=True)]
@@ -287,6 +346,27 @@ def _bring(model: JointModel, features: Sequence[Tensor], micro: Sequence[Batch]
         made = [model.visual(x_TD, batch) for x_TD, batch in zip(features, micro, strict=False)]
     brought = to_first_stage(made, _shapes(model, micro), schedule.mesh)
     return [x_ED.float() for x_ED in made] if model.heads_see_images and schedule.mesh.is_last_stage else brought
+
+
+def _gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
+
+
+def _look(model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
+    """The second encoder's rows of every pack without gradients, on all stages; nothing without one."""
+    if model.cross_cfg is None:
+        return []
+    with torch.no_grad(), schedule.autocast():
+        made = [] if model.cross is None else [model.sharp_rows(batch) for batch in micro]
+    return to_all_stages(made, [model.sharp_shape(batch) for batch in micro], schedule.mesh)
+
+
+def _back_to_rows(model: JointModel, found: Sequence[Tensor], micro: Sequence[Batch], schedule: Schedule) -> None:
+    """Back the rows' gradients through the second encoder, on the first stage, which has them all."""
+    for gradient_EC, batch in zip(found, micro, strict=False):
+        with schedule.autocast():
+            row_EC = model.sharp_rows(batch)
+        (row_EC.float() * gradient_EC).sum().backward()
 
 
 def _back(

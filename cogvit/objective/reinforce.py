@@ -22,7 +22,7 @@ from torch import Tensor
 from cogvit.batch import Batch, PackedAnswers, PackedSequence
 from cogvit.objective.blindness import with_other_images
 from cogvit.objective.distill import reduce_terms
-from cogvit.objective.language import JointModel, Speak, forward_passes, train_passes
+from cogvit.objective.language import JointModel, Sight, Speak, forward_passes, train_passes
 from cogvit.objective.policy import Answers, Clipping, policy_loss
 from cogvit.objective.reference import Earlier, Reference
 from cogvit.parallel.language import LanguageStage
@@ -107,9 +107,9 @@ class Reinforce:
         return self._terms(seen, gaps, _count_answers(micro, schedule), schedule)
 
     def _speak(self, model: JointModel, micro: Sequence[Batch]) -> Speak:
-        def speak(index: int, visual_ED: Tensor | None) -> Tensor:
+        def speak(index: int, sight: Sight) -> Tensor:
             sequence = _sequence(micro[index])
-            hidden_SD: Tensor = model.language(sequence, visual_ED)
+            hidden_SD: Tensor = model.language(sequence, sight.visual_ED)
             if not model.language.mesh.is_last_stage:
                 return hidden_SD
             assert isinstance(model.language, LanguageStage), "checked by the stage"

@@ -24,11 +24,11 @@ class CausalSelfAttention(PackedSelfAttention):
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         sharing = self.num_attention_heads_per_partition // groups
         by_group_SGMK = qkv_S1F.view(len(qkv_S1F), groups, sharing + 2, head_dim)
-        q_SGMK, k_SGK, v_SGK = by_group_SGMK[:, :, :sharing], by_group_SGMK[:, :, -2], by_group_SGMK[:, :, -1]
+        q_SGMK, k_SG1K, v_SG1K = by_group_SGMK.split((sharing, 1, 1), dim=2)  # its gradient is one concatenation
         norms = None if self.q_layernorm is None else (self.q_layernorm.synced(), self.k_layernorm.synced())
         q_SHK, k_SGK = self.pieces.heads(
             q_SGMK.flatten(1, 2),
-            k_SGK,
+            k_SG1K.squeeze(2),
             norms,
             (layout.cos_SR, layout.sin_SR),
             self.config.layernorm_epsilon,
@@ -36,4 +36,4 @@ class CausalSelfAttention(PackedSelfAttention):
             _turn_neighbors if self.interleaved else _turn_halves,
         )
         assert layout.segments is not None
-        return packed_attention(q_SHK, k_SGK, v_SGK, layout.segments, causal=True).flatten(1)
+        return packed_attention(q_SHK, k_SGK, v_SG1K.squeeze(2), layout.segments, causal=True).flatten(1)

@@ -29,7 +29,7 @@ class Split(Enum):
     ROWS = "rows"
     COLUMNS = "columns"
     QKV = "qkv"  # rows, [H + G + G, K] in the plain model, [G, H / G + 2, K] in Megatron
-    GATE_UP = "gate_up"  # rows, [2, F] in the plain model, [gate_r; up_r] on each rank
+    GATE_UP = "gate_up"  # rows, [2, F] in the plain model, [gate_r; up_r] on each rank; likewise keys and values
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ _RENAMES = (
     ("self_attention.expert.qkv.", "expert.qkv.", Split.QKV),
     ("self_attention.expert.proj.weight", "expert.proj.weight", Split.COLUMNS),
     ("self_attention.expert.proj.bias", "expert.proj.bias", Split.REPLICATED),
+    ("pre_cross_attn_layernorm.", "cross.norm.", Split.REPLICATED),
+    ("cross_attention.query.", "cross.query.", Split.ROWS),
+    ("cross_attention.key_value.", "cross.key_value.", Split.GATE_UP),
+    ("cross_attention.proj.", "cross.proj.", Split.COLUMNS),
     ("mlp.expert.linear_fc1.", "expert.mlp.fc1.", Split.ROWS),
     ("mlp.expert.linear_fc2.weight", "expert.mlp.fc2.weight", Split.COLUMNS),
     ("mlp.expert.linear_fc2.bias", "expert.mlp.fc2.bias", Split.REPLICATED),
@@ -89,7 +93,7 @@ def plain_tensors(module: nn.Module) -> Iterator[PlainTensor]:
         layers = module.get_submodule(f"{match['tower']}trunk.layers.layers")
         layer = cast(Any, layers)[int(match["index"])]
         old, new, split = next(rule for rule in _RENAMES if match["rest"].startswith(rule[0]))
-        if split is Split.ROWS and layer.config.gated_linear_unit:
+        if new.endswith("fc1.") and layer.config.gated_linear_unit:
             split = Split.GATE_UP
         name = f"{match['tower']}blocks.{layer.layer_number - 1}.{new}{match['rest'][len(old) :]}"
         config = layer.config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from cogvit.config import ActivationConfig
 from cogvit.model.decoder import CausalLayout
 from cogvit.model.language_config import LanguageConfig
 from cogvit.parallel.causal import CausalSelfAttention
+from cogvit.parallel.cross import CrossAttentionOnRows
 from cogvit.parallel.expert import ExpertMLP, ExpertProjections, ExpertSelfAttention
 from cogvit.parallel.mesh import Mesh
 from cogvit.parallel.pieces import Pieces
@@ -72,12 +74,17 @@ class DecoderLayer(TransformerLayer):
         self.bias_dropout_add_exec_handler = nullcontext
         self.self_attn_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
         self.mlp_bda = CausalBranch(config, sandwich_norm=sandwich_norm)
+        if isinstance(self.cross_attention, CrossAttentionOnRows):
+            self.cross_attn_bda = CausalBranch(config, sandwich_norm=False)
 
     def forward(self, *args: Any, packed_seq_params: PackedStream, **kwargs: Any) -> Any:
-        """Run the layer; an MLP with an expert asks which tokens of this call are whose, as attention does."""
+        """Run the layer; what Megatron does not tell of the pack of this call is told here."""
+        layout = packed_seq_params.layout
+        assert isinstance(layout, CausalLayout)
         if isinstance(self.mlp, ExpertMLP):
-            assert isinstance(packed_seq_params.layout, CausalLayout)
-            self.mlp.rows = packed_seq_params.layout.expert
+            self.mlp.rows = layout.expert
+        if isinstance(self.cross_attention, CrossAttentionOnRows):
+            self.cross_attention.layout = layout
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 
@@ -106,6 +113,9 @@ def build_decoder(
     def layer(has_expert: bool) -> ModuleSpec:
         attention, mlp = (ExpertSelfAttention, ExpertMLP) if has_expert else (CausalSelfAttention, PackedMLP)
         parts = layer_parts(config, mesh, attention, AttnMaskType.causal, "rmsnorm", cfg.qk_norm, mlp)
+        if cfg.cross.dim:
+            cross = ModuleSpec(CrossAttentionOnRows, params={"cross": cfg.cross})
+            parts = replace(parts, pre_cross_attn_layernorm=parts.input_layernorm, cross_attention=cross)
         return ModuleSpec(DecoderLayer, params={"sandwich_norm": cfg.sandwich_norm}, submodules=parts)
 
     size = cfg.depth // mesh.pp_size
@@ -123,6 +133,8 @@ def build_decoder(
         elif isinstance(module, PackedMLP):
             _keep_bias(module.linear_fc1, cfg.mlp_bias)
             _keep_bias(module.linear_fc2, cfg.mlp_bias)
+        elif isinstance(module, CrossAttentionOnRows):
+            module.recompute = memory.recompute == "selective"
     return block
 
 

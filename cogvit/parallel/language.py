@@ -16,10 +16,12 @@ from cogvit.batch import PackedSequence
 from cogvit.config import ActivationConfig, ParallelConfig
 from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
+from cogvit.model.cross import CrossRows
 from cogvit.model.decoder import CausalLayout, rotary_1d
-from cogvit.model.expert import ExpertRows, expert_rows, is_expert
+from cogvit.model.expert import ExpertRows, expert_rows, is_grown
 from cogvit.model.language import place_visual
 from cogvit.model.language_config import LanguageConfig, check_layout
+from cogvit.parallel.convert import plain_tensors
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.ends import to_first_stage, to_last_stage
 from cogvit.parallel.mesh import Mesh
@@ -28,6 +30,8 @@ from cogvit.parallel.pieces import Fusion, pieces_on
 from cogvit.parallel.stage import TrunkStage
 from cogvit.parallel.trunk import PackedStream, megatron_config
 from cogvit.parallel.vocabulary import Vocabulary, embedded, label_logprobs, label_loss, rows_with_weight
+
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # isort: skip
 
 
 class LanguageStage(nn.Module):
@@ -51,7 +55,7 @@ class LanguageStage(nn.Module):
     ) -> None:
         super().__init__()
         check_layout(cfg, mesh.tp_size, mesh.pp_size)
-        self.cfg, self.mesh = cfg, mesh
+        self.cfg, self.mesh, self.recompute = cfg, mesh, memory.recompute != "none"
         self.embed = Vocabulary(cfg.vocab_size, cfg.embed_dim, mesh) if mesh.is_first_stage else None
         config = megatron_config(decoder_shape(cfg), mesh, memory, parallel)
         layers = build_decoder(cfg, config, mesh, memory, pieces_on(mesh.device, fusion))
@@ -77,15 +81,20 @@ class LanguageStage(nn.Module):
         assert weight is not None, "the first stage owns the embedding; it is lent to the last for a pass"
         return weight
 
-    def forward(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sequence: PackedSequence, visual_ED: Tensor | None = None, cross: CrossRows | None = None
+    ) -> Tensor:
         """Return what the head reads [S, D] on the last stage, hidden states for the next one elsewhere.
 
         Args:
             sequence: the pack; its ids are of the vocabulary, which is not looked at here.
             visual_ED: the adapter's output, on the first stage: `sequence.visual_row` names its rows.
+            cross: what cross attention looks at, on every stage, where there is any.
         """
         segments, rows = segments_of(sequence.cu_seqlens, sequence.host), self._expert_rows(sequence)
-        layout = CausalLayout(segments, *rotary_1d(sequence.position, self.cfg), rows)
+        if cross is not None and self.mesh.tp_size > 1:  # each rank's heads give a part of the gradient
+            cross = CrossRows(copy_to_tensor_model_parallel_region(cross.row_EC), cross.count_N)
+        layout = CausalLayout(segments, *rotary_1d(sequence.position, self.cfg), rows, cross)
         x_SD = None
         if self.embed is not None:
             x_SD = place_visual(self.embed(sequence.ids), visual_ED, sequence.visual_row)
@@ -104,7 +113,10 @@ class LanguageStage(nn.Module):
         hidden_SD: what `forward` gave.
         """
         count = None if sequence.host is None else sequence.host.labels
-        return label_loss(hidden_SD, self.head_weight, sequence.labels, sequence.weight, count)
+        return self._label_loss(hidden_SD, sequence.labels, sequence.weight, count)
+
+    def _label_loss(self, hidden_SD: Tensor, label_S: Tensor, weight_S: Tensor, count: int | None) -> Tensor:
+        return label_loss(hidden_SD, self.head_weight, label_S, weight_S, count, recompute=self.recompute)
 
     def logprobs(self, hidden_SD: Tensor, sequence: PackedSequence, temperature: float) -> Tensor:
         """Return the log-probability of each of the pack's labels that has a weight, [R] fp32; on the last stage.
@@ -133,10 +145,7 @@ class LanguageStage(nn.Module):
             depths = zip(
                 self.mtp(hidden_SD, seen_SD, sequence), *sequence.ahead_labels(), sequence.ahead.counts, strict=True
             )
-            sums += [
-                label_loss(deep_SD, self.head_weight, label_S, weight_S, count)
-                for deep_SD, label_S, weight_S, count in depths
-            ]
+            sums += [self._label_loss(*depth) for depth in depths]
         return torch.stack(sums)
 
     @contextmanager
@@ -149,7 +158,7 @@ class LanguageStage(nn.Module):
             yield
             return
         shape = (self.cfg.vocab_size // self.mesh.tp_size, self.cfg.embed_dim)
-        own = (parameter for name, parameter in self.named_parameters() if not is_expert(name))
+        own = (tensor.parameter for tensor in plain_tensors(self) if not is_grown(tensor.name))
         learns = train and any(parameter.requires_grad for parameter in own)  # the same on all stages
         for weight in to_last_stage([] if self.embed is None else [self.embed.weight], [shape], self.mesh):
             self._lent = weight.requires_grad_(learns)

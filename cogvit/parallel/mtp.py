@@ -16,7 +16,7 @@ from cogvit.model.attention import segments_of
 from cogvit.model.blocks import RMSNorm
 from cogvit.model.config import ExpertConfig
 from cogvit.model.decoder import CausalLayout, rotary_1d
-from cogvit.model.language_config import LanguageConfig
+from cogvit.model.language_config import CrossConfig, LanguageConfig
 from cogvit.model.mtp import reading_of, seen_by_heads
 from cogvit.parallel.decoder import build_decoder, decoder_shape
 from cogvit.parallel.mesh import Mesh
@@ -55,7 +55,8 @@ class MtpStage(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        alone, one_layer = replace(mesh, pp_rank=0, pp_size=1), replace(cfg, depth=1, expert=ExpertConfig())
+        alone = replace(mesh, pp_rank=0, pp_size=1)
+        one_layer = replace(cfg, depth=1, expert=ExpertConfig(), cross=CrossConfig())
         if memory.recompute_blocks > 1:
             memory = replace(memory, recompute_blocks=1)
         layers = []

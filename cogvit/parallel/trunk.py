@@ -123,7 +123,7 @@ class PackedMLP(MLP):
     def _output(self, x_S1D: Tensor) -> Tensor:
         fc1, fc2, gated = self.linear_fc1, self.linear_fc2, self.config.gated_linear_unit
         plain = self.config.tensor_model_parallel_size == 1 and self.pieces.activated is activated
-        if plain and trains_on_cpu(x_S1D) and fc1.bias is not None and fc1.weight.requires_grad:
+        if plain and trains_on_cpu(x_S1D) and fc1.weight.requires_grad:
             return tiled_mlp(x_S1D.squeeze(1), fc1, fc2, gated=gated).unsqueeze(1)
         h_S1F, bias_F = fc1(x_S1D)
         return fc2(self.pieces.activated(h_S1F, bias_F, gated=gated))[0]

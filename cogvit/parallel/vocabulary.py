@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.mappings import (  # isort: skip
 )
 
 _CHUNK_LABELS = 1024  # whose logits exist at once: 0.6 GB of a vocabulary of 152K in fp32
+_KEPT_BYTES = 1 << 26  # of a pack's logits that are kept for backward: making these again is not worth what it saves
 
 
 class Vocabulary(nn.Module):
@@ -53,7 +54,13 @@ def logits_of(hidden_D: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def label_loss(
-    hidden_SD: Tensor, weight_VD: Tensor, label_S: Tensor, weight_S: Tensor, count: int | None = None
+    hidden_SD: Tensor,
+    weight_VD: Tensor,
+    label_S: Tensor,
+    weight_S: Tensor,
+    count: int | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Return the sum over labels of weight times cross entropy in nats, 0-dim fp32.
 
@@ -63,8 +70,10 @@ def label_loss(
         label_S: as in `loss_in_chunks`, with what follows.
         weight_S: of the labels.
         count: R, how many labels have a weight.
+        recompute: make logits again in backward, however few they are.
     """
-    return loss_in_chunks(partial(_chunk_loss, weight_VD), hidden_SD, label_S, weight_S, count)
+    keeps = not recompute and count is not None and 4 * count * len(weight_VD) <= _KEPT_BYTES
+    return loss_in_chunks(partial(_chunk_loss, weight_VD), hidden_SD, label_S, weight_S, count, keeps=keeps)
 
 
 def loss_in_chunks(
@@ -73,11 +82,13 @@ def loss_in_chunks(
     label_S: Tensor,
     weight_S: Tensor,
     count: int | None,
+    *,
+    keeps: bool = False,
 ) -> Tensor:
     """Return the sum of chunk_loss(hidden, label, weight) over chunks of the labels that have a weight.
 
     Labels of weight 0 cost nothing. The logits of the others exist a chunk at a time and are made again in backward, so
-    that their memory does not grow with the pack.
+    that their memory does not grow with the pack, unless they are kept.
 
     Args:
         chunk_loss: of some labels; of none too, where the head takes part with zeros.
@@ -85,11 +96,14 @@ def loss_in_chunks(
         label_S: what follows each token.
         weight_S: of the labels.
         count: R, how many labels have a weight; None waits for the device to know.
+        keeps: keep the logits for backward, because they are few.
     """
     row_R = rows_with_weight(weight_S, count)
     chunks = zip(
         *(x.index_select(0, row_R).split(_CHUNK_LABELS) for x in (hidden_SD, label_S, weight_S.float())), strict=True
     )  # one empty chunk where no label counts
+    if keeps:
+        return torch.stack([chunk_loss(*chunk) for chunk in chunks]).sum()
     losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
 

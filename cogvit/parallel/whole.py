@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvit.batch import PackedSequence
+from cogvit.model.cross import CrossRows
 from cogvit.model.language import place_visual
 from cogvit.model.language_config import LanguageShape, check_layout
 from cogvit.model.pretrained_language import PretrainedLanguage, WholeLanguage
@@ -31,12 +32,15 @@ class WholeLanguageStage(WholeLanguage):
         super().__init__(cfg, None if language is None else language.model)
         self.mesh = mesh
 
-    def forward(self, sequence: PackedSequence, visual_ED: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sequence: PackedSequence, visual_ED: Tensor | None = None, cross: CrossRows | None = None
+    ) -> Tensor:
         """Return what the head reads [S, D]; on the last stage.
 
         Args:
             sequence: the pack; its ids are of the vocabulary, which is not looked at here.
             visual_ED: the adapter's output: `sequence.visual_row` names its rows.
+            cross: none.
         """
         x_SD = place_visual(self.embed(sequence.ids), visual_ED, sequence.visual_row)
         return self.hidden(x_SD, sequence.position)

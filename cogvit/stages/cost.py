@@ -15,7 +15,8 @@ from torch import nn
 
 from cogvit.config import ActivationConfig, RunConfig
 from cogvit.model.config import CogViTConfig, TextConfig
-from cogvit.model.expert import is_expert
+from cogvit.model.eva import EvaEncoder, second_encoder
+from cogvit.model.expert import is_grown
 from cogvit.model.language import CausalLM
 from cogvit.model.language_config import LanguageConfig, LanguageShape
 from cogvit.model.pretrained import new_causal_lm
@@ -107,14 +108,17 @@ def muon_flops(named: Iterable[tuple[str, nn.Parameter]], num_heads: int, qkv: s
 
 def vision_load(config: RunConfig) -> Load:
     """Return the vision tower's load."""
-    data, shape = config.data, config.vision
-    rows, columns = shape.base_grid
-    patches = rows * columns if data.sizing == "square" else data.max_patches
+    shape, length = config.vision, _largest_patches(config) + config.vision.use_cls_token
     with torch.device("meta"):
         module = CogViT(shape)
-    load = tower_load(config, shape, module, patches + shape.use_cls_token, pack_tokens=data.tokens_per_pack)
+    load = tower_load(config, shape, module, length, pack_tokens=config.data.tokens_per_pack)
     learns = config.objective != "language" or config.optim.vision.lr_mult > 0.0
     return load if learns else replace(load, frozen=load.parameters, muon_flops=0.0)
+
+
+def _largest_patches(config: RunConfig) -> int:
+    rows, columns = config.vision.base_grid
+    return rows * columns if config.data.sizing == "square" else config.data.max_patches
 
 
 def language_load(config: RunConfig, shape: LanguageShape) -> Load:
@@ -131,7 +135,10 @@ def language_load(config: RunConfig, shape: LanguageShape) -> Load:
     channels = shape.num_heads * shape.head_dim
     qkv = channels + 2 * shape.num_kv_heads * shape.head_dim
     matrices = shape.embed_dim * (qkv + channels + 3 * shape.mlp_dim)
-    learned = [(name, p) for name, p in module.named_parameters() if optim.language.lr_mult > 0.0 or is_expert(name)]
+    cross, rows = shape.cross, config.cross.rows_per_image  # of the one image that a sample has
+    looking = 2.0 * tokens * 2 * shape.embed_dim * cross.dim
+    looking += 2.0 * (tokens // length) * rows * cross.encoder_dim * 2 * cross.dim
+    learned = [(name, p) for name, p in module.named_parameters() if optim.language.lr_mult > 0.0 or is_grown(name)]
     trains = optim.name == "muon"
     blocks = [p for name, p in learned if role_of(name, p) == "block_matrix"]
     return Load(
@@ -143,12 +150,41 @@ def language_load(config: RunConfig, shape: LanguageShape) -> Load:
         gated=True,
         tokens=tokens,
         pack_tokens=data.text_tokens_per_pack,
-        product_flops=shape.depth * tokens * 2.0 * matrices,
-        attention_flops=shape.depth * tokens * 2.0 * length * channels,  # it is causal: half of the pairs
+        product_flops=shape.depth * (tokens * 2.0 * matrices + looking),
+        # It is causal: half of the pairs; cross attention sees all.
+        attention_flops=shape.depth * tokens * (2.0 * length * channels + 4.0 * rows * cross.dim),
         muon_flops=muon_flops(learned, shape.num_heads, optim.muon_qkv) if trains else 0.0,
         memory=config.memory.language,
         whole=not ours,
         frozen=count_parameters(module) - sum(p.numel() for _, p in learned),
+    )
+
+
+def cross_load(config: RunConfig) -> Load:
+    """Return the load of a second encoder, which lies whole on every tensor rank, for one image a sample."""
+    data, module = config.data, config.cross
+    with torch.device("meta"):
+        encoder = EvaEncoder(second_encoder(module))
+    images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
+    tokens, length = images * module.rows_per_image, module.rows_per_image
+    in_pack = min(data.images_per_pack, max(1, data.tokens_per_pack // _largest_patches(config)))
+    named = list(encoder.named_parameters())
+    matrices = 4 * module.embed_dim**2 + 3 * module.embed_dim * module.mlp_dim
+    again = config.memory.vision.recompute != "none"
+    return Load(
+        parameters=count_parameters(encoder),
+        matrices=(),
+        depth=module.depth,
+        width=module.embed_dim,
+        hidden=module.mlp_dim,
+        gated=True,
+        tokens=tokens,
+        pack_tokens=in_pack * length,
+        product_flops=module.depth * tokens * 2.0 * matrices,
+        attention_flops=module.depth * tokens * 4.0 * length * module.embed_dim,
+        muon_flops=muon_flops(named, module.num_heads, config.optim.muon_qkv) if config.optim.name == "muon" else 0.0,
+        memory=ActivationConfig("full" if again else "none"),
+        whole=True,
     )
 
 

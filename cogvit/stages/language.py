@@ -14,7 +14,7 @@ from cogvit.config import RunConfig
 from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.config.rules import Tower, require, vision_tower
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.language_config import FAMILIES, LanguageConfig, LanguageShape, check_layout
+from cogvit.model.language_config import FAMILIES, LanguageConfig, LanguageShape, check_layout, cross_of
 from cogvit.stages.protocol import ReadsShards
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
@@ -37,8 +37,8 @@ class LanguageStage(ReadsShards):
     title: str = "Stage 3: language"
     shows: str = "What is said of held-out images"
     fields: tuple[str, ...] = (
-        "language.", "adapter.", "mmtp.", "expert.", "video.", "memory.language.", "optim.adapter.", "optim.language.",
-        "optim.expert.",
+        "language.", "adapter.", "mmtp.", "expert.", "cross.", "video.", "memory.language.", "optim.adapter.",
+        "optim.language.", "optim.expert.", "optim.cross.",
         "data.text_tokens_per_pack", "data.zh_fraction",
     )  # fmt: skip
     execution: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class LanguageStage(ReadsShards):
             f"--language.max-tokens {own.max_tokens} is above the {shape.max_tokens} of {own.path}; lower it",
         )
         check_layout(shape, parallel.tp, parallel.pp)
-        _check_memory(config, shape)
+        _check_family(config, shape)
         require(
             not parallel.sequence or data.text_tokens_per_pack % parallel.tp == 0,
             f"sequence parallelism splits data.text_tokens_per_pack: {data.text_tokens_per_pack} tokens over"
@@ -97,6 +97,12 @@ class LanguageStage(ReadsShards):
                 f" expert.qkv_bias={there.qkv_bias}; pass --expert.every {there.every} and --expert.qkv-bias"
                 f" {str(there.qkv_bias).lower()}, or begin with an export of its encoder",
             )
+            module = config.cross if begun is None or not begun.cross.image_size else begun.cross
+            require(
+                module == config.cross,
+                f"--init {config.init} has a cross module, and not this one: {_difference(module, config.cross)}; pass"
+                " the same --cross flags, or begin with an export of its encoder",
+            )
         dialog_reader(config.language.path)
         return config
 
@@ -110,6 +116,7 @@ class LanguageStage(ReadsShards):
 
     def build(self, config: RunConfig, mesh: Mesh, target_dims: dict[str, int]) -> tuple[nn.Module, Objective]:
         """All three parts, of which some may be frozen, and the next-token loss."""
+        from cogvit.model.eva import second_encoder
         from cogvit.objective.blindness import Watched
         from cogvit.objective.language import JointModel
         from cogvit.parallel.language import LanguageStage as LanguageModelStage
@@ -128,16 +135,20 @@ class LanguageStage(ReadsShards):
         else:
             language = WholeLanguageStage(shape, mesh, whole_language(config, mesh))
             given = given_weights(config, language)
-        model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config))
+        cross = second_encoder(config.cross) if config.cross.image_size else None
+        model = JointModel(vision_stage(config, mesh), config.adapter, language, frozen_parts(config), cross)
+        if model.cross is not None:
+            model.cross.recompute = config.memory.vision.recompute != "none"
         fill_on_device(model, mesh, initial_weights(config, given, {}, {}))
         return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
-        """The vision tower and, where it is there, the language model; the adapter counts with nothing."""
-        from cogvit.stages.cost import language_load, vision_load
+        """The encoders and, where it is there, the language model; the adapter counts with nothing."""
+        from cogvit.stages.cost import cross_load, language_load, vision_load
 
         there = Path(config.language.path or "?").is_dir()
-        return [vision_load(config), *([language_load(config, language_shape(config))] if there else [])]
+        second = [cross_load(config)] if config.cross.image_size else []
+        return [vision_load(config), *second, *([language_load(config, language_shape(config))] if there else [])]
 
     def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
         """Say so where images are worth nothing once the rates are warm."""
@@ -164,7 +175,7 @@ class LanguageStage(ReadsShards):
 
 
 def language_shape(config: RunConfig) -> LanguageShape:
-    """Return the shape of a run's language model, with its heads for more tokens and its visual experts.
+    """Return the shape of a run's language model, with what grows on it: more heads, visual experts, a cross module.
 
     Errors: ConfigError when it is not there or no causal language model.
     """
@@ -178,9 +189,24 @@ def language_shape(config: RunConfig) -> LanguageShape:
     )
     try:
         shape = pretrained_language.language_shape(Path(path))
-        return replace(shape, mmtp=config.mmtp, expert=config.expert)
+        _check_heads(config, shape)
+        return replace(shape, mmtp=config.mmtp, expert=config.expert, cross=cross_of(config.cross))
     except CheckpointError as error:
         raise ConfigError(f"--language.path {path}: {error}") from None
+
+
+def _check_heads(config: RunConfig, shape: LanguageShape) -> None:
+    require(
+        not config.cross.image_size or config.cross.dim % shape.num_heads == 0,
+        f"--cross.dim {config.cross.dim} must be a multiple of the {shape.num_heads} heads of --language.path"
+        f" {config.language.path}",
+    )
+
+
+def _difference(one: object, other: object) -> str:
+    """The first field in which two of a kind differ, as it is there and here."""
+    name = next(name for name, value in vars(one).items() if value != vars(other)[name])
+    return f"{name} is {vars(one)[name]} there and {vars(other)[name]} here"
 
 
 def whole_language(config: RunConfig, mesh: Mesh) -> PretrainedLanguage | None:
@@ -226,7 +252,11 @@ def _check_parts(config: RunConfig) -> None:
         " --optim.language.lr-mult 0 and an optim.expert.lr_mult above 0",
     )
     require(
-        bool(trained or every),
+        not config.cross.image_size or config.optim.cross.lr_mult > 0.0,
+        f"--cross.image-size {config.cross.image_size} trains a cross module: pass an optim.cross.lr_mult above 0",
+    )
+    require(
+        bool(trained or every or config.cross.image_size),
         "optim.vision.lr_mult, optim.adapter.lr_mult and optim.language.lr_mult are all 0: nothing is trained",
     )
     require(
@@ -236,8 +266,8 @@ def _check_parts(config: RunConfig) -> None:
     )
 
 
-def _check_memory(config: RunConfig, shape: LanguageShape) -> None:
-    """Check what a language model keeps of its activations, and what it is given. Errors: ConfigError."""
+def _check_family(config: RunConfig, shape: LanguageShape) -> None:
+    """Check what a language model keeps of its activations, and what grows on it. Errors: ConfigError."""
     memory, stages = config.memory.language, config.parallel.pp
     if isinstance(shape, LanguageConfig):
         blocks, depth = memory.recompute_blocks, shape.depth // stages
@@ -252,13 +282,12 @@ def _check_memory(config: RunConfig, shape: LanguageShape) -> None:
         f"memory.language is of {', '.join(FAMILIES)}; --language.path {path} is a {shape.family} and keeps its"
         " activations",
     )
-    require(
-        not config.mmtp.depths,
-        f"--mmtp.depths {config.mmtp.depths}: heads are of {', '.join(FAMILIES)}; --language.path {path} is a"
-        f" {shape.family}",
-    )
-    require(
-        not config.expert.every,
-        f"--expert.every {config.expert.every}: visual experts are of {', '.join(FAMILIES)}; --language.path {path} is"
-        f" a {shape.family}",
-    )
+    for flag, value, what in (
+        ("mmtp.depths", config.mmtp.depths, "heads"),
+        ("expert.every", config.expert.every, "visual experts"),
+        ("cross.image-size", config.cross.image_size, "cross modules"),
+    ):
+        require(
+            not value,
+            f"--{flag} {value}: {what} are of {', '.join(FAMILIES)}; --language.path {path} is a {shape.family}",
+        )

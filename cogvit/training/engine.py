@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cogvit.batch import Batch
 from cogvit.config import RunConfig
 from cogvit.errors import NonFiniteStep
+from cogvit.model.cross import is_cross
 from cogvit.model.expert import is_expert
 from cogvit.parallel.convert import PlainTensor, Split, gather_plain, plain_tensors
 from cogvit.parallel.mesh import Mesh
@@ -61,7 +62,11 @@ class Engine:
         named = [(t.name, t.parameter, module_of(t.name)) for t in self.tensors]
         later: tuple[Module, ...] = ()
         if "language" in dict(model.named_children()):  # also on stages that have no layers of it
-            later = ("adapter", "language", "expert") if config.expert.every else ("adapter", "language")
+            grown: tuple[tuple[Module, bool], ...] = (
+                ("expert", config.expert.every > 0),
+                ("cross", config.cross.image_size > 0),
+            )
+            later = ("adapter", "language", *(module for module, there in grown if there))
         groups = param_groups(named, config.optim, config.schedule, later=later)
         qkv_heads = {
             t.parameter: QkvHeads(t.num_heads // mesh.tp_size, t.num_kv_heads // mesh.tp_size)
@@ -211,6 +216,8 @@ def module_of(name: str) -> Module:
     first = name.split(".")[0]
     if is_expert(name):
         return "expert"
+    if first == "cross" or is_cross(name):
+        return "cross"
     if first == "frame":
         return "adapter"
     if first in ("vision", "text", "adapter", "language"):

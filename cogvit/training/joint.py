@@ -16,13 +16,14 @@ from cogvit.config.recipe import PARTS, frozen_parts
 from cogvit.errors import CheckpointError
 from cogvit.model.adapter import fitted_adapter
 from cogvit.model.chat import image_token_id
-from cogvit.model.expert import beginning_of, is_expert
+from cogvit.model.eva import EvaEncoder, second_encoder
+from cogvit.model.expert import beginning_of, is_grown
 from cogvit.model.frame import ImageFrame
 from cogvit.model.hub import dtype_of
 from cogvit.model.image_input import ImageLimits, ImageSize, SquareImages
 from cogvit.model.interop import load_checked
 from cogvit.model.language import CausalLM
-from cogvit.model.language_config import FAMILIES, LanguageConfig
+from cogvit.model.language_config import FAMILIES, LanguageConfig, cross_of
 from cogvit.model.layouts.causal_lm_file import CausalLMFile
 from cogvit.model.layouts.files import CONFIG, read_json
 from cogvit.model.layouts.vision_language import MODEL_TYPE
@@ -53,13 +54,13 @@ def given_weights(config: RunConfig, whole: WholeLanguage | None = None) -> Mapp
     found: dict[str, Tensor] = {}
     if config.init:
         started = initial_towers(config)
-        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame")}
+        found = {name: tensor for name, tensor in started.items() if name.split(".")[0] in (*PARTS, "frame", "cross")}
     own: Mapping[str, Tensor]
     if whole is None:
         own = CausalLMFile(Path(config.language.path), "language.")
     else:
         own = {f"language.{name}": parameter.detach().cpu().clone() for name, parameter in whole.named_parameters()}
-    if not any(name.startswith("language.") and not is_expert(name) for name in found):
+    if not any(name.startswith("language.") and not is_grown(name) for name in found):
         return _Grown(ChainMap(found, cast(Any, own)))  # both are only read
     missing = [name for name in own if name not in found]
     if missing:
@@ -122,11 +123,13 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
     if config.expert.every:
         fresh = drawn("frame", ImageFrame(language.cfg.embed_dim), config)
         given["frame"] = _weights(config, checkpoint, "frame", fresh)
+    if config.cross.image_size:
+        given["cross"] = weights(checkpoint, "cross.")
     return _joined(config, language, given).to(dtype_of(dtype)).eval()
 
 
 def initial_joint(config: RunConfig) -> VisionLanguageModel:
-    """Return the model, without visual experts, that a run begins with, whatever it has become; in eval mode.
+    """Return the model that a run begins with, whatever it has become, without what grows on it; in eval mode.
 
     Errors: as `load_joint`, and CheckpointError for a language model of another family than ours.
     """
@@ -158,8 +161,12 @@ def _joined(
     if "frame" in given:
         frame = ImageFrame(language.cfg.embed_dim)
         load_checked(frame, given["frame"])
+    cross: EvaEncoder | None = None
+    if "cross" in given:
+        cross = EvaEncoder(second_encoder(config.cross))
+        load_checked(cross, given["cross"])
     limits, token_id = limits_of(config), image_token_id(tokenizer)
-    return VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, video=config.video)
+    return VisionLanguageModel(vision, adapter, language, token_id, limits, tokenizer, frame, cross, video=config.video)
 
 
 def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLanguage:
@@ -170,7 +177,8 @@ def _language(config: RunConfig, checkpoint: Folder) -> CausalLM | PretrainedLan
         whole = PretrainedLanguage.from_pretrained(directory)
         whole.set_weights(_weights(config, checkpoint, "language", {}, whole))
         return whole
-    return _causal(replace(shape, mmtp=config.mmtp, expert=config.expert), _weights(config, checkpoint, "language", {}))
+    shape = replace(shape, mmtp=config.mmtp, expert=config.expert, cross=cross_of(config.cross))
+    return _causal(shape, _weights(config, checkpoint, "language", {}))
 
 
 def _causal(shape: LanguageConfig, given: Mapping[str, Tensor]) -> CausalLM:
@@ -198,7 +206,7 @@ def _weights(
 ) -> dict[str, Tensor]:
     """A part's weights as the run stored them, or where it was frozen, as it began; fresh: where nothing gave them.
 
-    Of a frozen language model the experts are stored. whole: as in `given_weights`.
+    Of a frozen language model what grows on it is stored. whole: as in `given_weights`.
     """
     stored = weights(checkpoint, f"{part}.")
     if stored and not (part == "language" and part in frozen_parts(config)):

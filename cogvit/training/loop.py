@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvit.batch import Batch, PackedSequence, StepBatch, move, pad_step
+from cogvit.batch import Batch, PackedSequence, SharpImages, StepBatch, move, pad_step
 from cogvit.errors import CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
@@ -191,8 +191,18 @@ def put_together(micro: Sequence[Batch], mesh: Mesh) -> tuple[Batch, ...]:
     for batch, patches_TE, weight_N, sequence in zip(micro, patches, weight_kN, sequences, strict=True):
         text = None if batch.text is None else replace(batch.text, weight=weight_N)
         images = replace(batch.images, patches=patches_TE, weight=weight_N)
-        whole.append(replace(batch, images=images, text=text, sequence=sequence))
+        sharp = _sharp_together(batch.sharp, mesh)
+        whole.append(replace(batch, images=images, text=text, sequence=sequence, sharp=sharp))
     return tuple(whole)
+
+
+def _sharp_together(sharp: SharpImages | None, mesh: Mesh) -> SharpImages | None:
+    if sharp is None or not mesh.is_first_stage or mesh.tp_size == 1:
+        return sharp
+    patches = sharp.patches.clone()
+    if len(patches):
+        dist.all_reduce(patches, dist.ReduceOp.MAX, group=mesh.tp_group)
+    return replace(sharp, patches=patches)
 
 
 def _sequences_together(sequences: Sequence[PackedSequence | None], mesh: Mesh) -> Sequence[PackedSequence | None]:

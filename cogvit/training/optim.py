@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from cogvit.config import ModuleConfig, OptimConfig, ScheduleConfig
 
-Module = Literal["vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert"]
+Module = Literal["vision", "text", "projection", "temperature", "bias", "adapter", "language", "expert", "cross"]
 Kind = Literal["muon", "adamw", "sgd"]
 Role = Literal["block_matrix", "matrix", "vector"]
 
@@ -24,6 +24,7 @@ _ROLES: dict[Module, tuple[Role, ...]] = {
     "adapter": ("matrix", "vector"),
     "language": ("block_matrix", "matrix", "vector"),
     "expert": ("block_matrix", "vector"),
+    "cross": ("block_matrix", "matrix", "vector"),
 }
 _EARLY: tuple[Module, ...] = ("vision", "text", "projection", "temperature", "bias")  # every run has their groups
 
@@ -102,6 +103,7 @@ def module_config(module: Module, config: OptimConfig) -> ModuleConfig:
         "adapter": config.adapter,
         "language": config.language,
         "expert": config.expert,
+        "cross": config.cross,
     }[module]
 
 

@@ -187,6 +187,7 @@ def view_of(kind: type, generation: int, max_wait_s: float = 120.0) -> BatchServ
     return server
 
 
+@pytest.mark.long
 def test_what_kills_every_actor_is_reported(cluster: Cluster, config: RunConfig) -> None:
     doomed = view_of(Mortal, generation=100)
     with pytest.raises(DataError, match=r"died or was silent.* 4 times, at step 3;.*--data\.loading in_process"):
@@ -205,6 +206,7 @@ def starve(rank: int, world: int, config: RunConfig) -> tuple[str, int]:
     raise AssertionError("an actor lived")
 
 
+@pytest.mark.long
 def test_an_actor_that_the_memory_monitor_kills_is_replaced(config: RunConfig, pool: Pool) -> None:
     ((end, num_actors),) = pool.run(starve, 1, (config,), timeout_s=150.0)
     assert "died or was silent" in end and num_actors == 5

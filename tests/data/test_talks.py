@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cogvit import ImageLimits
 from cogvit.batch import Batch, DataPosition, StepBatch, pad_step
 from cogvit.config import RunConfig
 from cogvit.errors import DataError
-from cogvit.model.config import ExpertConfig
+from cogvit.model.config import ExpertConfig, MmtpConfig
 from cogvit.model.dialog import Dialog
 from data_pipeline.balance import PackLimits, place
 from data_pipeline.index import Index
@@ -168,6 +168,17 @@ def test_a_longer_sample_loses_its_end_and_images_there_are_counted(tmp_path: Pa
     assert all(len(value[0]) <= 28 and len(value[4]) == 1 for value in contents(step.micro).values())
 
 
+def test_an_image_behind_the_last_answer_is_dropped_and_counted(tmp_path: Path, language: Path) -> None:
+    turns = said("<image>a", "one")
+    more = [*turns, {"role": "user", "content": "and<image>"}]
+    write_tar(tmp_path / "a.tar", [*talk("k", turns, images=1), *talk("m", more, images=2)])
+    config = stage3("", language, canonical_shares=1, global_batch_images=2, lookahead_steps=1)
+    (step,) = take(indexed(tmp_path), replace(config, mmtp=MmtpConfig(2, images="embeddings")), 1)
+    assert (step.dropped, step.decoded, step.cut_captions) == (1, 2, 0)
+    texts = {value[0] for value in contents(step.micro).values()}
+    assert len({tuple(token for token in text if token != IMAGE) for text in texts}) == 1
+
+
 def test_an_image_that_does_not_decode_silences_its_sample_alone(tmp_path: Path, language: Path) -> None:
     entries = [part for n in range(3) for part in talk(f"k{n}", said("<image><image>?", "yes"), images=2)]
     broken = [(name, data[:-40] if name == "k1.1.png" else data) for name, data in entries]
@@ -211,6 +222,7 @@ def _whole(ids: Any, grids: list[tuple[int, int]]) -> int:
     pool=st.integers(1, 3),
     most=st.integers(16, 400),
 )
+@example(79, 1.0, 14, 1, 16)  # 79 / sqrt(79 * 79 / 56**2) is below 56
 def test_images_have_the_size_that_users_give_them(height: int, ratio: float, patch: int, pool: int, most: int) -> None:
     width, least = max(1, round(height * ratio)), most // 4
     sizing = Sizing("glm", patch, (1, 1), most, False, pool, (), least)

@@ -77,10 +77,9 @@ def train_in(
 @pytest.mark.parametrize(
     "case",
     [
-        Case(world=2, zero=2, optimizer="muon", stage="contrast"),
-        Case(world=4, tp=2, pp=2, optimizer="muon", family="cogvit_l"),
+        pytest.param(Case(world=2, zero=2, optimizer="muon", stage="contrast"), id="dp2", marks=pytest.mark.long),
+        pytest.param(Case(world=4, tp=2, pp=2, optimizer="muon", family="cogvit_l"), id="tp2-pp2"),
     ],
-    ids=["dp2", "tp2-pp2"],
 )
 def test_resume_on_the_same_layout_is_bitwise(pool: Pool, tmp_path: Path, case: Case) -> None:
     straight = pool.run(train, world=case.world, args=(case, 4))[0]
@@ -114,6 +113,7 @@ def bytes_of_resuming(rank: int, world: int, case: Case, directory: Path) -> int
     return checkpoints.bytes_read
 
 
+@pytest.mark.long
 def test_ranks_that_resume_read_a_checkpoint_once_between_them_on_any_layout(pool: Pool, tmp_path: Path) -> None:
     case = Case(world=4, tp=2, optimizer="muon", family="cogvit_l")
     pool.run(train_and_save, world=4, args=(case, tmp_path, 1))

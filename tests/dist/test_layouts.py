@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from torch import Tensor
@@ -21,19 +21,22 @@ SINGLE = [
     Case(world=2, pp=2),
     Case(world=2, zero=2, overlap=True),
     Case(world=4, tp=2, overlap=True, stage="contrast", family="cogvit_l", recompute="full"),
-    Case(world=4, overlap=True, optimizer="muon", stage="contrast", num_micro=4),
     Case(world=4, tp=2, pp=2, sequence=True, family="cogvit_l"),
-    Case(world=2, tp=2, offload=True),
     Case(world=2, pp=2, offload=True, recompute="full", stage="contrast", family="cogvit_l"),
-    Case(world=4, optimizer="muon", depth=5),
     Case(world=4, tp=2, optimizer="muon", depth=5, muon_qkv="heads", stage="contrast"),
+    Case(world=4, pp=2, family="cogvit_l", recompute="selective", summary=True),  # the mean of its patches
+    Case(world=4, stage="contrast", num_micro=8, loss="gather"),
+]
+# What make test-long adds beside the cover.
+MORE = [
+    Case(world=4, overlap=True, optimizer="muon", stage="contrast", num_micro=4),
+    Case(world=2, tp=2, offload=True),
+    Case(world=4, optimizer="muon", depth=5),
     Case(world=4, tp=2, optimizer="muon", depth=5, muon_qkv="fused"),
     Case(world=4, tp=2, optimizer="muon", depth=5, muon_tp="sharded", family="cogvit_l"),
     Case(world=4, tp=4, optimizer="muon", muon_tp="sharded", stage="contrast"),
     Case(world=4, tp=2, pp=2, sequence=True, summary=True),  # its CLS token
-    Case(world=4, pp=2, family="cogvit_l", recompute="selective", summary=True),  # the mean of its patches
     Case(world=2, pp=2, stage="contrast", num_micro=1),
-    Case(world=4, stage="contrast", num_micro=8, loss="gather"),
     Case(world=4, pp=2, stage="contrast", num_micro=8),
 ]
 COVER = pairwise_cover(legal_cases())
@@ -50,10 +53,10 @@ def name_of(case: Case) -> str:
     return "-".join([case.stage, case.family, case.optimizer, *flags])
 
 
-def rows(config: pytest.Config) -> list[Case]:
-    """The cover, or every legal combination where the command line asks for it."""
-    cases = legal_cases() if config.getoption("--matrix") else COVER
-    return [*SINGLE, *(case for case in cases if case not in SINGLE)]
+def rows(config: pytest.Config) -> list[Any]:
+    """The cover, whose runs take minutes, or every legal combination where the command line asks for it."""
+    others = dict.fromkeys([*MORE, *(legal_cases() if config.getoption("--matrix") else COVER)])
+    return [*SINGLE, *(pytest.param(case, marks=pytest.mark.long) for case in others if case not in SINGLE)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

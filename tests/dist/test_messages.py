@@ -88,6 +88,7 @@ def small_buckets(rank: int, world: int, case: Case) -> dict[str, Tensor]:
     return whole(engine.plain_gradients(objective, micro_of(case, mesh)), mesh)
 
 
+@pytest.mark.long
 def test_buckets_change_no_gradient(pool: Pool) -> None:
     case = Case(world=4, family="cogvit_l")
     expected = pool.run(train_counting, case.world, (case,))[0][0].gradients
@@ -97,7 +98,7 @@ def test_buckets_change_no_gradient(pool: Pool) -> None:
         assert torch.equal(actual[name], gradient), name
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.long), True])
 def test_gradients_in_bf16_are_half_the_bytes_and_close(pool: Pool, overlap: bool) -> None:
     case = Case(world=2, family="cogvit_l", overlap=overlap)
     exact, rounded = (

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 Connect = tuple[Callable[[str], None], str]
 
 
-@pytest.fixture(params=["objects", "s3"])
+@pytest.fixture(params=["objects", pytest.param("s3", marks=pytest.mark.long)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Connect, Folder]]:
     """How a process connects to a store, and a place in it."""
     if request.param == "objects":

@@ -23,8 +23,8 @@ def run(pool: Pool, case: Case) -> Trace:
     return pool.run(train, world=case.world, args=(case, 1))[0]
 
 
-@pytest.mark.parametrize("stage", ["distill", "contrast"])
-@pytest.mark.parametrize("family", ["reference", "cogvit_l"])
+@pytest.mark.parametrize("stage", [pytest.param("distill", marks=pytest.mark.long), "contrast"])
+@pytest.mark.parametrize("family", [pytest.param("reference", marks=pytest.mark.long), "cogvit_l"])
 def test_bf16_gradients_are_those_of_fp32(pool: Pool, stage: str, family: str) -> None:
     exact = run(pool, Case(stage=stage, family=family))
     layout = Case(world=4, tp=2, pp=2, sequence=True, recompute="full", stage=stage, family=family, precision="bf16")
@@ -42,8 +42,8 @@ def test_bf16_gradients_are_those_of_fp32(pool: Pool, stage: str, family: str) -
             assert error <= TOLERANCE * size, f"{name}: {error / size:.3f}"
 
 
-@pytest.mark.parametrize("stage", ["distill", "contrast"])
-@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (4, 2, 2)])
+@pytest.mark.parametrize("stage", ["distill", pytest.param("contrast", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("world", "tp", "pp"), [pytest.param(1, 1, 1, marks=pytest.mark.long), (4, 2, 2)])
 def test_what_is_recomputed_in_bf16_is_what_was_computed(pool: Pool, stage: str, world: int, tp: int, pp: int) -> None:
     """To the bit: a second run in fp32, where backward runs without autocast, changes gradients by a hundredth."""
     case = Case(stage=stage, family="cogvit_l", precision="bf16", world=world, tp=tp, pp=pp, sequence=tp > 1)

@@ -24,10 +24,10 @@ from tests.text_encoders import bert, siglip2, write_encoder
 STEPS = 2
 ALONE = Case(stage="contrast", depth=2)
 LAYOUTS = [
-    Case(world=2, stage="contrast", depth=2),
+    pytest.param(Case(world=2, stage="contrast", depth=2), marks=pytest.mark.long),
     Case(world=2, stage="contrast", depth=2, optimizer="muon", zero=2),
-    Case(world=2, tp=2, sequence=True, stage="contrast", depth=2),
-    Case(world=4, tp=2, pp=2, stage="contrast", depth=2),
+    pytest.param(Case(world=2, tp=2, sequence=True, stage="contrast", depth=2), marks=pytest.mark.long),
+    pytest.param(Case(world=4, tp=2, pp=2, stage="contrast", depth=2), marks=pytest.mark.long),
 ]
 
 

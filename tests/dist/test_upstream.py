@@ -129,11 +129,10 @@ def train(rank: int, world: int, config: RunConfig, apart: bool) -> Trained:
 @pytest.mark.parametrize(
     ("stage", "parallel"),
     [
-        ("distill", ParallelConfig(tp=2, pp=2)),
-        ("distill", ParallelConfig(tp=2, sequence=True)),
-        ("contrast", ParallelConfig(tp=2, pp=2)),
+        pytest.param("distill", ParallelConfig(tp=2, pp=2), id="stage1-tp2-pp2", marks=pytest.mark.long),
+        pytest.param("distill", ParallelConfig(tp=2, sequence=True), id="stage1-sp2"),
+        pytest.param("contrast", ParallelConfig(tp=2, pp=2), id="stage2-tp2-pp2"),
     ],
-    ids=["stage1-tp2-pp2", "stage1-sp2", "stage2-tp2-pp2"],
 )
 def test_each_image_is_decoded_once_and_no_number_changes(
     pool: Pool, shards: Path, stage: str, parallel: ParallelConfig

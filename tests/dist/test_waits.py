@@ -75,7 +75,14 @@ def count(rank: int, world: int, case: Case, num_micro: int) -> Places:
 
 
 @pytest.mark.parametrize("stage", ["distill", "contrast"])
-@pytest.mark.parametrize(("world", "family"), [(1, "reference"), (1, "cogvit_l"), (2, "cogvit_l")])
+@pytest.mark.parametrize(
+    ("world", "family"),
+    [
+        pytest.param(1, "reference", marks=pytest.mark.long),
+        pytest.param(1, "cogvit_l", marks=pytest.mark.long),
+        (2, "cogvit_l"),
+    ],
+)
 def test_a_step_waits_a_few_times_and_a_microbatch_never(pool: Pool, stage: str, world: int, family: str) -> None:
     case = Case(stage=stage, family=family, world=world, optimizer="muon", summary=stage == "distill")
     two, four = (pool.run(count, world, (case, num_micro))[0] for num_micro in (2, 4))

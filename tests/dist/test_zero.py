@@ -157,7 +157,7 @@ def assert_same_run(traces: list[Trace], reference: Trace, tp_size: int = 1) -> 
         torch.testing.assert_close(whole(traces, name, tp_size), expected, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_dp2_equals_one_process(pool: Pool, optimizer: str, stage: int) -> None:
     config = run_config(optimizer, stage)
@@ -175,7 +175,7 @@ def test_no_clipping(pool: Pool) -> None:
     assert_same_run(pool.run(train_on_rank, args=(ParallelConfig(), config)), train_alone(config, dp_size=2))
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.long)])
 def test_tensor_shards_equal_one_process(pool: Pool, world: int, stage: int) -> None:
     config = run_config("muon", stage)
     traces = pool.run(train_on_rank, world, args=(ParallelConfig(tp=2), config))

@@ -35,6 +35,7 @@ def test_the_checkpoints_of_another_run_are_refused(
     assert told in refused
 
 
+@pytest.mark.long
 def test_the_same_recipe_in_another_out_is_another_run_until_somebody_says_otherwise(
     pool: Pool, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ def refuse(pool: Pool, world: int, argv: list[str]) -> str:
     return answers[0][1]
 
 
+@pytest.mark.long
 def test_saves_go_by_the_clock_too(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = write_img2dataset(tmp_path / "shards", ["red", "green", "blue"])
     flags = ["--data.global-batch-images", "6", "--data.lookahead-steps", "1", "--checkpoint.every-steps", "0"]

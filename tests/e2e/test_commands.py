@@ -91,6 +91,7 @@ def test_a_stopped_run_resumes_as_if_nothing_happened(world: Path, stage1: Path)
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_stage_1_trains_on_a_stream_with_crops_and_colors(world: Path) -> None:
     """No index, and the teachers' actors see what the student sees: the images travel with the requests."""
@@ -102,6 +103,7 @@ def test_stage_1_trains_on_a_stream_with_crops_and_colors(world: Path) -> None:
     assert [line["images"] for line in lines] == [16.0] * 3 and all(0 < line["loss"] < 10 for line in lines)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_features_from_a_store_or_part_of_one_train_as_the_actors_do(world: Path, stage1: Path) -> None:
     """Held-out and training shards share the store under one name; without the training shard's the actors step in."""

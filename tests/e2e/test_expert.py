@@ -55,8 +55,10 @@ def losses(out: Path, name: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(tp=2, sequence=True), ParallelConfig(pp=2)],
-    ids=["sp2", "pp2"],
+    [
+        pytest.param(ParallelConfig(tp=2, sequence=True), id="sp2", marks=pytest.mark.long),
+        pytest.param(ParallelConfig(pp=2), id="pp2"),
+    ],
 )
 def test_every_layout_trains_alike(
     base: RunConfig, straight: Path, pool: Pool, tmp_path: Path, parallel: ParallelConfig

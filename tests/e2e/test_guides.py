@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.data.corpus import picture
-from tests.dist.test_layouts import COVER, SINGLE
+from tests.dist.test_layouts import COVER, MORE, SINGLE
 from tests.e2e.corpus import write_world
 from tests.e2e.test_commands import ROOT, SMALL, TEACHERS, environment, run
 
@@ -151,5 +151,5 @@ def test_presets_of_the_guide_are_those_that_exist() -> None:
 
 
 def test_the_readme_counts_the_runs_of_all_layouts() -> None:
-    num_runs = len({*SINGLE, *COVER})
+    num_runs = len({*SINGLE, *MORE, *COVER})
     assert f"weights and moments of {num_runs} runs" in (ROOT / "README.md").read_text()

@@ -28,10 +28,14 @@ def train_on_rank(rank: int, world: int, argv: list[str]) -> int:
     return main(argv)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     ("preset", "flags"),
-    [("demo_stage1", ("--parallel.tp", "2")), ("demo_stage2", ("--data.text-tokens-per-pack", "256"))],
+    [
+        ("demo_stage1", ("--parallel.tp", "2")),
+        ("demo_stage2", ("--data.text-tokens-per-pack", "256")),
+    ],
     ids=["stage1-tp2", "stage2-dp2"],
 )
 def test_a_served_run_is_the_run_that_loads_for_itself(

@@ -47,6 +47,7 @@ def test_every_depth_is_measured_and_learns(straight: Path) -> None:
     assert len(losses(straight, "eval_loss_mtp_2")) == 2
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_another_layout(base: RunConfig, straight: Path, pool: Pool, tmp_path: Path) -> None:
     out = run(pool, 2, replace(base, parallel=ParallelConfig(pp=2)), tmp_path / "run")
     shutil.rmtree(out / "checkpoints" / "step_00000006")
@@ -91,3 +92,12 @@ def test_heads_that_cannot_be_trained_are_refused_in_a_line(
     argv = [preset(tmp_path, base), "--out", str(tmp_path / "run"), *flags]
     ((status, printed),) = pool.run(refusal, 1, (argv,))
     assert status == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_sequences_that_tensor_ranks_do_not_divide_are_refused_in_a_line(
+    base: RunConfig, pool: Pool, tmp_path: Path
+) -> None:
+    argv = [preset(tmp_path, base), "--out", str(tmp_path / "run"), "--mmtp.images", "embeddings"]
+    argv += ["--parallel.tp", "2", "--parallel.sequence", "true", "--data.text-tokens-per-pack", "161"]
+    (status, printed), *_ = pool.run(refusal, 2, (argv,))
+    assert status == 2 and "text_tokens_per_pack: 161 tokens over tp=2 do not divide" in printed

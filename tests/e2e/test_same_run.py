@@ -190,10 +190,15 @@ def test_damaged_metrics_lines_stop_nothing(
     assert "metrics_damaged.jsonl" in capfd.readouterr().err
 
 
-def test_a_run_that_has_ended_holds_no_connection(argv: list[str], tmp_path: Path) -> None:
+def connections() -> int:
+    """Threads of gloo in this process, one for each group that somebody still holds."""
+    gc.collect()
+    return [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()].count("gloo_tcp_loop\n")
+
+
+def test_runs_that_have_ended_hold_no_connections(argv: list[str], tmp_path: Path) -> None:
+    held = []
     for name in ("first", "second"):
         assert main(with_flag(argv, "--out", str(tmp_path / name))) == 0
-    gc.collect()
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    # Megatron keeps one group of its last start; each run of DeepSpeed's would keep sixteen.
-    assert names.count("gloo_tcp_loop") <= 4, names
+        held.append(connections())
+    assert held[1] <= held[0]  # one run would leave sixteen

@@ -74,8 +74,11 @@ def test_metrics_say_what_was_read_and_what_images_are_worth(straight: Path) -> 
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, ParallelConfig(tp=2, sequence=True)), (2, ParallelConfig(pp=2)), (2, ParallelConfig())],
-    ids=["sp2", "pp2", "dp2"],
+    [
+        pytest.param(2, ParallelConfig(tp=2, sequence=True), id="sp2", marks=pytest.mark.long),
+        pytest.param(2, ParallelConfig(pp=2), id="pp2"),
+        pytest.param(2, ParallelConfig(), id="dp2", marks=pytest.mark.long),
+    ],
 )
 def test_every_layout_has_the_same_losses(
     base: RunConfig, straight: Path, pool: Pool, tmp_path: Path, world: int, parallel: ParallelConfig
@@ -189,6 +192,22 @@ def test_what_cannot_be_trained_is_refused_in_a_line(
     assert status == 2 and message in printed and printed.count("\n") == 1
 
 
+def test_an_adapter_of_another_width_is_refused_in_a_line(
+    base: RunConfig, straight: Path, pool: Pool, tmp_path: Path
+) -> None:
+    argv = [
+        preset(tmp_path, base),
+        "--out",
+        str(tmp_path / "run"),
+        "--init",
+        str(straight),
+        "--adapter.hidden-dim",
+        "9",
+    ]
+    ((status, printed),) = pool.run(refusal, 1, (argv,))
+    assert status == 2 and "has adapter.fc1.weight of (" in printed and printed.count("error: ") == 1
+
+
 def test_a_language_model_that_does_not_fit_is_refused_in_a_line(base: RunConfig, pool: Pool, tmp_path: Path) -> None:
     config = Path(shutil.copytree(base.language.path, tmp_path / "other")) / "config.json"
     good = config.read_text()
@@ -205,6 +224,7 @@ def test_a_language_model_that_does_not_fit_is_refused_in_a_line(base: RunConfig
     assert status == 2 and printed.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_language_model_of_another_family_lies_whole_on_the_last_stage(
     base: RunConfig, pool: Pool, tmp_path: Path
 ) -> None:

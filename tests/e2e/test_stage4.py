@@ -61,8 +61,11 @@ def test_a_run_says_what_its_answers_are_worth_and_loses_none(base: RunConfig, s
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, ParallelConfig(tp=2, sequence=True)), (2, ParallelConfig(pp=2)), (2, ParallelConfig())],
-    ids=["sp2", "pp2", "dp2"],
+    [
+        pytest.param(2, ParallelConfig(tp=2, sequence=True), id="sp2", marks=pytest.mark.long),
+        pytest.param(2, ParallelConfig(pp=2), id="pp2"),
+        pytest.param(2, ParallelConfig(), id="dp2", marks=pytest.mark.long),
+    ],
 )
 def test_rollout_and_training_agree_in_every_layout(
     base: RunConfig, straight: Path, pool: Pool, tmp_path: Path, world: int, parallel: ParallelConfig

@@ -17,18 +17,18 @@ TOKENS, SLOTS = 16_384, 64
 LENGTHS = (*range(200, 1000, 40), 1024, 1024, 576, 576, 256)
 
 
-def mesh_of(tp: int) -> Any:
-    """Rank 0 of tp ranks."""
+def mesh_of(tp: int, dp: int = 1) -> Any:
+    """Rank 0 of tp * dp ranks."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
     from cogvit.parallel.mesh import Mesh
 
     parallel_state.destroy_model_parallel()
-    fake.world_of(tp)
+    fake.world_of(tp * dp)
     parallel_state.initialize_model_parallel(tp, 1, order="tp-cp-ep-pp-dp", create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
-    return Mesh(0, tp, 0, tp, 0, 1, 0, 1, torch.device(fake.DEVICE))
+    return Mesh(0, tp * dp, 0, tp, 0, 1, 0, dp, torch.device(fake.DEVICE))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def train(rank: int, world: int, argv: list[str], victim: int, delay_s: float) -
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
 def test_a_killed_run_always_resumes(
     pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int
 ) -> None:

@@ -76,6 +76,7 @@ def start_with_a_kill(rank: int, world: int, base: Path) -> tuple[list[str], lis
         return said, directories, len(left)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_ray_is_tried_twice_and_the_first_try_leaves_nothing(pool: Pool, base: Path) -> None:
     """ray#62883: on a slow machine Ray's own 30 s are over before it is up."""

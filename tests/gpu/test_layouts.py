@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.dist.runs import Case, Trace, train
-from tests.dist.test_layouts import COVER, SINGLE, STEPS, is_rounding, name_of
+from tests.dist.test_layouts import COVER, MORE, SINGLE, STEPS, is_rounding, name_of
 from tests.gpu.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -57,7 +57,7 @@ def test_one_gpu_trains_as_the_cpu(case: Case) -> None:
     assert_same_run(on_one_gpu(case), expected, case)
 
 
-@pytest.mark.parametrize("case", [*SINGLE, *(case for case in COVER if case not in SINGLE)], ids=name_of)
+@pytest.mark.parametrize("case", list(dict.fromkeys([*SINGLE, *MORE, *COVER])), ids=name_of)
 def test_layout_trains_as_one_gpu(case: Case) -> None:
     if torch.cuda.device_count() < case.world:
         pytest.skip(f"needs {case.world} GPUs, here are {torch.cuda.device_count()}")

@@ -130,7 +130,10 @@ ROWS: list[tuple[Layout, list[tuple[str, tuple[JointPart, ...]]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "cases"), ROWS, ids=[str(layout) for layout, _ in ROWS])
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [pytest.param(*row, marks=() if row[0].pp > 1 else pytest.mark.long, id=str(row[0])) for row in ROWS],
+)
 def test_a_step_is_that_of_transformers_sample_by_sample(
     pool: Pool, models: dict[str, str], layout: Layout, cases: list[tuple[str, tuple[JointPart, ...]]]
 ) -> None:

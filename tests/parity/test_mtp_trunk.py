@@ -141,7 +141,12 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row", list(ROWS.values()), ids=list(ROWS))
+IN_CI = ("one", "tp2-pp2")
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name, marks=() if name in IN_CI else pytest.mark.long) for name, row in ROWS.items()]
+)
 def test_every_depth_trains_as_in_the_plain_model(pool: Pool, row: Row) -> None:
     for (_, mmtp), (terms, losses, gradients, expected) in zip(
         row.heads, pool.run(both_ways, row.world, (row,), timeout_s=220.0)[0], strict=True

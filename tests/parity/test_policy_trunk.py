@@ -177,7 +177,13 @@ def test_a_reference_that_does_not_fit_is_refused(pool: Pool, tmp_path: Path) ->
     assert pool.run(refusal_of_a_small_machine, 2, (str(tmp_path / "meminfo"),)) == ["", ""]
 
 
-LAYOUTS = [Layout(), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2, zero=2), Layout(tp=2, pp=2)]
+LAYOUTS = [
+    pytest.param(Layout(), marks=pytest.mark.long),
+    pytest.param(Layout(tp=2, sequence=True), marks=pytest.mark.long),
+    pytest.param(Layout(pp=2), marks=pytest.mark.long),
+    Layout(dp=2, zero=2),
+    Layout(tp=2, pp=2),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

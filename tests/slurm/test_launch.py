@@ -62,6 +62,7 @@ def test_stage_3_goes_on_after_a_requeue(site: Site, pool: Pool) -> None:
     assert_same_end(site.directory / "runs" / "stage3", undisturbed)
 
 
+@pytest.mark.long
 def test_batch_servers_on_two_nodes_feed_as_the_ranks_themselves(site: Site) -> None:
     """A replica on each node: its two tensor ranks take their batches from the node's own actor."""
     outs = [f"runs/{loading}" for loading in ("in_process", "server")]

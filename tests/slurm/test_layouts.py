@@ -28,6 +28,7 @@ def stop(site: Site, job: int) -> None:
     site.lab.wait(job, 120)  # it may have begun again
 
 
+@pytest.mark.long
 def test_another_layout_takes_the_run_over_and_gives_it_back(site: Site, straight: Path, straight2: Path) -> None:
     """Four nodes at tp=2, pp=2, dp=2; two at tp=1, pp=1, dp=4; four again: the losses are those of one layout."""
     stage2 = (*STAGE2_ADAMW, "--init", str(straight), "--out", "runs/layouts")

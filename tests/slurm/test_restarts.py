@@ -120,6 +120,7 @@ def test_ranks_that_save_until_the_time_limit_itself_begin_again(site: Site, end
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), site.output(job)
 
 
+@pytest.mark.long
 def test_a_controller_that_does_not_answer_is_asked_again(site: Site, ending: dict[str, str]) -> None:
     """It hangs from before the end of the rank until it has failed to say whether the job is in the queue already."""
     here = site.directory / "runs" / "no-answer"

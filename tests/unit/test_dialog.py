@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cogvit.errors import DataError
 from cogvit.model.chat import read_prompt
@@ -61,4 +63,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(DataError, match="mute: the tokenizer has no chat template"):
         DialogReader.of(tmp_path / "mute", 288, ())
+    blind = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")), eos_token="b")
+    blind.chat_template = PLAIN
+    blind.save_pretrained(tmp_path / "blind")
+    with pytest.raises(DataError, match=r"blind: the tokenizer has no <\|image\|>; add it"):
+        DialogReader.of(tmp_path / "blind", 288, ())
     assert tokenizer_fingerprint(tmp_path / "good") != tokenizer_fingerprint(tmp_path / "mute")

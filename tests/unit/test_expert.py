@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvit import AdapterConfig, CausalLM, LanguageConfig, PackedSequence, VisionLanguageModel
 from cogvit.errors import CheckpointError
-from cogvit.model.config import ExpertConfig, MmtpConfig
+from cogvit.model.config import CrossModuleConfig, ExpertConfig, MmtpConfig
 from cogvit.model.cross import CrossRows
+from cogvit.model.eva import EvaEncoder, second_encoder
 from cogvit.model.expert import expert_rows, is_expert
 from cogvit.model.image_input import pack_shown
 from cogvit.model.language import rows_of
-from cogvit.model.language_config import CrossConfig, Family
+from cogvit.model.language_config import CrossConfig, Family, cross_of
 from cogvit.model.packing import pack_images
 from cogvit.model.sequence import expert_tokens, part_positions, parts_of_row
 from tests.language import IMAGE_ID, conversation, picture, tiny_vlm
@@ -204,11 +205,36 @@ def test_a_directory_of_ours_holds_experts_beside_the_language_model(tmp_path: P
     assert "\n" not in str(error.value)
 
 
+@torch.no_grad()
+def test_a_directory_of_ours_holds_a_cross_module(tmp_path: Path) -> None:
+    small, module = tiny_vlm("llama"), CrossModuleConfig(32, 4, 24, 2, 2, 32, 32)
+    language = CausalLM(replace(small.language.cfg, cross=cross_of(module)))
+    cross = EvaEncoder(second_encoder(module))
+    for part in (language, cross):
+        scramble(part)
+    parts = (small.vision, small.adapter, language, IMAGE_ID, small.limits, small.tokenizer)
+    model = VisionLanguageModel(*parts, cross=cross).eval()
+    model.save_pretrained(tmp_path)
+    back = VisionLanguageModel.from_pretrained(tmp_path)
+    assert back.language.cfg == language.cfg and back.cross is not None and back.cross.cfg == cross.cfg
+    ids, images = model.prompt(conversation(picture(16, 24)))
+    seen = model(ids[None], [images])
+    assert torch.equal(back(ids[None], [images]), seen)
+    alone = CausalLM.from_pretrained(tmp_path / "language")
+    assert not alone.cfg.cross.dim and torch.equal(alone.head.weight, language.head.weight)
+    (tmp_path / "expert" / "config.json").write_text('{"every": 0, "framed": false, "cross": {"image_size": 30}}')
+    with pytest.raises(CheckpointError, match="does not divide cross"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: ExpertConfig(-1), "expert.every=-1 must be 0"),
         (lambda: CrossConfig(5, 0), "must both be 0, or above"),
+        (lambda: CrossModuleConfig(30, 4), "cross.patch_size=4 does not divide cross.image_size=30"),
+        (lambda: CrossModuleConfig(32, 4, num_heads=3), "cross.num_heads=3 must divide cross.embed_dim=1024"),
+        (lambda: CrossModuleConfig(-1), "cross.image_size=-1 must be 0"),
         (lambda: replace(SHAPE, cross=CrossConfig(8, 30)), "num_heads=4 does not divide cross.dim=30"),
         (lambda: replace(SHAPE, rope_frequencies=(1.0,)), "rope_frequencies are 1; expected 8"),
     ],

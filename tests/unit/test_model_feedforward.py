@@ -14,9 +14,9 @@ from cogvit.model.feedforward import TILE_TOKENS, tiled_mlp
 from cogvit.model.vit import CogViT
 
 
-def layers(gated: bool, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear]:
+def layers(gated: bool, dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
-    return nn.Linear(6, 16 if gated else 8, dtype=dtype), nn.Linear(8, 6, dtype=dtype)
+    return nn.Linear(6, 16 if gated else 8, bias=bias, dtype=dtype), nn.Linear(8, 6, bias=bias, dtype=dtype)
 
 
 def layer_by_layer(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, gated: bool) -> Tensor:
@@ -24,10 +24,10 @@ def layer_by_layer(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, gated: bool) -> Te
     return fc2(F.silu(h[:, :8]) * h[:, 8:] if gated else F.gelu(h))
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("gated", "bias"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("num_tokens", [1, TILE_TOKENS, 2 * TILE_TOKENS + 7])
-def test_equals_layer_by_layer_with_every_gradient(num_tokens: int, gated: bool) -> None:
-    fc1, fc2 = layers(gated, torch.float64)
+def test_equals_layer_by_layer_with_every_gradient(num_tokens: int, gated: bool, bias: bool) -> None:
+    fc1, fc2 = layers(gated, torch.float64, bias)
     x = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
     inputs = [x, *fc1.parameters(), *fc2.parameters()]
     out, expected = tiled_mlp(x, fc1, fc2, gated=gated), layer_by_layer(x, fc1, fc2, gated)

@@ -9,8 +9,8 @@ import pytest
 
 from cogvit.config import RunConfig
 from cogvit.config.flags import load_preset
-from cogvit.model.config import ExpertConfig
-from cogvit.stages.cost import language_load, vision_load
+from cogvit.model.config import CrossModuleConfig, ExpertConfig
+from cogvit.stages.cost import cross_load, language_load, vision_load
 from cogvit.stages.language import language_shape
 from tools.plan import main
 
@@ -38,3 +38,14 @@ def test_the_published_shapes_fit_a_node(config: RunConfig, capsys: pytest.Captu
     first = next(line for line in capsys.readouterr().out.splitlines() if re.match(r" +8 +1 +1 ", line))
     memory_gb = float(first.split()[3])
     assert 30.0 < memory_gb < 80.0 and "does not fit" not in first
+
+
+def test_a_cross_module_counts(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    crossed = replace(config, cross=CrossModuleConfig(1120))
+    encoder = cross_load(crossed)
+    assert 0.29e9 < encoder.parameters == encoder.learned < 0.32e9 and encoder.pack_tokens == 80**2
+    grown, without = (language_load(one, language_shape(one)) for one in (crossed, config))
+    assert grown.learned - without.learned == 32 * (4 * 1024 * 4096 // 2 + 2 * 1024 * 1024 + 4096)
+    assert grown.frozen == without.frozen and grown.forward_flops > without.forward_flops
+    assert main(["cogvlm2_19b", "--nodes", "1", "--cross.image-size", "1120"]) == 0
+    assert "does not fit" not in capsys.readouterr().out.splitlines()[3]

@@ -1,14 +1,14 @@
 """Our own layout of a vision-language model: a directory of directories, each of which loads alone.
 
 `vision` is what `CogViT.from_pretrained` reads, `language` what `AutoModelForCausalLM` and `AutoTokenizer` of
-transformers read, `adapter` holds what stands between them. `expert`, where there is one, holds visual experts and the
-learned tokens around images.
+transformers read, `adapter` holds what stands between them. `expert`, where there is one, holds what grew for images:
+visual experts, the learned tokens around images, a cross module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cogvit.config import from_json
 from cogvit.errors import CheckpointError, ConfigError
-from cogvit.model.config import AdapterConfig, ExpertConfig, VideoConfig
+from cogvit.model.config import AdapterConfig, CrossModuleConfig, ExpertConfig, VideoConfig
 from cogvit.model.layouts import glm_ocr_full
 from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_weights, write_files, write_json
 
@@ -89,11 +89,19 @@ class Grown:
     expert: ExpertConfig
     framed: bool  # learned tokens around images, under `frame.*`
     weights: dict[str, Tensor]
+    cross: CrossModuleConfig = field(default_factory=CrossModuleConfig)  # its encoder under `cross.*`
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return self.framed or self.expert.every > 0 or self.cross.image_size > 0
 
 
 def write_expert(directory: Path, grown: Grown) -> None:
-    """Write visual experts and the tokens around images."""
-    write_files(directory / EXPERT, {**asdict(grown.expert), "framed": grown.framed}, grown.weights)
+    """Write what grew beside a language model."""
+    values = {**asdict(grown.expert), "framed": grown.framed}
+    if grown.cross.image_size:
+        values["cross"] = asdict(grown.cross)
+    write_files(directory / EXPERT, values, grown.weights)
 
 
 def read_expert(directory: Path) -> Grown:
@@ -102,9 +110,9 @@ def read_expert(directory: Path) -> Grown:
         return Grown(ExpertConfig(), False, {})
     values, weights = read_json(directory / EXPERT / CONFIG), read_weights(directory / EXPERT, "")
     check_numbers(directory / EXPERT, weights)
-    framed = values.pop("framed", False) is True
+    framed, cross = values.pop("framed", False) is True, values.pop("cross", {})
     try:
-        return Grown(from_json(ExpertConfig, values), framed, weights)
+        return Grown(from_json(ExpertConfig, values), framed, weights, from_json(CrossModuleConfig, cross))
     except ConfigError as error:
         raise CheckpointError(f"{directory / EXPERT / CONFIG}: {error}") from None
 
