@@ -3,6 +3,8 @@
 launch/local.sh 2 demo_rl_start --out runs/demo_rl/start
 """
 
+from dataclasses import replace
+
 from cogvit.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,12 +22,13 @@ def config() -> RunConfig:
     """Return the preset."""
     return RunConfig(
         objective="language",
-        vision=demo_vision(),
+        vision=replace(demo_vision(), depth=2),
         adapter=AdapterConfig("glm"),
         language=LanguageTowerConfig(path="runs/demo_rl/tasks/language", max_tokens=96, max_patches=72),
         data=DataConfig(
             shards="runs/demo_rl/tasks/train/*.tar",
             eval_shards="runs/demo_rl/tasks/heldout/*.tar",
+            mixture=(("digits", 0.45), ("counting", 0.05), ("reading", 0.5)),  # dots are soon counted, and nothing left
             global_batch_images=64,
             tokens_per_pack=1152,
             images_per_pack=36,
@@ -38,7 +41,7 @@ def config() -> RunConfig:
             canonical_shares=2,
         ),
         optim=OptimConfig(lr=4e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=240, warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=80),
-        eval=EvalConfig(every_steps=40),
+        schedule=ScheduleConfig(steps=250, warmup_steps=20, kind="constant"),
+        checkpoint=CheckpointConfig(every_steps=125),
+        eval=EvalConfig(every_steps=50),
     )

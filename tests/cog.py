@@ -2,7 +2,8 @@
 
 `golden/cog.json` holds what the released modeling code said of them: Niky-san/cogvlm2_surce for CogVLM2, the same
 without convolution, key-value groups and biases for CogVLM, aredden/faster-cogagent-chat with the released cross
-attention for CogAgent; xformers, triton, apex and timm were replaced by torch's own operations.
+attention for CogAgent, XuRui314/GLM4v-Finetune with the released visual.py for GLM-4V-9B; xformers, triton, apex and
+timm were replaced by torch's own operations.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def cog_tensors(layout: Layout, **options: Any) -> dict[str, Tensor]:
     for name, size in (flat(parts(layout, shape)) | carried(layout, shape, _CROSS_SHAPES)).items():
         base = 500000 if layout == "cogvlm2" else 10000
         if name.endswith("inv_freq"):
-            found[name] = 1.0 / (base ** (torch.arange(0, 16, 2) / 16))
+            found[name] = 1.0 / (base ** (torch.arange(0, 2 * size[0], 2) / (2 * size[0])))
         elif "freqs_" in name:
             frequency = 1.0 / (10000 ** (torch.arange(0, 32, 2)[:16].float() / 32))
             angle = torch.einsum("t,f->tf", torch.arange(6) / 6 * 16, frequency).repeat_interleave(2, dim=1)

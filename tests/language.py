@@ -43,6 +43,7 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied_llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3, "rope_theta": 500000.0}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "glm": ("Glm", {"attention_bias": True}),
     "glm4": ("Glm4", {"attention_bias": False}),
     "glm4_biases": ("Glm4", {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 24}),
     "qwen3": ("Qwen3", {"head_dim": 32}),

@@ -19,6 +19,7 @@ usage: python -m tools.export RUN --out DIR [flags]
                cogvlm2       tokenizer are copied, an export that VisionLanguageModel.from_pretrained reads, or a run
                cogagent      of stage 3 with --expert.every 1 and an encoder like EVA2-CLIP-E; cogagent has a cross
                              module (--cross.image-size)
+               glm4v_9b      the directory of GLM-4V-9B; RUN is then such a one
 --size HxW     onnx and torch_export: the images' height and width in px, multiples of the patch (default: the square
                that the encoder was trained with)
 

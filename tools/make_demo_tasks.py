@@ -126,7 +126,7 @@ def write_shard(path: Path, solved: Sequence[Solved]) -> None:
 
 
 def write_language_model(out: Path, solved: Sequence[Solved], seed: int) -> None:
-    """Write a model of four layers with random weights, and a tokenizer of what is asked; answers it spells."""
+    """Write a model of two layers with random weights, and a tokenizer of what is asked; answers it spells."""
     asked = [message["content"] for one in solved for message in one.messages if message["role"] == "user"]
     tokenizer = train_tokenizer(list(dict.fromkeys(text.replace("<image>", "") for text in asked)))
     with torch.random.fork_rng():
@@ -137,8 +137,8 @@ def write_language_model(out: Path, solved: Sequence[Solved], seed: int) -> None
 
 
 def small_shape(tokenizer: Any) -> LanguageConfig:
-    """Return the demo's shape with a quarter of its layers: stage 4 speaks one token at a time."""
-    return replace(tiny_shape(tokenizer), depth=4)
+    """Return the demo's shape with two of its layers: stage 4 speaks one token at a time."""
+    return replace(tiny_shape(tokenizer), depth=2)
 
 
 def _png(image: Any) -> bytes:

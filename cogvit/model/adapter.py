@@ -243,11 +243,34 @@ class ConvAdapter(SwiGLUAdapter):
         return super().project(self.downsample(x))
 
 
+class WideConvAdapter(SwiGLUAdapter):
+    """The projection of GLM-4V-9B: an s x s convolution of stride s to the language width, then CogVLM's projection.
+
+    The arguments are those of `ConvAdapter`.
+
+    Errors: ValueError when a size is below 1.
+    Source: EVA2CLIPModel of GLM-4V-9B's visual.py.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, hidden_dim: int | None = None, spatial_pool: int = 2) -> None:
+        """Build an adapter with new weights."""
+        super().__init__(vision_dim, llm_dim, hidden_dim, spatial_pool)
+        self.downsample = nn.Linear(vision_dim * spatial_pool**2, llm_dim)
+
+    def _proj_dim(self) -> int:
+        return self.llm_dim
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., llm_dim] of the patches of each group side by side, [..., s * s * D]."""
+        return super().project(self.downsample(x))
+
+
 _KINDS: dict[AdapterKind, type[MLPAdapter | GlmAdapter | SwiGLUAdapter]] = {
     "mlp": MLPAdapter,
     "glm": GlmAdapter,
     "swiglu": SwiGLUAdapter,
     "conv": ConvAdapter,
+    "wide_conv": WideConvAdapter,
 }
 
 
@@ -257,8 +280,8 @@ def make_adapter(cfg: AdapterConfig, vision_dim: int, llm_dim: int) -> PatchGrou
 
 
 def fitted_adapter(cfg: AdapterConfig, vision_dim: int, language: LanguageShape) -> PatchGroups:
-    """Return a new adapter before a language model, whose MLP width that of CogVLM and CogVLM2 has by default."""
-    if cfg.hidden_dim is None and cfg.kind in ("swiglu", "conv"):
+    """Return a new adapter before a language model, whose MLP width the CogVLM family's have by default."""
+    if cfg.hidden_dim is None and cfg.kind in ("swiglu", "conv", "wide_conv"):
         cfg = replace(cfg, hidden_dim=language.mlp_dim)
     return make_adapter(cfg, vision_dim, language.embed_dim)
 

@@ -145,7 +145,7 @@ class TextConfig:
         return int(self.embed_dim * self.mlp_ratio)
 
 
-AdapterKind = Literal["mlp", "glm", "swiglu", "conv"]
+AdapterKind = Literal["mlp", "glm", "swiglu", "conv", "wide_conv"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class AdapterConfig:
 
     Attributes:
         kind: mlp is two layers over merged patches, glm the merger of GLM-OCR, swiglu the projection of CogVLM, conv
-            that of CogVLM2.
+            that of CogVLM2, wide_conv that of GLM-4V-9B.
         hidden_dim: of the adapter's MLP; each kind's own multiple of the language model's width if None.
         spatial_pool: s; s x s neighboring patches become one token of the language model.
 

@@ -32,7 +32,7 @@ from cogvit.model.mtp import MtpHeads
 
 
 class CausalLM(nn.Module):
-    """A decoder of the Llama, GLM-4 or Qwen3 family.
+    """A decoder of the Llama, GLM, GLM-4 or Qwen3 family.
 
     Initial weights follow torch's default generator (`torch.manual_seed`).
 

@@ -9,8 +9,8 @@ from typing import Literal
 from cogvit.errors import ConfigError
 from cogvit.model.config import CrossModuleConfig, ExpertConfig, MmtpConfig
 
-Family = Literal["llama", "glm4", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("llama", "glm4", "qwen3")
+Family = Literal["llama", "glm", "glm4", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("llama", "glm", "glm4", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class LanguageShape:
 class LanguageConfig(LanguageShape):
     """Shape and options of a causal decoder that is ours.
 
-    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm4` also normalizes what each
-    branch gives before it is added (sandwich norm) and turns neighboring channels of the first part of a head;
+    All families have RMSNorm, rotary positions, grouped key-value heads and SwiGLU. `glm` (GLM-4-9B) turns neighboring
+    channels of the first part of a head; `glm4` does too, and normalizes what each branch gives before it is added;
     `qwen3` normalizes queries and keys per head.
 
     Attributes:
-        family: llama, glm4 or qwen3.
+        family: llama, glm, glm4 or qwen3.
         eps: of the norms.
         rope_base: of the rotation's angles.
         rope_scaling: of long contexts; None where there is none.
@@ -186,7 +186,7 @@ class LanguageConfig(LanguageShape):
     @property
     def interleaved_rotary(self) -> bool:
         """Whether channels (2 i, 2 i + 1) turn together; otherwise (i, i + rotary_dim / 2)."""
-        return self.family == "glm4"
+        return self.family in ("glm", "glm4")
 
     @property
     def qk_norm(self) -> bool:

@@ -332,9 +332,9 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             directory: where to; it is made.
-            layout: cogvlm, cogvlm2 or cogagent write what was released under these names, a model read from there as it
-                was, to the byte. None is the model's own: one of these where the encoder is theirs, else a directory of
-                `vision`, `adapter` and `language`, which loads alone, also in transformers.
+            layout: cogvlm, cogvlm2, cogagent or glm4v_9b write what was released under these names, a model read from
+                there as it was, to the byte. None is the model's own: one of these where the encoder is theirs, else a
+                directory of `vision`, `adapter` and `language`, which loads alone, also in transformers.
 
         Errors: CheckpointError names what a layout cannot hold.
         """

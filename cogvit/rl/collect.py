@@ -29,9 +29,11 @@ class Quota:
     Attributes:
         prompts: answered ones of a step.
         max_staleness: versions that the oldest token of an answer may be behind those that are trained.
-        abort_after_fraction: below 1, at least prompts / fraction are on their way, and once a step has its own, the
-            others that have begun are aborted; they go on in the next step, by newer weights.
-        abort_after_s: above 0, a step that has waited for so long aborts likewise and takes what there is, one or more.
+        abort_after_fraction: below 1, at least prompts / fraction are on their way, and once a step has its own, those
+            that were overtaken are aborted: asked for before one that it takes, and begun. They go on in the next step,
+            by newer weights.
+        abort_after_s: above 0, a step that has waited for so long aborts all that have begun, and takes what there is,
+            one or more.
 
     Errors: ConfigError when a number is out of range, or something is to be aborted at staleness 0.
     """
@@ -110,15 +112,12 @@ class Collector:
             if quota.max_staleness:
                 self._ask(quota.on_their_way - len(self._numbers))
             late = 0.0 < quota.abort_after_s <= time.monotonic() - began_s and bool(self._ready)
-        if late or quota.abort_after_fraction < 1.0:
-            self._engine.abort(self._numbers.keys() - {answer.request.id for answer in self._ready})
-        return self._taken(time.monotonic() - began_s)
-
-    def _taken(self, waited_s: float) -> Taken:
+        waited_s = time.monotonic() - began_s
         self._ready.sort(key=lambda answer: self._numbers[answer.request.id])
-        answers, self._ready = self._ready[: self._quota.prompts], self._ready[self._quota.prompts :]
-        for answer in answers:
-            del self._numbers[answer.request.id]
+        answers, self._ready = self._ready[: quota.prompts], self._ready[quota.prompts :]
+        last = max((self._numbers.pop(answer.request.id) for answer in answers), default=-1)
+        if late or quota.abort_after_fraction < 1.0:
+            self._engine.abort([one for one, number in self._numbers.items() if late or number < last])
         entries, self._entries = self._entries, []
         return Taken(tuple(answers), tuple(entries), waited_s)
 

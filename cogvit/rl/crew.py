@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
+from cogvit.teacher.failures import check_started, raised
 
 _MOST_LOSSES = 4  # of one piece of work: whatever kills an actor so often will go on to
 _IDLE_S = 1.0  # after which it looks whether there is something to wait for
@@ -188,16 +189,17 @@ class Crew:
 
     def _take(self, lane: _Lane, call: int, future: Any) -> None:
         """Take what came of a call."""
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import ActorDiedError, RayTaskError
 
         with self._lock:
             if call != lane.call:
                 return  # of an actor that was replaced
             error, work = future.exception(), lane.work
             if isinstance(error, RayTaskError):
-                raise _told(self._name, error)
+                raise raised(f"a {self._name} actor", error)
             if error is not None:
-                self._check_started(error)
+                if isinstance(error, ActorDiedError):
+                    check_started(f"a {self._name} actor", error)
                 self._lose(lane, "died")
                 return
             report: Report = future.result()
@@ -207,14 +209,6 @@ class Crew:
             self._hand_out()
         if work is not None:
             work.done(report.value)
-
-    def _check_started(self, error: BaseException) -> None:
-        """Errors: ConfigError when an actor has raised before it was ready."""
-        from ray.exceptions import ActorDiedError
-
-        if isinstance(error, ActorDiedError) and error.actor_init_failed:
-            said = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"a {self._name} actor did not start: {said}") from error
 
     def _replace_silent(self) -> None:
         now_s = time.monotonic()
@@ -258,15 +252,6 @@ def fetched(reference: Any) -> Any:
         return ray.get(reference)
     except ObjectLostError:  # also where the process that made it is gone
         return None
-
-
-def _told(name: str, error: Any) -> CogViTError:
-    """What an actor raised, as an error of ours."""
-    if isinstance(error.cause, CogViTError):
-        return error.cause
-    _LOG.error("a %s actor failed:\n%s", name, error)
-    said = f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0]
-    return TeacherUnavailable(f"a {name} actor failed: {said}; the log says where")
 
 
 def check_room(places: Mapping[str, Place]) -> None:

@@ -23,9 +23,10 @@ COLORS = {
     "black": (20, 20, 20),
 }
 _PAPER = (245, 245, 240)
-_LETTERS = "ABCDEFGHKLMNPRSTUVXYZ"  # that no other is taken for
+_LETTERS = "ABCDEFGHKLNPRSTUVXYZ"  # that no other is taken for, narrower than their pitch
 _GRID = 4
-_GAP_PX = 2
+_PITCH_PX = 16  # of characters
+_STEP_PX = 4  # glyphs stand at multiples of it: at any pixel a small model needs many times the pictures
 
 
 def ask(image: Image.Image, question: str) -> list[Message]:
@@ -84,7 +85,7 @@ class Reading:
         """Write two or three letters."""
         rng = _draws(self.source, seed)
         self.truth = "".join(rng.choice(list(_LETTERS), int(rng.integers(2, 4))).tolist())
-        return ask(_written(self.truth, rng, size_px=int(rng.integers(16, 21))), "What is written here?")
+        return ask(_written(self.truth, rng, size_px=int(rng.integers(17, 20))), "What is written here?")
 
     def step(self, text: str) -> None:
         """One answer ends it."""
@@ -204,12 +205,13 @@ def _font(size_px: int) -> Any:
 
 
 def _written(text: str, rng: np.random.Generator, *, size_px: int) -> Image.Image:
-    """A text whose ink lies whole in the canvas, somewhere."""
+    """A text whose ink lies whole inside the canvas, somewhere: characters of one pitch, at steps of a grid."""
     image, draw = _canvas()
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=_font(size_px))
-    x, y = (
-        int(rng.integers(_GAP_PX, max(SIDE_PX - _GAP_PX - int(size), _GAP_PX + 1)))
-        for size in (right - left, bottom - top)
-    )
-    draw.text((x - left, y - top), text, font=_font(size_px), fill=_color(rng)[1])
+    boxes = [draw.textbbox((0, 0), character, font=_font(size_px)) for character in text]
+    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    wide, high = _PITCH_PX * (len(text) - 1) + int(boxes[-1][2] - boxes[-1][0]), int(bottom - top)
+    x, y = (1 + _STEP_PX * int(rng.integers((SIDE_PX - 2 - size) // _STEP_PX + 1)) for size in (wide, high))
+    ink = _color(rng)[1]
+    for place, (character, box) in enumerate(zip(text, boxes, strict=True)):
+        draw.text((x + place * _PITCH_PX - box[0], y - top), character, font=_font(size_px), fill=ink)
     return image

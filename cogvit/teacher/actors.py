@@ -18,22 +18,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cogvit.config import TeachersConfig
-from cogvit.errors import CogViTError, ConfigError, TeacherUnavailable
+from cogvit.errors import ConfigError, TeacherUnavailable
+from cogvit.teacher.failures import check_started, raised
 from cogvit.teacher.room import ALONE, Asker, check_room, idle_gpus, lanes_of
 from cogvit.teacher.scratch import end_children, scratch
 from cogvit.teacher.serving import TeacherActor
 from cogvit.teacher.stream import DecodeImage, FeatureRequest, Features, answer_bytes
 from cogvit.teacher.zoo import inspect_teacher
-
-if TYPE_CHECKING:
-    from ray.exceptions import RayTaskError
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a few steps of masked features; Ray's default is a third of the memory
 _RETRY_PAUSE_S = 0.1
@@ -303,10 +301,10 @@ class TeacherPool:
                 kill(actor.handle)
                 self._replace(actor)
             except RayTaskError as error:  # the actor lives; what it ran raised
-                raise _reason(name, error) from error
+                raise raised(f"teacher {name!r}", error) from error
             except (ActorDiedError, OutOfMemoryError) as error:  # the latter at every call, once it was killed
-                if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                    raise ConfigError(f"teacher {name!r} did not start: {str(error).splitlines()[-1]}") from error
+                if isinstance(error, ActorDiedError):
+                    check_started(f"teacher {name!r}", error)
                 self._replace(actor)
             except RayError as error:
                 _LOG.warning("a reply of teacher %s was lost (%s); the request is sent again", name, error)
@@ -360,15 +358,6 @@ class TeacherPool:
             f"teacher {name!r} {state}: no features in {self._config.max_wait_s:g} s; look at its memory and CPUs, or"
             " raise --teachers.max-wait-s"
         )
-
-
-def _reason(name: str, error: RayTaskError) -> CogViTError:
-    """Return what a teacher raised as an error of ours, which its asker shares with its peers."""
-    if isinstance(error.cause, CogViTError):
-        return error.cause
-    _LOG.error("teacher %s failed:\n%s", name, error)
-    said = f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0]
-    return TeacherUnavailable(f"teacher {name!r} failed: {said}; the log says where")
 
 
 def _from_wire(array: NDArray[Any]) -> Tensor:

@@ -37,11 +37,13 @@ LANGUAGES = {
     "glm4": LanguageConfig(
         "glm4", 288, 64, 2, 4, 2, 16, 96, eps=1e-5, rotary_fraction=0.5, mrope_section=mrope_section(4)
     ),
+    "glm": LanguageConfig("glm", 288, 64, 2, 4, 2, 16, 96, eps=1e-5, rotary_fraction=0.5, qkv_bias=True),
     "qwen3": LanguageConfig("qwen3", 288, 64, 2, 8, 2, 24, 96, qkv_bias=True),
 }
 ADAPTERS = {
     "llama": AdapterConfig("mlp"),
     "glm4": AdapterConfig("glm", 80),
+    "glm": AdapterConfig("wide_conv"),
     "qwen3": AdapterConfig("conv"),
 }
 SHOWN: tuple[Shown, ...] = ("mixed", "text", "images", "mixed", "nothing", "mixed")
@@ -182,7 +184,10 @@ EVERYTHING: tuple[JointPart, ...] = ()
 ROWS: list[tuple[Layout, list[tuple[str, tuple[JointPart, ...]]]]] = [
     (Layout(), [(family, EVERYTHING) for family in LANGUAGES]),
     (Layout(tp=2), [("llama", EVERYTHING), ("glm4", ("vision",)), ("qwen3", EVERYTHING)]),
-    (Layout(tp=2, sequence=True), [("llama", EVERYTHING), ("glm4", EVERYTHING), ("qwen3", ("language",))]),
+    (
+        Layout(tp=2, sequence=True),
+        [("llama", EVERYTHING), ("glm", EVERYTHING), ("glm4", EVERYTHING), ("qwen3", ("language",))],
+    ),
     (
         Layout(pp=2),
         [

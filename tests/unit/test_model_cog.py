@@ -56,6 +56,20 @@ _COGAGENT_18B = {
     "cross_image_size": 1120,
     "vision_config": {**_VISION_19B, "image_size": 224, "num_positions": 257},
 }
+_GLM4V_9B: dict[str, Any] = {
+    **{name: GOLDEN["glm4v_9b"]["config"][name] for name in ("add_qkv_bias", "multi_query_attention", "original_rope")},
+    **{name: GOLDEN["glm4v_9b"]["config"][name] for name in ("rmsnorm", "post_layer_norm", "add_bias_linear")},
+    "apply_residual_connection_post_layernorm": False,
+    "padded_vocab_size": 151552,
+    "hidden_size": 4096,
+    "num_layers": 40,
+    "num_attention_heads": 32,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "ffn_hidden_size": 13696,
+    "seq_length": 8192,
+    "vision_config": {**_VISION_19B, "image_size": 1120, "num_positions": 6401, "scaling_factor": 8},
+}
 _EVA_L = "model.cross_vision.vit.model."
 _CROSS_18B = {
     f"{_EVA_L}patch_embed.proj.weight": (1024, 3, 14, 14),
@@ -151,6 +165,7 @@ def test_the_released_cogvlm2_has_1221_tensors() -> None:
         ("cogvlm", _COGVLM_17B, 1187, 17_639_687_424),
         ("cogvlm2", _COGVLM2_19B, 1221, 19_503_107_328),
         ("cogagent", _COGAGENT_18B, 1831, 18_291_854_528),
+        ("glm4v_9b", _GLM4V_9B, 1054, 13_906_320_928),
     ],
 )  # fmt: skip
 def test_released_shapes_are_those_of_our_modules(
@@ -215,6 +230,25 @@ def test_bad_weights_are_named_in_one_line(tmp_path: Path, layout: Layout, chang
     changed(cog_directory(layout, tmp_path), change)
     with pytest.raises(CheckpointError, match=message) as error:
         VisionLanguageModel.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear=True; expected as released"),
+        ({"original_rope": False}, "original_rope=False; expected as released"),
+        ({"vision_config": {"scaling_factor": 3}}, "scaling_factor=3 must be a power of 2"),
+        ({"num_layers": 0}, "num_layers must be whole numbers of 1 or more"),
+    ],
+)
+def test_another_glm_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    directory = cog_directory("glm4v_9b", tmp_path)
+    values = json.loads((directory / "config.json").read_text())
+    values |= {**change, "vision_config": values["vision_config"] | change.get("vision_config", {})}
+    (directory / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message) as error:
+        VisionLanguageModel.from_pretrained(directory)
     assert "\n" not in str(error.value)
 
 

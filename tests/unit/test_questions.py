@@ -21,11 +21,13 @@ from tools.export import export
 
 HISTORY = [("Who?", "A cat."), ("Where?", "Here.")]
 TOKENS = {"vocab_size": 300, "pad_token_id": IMAGE_ID}
+GLM_TOKENS = {"padded_vocab_size": 300, "boi_token_id": IMAGE_ID}
 
 
 def cog_export(layout: Layout, directory: Path) -> Path:
     """A released directory with a tokenizer of bytes."""
-    tiny_tokenizer().save_pretrained(cog_directory(layout, directory, **TOKENS))
+    options = GLM_TOKENS if layout == "glm4v_9b" else TOKENS
+    tiny_tokenizer().save_pretrained(cog_directory(layout, directory, **options))
     return directory
 
 

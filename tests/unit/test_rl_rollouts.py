@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,6 +293,27 @@ def test_answers_that_are_too_old_are_stale(model: VisionLanguageModel) -> None:
     taken = collector.take(2)
     assert ids(taken) == ["4", "5"] and {answer.versions for answer in taken.answers} == {(2,)}
     assert taken.entries == tuple(Entry(n, "digits", 0, 2, "stale") for n in "23")
+
+
+class Overtaking(LocalEngine):
+    """Answers the second request that waits, and notes what it should interrupt."""
+
+    aborted: tuple[str, ...] = ()
+
+    def poll(self, timeout_s: float = 0.0) -> int:
+        self._waiting.rotate(-1)
+        return super().poll(timeout_s)
+
+    def abort(self, ids: Collection[str]) -> None:
+        self.aborted = tuple(sorted(ids))
+
+
+def test_what_was_overtaken_is_interrupted(model: VisionLanguageModel) -> None:
+    engine = Overtaking(PlainSpeaker(model), TASKS)
+    quota = Quota(2, max_staleness=2, abort_after_fraction=0.5)
+    engine.set_weights(0, {})
+    taken = Collector(engine, prompts(*["digits"] * 9), quota).take(0)
+    assert ids(taken) == ["1", "3"] and engine.aborted == ("0", "2")  # and not 4 and 5, which came later
 
 
 def test_a_run_in_which_all_fails_ends(model: VisionLanguageModel) -> None:

@@ -187,7 +187,7 @@ def test_an_actor_that_dies_in_the_middle_of_a_request_is_replaced(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("gil", [False, True])
+@pytest.mark.parametrize("gil", [pytest.param(False, marks=pytest.mark.long), True])
 def test_an_actor_that_hangs_is_replaced(
     cluster: Cluster, paths: dict[str, str], expected: list[Features], tmp_path: Path, gil: bool
 ) -> None:
@@ -237,6 +237,7 @@ def starve(rank: int, world: int) -> tuple[str, int, str]:
     raise AssertionError("an actor lived")
 
 
+@pytest.mark.long
 def test_an_actor_that_the_memory_monitor_kills_is_replaced(pool: Pool) -> None:
     ((end, generation, said),) = pool.run(starve, 1, (), timeout_s=120.0)
     assert "'starved' keeps failing" in end or "'starved' is silent" in end

@@ -1,93 +1,130 @@
-"""What a model is worth in tasks: rewards on episodes that no run has asked, beside the same answers given blindly.
+"""What a policy is worth in tasks, and what it learns of each: rewards on episodes that no run has asked.
 
-usage: python -m tools.experiments.policy RUN [RUN ...] --tasks NAME,... [--prompts N] [--group N] [--max-new-tokens N]
+usage: python -m tools.experiments.policy worth RUN [RUN ...] --tasks NAME,... [flags]
+       python -m tools.experiments.policy learn TASKS [TASKS ...] [flags]
 
-RUN              a run of stage 3 or 4, or a directory of a whole vision-language model
---tasks NAME,... as --rl.tasks takes them
---prompts N      of each task (default: 100)
---group N        answers to each prompt, drawn at temperature 1 (default: 8)
---max-new-tokens N  of an answer (default: 12)
+worth             of runs of stage 3 or 4, or of directories of whole vision-language models
+learn             trains what it then measures: on each TASKS, a name of `cogvit.rl.families` or several with commas
+                  between, learned jointly, a start by the preset demo_rl_start and from it policies by demo_rl
+--tasks NAME,...  worth: as --rl.tasks takes them
+--work DIR        learn: episodes, runs and figures; what is there is used again (default: runs/policy)
+--seeds N,...     learn: of episodes, weights and draws, each a start of its own (default: 0)
+--staleness N,... learn: of each policy; above 0 a Ray actor answers (default: 0)
+--samples N       learn: right answers to begin with (default: 6000)
+--start-steps N   learn: of 64 of them (default: 90)
+--steps N         learn: of the policy (default: 60)
+--answers N       learn: of each of these, 8 to a prompt (default: 96)
+--prompts N       to be worth something in, of each task (default: 100)
+--group N         answers to each of these, drawn at temperature 1 (default: 8)
+--max-new-tokens N  of an answer (default: 40)
 
-For each run and task: the mean reward, the share of prompts with a right answer among the group (pass@k), and chance:
-what the same answers are worth to other prompts of the task.
+For each policy and task: the mean reward, the share of prompts with a right answer among the group (pass@k), and
+chance: what the same answers are worth to other prompts of the task.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
-from cogvit.rl.figures import PASSED
-from cogvit.rl.judge import Episode, OwnVerifier
-from cogvit.rl.local import LocalEngine
-from cogvit.rl.rollout import Answer, Request, Speech
-from cogvit.rl.speaker import PlainSpeaker
-from cogvit.rl.task import NewTask, tasks_of
-from cogvit.training.joint import load_joint
+from cogvit.rl.families import FAMILIES
+from cogvit.rl.task import tasks_of
+from tools.experiments.policy_course import Course, Exam, Worth, learn_policy, learn_start, worths
 
-_FIRST_EPISODE = (1 << 31) + (1 << 30)  # neither stage 4 nor tools.make_demo_tasks asks those from here on
+_HEAD = ("reward", "pass@k", "chance")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The command line."""
 
-    runs: tuple[str, ...]
+    kind: str
+    what: tuple[str, ...]
     tasks: str = ""
+    work: str = "runs/policy"
+    seeds: str = "0"
+    staleness: str = "0"
+    samples: str = "6000"
+    start_steps: str = "90"
+    steps: str = "60"
+    answers: str = "96"
     prompts: str = "100"
     group: str = "8"
-    max_new_tokens: str = "12"
-
-
-@dataclass(frozen=True)
-class Worth:
-    """What a model is worth in a task."""
-
-    reward: float
-    passed: float
-    chance: float
+    max_new_tokens: str = "40"
 
 
 def measure(arguments: Arguments) -> int:
     """Print the figures; returns the exit status."""
-    for name in ("prompts", "group", "max_new_tokens"):
-        if not getattr(arguments, name).isdigit() or int(getattr(arguments, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be a positive whole number")
-    tasks = tasks_of(arguments.tasks)
-    print("| run | task | reward | pass@k | chance |\n|---|---|---|---|---|")
-    for run in arguments.runs:
-        speaker = PlainSpeaker(load_joint(Path(run)))
-        for source in tasks:
-            found = worth(speaker, tasks, source, arguments)
-            print(f"| {run} | {source} | {found.reward:.3f} | {found.passed:.3f} | {found.chance:.3f} |", flush=True)
+    exam = Exam(*(_number(arguments, name) for name in ("prompts", "group", "max_new_tokens")))
+    match arguments.kind:
+        case "worth":
+            lines = worth_table(arguments.what, arguments.tasks, exam)
+        case "learn":
+            lines = learn_table(arguments, exam)
+        case _:
+            raise ConfigError(f"{arguments.kind!r} must be worth or learn; --help explains them")
+    for line in lines:
+        print(line, flush=True)
     return 0
 
 
-def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, arguments: Arguments) -> Worth:
-    """Ask a model the first episodes of a task that are kept for this."""
-    answers: list[Answer] = []
-    engine = LocalEngine(speaker, tasks)
-    engine.set_weights(0, {})
-    speech = Speech(max_new_tokens=int(arguments.max_new_tokens))
-    for number in range(int(arguments.prompts)):
-        seed = _FIRST_EPISODE + number
-        engine.submit(Request(f"{source}-{seed}", source, seed, int(arguments.group), speech), answers.append)
-    while engine.poll():
-        continue
-    rewards = [[sample.reward or 0.0 for sample in answer.samples] for answer in answers]
-    judge = OwnVerifier(tasks)
-    blind = [
-        judge(Episode(source, other.request.seed, tuple(turn.text for turn in sample.turns)))
-        for answer, other in zip(answers, [*answers[1:], answers[0]], strict=True)
-        for sample in answer.samples
-    ]
-    passed = fmean(float(max(own, default=0.0) >= PASSED) for own in rewards)
-    return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind))
+def worth_table(runs: Sequence[str], tasks: str, exam: Exam) -> Iterator[str]:
+    """Yield the figures of runs. Errors: ConfigError for a task that there is not, as `worths`."""
+    if not tasks:
+        raise ConfigError("--tasks NAME,... is needed: what the runs are asked")
+    tasks_of(tasks)
+    yield from _header("run", "task", *_HEAD)
+    for run in runs:
+        for source, found in worths(Path(run), tasks, exam).items():
+            yield f"| {run} | {source} | {_figures(found)} |"
+
+
+def learn_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
+    """Train policies and yield their figures. Errors: ConfigError; as training."""
+    samples, start_steps, steps, answers = (
+        _number(arguments, name) for name in ("samples", "start_steps", "steps", "answers")
+    )
+    course = Course(samples, start_steps, steps, answers, exam.max_new_tokens)
+    seeds, stalenesses = _numbers("seeds", arguments.seeds), _numbers("staleness", arguments.staleness)
+    for tasks in arguments.what:
+        if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:
+            raise ConfigError(f"{unknown[0]!r} is no task to begin with; tasks are {', '.join(FAMILIES)}")
+    yield from _header("tasks", "seed", "staleness", "task", *(f"{name} before" for name in _HEAD), *_HEAD)
+    for tasks in arguments.what:
+        for seed in seeds:
+            start = learn_start(Path(arguments.work), tasks, seed, course)
+            before = worths(start, tasks, exam)
+            for staleness in stalenesses:
+                policy = learn_policy(start, tasks, seed, staleness, course)
+                for source, after in worths(policy, tasks, exam).items():
+                    told = f"| {tasks} | {seed} | {staleness} | {source} |"
+                    yield f"{told} {_figures(before[source])} | {_figures(after)} |"
+
+
+def _header(*names: str) -> Iterator[str]:
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
+
+
+def _figures(found: Worth) -> str:
+    return f"{found.reward:.3f} | {found.passed:.3f} | {found.chance:.3f}"
+
+
+def _number(arguments: Arguments, name: str) -> int:
+    value = getattr(arguments, name)
+    if not value.isdigit() or int(value) < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} {value} must be a positive whole number")
+    return int(value)
+
+
+def _numbers(name: str, values: str) -> list[int]:
+    if not all(value.isdigit() for value in values.split(",")):
+        raise ConfigError(f"--{name} {values} must be whole numbers with commas between")
+    return [int(value) for value in values.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Causal language models as transformers stores them (Llama, GLM-4, Qwen3): shape and weights, both ways.
+"""Causal language models as transformers stores them (Llama, GLM, GLM-4, Qwen3): shape and weights, both ways.
 
-Queries, keys and values are three matrices there, gate and up projection two (one in GLM-4). Everything comes out in
+Queries, keys and values are three matrices there, gate and up projection two (one in GLM). Everything comes out in
 fp32.
 
-Source: transformers 5.23, models/{llama,glm4,qwen3}.
+Source: transformers 5.23, models/{llama,glm,glm4,qwen3}.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from cogvit.model.layouts.files import CONFIG, check_numbers, read_json, read_we
 from cogvit.model.layouts.parts import Parts, Shapes, split, stack
 
 _GENERATION = "generation_config.json"
-_CLASSES = {"llama": "LlamaForCausalLM", "glm4": "Glm4ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _SIZES = {  # ours -> theirs, which a config.json must name
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
@@ -30,18 +35,21 @@ _SIZES = {  # ours -> theirs, which a config.json must name
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
 }
+_GLM = {
+    "rms_norm_eps": 1.5625e-7,
+    "max_position_embeddings": 131072,
+    "head_dim": 128,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers, where a config.json is silent
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    "glm4": {
-        "rms_norm_eps": 1.5625e-7,
-        "max_position_embeddings": 131072,
-        "head_dim": 128,
-        "num_key_value_heads": 2,
-        "partial_rotary_factor": 0.5,
-        "attention_bias": True,
-    },
+    "glm": _GLM,
+    "glm4": _GLM,
     "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "head_dim": 128},
 }
+_FUSED = ("glm", "glm4")  # one matrix for gate and up projection; a head turns in part
 _EXPECTED = {"hidden_act": "silu", "attention_dropout": 0, "use_sliding_window": False, "quantization_config": None}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -149,7 +157,7 @@ def language_config(values: Mapping[str, Any]) -> LanguageConfig:
     said = _DEFAULTS[family] | {name: value for name, value in values.items() if value is not None}
     rope = _rope(said)
     head_dim = said.get("head_dim", sizes["embed_dim"] // sizes["num_heads"])
-    fraction = rope.get("partial_rotary_factor", 1.0) if family == "glm4" else 1.0
+    fraction = rope.get("partial_rotary_factor", 1.0) if family in _FUSED else 1.0
     section = rope.get("mrope_section", mrope_section(int(head_dim * fraction) // 2)) if family == "glm4" else None
     bias = bool(said.get("attention_bias", False))
     return LanguageConfig(
@@ -164,7 +172,7 @@ def language_config(values: Mapping[str, Any]) -> LanguageConfig:
         rotary_fraction=fraction,
         mrope_section=None if section is None else tuple(section),
         qkv_bias=bias,
-        proj_bias=bias and family != "glm4",
+        proj_bias=bias and family not in _FUSED,
         mlp_bias=family == "llama" and bool(said.get("mlp_bias", False)),
         tied=bool(said.get("tie_word_embeddings", False)),
         **read_ids(values),
@@ -176,7 +184,7 @@ def config_values(cfg: LanguageConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": cfg.rope_base}
     if cfg.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dict(zip(_LLAMA3, asdict(cfg.rope_scaling).values(), strict=True))}
-    if cfg.family == "glm4":
+    if cfg.family in _FUSED:
         rope["partial_rotary_factor"] = cfg.rotary_fraction
         if cfg.mrope_section not in (None, mrope_section(cfg.rotary_dim // 2)):
             rope["mrope_section"] = list(cfg.mrope_section)
@@ -209,7 +217,7 @@ def causal_lm_parts(cfg: LanguageConfig, prefix: str = "model.") -> Parts:
     norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     if cfg.sandwich_norm:
         norms |= {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"}
-    gate_up = {"gate_up_proj": 2 * mlp} if cfg.family == "glm4" else {"gate_proj": mlp, "up_proj": mlp}
+    gate_up = {"gate_up_proj": 2 * mlp} if cfg.family in _FUSED else {"gate_proj": mlp, "up_proj": mlp}
     linear = {  # ours -> columns, bias, and the matrices there with their rows
         "attn.qkv": (dim, cfg.qkv_bias, {f"self_attn.{x}_proj": n for x, n in (("q", q), ("k", kv), ("v", kv))}),
         "attn.proj": (q, cfg.proj_bias, {"self_attn.o_proj": dim}),

@@ -63,7 +63,7 @@ def read_language(values: Mapping[str, Any], **own: Any) -> LanguageConfig:
 
     Errors: CheckpointError or ValueError when a size is missing or does not fit.
     """
-    sizes = _sizes(values, _LANGUAGE, "")
+    sizes = read_sizes(values, _LANGUAGE, "")
     if values.get("hidden_act", "silu") != "silu" or values.get("tie_word_embeddings"):
         raise CheckpointError("hidden_act must be 'silu' and tie_word_embeddings false, as released")
     eos = values.get("eos_token_id")
@@ -86,7 +86,7 @@ def read_vision(values: Mapping[str, Any], *, output_position: bool = False) -> 
     said = values.get("vision_config")
     if not isinstance(said, dict):
         raise CheckpointError("it has no vision_config")
-    sizes = _sizes(said, _VISION, "vision_config.")
+    sizes = read_sizes(said, _VISION, "vision_config.")
     positions = said.get("num_positions", (said.get("image_size", 0) // sizes["patch_size"]) ** 2 + 1)
     side = math.isqrt(positions - 1)
     image_size = said.get("image_size", side * sizes["patch_size"])
@@ -102,7 +102,7 @@ def read_vision(values: Mapping[str, Any], *, output_position: bool = False) -> 
 
 def config_values(shape: CogShape) -> dict[str, Any]:
     """Return what a config.json of every layout says of a shape."""
-    language, vision = shape.language, shape.vision
+    language = shape.language
     return {
         **{theirs: getattr(language, ours) for ours, theirs in _LANGUAGE.items()},
         "hidden_act": "silu",
@@ -114,15 +114,20 @@ def config_values(shape: CogShape) -> dict[str, Any]:
         "use_cache": True,
         **special_ids(language),
         "pad_token_id": shape.image_token_id,
-        "vision_config": {
-            **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()},
-            "image_size": vision.image_size,
-            "num_positions": vision.side_patches**2 + 1,
-            "in_channels": vision.in_chans,
-            "hidden_act": "gelu",
-            "layer_norm_eps": vision.eps,
-            "dropout_prob": 0.0,
-        },
+        "vision_config": vision_values(shape.vision),
+    }
+
+
+def vision_values(vision: EvaConfig) -> dict[str, Any]:
+    """Return the vision_config of a shape."""
+    return {
+        **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()},
+        "image_size": vision.image_size,
+        "num_positions": vision.side_patches**2 + 1,
+        "in_channels": vision.in_chans,
+        "hidden_act": "gelu",
+        "layer_norm_eps": vision.eps,
+        "dropout_prob": 0.0,
     }
 
 
@@ -158,9 +163,9 @@ def rotation_names(cfg: LanguageConfig) -> Shapes:
     return dict.fromkeys(names, (cfg.head_dim // 2,))
 
 
-def vision_parts(cfg: EvaConfig, llm_dim: int) -> Parts:
-    """Return where the weights of encoder and frame lie."""
-    dim, mlp, root = cfg.embed_dim, cfg.mlp_dim, "model.vision."
+def vision_parts(cfg: EvaConfig, llm_dim: int, root: str = "model.vision.") -> Parts:
+    """Return where the weights of encoder and frame lie, behind the root."""
+    dim, mlp = cfg.embed_dim, cfg.mlp_dim
     parts: Parts = {
         "frame.boi_embed": {f"{root}boi": (1, 1, llm_dim)},
         "frame.eoi_embed": {f"{root}eoi": (1, 1, llm_dim)},
@@ -184,19 +189,20 @@ def vision_parts(cfg: EvaConfig, llm_dim: int) -> Parts:
     return parts | with_biases(linear, root)
 
 
-def adapter_parts(cfg: AdapterConfig, vision_dim: int, llm_dim: int) -> Parts:
-    """Return where the adapter's weights lie."""
-    root, hidden, pool = "model.vision.linear_proj.", cfg.hidden_dim or 0, cfg.spatial_pool
+def adapter_parts(cfg: AdapterConfig, vision_dim: int, llm_dim: int, root: str = "model.vision.") -> Parts:
+    """Return where the adapter's weights lie, behind the root."""
+    own, hidden, pool = f"{root}linear_proj.", cfg.hidden_dim or 0, cfg.spatial_pool
+    between = llm_dim if cfg.kind == "wide_conv" else vision_dim
     parts: Parts = {
-        "adapter.proj.weight": {f"{root}linear_proj.weight": (llm_dim, vision_dim)},
-        "adapter.norm.weight": {f"{root}norm1.weight": (llm_dim,)},
-        "adapter.norm.bias": {f"{root}norm1.bias": (llm_dim,)},
-        "adapter.fc1.weight": {f"{root}{name}.weight": (hidden, llm_dim) for name in ("gate_proj", "dense_h_to_4h")},
-        "adapter.fc2.weight": {f"{root}dense_4h_to_h.weight": (llm_dim, hidden)},
+        "adapter.proj.weight": {f"{own}linear_proj.weight": (llm_dim, between)},
+        "adapter.norm.weight": {f"{own}norm1.weight": (llm_dim,)},
+        "adapter.norm.bias": {f"{own}norm1.bias": (llm_dim,)},
+        "adapter.fc1.weight": {f"{own}{name}.weight": (hidden, llm_dim) for name in ("gate_proj", "dense_h_to_4h")},
+        "adapter.fc2.weight": {f"{own}dense_4h_to_h.weight": (llm_dim, hidden)},
     }
-    if cfg.kind == "conv":
-        kernel = (vision_dim, vision_dim, pool, pool)
-        parts |= with_biases({"adapter.downsample": ("conv", kernel)}, "model.vision.")
+    if cfg.kind in ("conv", "wide_conv"):
+        kernel = (between, vision_dim, pool, pool)
+        parts |= with_biases({"adapter.downsample": ("conv", kernel)}, root)
     return parts
 
 
@@ -209,7 +215,8 @@ def with_biases(linear: Linear, root: str) -> Parts:
     return parts
 
 
-def _sizes(values: Mapping[str, Any], names: Mapping[str, str], prefix: str) -> dict[str, int]:
+def read_sizes(values: Mapping[str, Any], names: Mapping[str, str], prefix: str) -> dict[str, int]:
+    """Return sizes by our names from a config.json's. Errors: CheckpointError names those that are none."""
     missing = [f"{prefix}{name}" for name in names.values() if not _is_size(values.get(name))]
     if missing:
         raise CheckpointError(f"{', '.join(missing)} must be whole numbers of 1 or more")

@@ -1,4 +1,4 @@
-"""The released directories of the CogVLM family, read and written: config.json and safetensors, in one file or many."""
+"""The released directories of the CogVLM family and GLM-4V-9B, read and written: config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from cogvit.errors import CheckpointError
 from cogvit.model.decoder import rotary_frequencies
-from cogvit.model.layouts import cogagent, cogvlm, cogvlm2
+from cogvit.model.layouts import cogagent, cogvlm, cogvlm2, glm4v_9b
 from cogvit.model.layouts.causal_lm import read_generation
 from cogvit.model.layouts.cog import CogShape
 from cogvit.model.layouts.files import CONFIG, read_json, write_json
 from cogvit.model.layouts.parts import Parts, Shapes, check_shapes, flat
 from cogvit.model.layouts.shards import Stored, planned, stored_tensors, tensors, write_tensors
 
-Layout = Literal["cogvlm", "cogvlm2", "cogagent"]
+Layout = Literal["cogvlm", "cogvlm2", "cogagent", "glm4v_9b"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-_INV_FREQ = "rotary_emb.inv_freq"
+_INV_FREQ = "inv_freq"
 _GENERATION = "generation_config.json"
 
 
@@ -49,6 +49,8 @@ def layout_of(values: Mapping[str, Any]) -> Layout | None:
     if not isinstance(values.get("vision_config"), dict) or not isinstance(values.get("architectures", []), list):
         return None
     said = values.get("architectures") or [""]
+    if values.get("model_type") == "chatglm":
+        return "glm4v_9b"
     if said[0] == "CogAgentForCausalLM" or "cross_hidden_size" in values:
         return "cogagent"
     if said[0] != "CogVLMForCausalLM" and "template_version" not in values:
@@ -62,6 +64,8 @@ def fitting_layout(shape: CogShape) -> Layout:
     Errors: CheckpointError names what the released models do not have.
     """
     language, adapter = shape.language, shape.adapter
+    if language.family == "glm":
+        return _fitting_glm(shape)
     layout: Layout = "cogagent" if shape.cross is not None else "cogvlm2" if adapter.kind == "conv" else "cogvlm"
     grouped = layout == "cogvlm2"
     kind, pool = ("conv", 2) if grouped else ("swiglu", 1)
@@ -78,10 +82,28 @@ def fitting_layout(shape: CogShape) -> Layout:
         f"an adapter of kind {kind} with spatial_pool {pool}": (adapter.kind, adapter.spatial_pool) == (kind, pool),
         "heads of 64 in the second encoder": shape.cross is None or shape.cross.head_dim == 64,
     }
+    _refuse(layout, asked)
+    return layout
+
+
+def _fitting_glm(shape: CogShape) -> Layout:
+    language, adapter = shape.language, shape.adapter
+    asked = {
+        "no visual experts": language.expert.every == 0,
+        "no second encoder": shape.cross is None,
+        "biases of queries, keys and values alone": language.qkv_bias and not (language.proj_bias or language.mlp_bias),
+        "half of a head that turns": language.rotary_fraction == 0.5 and not language.rope_scaling,
+        "a head of its own": not language.tied,
+        "an adapter of kind wide_conv with spatial_pool 2": (adapter.kind, adapter.spatial_pool) == ("wide_conv", 2),
+    }
+    _refuse("glm4v_9b", asked)
+    return "glm4v_9b"
+
+
+def _refuse(layout: Layout, asked: Mapping[str, bool]) -> None:
     wrong = [what for what, holds in asked.items() if not holds]
     if wrong:
         raise CheckpointError(f"layout {layout} wants {'; '.join(wrong)}")
-    return layout
 
 
 def read(directory: Path, layout: Layout, dtype: torch.dtype) -> tuple[CogShape, dict[str, Tensor], Released]:
@@ -114,8 +136,11 @@ def read(directory: Path, layout: Layout, dtype: torch.dtype) -> tuple[CogShape,
             continue
         ours, start = source[name]
         target = weights[ours] if len(where[ours]) == 1 else weights[ours].narrow(0, start, len(tensor))
-        target.copy_(_in_our_form(tensor, target.shape))
-    shape = replace(shape, language=_with_frequencies(shape, kept, directory))
+        found = _in_our_form(tensor, target.shape)
+        scale = _scale(layout, values, ours)
+        target.copy_(found if scale == 1.0 else found / scale)
+    if layout != "glm4v_9b":  # which computes its angles anew
+        shape = replace(shape, language=_with_frequencies(shape, kept, directory))
     generation = read_json(directory / _GENERATION) if (directory / _GENERATION).exists() else None
     return shape, weights, Released(layout, values, stored, kept, generation)
 
@@ -149,13 +174,19 @@ def write(
             return released.carried[name]
         own, start = source[name]
         weight = weights[own] if len(where[own]) == 1 else weights[own].narrow(0, start, sizes[name][0])
-        return _in_their_form(weight, sizes[name])
+        scale = _scale(layout, released.values, own)
+        return _in_their_form(weight if scale == 1.0 else weight * scale, sizes[name])
 
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, released.values)
     if released.generation is not None:
         write_json(directory / _GENERATION, released.generation)
     write_tensors(directory, plan, tensor)
+
+
+def _scale(layout: Layout, values: Mapping[str, Any], ours: str) -> float:
+    """By what a stored weight is larger than ours."""
+    return glm4v_9b.scale_of(values) if layout == "glm4v_9b" and ours in glm4v_9b.SCALED else 1.0
 
 
 def parts(layout: Layout, shape: CogShape) -> Parts:
@@ -167,6 +198,8 @@ def parts(layout: Layout, shape: CogShape) -> Parts:
             return cogvlm2.parts(shape)
         case "cogagent":
             return cogagent.parts(shape)
+        case "glm4v_9b":
+            return glm4v_9b.parts(shape)
 
 
 def carried(layout: Layout, shape: CogShape, stored: Mapping[str, tuple[int, ...]]) -> Shapes:
@@ -178,6 +211,8 @@ def carried(layout: Layout, shape: CogShape, stored: Mapping[str, tuple[int, ...
             return cogvlm2.carried(shape)
         case "cogagent":
             return cogagent.carried(shape, stored)
+        case "glm4v_9b":
+            return glm4v_9b.carried(shape)
 
 
 def read_shape(layout: Layout, values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> CogShape:
@@ -192,6 +227,8 @@ def read_shape(layout: Layout, values: Mapping[str, Any], stored: Mapping[str, t
             return cogvlm2.read_shape(values)
         case "cogagent":
             return cogagent.read_shape(values, stored)
+        case "glm4v_9b":
+            return glm4v_9b.read_shape(values)
 
 
 def write_shape(layout: Layout, shape: CogShape) -> dict[str, Any]:
@@ -203,6 +240,8 @@ def write_shape(layout: Layout, shape: CogShape) -> dict[str, Any]:
             return cogvlm2.write_shape(shape)
         case "cogagent":
             return cogagent.write_shape(shape)
+        case "glm4v_9b":
+            return glm4v_9b.write_shape(shape)
 
 
 def _new_carried(layout: Layout, shape: CogShape) -> dict[str, Tensor]:

@@ -1,0 +1,138 @@
+"""How a policy of the experiments comes to be, and what it is worth: the demo's presets on tasks of one's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from cogvit import train
+from cogvit.errors import ConfigError
+from cogvit.rl.figures import PASSED
+from cogvit.rl.judge import Episode, OwnVerifier
+from cogvit.rl.local import LocalEngine
+from cogvit.rl.rollout import Answer, Request, Speech
+from cogvit.rl.speaker import PlainSpeaker
+from cogvit.rl.task import NewTask, tasks_of
+from cogvit.training.joint import load_joint
+from tools import index_shards, make_demo_tasks
+
+_FIRST_EPISODE = (1 << 31) + (1 << 30)  # neither stage 4 nor tools.make_demo_tasks asks those from here on
+
+
+@dataclass(frozen=True)
+class Course:
+    """How much a policy is shown.
+
+    Attributes:
+        samples: right answers.
+        start_steps: of stage 3 on these.
+        steps: of stage 4.
+        answers: of each of these.
+        max_new_tokens: of an answer.
+    """
+
+    samples: int
+    start_steps: int
+    steps: int
+    answers: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a policy is asked to be worth something.
+
+    Attributes:
+        prompts: of each task.
+        group: answers to each, drawn at temperature 1.
+        max_new_tokens: of an answer.
+    """
+
+    prompts: int
+    group: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a policy is worth in a task.
+
+    Attributes:
+        reward: mean over answers.
+        passed: share of prompts with a right answer.
+        chance: what the same answers are worth to other prompts.
+    """
+
+    reward: float
+    passed: float
+    chance: float
+
+
+def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
+    """Train stage 3 on right answers, unless that is done; returns the run's directory. Errors: as training."""
+    home = work / tasks / f"seed_{seed}"
+    shown, out = home / "tasks", home / "start"
+    if not (shown / "language" / "config.json").exists():
+        _succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
+        for part in ("train", "heldout"):
+            _succeed(index_shards.index_shards(index_shards.Arguments(str(shown / part / "*.tar"))))
+    _train(
+        *("demo_rl_start", "--out", out, "--seed", seed, "--language.path", shown / "language"),
+        *("--data.shards", shown / "train" / "*.tar", "--data.eval-shards", shown / "heldout" / "*.tar"),
+        *("--data.mixture", "[]", "--eval.every-steps", course.start_steps),
+        *("--schedule.steps", course.start_steps, "--checkpoint.every-steps", course.start_steps),
+    )
+    return out
+
+
+def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course) -> Path:
+    """Train stage 4 from a start, unless that is done; returns the run's directory. Errors: as training."""
+    out = start.with_name(f"policy_{staleness}")
+    _train(
+        *("demo_rl", "--init", start, "--out", out, "--seed", seed, "--rl.tasks", tasks),
+        *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
+        *("--data.global-batch-images", course.answers),
+        *("--schedule.steps", course.steps, "--checkpoint.every-steps", course.steps),
+        *("--rl.max-staleness", staleness, "--rl.actors", int(staleness > 0)),
+    )
+    return out
+
+
+def worths(run: Path, tasks: str, exam: Exam) -> dict[str, Worth]:
+    """Return what a run or a model is worth in each task. Errors: DataError for a task that fails; as loading."""
+    speaker, found = PlainSpeaker(load_joint(run)), tasks_of(tasks)
+    return {source: worth(speaker, found, source, exam) for source in found}
+
+
+def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam: Exam) -> Worth:
+    """Ask a model the first episodes of a task that are kept for this."""
+    answers: list[Answer] = []
+    engine = LocalEngine(speaker, tasks)
+    engine.set_weights(0, {})
+    speech = Speech(max_new_tokens=exam.max_new_tokens)
+    for number in range(exam.prompts):
+        seed = _FIRST_EPISODE + number
+        engine.submit(Request(f"{source}-{seed}", source, seed, exam.group, speech), answers.append)
+    while engine.poll():
+        continue
+    rewards = [[sample.reward or 0.0 for sample in answer.samples] for answer in answers]
+    judge = OwnVerifier(tasks)
+    blind = [
+        judge(Episode(source, other.request.seed, tuple(turn.text for turn in sample.turns)))
+        for answer, other in zip(answers, [*answers[1:], answers[0]], strict=True)
+        for sample in answer.samples
+    ]
+    passed = fmean(float(max(own, default=0.0) >= PASSED) for own in rewards)
+    return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind))
+
+
+def _train(*words: object) -> None:
+    _succeed(train.main([str(word) for word in words]))
+
+
+def _succeed(status: int) -> None:
+    """Errors: ConfigError where a command has ended with an error, which it has printed."""
+    if status:
+        raise ConfigError("a command failed; its reason stands above")
