@@ -98,11 +98,11 @@ class LanguageStage(ReadsShards):
                 f" {str(there.qkv_bias).lower()}, or begin with an export of its encoder",
             )
             module = config.cross if begun is None or not begun.cross.image_size else begun.cross
-            require(
-                module == config.cross,
-                f"--init {config.init} has a cross module, and not this one: {_difference(module, config.cross)}; pass"
-                " the same --cross flags, or begin with an export of its encoder",
-            )
+            if module != config.cross:
+                raise ConfigError(
+                    f"--init {config.init} has a cross module, and not this one: {_difference(module, config.cross)};"
+                    " pass the same --cross flags, or begin with an export of its encoder"
+                )
         dialog_reader(config.language.path)
         return config
 

@@ -157,7 +157,7 @@ def test_bad_calls(call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; a CausalLM is one of llama, glm4, qwen3"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; a CausalLM is one of llama, glm, glm4, qwen3"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "hidden_size must be whole numbers"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
@@ -205,7 +205,7 @@ def test_bad_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "mamba"}, "family='mamba' must be one of llama, glm4, qwen3"),
+        ({"family": "mamba"}, "family='mamba' must be one of llama, glm, glm4, qwen3"),
         ({"depth": 0}, "depth=0 must be at least 1"),
         ({"rotary_fraction": 0.4}, "rotary_fraction=0.4 of head_dim=8 must be whole pairs"),
         ({"mrope_section": (1, 1, 1)}, r"mrope_section=\(1, 1, 1\) must add up to 4 pairs"),

@@ -85,8 +85,10 @@ def worth_table(runs: Sequence[str], tasks: str, exam: Exam) -> Iterator[str]:
 
 def learn_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
     """Train policies and yield their figures. Errors: ConfigError; as training."""
-    sizes = (_number(arguments, name) for name in ("samples", "start_steps", "steps", "answers"))
-    course = Course(*sizes, max_new_tokens=exam.max_new_tokens)
+    samples, start_steps, steps, answers = (
+        _number(arguments, name) for name in ("samples", "start_steps", "steps", "answers")
+    )
+    course = Course(samples, start_steps, steps, answers, exam.max_new_tokens)
     seeds, stalenesses = _numbers("seeds", arguments.seeds), _numbers("staleness", arguments.staleness)
     for tasks in arguments.what:
         if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:
