@@ -243,7 +243,7 @@ def test_a_language_model_of_another_family_lies_whole_on_the_last_stage(
     argv = [preset(tmp_path, config), "--out", str(tmp_path / "refused")]
     for world, flags, message in (
         (2, ["--parallel.tp", "2"], "--parallel.tp 2 cannot split a language model of family gpt_neox"),
-        (1, ["--mmtp.depths", "1"], "--mmtp.depths 1: heads are of llama, glm4, qwen3"),
+        (1, ["--mmtp.depths", "1"], "--mmtp.depths 1: heads are of llama, glm, glm4, qwen3"),
         (1, ["--memory.language.recompute", "full"], "is a gpt_neox and keeps its activations"),
     ):
         (status, printed), *_ = pool.run(refusal, world, ([*argv, *flags],))
