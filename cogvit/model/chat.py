@@ -111,6 +111,7 @@ def _spelt(part: Mapping[str, Any], tokenizer: Any) -> str:
     """A part as text, for templates that take nothing else."""
     if part["type"] == "text":
         return str(part["text"])
-    vocabulary = tokenizer.get_vocab()
-    before, after = _AROUND if all(token in vocabulary for token in _AROUND) else ("", "")
+    unknown = (None, tokenizer.unk_token_id)  # its whole vocabulary would be copied for each part that is asked about
+    there = all(tokenizer.convert_tokens_to_ids(token) not in unknown for token in _AROUND)
+    before, after = _AROUND if there else ("", "")
     return f"{before}{IMAGE_TOKEN}{after}"
