@@ -46,6 +46,14 @@ def test_the_prompt_is_that_of_generation() -> None:
     assert dialog.ids.tolist()[: len(prompt)] == prompt and dialog.answer[len(prompt) :].all()
 
 
+def test_the_vocabulary_is_not_copied_for_each_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fifty thousand tokens that takes 20 ms, and a corpus has millions of conversations."""
+    tokenizer, copies = tiny_tokenizer(PLAIN), []
+    reader, own = DialogReader(tokenizer, ()), tokenizer.get_vocab
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: copies.append(1) or own())
+    assert len(reader.read(TALK).ids) and not copies
+
+
 def test_a_template_that_forgets_is_refused() -> None:
     with pytest.raises(DataError, match="writes earlier turns of a conversation otherwise"):
         DialogReader(tiny_tokenizer(FORGETFUL), ()).read(TALK)
