@@ -6,9 +6,9 @@ usage: python -m tools.experiments.expert [--run NAME] [flags]
 --init RUN    of stage 1 or 2, whose encoder all runs share and none trains [runs/demo/stage2]
 --work DIR    boxes, language model, runs and figures; what is there is used again [runs/expert]
 --run NAME    one part of it and no record: prepare or a run's name (--run list prints all in order)
---boxes N     drawn pictures to learn from, of which a fiftieth as many are held out [20000]
---language-steps N  of the language model that all runs begin with [400]
---steps N     of each run [300]
+--boxes N     drawn pictures to learn from; a tenth as many are held out [6000]
+--language-steps N  of the language model that all runs begin with [240]
+--steps N     of each run [160]
 --out FILE    also write the record there, and beside it the curves as FILE with .svg for its suffix
 
 A language model of four layers reads captions of pictograms and digits in two languages, and where boxes may lie, as
@@ -19,6 +19,7 @@ alone or a pictogram: the loss of a tenth of the captions of pictograms, which n
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -27,21 +28,27 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from cogvit import CausalLM
 from cogvit.errors import ConfigError
+from cogvit.model.boxes import Box, boxes_text
+from cogvit.rl.families import COLORS, SIDE_PX
 from data_pipeline.caption import parse_metadata
 from data_pipeline.shards import expand_shards, read_members
-from tools import index_shards, make_demo_tasks
+from tools import index_shards
 from tools.bench._record import flags_of, run_benchmark
 from tools.experiments.expert_record import Row, picture, record
 from tools.experiments.expert_runs import KINDS, Found, Place, Run, make_run
 from tools.experiments.interleaved import write_json
 from tools.make_demo_language_model import QUESTIONS, encode, read_captions, tiny_shape, train, train_tokenizer
+from tools.make_demo_tasks import Solved, write_shard
 
 SEEDS = (0, 1, 2)
 DEPTH = 4  # layers of the language model
+STEP_PX, BOX_STEPS = 4, (3, 9)  # sides of boxes: 12 to 32 px
 HELD_OUT_OF = 10  # every so many captions one is held out
 
 
@@ -53,9 +60,9 @@ class Arguments:
     init: str = "runs/demo/stage2"
     work: str = "runs/expert"
     run: str = ""
-    boxes: str = "20000"
-    language_steps: str = "400"
-    steps: str = "300"
+    boxes: str = "6000"
+    language_steps: str = "240"
+    steps: str = "160"
     out: str = ""
 
 
@@ -67,9 +74,11 @@ def all_runs() -> list[Run]:
 def prepare(place: Place, boxes: int, steps: int) -> None:
     """Draw boxes, index what runs read, and train the language model. Errors: ConfigError, DataError."""
     if not place.boxes.exists():
-        _succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(place.boxes), "grounding", str(boxes))))
+        held = boxes // 10
+        write_shard(place.boxes / "heldout" / "tasks-00000.tar", [drawn(boxes + number) for number in range(held)])
+        write_shard(place.boxes / "train" / "tasks-00000.tar", [drawn(number) for number in range(boxes)])
     for pattern in (place.shown, place.asked):
-        _succeed(index_shards.index_shards(index_shards.Arguments(pattern)))
+        _succeed(index_shards.index_shards(index_shards.Arguments(pattern, str(place.index))))
     captions = read_captions(place.corpus)
     learned = {language: [one for n, one in enumerate(own) if n % HELD_OUT_OF] for language, own in captions.items()}
     held_out = {language: own[::HELD_OUT_OF] for language, own in captions.items()}
@@ -84,6 +93,21 @@ def prepare(place: Place, boxes: int, steps: int) -> None:
     model.save_pretrained(place.language)
     tokenizer.save_pretrained(place.language)
     write_json(place.texts, held_out)
+
+
+def drawn(seed: int) -> Solved:
+    """Return a picture of one box, whose sides lie at multiples of a step, with the question where it is."""
+    draw = np.random.default_rng(seed)
+    width_px, height_px = (STEP_PX * draw.integers(*BOX_STEPS, 2)).tolist()
+    left, top = (STEP_PX * int(draw.integers((SIDE_PX - side) // STEP_PX + 1)) for side in (width_px, height_px))
+    box, data = Box(left, top, left + width_px, top + height_px), io.BytesIO()
+    image = Image.new("RGB", (SIDE_PX, SIDE_PX), (245, 245, 240))
+    color = list(COLORS.values())[draw.integers(len(COLORS))]
+    ImageDraw.Draw(image).rectangle((box.x0, box.y0, box.x1 - 1, box.y1 - 1), fill=color)
+    image.save(data, "PNG")
+    asked = {"role": "user", "content": "<image>Where is the box?"}
+    said = {"role": "assistant", "content": boxes_text([box], SIDE_PX, SIDE_PX)}
+    return Solved("boxes", [asked, said], [data.getvalue()])
 
 
 def places_of(boxes: Path) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ EVALUATIONS = 6  # of a run
 _TRAINS: dict[Kind, tuple[str, ...]] = {
     "adapter": ("--expert.every", "0", "--expert.qkv-bias", "false"),
     "expert": (),
-    "full": ("--expert.every", "0", "--expert.qkv-bias", "false", "--optim.language.lr-mult", "0.5"),
+    "full": ("--expert.every", "0", "--expert.qkv-bias", "false", "--optim.language.lr-mult", "1"),
 }
 
 
@@ -75,6 +75,11 @@ class Place:
     def language(self) -> Path:
         """The language model that all runs begin with."""
         return self.work / "language"
+
+    @property
+    def index(self) -> Path:
+        """Indexes of all shards, which lie in two places."""
+        return self.work / "index"
 
     @property
     def texts(self) -> Path:
@@ -127,7 +132,10 @@ def make_run(place: Place, run: Run, steps: int) -> Found:
             *("demo_expert", "--init", str(place.init), "--out", str(out), "--seed", str(run.seed)),
             *("--language.path", str(place.language), "--optim.vision.lr-mult", "0"),
             *("--data.shards", place.shown, "--data.eval-shards", place.asked, "--data.zh-fraction", "0"),
-            *("--data.mixture", '[["digits", 0.3], ["grounding", 0.7]]', "--schedule.steps", str(steps)),
+            *("--data.index-dir", str(place.index)),
+            *("--data.mixture", '[["digits", 0.3], ["boxes", 0.7]]', "--data.global-batch-images", "32"),
+            *("--optim.name", "muon", "--optim.lr", "4e-3", "--optim.adamw-lr", "2e-3", "--optim.expert.lr-mult", "1"),
+            *("--schedule.steps", str(steps)),
             *("--eval.every-steps", str(max(steps // EVALUATIONS, 1)), "--checkpoint.every-steps", str(steps)),
             *_TRAINS[run.kind],
         ]
@@ -137,7 +145,7 @@ def make_run(place: Place, run: Run, steps: int) -> Found:
     cpu_s = time.process_time() - start_s
     config, model, metrics = load_config(out / "config.json"), load_joint(out), read_metrics(out / "metrics.jsonl")
     found = {exam.name: exam for exam in exams(load_index(place.asked, config.data.index_dir), wording_of(config))}
-    digits, boxes, began = found["digits_en"], found["grounding"], initial_joint(config)
+    digits, boxes, began = found["digits_en"], found["boxes"], initial_joint(config)
     return Found(
         captions=(captioned(model, digits.asked), captioned(model, digits.blind())),
         boxes=(located(model, boxes.asked), located(model, boxes.blind())),
