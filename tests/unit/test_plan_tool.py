@@ -225,6 +225,7 @@ def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path
         (["demo_stage2", "--node", "2"], "--node"),
         (["demo_stage2", "--nodes", "two"], "whole numbers"),
         (["demo_stage2", "--text-encoder.path", str(tmp_path / "gone")], "--text-encoder.path"),
+        (["stage3_glm4_9b", "--language.path", str(tmp_path / "gone")], "gone does not exist"),
     ):
         assert main(argv) == 2
         (line,) = capsys.readouterr().err.splitlines()
