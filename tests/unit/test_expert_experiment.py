@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from cogvit import CogViT
+from cogvit.config.arguments import read_arguments
 from cogvit.errors import ConfigError
 from configs.models import demo_vision
+from tools.bench._record import flags_of
 from tools.demo_corpus import digits, pictograms
 from tools.demo_corpus.sample import write_shard
 from tools.experiments.expert import PAPER, Arguments, drawn, names, read_rows, report
@@ -41,6 +43,11 @@ FOUND = Found(
 def test_what_cannot_be_is_refused(arguments: Arguments, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(report(arguments))
+
+
+def test_a_record_names_the_flags_that_reproduce_it() -> None:
+    arguments = Arguments(language_steps="7", out="")
+    assert read_arguments(Arguments, flags_of(arguments).split()) == arguments
 
 
 def test_texts_that_are_said_to_the_bit_as_before_are_called_equal() -> None:
