@@ -126,7 +126,9 @@ def test_an_answer_that_training_could_not_take_is_not_given(config: RunConfig) 
     engine.set_weights(0, {})
     engine.submit(Request("one-0", "one", 0, 4, Speech(max_new_tokens=5)), found.append)
     engine.poll()
-    assert [answer.outcome for answer in found] == ["failed"] and "and an answer of 5 tokens exceed 12" in found[0].reason
+    assert [answer.outcome for answer in found] == ["failed"] and "and an answer of 5 tokens exceed 12" in found[
+        0
+    ].reason
 
 
 def test_a_task_that_is_no_function_of_its_seed_is_said(

@@ -26,7 +26,7 @@ def learned_table(rows: Sequence[Learned]) -> Iterator[str]:
         if len(group) > 1:
             before, after = ([spread(of) for of in _columns(worths)] for worths in _worths(group))
             told = [first.tasks, "mean", str(first.staleness), first.source]
-            lines.append([*told, *before, *after, spread([_gain(row) for row in group], "+.3f")])
+            lines.append([*told, *before, *after, spread([_gain(row) for row in group])])
     yield from table(heads, lines)
 
 
