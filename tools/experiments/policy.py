@@ -11,7 +11,8 @@ learn             and from it policies by demo_rl
 --tasks NAME,...  worth: as --rl.tasks takes them
 --work DIR        start, learn: episodes, runs and figures; what is there is used again (default: runs/policy)
 --seeds N,...     start, learn: of episodes, weights and draws, each a start of its own (default: 0)
---staleness N,... learn: of each policy; above 0 a Ray actor answers (default: 0)
+--staleness N,... learn: of each policy; above 0 Ray actors answer (default: 0)
+--actors N        learn: so many; answers are as stale as they may be where these are faster than training (default: 1)
 --samples N       start, learn: right answers to begin with (default: 6000)
 --start-steps N,...  start, learn: of 64 of them, one number for all TASKS or one for each (default: 90)
 --steps N         learn: of the policy (default: 60)
@@ -51,6 +52,7 @@ class Arguments:
     work: str = "runs/policy"
     seeds: str = "0"
     staleness: str = "0"
+    actors: str = "1"
     samples: str = "6000"
     start_steps: str = "90"
     steps: str = "60"
@@ -116,7 +118,7 @@ def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
     for tasks in arguments.what:
         if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:
             raise ConfigError(f"{unknown[0]!r} is no task to begin with; tasks are {', '.join(FAMILIES)}")
-    samples, steps, answers = (_number(arguments, name) for name in ("samples", "steps", "answers"))
+    samples, steps, answers, actors = (_number(arguments, name) for name in ("samples", "steps", "answers", "actors"))
     start_steps, count = _numbers("start-steps", arguments.start_steps), len(arguments.what)
     if len(start_steps) not in (1, count) or 0 in start_steps:
         raise ConfigError(
@@ -124,7 +126,7 @@ def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
         )
     each = start_steps * (count if len(start_steps) == 1 else 1)
     return [
-        (tasks, Course(samples, own, steps, answers, exam.max_new_tokens))
+        (tasks, Course(samples, own, steps, answers, exam.max_new_tokens, actors))
         for tasks, own in zip(arguments.what, each, strict=True)
     ]
 

@@ -33,6 +33,7 @@ class Course:
         steps: of stage 4.
         answers: of each of these.
         max_new_tokens: of an answer.
+        actors: that answer where answers may be stale.
     """
 
     samples: int
@@ -40,6 +41,7 @@ class Course:
     steps: int
     answers: int
     max_new_tokens: int
+    actors: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Cou
         *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
         *("--data.global-batch-images", course.answers),
         *("--schedule.steps", course.steps, "--checkpoint.every-steps", course.steps),
-        *("--rl.max-staleness", staleness, "--rl.actors", int(staleness > 0)),
+        *("--rl.max-staleness", staleness, "--rl.actors", course.actors if staleness else 0),
     )
     return out
 
