@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
             "--start-steps 9,9 must be one positive number or one",
         ),
         (Arguments("start", ("digits",), start_steps="0"), "--start-steps 0 must be one positive number or one"),
+        (Arguments("learn", ("digits",), lr="nan"), "--lr nan must be a positive number"),
         (Arguments("learn", ("digits",), seeds="0,one"), "--seeds 0,one must be whole numbers with commas between"),
     ],
 )

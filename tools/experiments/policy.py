@@ -17,6 +17,7 @@ learn             and from it policies by demo_rl
 --start-steps N,...  start, learn: of 64 of them, one number for all TASKS or one for each (default: 90)
 --steps N         learn: of the policy (default: 60)
 --answers N       learn: of each of these, 8 to a prompt (default: 96)
+--lr RATE         learn: of the policy (default: 2e-4)
 --picture FILE    learn: where the rewards of all steps are drawn, as SVG
 --prompts N       to be worth something in, of each task (default: 100)
 --group N         answers to each of these, drawn at temperature 1 (default: 8)
@@ -28,6 +29,7 @@ chance: what the same answers are worth to other prompts of the task.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class Arguments:
     start_steps: str = "90"
     steps: str = "60"
     answers: str = "96"
+    lr: str = "2e-4"
     picture: str = ""
     prompts: str = "100"
     group: str = "8"
@@ -126,7 +129,7 @@ def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
         )
     each = start_steps * (count if len(start_steps) == 1 else 1)
     return [
-        (tasks, Course(samples, own, steps, answers, exam.max_new_tokens, actors))
+        (tasks, Course(samples, own, steps, answers, exam.max_new_tokens, _rate(arguments.lr), actors))
         for tasks, own in zip(arguments.what, each, strict=True)
     ]
 
@@ -136,6 +139,16 @@ def _number(arguments: Arguments, name: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ConfigError(f"--{name.replace('_', '-')} {value} must be a positive whole number")
     return int(value)
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0.0 < rate < math.inf:
+        raise ConfigError(f"--lr {value} must be a positive number")
+    return rate
 
 
 def _numbers(name: str, values: str) -> list[int]:

@@ -33,6 +33,7 @@ class Course:
         steps: of stage 4.
         answers: of each of these.
         max_new_tokens: of an answer.
+        lr: of stage 4.
         actors: that answer where answers may be stale.
     """
 
@@ -41,7 +42,8 @@ class Course:
     steps: int
     answers: int
     max_new_tokens: int
-    actors: int = 1
+    lr: float
+    actors: int
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,13 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
 
 def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course) -> Path:
     """Train stage 4 from a start, unless that is done; returns the run's directory. Errors: as training."""
-    out = start.with_name(f"{start.name}_policy_{course.steps}_stale_{staleness}")
+    answered_by = f"_by_{course.actors}" if staleness else ""
+    size = f"{course.steps}x{course.answers}_at_{course.lr:g}"
+    out = start.with_name(f"{start.name}_policy_{size}_stale_{staleness}{answered_by}")
     _train(
         *("demo_rl", "--init", start, "--out", out, "--seed", seed, "--rl.tasks", tasks),
         *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
-        *("--data.global-batch-images", course.answers),
+        *("--data.global-batch-images", course.answers, "--optim.lr", course.lr),
         *("--schedule.steps", course.steps, "--checkpoint.every-steps", course.steps),
         *("--rl.max-staleness", staleness, "--rl.actors", course.actors if staleness else 0),
     )
