@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from cogvit.config.fields import RunConfig
+from cogvit.config.reinforcement import task_file
 from cogvit.config.tree import to_json
 
 # What may differ between a run and its resumption: how it is executed, never what it computes. Stages have more.
@@ -70,12 +70,15 @@ def files_of(config: RunConfig) -> dict[str, str]:
 def prompts_hash(config: RunConfig) -> str:
     """Return a hash of what decides a run's prompts beside the policy's weights: the code of a user's tasks too."""
     own, digest = config.rl, hashlib.blake2b(digest_size=8)
-    settings = (own.tasks, own.mixture, own.group, own.max_new_tokens, own.temperature, config.data.global_batch_images)
+    names = own.tasks.split(",")
+    files = [task_file(name) for name in names]
+    # Where a file lies does not matter.
+    tasks = ",".join(name.strip() if file is None else f":{file[1]}" for name, file in zip(names, files, strict=True))
+    settings = (tasks, own.mixture, own.group, own.max_new_tokens, own.temperature, config.data.global_batch_images)
     digest.update(repr((*settings, config.seed)).encode())
-    for name in own.tasks.split(","):
-        path = Path(name.strip().rpartition(":")[0])
-        if path.is_file():
-            digest.update(path.read_bytes())
+    for file in files:
+        if file is not None and file[0].is_file():
+            digest.update(file[0].read_bytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cogvit.config.option import option
@@ -52,3 +53,9 @@ class ReinforcementConfig:
     def cpus(self) -> int:
         """CPUs that actors and judges take of a Ray cluster."""
         return math.ceil(self.actors * self.actor_cpus + self.judges) if self.actors else 0
+
+
+def task_file(name: str) -> tuple[Path, str] | None:
+    """Return the file and the class of one of --rl.tasks, FILE.py:NAME; None of a name alone."""
+    path, _, class_name = name.strip().rpartition(":")
+    return (Path(path).expanduser(), class_name) if path else None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.evaluation.examples import Example
     from cogvit.evaluation.subject import Subject
     from cogvit.parallel.mesh import Mesh
+    from cogvit.rl.actors import Patience
     from cogvit.rl.judge import OwnVerifier
     from cogvit.rl.local import Player
     from cogvit.rl.rollout import RolloutEngine
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.training.objective import Objective
 
 _JOINT = LanguageStage()  # whose model it trains
+_ANSWER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def _asking(config: RunConfig, start: DataPosition, device: torch.device, stack:
 
 def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:
     """Return who answers: this process on its device, or actors of the Ray cluster that it has joined."""
-    from cogvit.rl.actors import Patience, RayRollouts
+    from cogvit.rl.actors import RayRollouts
     from cogvit.rl.crew import Place
     from cogvit.rl.local import LocalEngine
     from cogvit.rl.task import tasks_of
@@ -218,8 +220,15 @@ def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:
         Place(own.actors, own.actor_cpus, own.actor_gpus),
         Place(own.judges),
         versions_kept=own.max_staleness + 1,
-        patience=Patience(verify_s=own.task_s),
+        patience=patience_of(config),
     )
+
+
+def patience_of(config: RunConfig) -> Patience:
+    """Return how long one waits: half of a step's limit for an actor, so that another can take over before it ends."""
+    from cogvit.rl.actors import Patience
+
+    return Patience(config.parallel.step_timeout_s / 2 or _ANSWER_S, config.rl.task_s)
 
 
 def _speaker(config: RunConfig, device: torch.device | str) -> PlainSpeaker:

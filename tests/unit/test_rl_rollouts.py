@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from cogvit.rl.families import FAMILIES
 from cogvit.rl.judge import Episode, Weighted
 from cogvit.rl.ledger import Entry
 from cogvit.rl.local import LocalEngine
-from cogvit.rl.rollout import Answer, Request, Sample, Span, Speech
+from cogvit.rl.rollout import Answer, Callback, Request, Sample, Span, Speech
 from cogvit.rl.speaker import Asked, PlainSpeaker, Said
 from cogvit.rl.task import tasks_of
 from tests.cog import cog_directory
@@ -166,6 +167,9 @@ def answered(engine: LocalEngine, request: Request) -> Answer:
     [
         ("raises", "reset of task 'raises' raised RuntimeError: no"),
         ("shows nothing", "is no message"),
+        ("says nothing", "is no message; its content is a NoneType"),
+        ("asks nothing", "a conversation without messages asks nothing"),
+        ("goes on with nothing", "step of task 'goes on with nothing' raised TypeError: 'bool' object is not iterable"),
         ("leaves", "step of task 'leaves' raised SystemExit: 3"),
         ("hangs", "step of task 'hangs' has not returned in 0.3 s"),
         ("endless", "task 'endless' has not ended after 3 answers"),
@@ -293,6 +297,35 @@ def test_answers_that_are_too_old_are_stale(model: VisionLanguageModel) -> None:
     taken = collector.take(2)
     assert ids(taken) == ["4", "5"] and {answer.versions for answer in taken.answers} == {(2,)}
     assert taken.entries == tuple(Entry(n, "digits", 0, 2, "stale") for n in "23")
+
+
+class Delayed(LocalEngine):
+    """Answers at once, and calls back one at a time, a while later."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        super().__init__(PlainSpeaker(model), TASKS)
+        self.told: list[tuple[Callback, Answer]] = []
+
+    def submit(self, request: Request, callback: Callback) -> None:
+        super().submit(request, lambda answer: self.told.append((callback, answer)))
+        super().poll()
+
+    def poll(self, timeout_s: float = 0.0) -> int:
+        time.sleep(0.02)
+        callback, answer = self.told.pop(0)
+        callback(answer)
+        return 1
+
+
+def test_a_step_whose_time_is_up_waits_for_one_that_is_not_too_old(model: VisionLanguageModel) -> None:
+    engine = Delayed(model)
+    collector = Collector(engine, prompts(*["digits"] * 9), Quota(2, max_staleness=1, abort_after_s=0.01))
+    engine.set_weights(0, {})
+    assert ids(collector.take(0)) == ["0"]
+    engine.set_weights(2, {})
+    taken = collector.take(2)
+    assert ids(taken) == ["4"] and {entry.id for entry in taken.entries} == {"1", "2", "3"}
+    assert taken.waited_s <= taken.whole_s
 
 
 class Overtaking(LocalEngine):
