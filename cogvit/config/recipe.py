@@ -68,18 +68,22 @@ def files_of(config: RunConfig) -> dict[str, str]:
 
 
 def prompts_hash(config: RunConfig) -> str:
-    """Return a hash of what decides a run's prompts beside the policy's weights: the code of a user's tasks too."""
+    """Return a hash of what decides a run's prompts and rewards beside the policy's weights: a user's code too."""
     own, digest = config.rl, hashlib.blake2b(digest_size=8)
-    names = own.tasks.split(",")
-    files = [task_file(name) for name in names]
-    # Where a file lies does not matter.
-    tasks = ",".join(name.strip() if file is None else f":{file[1]}" for name, file in zip(names, files, strict=True))
-    settings = (tasks, own.mixture, own.group, own.max_new_tokens, own.temperature, config.data.global_batch_images)
-    digest.update(repr((*settings, config.seed)).encode())
-    for file in files:
+    tasks, judges = own.tasks.split(","), [name for name, _ in own.judge]
+    settings = (",".join(map(_placeless, tasks)), own.mixture, own.group, own.max_new_tokens, own.temperature)
+    weights = [(_placeless(name), weight) for name, weight in own.judge]
+    digest.update(repr((*settings, config.data.global_batch_images, config.seed, *weights)).encode())
+    for file in map(task_file, (*tasks, *judges)):
         if file is not None and file[0].is_file():
             digest.update(file[0].read_bytes())
     return digest.hexdigest()
+
+
+def _placeless(name: str) -> str:
+    """The name of a task or judge without the place of its file, which does not matter."""
+    file = task_file(name)
+    return name.strip() if file is None else f":{file[1]}"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

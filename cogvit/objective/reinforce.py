@@ -30,6 +30,7 @@ from cogvit.parallel.schedule import Schedule
 from cogvit.parallel.vocabulary import rows_with_weight
 
 EFFECT = "image_effect"
+OTHERS = "other_images"
 GAP = "logprob_gap"
 
 
@@ -40,6 +41,7 @@ class Pack:
     answers: Answers
     age: Tensor  # [R] int64
     source: Tensor  # [R] int64
+    asked: Tensor  # int64, the source of each of its questions
 
 
 class Seen(NamedTuple):
@@ -48,7 +50,7 @@ class Seen(NamedTuple):
     loss: Tensor  # 0-dim, over its answers
     report: dict[str, Tensor]  # 0-dim each, as `policy_loss`
     gap: Tensor  # 0-dim, the largest
-    effect: Tensor  # [2, sources]: nats that other images cost, and tokens that were scored with them
+    effect: Tensor  # [3, sources]: nats that other images cost; tokens and questions that were scored with them
 
 
 class Reinforce:
@@ -80,7 +82,8 @@ class Reinforce:
 
         "loss", "clipped", "ratio" and "kl" are means over answers; "logprob_gap" in nats, the largest of all tokens
         that were compared (minus infinity where there are none); "image_effect_SOURCE" in nats a token, by
-        which other images lower the log-probability of the first pack's answers (NaN where it has none).
+        which other images lower the log-probability of the first pack's answers (NaN where it has none), and
+        "other_images_SOURCE", to how many questions.
         """
         num_answers = _count_answers(micro, schedule)
         packs, other = self._packs(model, micro, schedule), self._other(model, micro, schedule)
@@ -136,9 +139,10 @@ class Reinforce:
     def _seen(self, logprob_R: Tensor, pack: Pack, other_R: Tensor | None) -> Seen:
         loss, report = policy_loss(logprob_R, pack.answers, self._clipping)
         now_R = logprob_R.detach()
-        effect = now_R.new_zeros(2, len(self._sources))
+        effect = now_R.new_zeros(3, len(self._sources))
         if other_R is not None:
-            effect.index_add_(1, pack.source, torch.stack([now_R - other_R, torch.ones_like(now_R)]))
+            effect[:2].index_add_(1, pack.source, torch.stack([now_R - other_R, torch.ones_like(now_R)]))
+            effect[2] = torch.bincount(pack.asked, minlength=len(self._sources))
         return Seen(loss, report, _gap(now_R, pack, 0), effect)
 
     def _earlier_gaps(
@@ -158,25 +162,28 @@ class Reinforce:
     ) -> dict[str, Tensor]:
         names = ["clipped", "ratio", *(["kl"] if self._reference is not None else [])]
         device, sources = schedule.mesh.device, len(self._sources)
-        blank = torch.zeros(1 + len(names) + 2 * sources, device=device)
+        blank = torch.zeros(1 + len(names) + 3 * sources, device=device)
         rows = [torch.cat([torch.stack([one.loss, *(one.report[name] for name in names)]), one.effect.flatten()])
                 for one in seen]  # fmt: skip
         sums = reduce_terms(torch.stack([blank, *rows]).sum(0), schedule)
         gap = torch.stack([blank.new_full((), -torch.inf), *gaps, *(one.gap for one in seen)]).max()
         gap = schedule.mesh.all_reduce(gap, dist.ReduceOp.MAX)
-        means, (cost, tokens) = sums[: 1 + len(names)] / num_answers, sums[1 + len(names) :].unflatten(0, (2, sources))
+        means, (cost, tokens, asked) = sums[: 1 + len(names)] / num_answers, sums[1 + len(names) :].view(3, sources)
         terms = dict(zip(["loss", *names], means, strict=True)) | {GAP: gap}
-        return terms | {f"{EFFECT}_{name}": value for name, value in zip(self._sources, cost / tokens, strict=True)}
+        terms |= {f"{EFFECT}_{name}": value for name, value in zip(self._sources, cost / tokens, strict=True)}
+        return terms | {f"{OTHERS}_{name}": count for name, count in zip(self._sources, asked, strict=True)}
 
 
 def _pack(batch: Batch) -> Pack:
     sequence, own = _sequence(batch), _answers(batch)
     row_R = rows_with_weight(sequence.weight, None if sequence.host is None else sequence.host.labels)
     answer_R = torch.searchsorted(sequence.cu_seqlens[1:-1].contiguous(), row_R.to(torch.int32), right=True)
+    there = own.source >= 0
     return Pack(
         Answers(answer_R, own.logprob.index_select(0, row_R), own.advantage),
         own.age.index_select(0, row_R),
         own.source.index_select(0, answer_R),
+        torch.stack([own.source[there], sequence.key[there]]).unique(dim=1)[0],
     )
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from cogvit.config.reinforcement import task_file
 from cogvit.errors import ConfigError
 from cogvit.model.chat import Message
 from cogvit.rl.families import FAMILIES
+from cogvit.rl.foreign import from_file
 
 _METHODS = {"reset": ("seed",), "step": ("text",), "verify": ("answer",)}
 _SOURCE = re.compile(r"[\w.-]+")  # a part of a metric's name
@@ -69,16 +65,7 @@ def tasks_of(names: str) -> dict[str, NewTask]:
 
 
 def _from_file(name: str, path: Path, class_name: str) -> Any:
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"--rl.tasks {name}: {path} is no Python file: {error.strerror}") from None
-    try:
-        module = _module(path, code)
-    except (Exception, SystemExit) as error:
-        told = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"--rl.tasks {name}: {path} does not load: {told}") from None
-    task: Any = getattr(module, class_name, None)
+    task = from_file(f"--rl.tasks {name}", path, class_name)
     if not inspect.isclass(task):
         raise ConfigError(f"--rl.tasks {name}: {path} has no class {class_name}")
     lacking = [f"{method}({', '.join(names)})" for method, names in _METHODS.items() if not _takes(task, method)]
@@ -88,23 +75,6 @@ def _from_file(name: str, path: Path, class_name: str) -> Any:
     if lacking:
         raise ConfigError(f"--rl.tasks {name}: the class lacks {', '.join(lacking)}")
     return task
-
-
-@cache
-def _module(path: Path, code: bytes) -> ModuleType:
-    """Run a file once in a process: it may read data. Errors: what it raises."""
-    name = f"task_{path.stem}_{hashlib.blake2b(bytes(path.resolve()), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError("its name does not end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _takes(task: type, method: str) -> bool:

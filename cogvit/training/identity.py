@@ -13,7 +13,7 @@ from cogvit.training.checkpoint import folder_of, list_checkpoints
 from cogvit.training.folder import Folder
 
 IDENTITY = "identity.json"  # beside config.json: field -> hash
-PLANNED = ("data.shards", "rl.tasks")  # fields that the plan's hash is of
+PLANNED = ("data.shards", "rl.tasks", "rl.judge")  # fields that the plan's hash is of
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 Identity = dict[str, str]  # field -> hash of what it names; nothing for what is known by its name alone
