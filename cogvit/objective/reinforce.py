@@ -41,7 +41,13 @@ class Pack:
     answers: Answers
     age: Tensor  # [R] int64
     source: Tensor  # [R] int64
-    asked: Tensor  # int64, the source of each of its questions
+
+
+class Others(NamedTuple):
+    """A pack with other images."""
+
+    logprob_R: Tensor
+    questions: Tensor  # of each source
 
 
 class Seen(NamedTuple):
@@ -131,18 +137,25 @@ class Reinforce:
             for pack, logprob_R in zip(packs, found or [pack.answers.logprob for pack in packs], strict=True)
         ]
 
-    def _other(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
-        """The first pack's log-probabilities with other images, on the last stage."""
+    def _other(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Others]:
+        """The first pack with other images, on the last stage."""
         shown = [with_other_images(micro[0], self._spatial_pool)]
-        return forward_passes(model, shown, schedule, self._speak(model, shown))
+        found, questions = forward_passes(model, shown, schedule, self._speak(model, shown)), self._questions(micro[0])
+        return [Others(logprob_R, questions) for logprob_R in found]
 
-    def _seen(self, logprob_R: Tensor, pack: Pack, other_R: Tensor | None) -> Seen:
+    def _questions(self, batch: Batch) -> Tensor:
+        """How many questions of each source a pack's answers are to."""
+        source, key = _answers(batch).source, _sequence(batch).key
+        asked = torch.stack([source, key])[:, source >= 0].unique(dim=1)
+        return torch.bincount(asked[0], minlength=len(self._sources))
+
+    def _seen(self, logprob_R: Tensor, pack: Pack, other: Others | None) -> Seen:
         loss, report = policy_loss(logprob_R, pack.answers, self._clipping)
         now_R = logprob_R.detach()
         effect = now_R.new_zeros(3, len(self._sources))
-        if other_R is not None:
-            effect[:2].index_add_(1, pack.source, torch.stack([now_R - other_R, torch.ones_like(now_R)]))
-            effect[2] = torch.bincount(pack.asked, minlength=len(self._sources))
+        if other is not None:
+            effect[:2].index_add_(1, pack.source, torch.stack([now_R - other.logprob_R, torch.ones_like(now_R)]))
+            effect[2] = other.questions
         return Seen(loss, report, _gap(now_R, pack, 0), effect)
 
     def _earlier_gaps(
@@ -178,12 +191,10 @@ def _pack(batch: Batch) -> Pack:
     sequence, own = _sequence(batch), _answers(batch)
     row_R = rows_with_weight(sequence.weight, None if sequence.host is None else sequence.host.labels)
     answer_R = torch.searchsorted(sequence.cu_seqlens[1:-1].contiguous(), row_R.to(torch.int32), right=True)
-    there = own.source >= 0
     return Pack(
         Answers(answer_R, own.logprob.index_select(0, row_R), own.advantage),
         own.age.index_select(0, row_R),
         own.source.index_select(0, answer_R),
-        torch.stack([own.source[there], sequence.key[there]]).unique(dim=1)[0],
     )
 
 
