@@ -83,14 +83,15 @@ def judge_of(weights: Sequence[tuple[str, float]], tasks: Mapping[str, NewTask])
     return Weighted(judges) if judges else OwnVerifier(tasks)
 
 
-def _made(name: str) -> Judge:
+def _made(name: str) -> Any:
     found = _found(name)
+    if not inspect.isclass(found):
+        return found
     try:
-        judge: Judge = found() if inspect.isclass(found) else found
+        return found()
     except Exception as error:
         told = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(f"--rl.judge {name} cannot be made: {told}") from None
-    return judge
 
 
 def _found(name: str) -> Any:
@@ -98,12 +99,12 @@ def _found(name: str) -> Any:
     if file is None:
         raise ConfigError(f"--rl.judge {name} is unknown; judges are {OWN} and FILE.py:NAME")
     found = from_file(f"--rl.judge {name}", *file)
-    called, arguments = found, (None,)
+    called, arguments = found, 1
     if inspect.isclass(found):  # its own method, and not that of all classes, which makes one
         own = (vars(above).get("__call__") for above in found.__mro__)
-        called, arguments = next(filter(None, own), None), (None, None)
+        called, arguments = next(filter(None, own), None), 2
     try:
-        inspect.signature(called).bind(*arguments)
+        inspect.signature(called).bind(*[None] * arguments)
     except (TypeError, ValueError):
         raise ConfigError(f"--rl.judge {name} is no function of an episode, nor a class of such") from None
     return found
