@@ -46,25 +46,34 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message], video: VideoConfig)
     """Return a conversation as the prompt of its next answer.
 
     video: which frames of videos are shown.
-    Errors: DataError when a message or part is none, an image or video cannot be read, a text holds the image token,
-    or the tokenizer has no chat template or image token.
+    Errors: DataError when there is no message, one or a part of it is none, an image or video cannot be read, a text
+    holds the image token, or the tokenizer has no image token or no chat template that takes the conversation.
     """
     check_template(tokenizer)
     token_id, images = image_token_id(tokenizer), []
     plain: list[dict[str, Any]] = []
+    if not messages:
+        raise DataError("a conversation without messages asks nothing")
     for message in messages:
         parts = [one for part in message_parts(message) for one in shown_parts(part, video)]
         images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         plain.append(in_plain_parts(tokenizer, message["role"], shown))
-    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_rendered(tokenizer, plain), add_special_tokens=False)["input_ids"]
     if ids.count(token_id) != len(images):
         raise DataError(
             f"the prompt has {ids.count(token_id)} {IMAGE_TOKEN} for {len(images)} images; images go into parts of"
             " their own, and texts must not spell the token"
         )
     return Prompt(ids, images)
+
+
+def _rendered(tokenizer: Any, plain: list[dict[str, Any]]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates are programs, and refuse roles that they do not know
+        told = f"{error}".partition("\n")[0]
+        raise DataError(f"the chat template does not take the conversation: {told}") from None
 
 
 def check_template(tokenizer: Any) -> None:
@@ -91,6 +100,8 @@ def message_parts(message: Message) -> Iterator[dict[str, Any]]:
     if isinstance(content, str):
         yield {"type": "text", "text": content}
         return
+    if not isinstance(content, Sequence):
+        raise DataError(f"{str(message)[:60]!r} is no message; its content is a {type(content).__name__}")
     for part in content:
         match part:
             case {"type": "text", "text": str(text)}:
