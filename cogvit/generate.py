@@ -70,7 +70,7 @@ def generate(arguments: Arguments) -> int:
         model.questions = _questions(model, arguments.template)
     if model.tokenizer is None:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")
-    images = [name for name in arguments.image.split(",") if name]
+    images = _images(arguments.image)
     parts: list[dict[str, Any]] = [{"type": "image", "image": Path(name)} for name in images]
     parts += [{"type": "video", "video": arguments.video}] if arguments.video else []
     messages = [*before, {"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
@@ -85,6 +85,11 @@ def generate(arguments: Arguments) -> int:
     if drafted is not None:
         print(drafted, file=sys.stderr)
     return 0
+
+
+def _images(files: str) -> list[str]:
+    """The pictures' files; a name may hold commas where it is the only one."""
+    return [files] if Path(files).is_file() else [name for name in files.split(",") if name]
 
 
 def _history(file: str) -> list[dict[str, Any]]:

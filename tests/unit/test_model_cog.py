@@ -284,6 +284,27 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         VisionLanguageModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"weight_map": ["a"]}, "weight_map must say in which file each weight is"),
+        ({"weight_map": {}}, "weight_map must say in which file each weight is"),
+        ({}, "weight_map must say in which file each weight is"),
+        ({"weight_map": {"a": 5}}, "5 is no file beside it"),
+        ({"weight_map": {"a": "../other/model.safetensors"}}, "'../other/model.safetensors' is no file beside it"),
+    ],
+)
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    """One elsewhere would be written over by an export of what was read."""
+    cog_directory("cogvlm", tmp_path / "other")
+    source = cog_directory("cogvlm", tmp_path / "source")
+    (source / "model.safetensors.index.json").write_text(json.dumps(said))
+    for read in (VisionLanguageModel.from_pretrained, CausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=message) as error:
+            read(source)
+        assert "\n" not in str(error.value)
+
+
 def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = VisionLanguageModel.from_pretrained(cog_directory("cogvlm", tmp_path / "a"))
     with pytest.raises(CheckpointError, match="layout cogvlm2 cannot hold this model, whose layout is cogvlm"):

@@ -39,7 +39,7 @@ def read_shape(values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]])
         read_vision(values, output_position=True),
         adapter,
         values.get("pad_token_id") or 0,
-        Questions(values.get("template_version", "chat"), instruct=True),
+        Questions(values.get("template_version", "chat"), "cogagent"),
         _read_cross(values, stored, cross.encoder_dim),
     )
 

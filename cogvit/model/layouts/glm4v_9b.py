@@ -68,7 +68,7 @@ def read_shape(values: Mapping[str, Any]) -> CogShape:
         read_vision(values),
         AdapterConfig("wide_conv", language.mlp_dim, 2),
         language.vocab_size - 1 if token_id is None else token_id,
-        Questions("base"),
+        Questions("chat", "glm4v"),
     )
 
 
