@@ -135,6 +135,11 @@ def export_released(source: Path, out: Path, layout: released.Layout) -> int:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{source} -> {out}: {num_parameters:,} parameters; load them with {LAYOUTS[layout]}({str(out)!r})")
+    if is_run(source):
+        print(
+            f"there it is asked in the words of {layout}, and not by the chat template that it was trained with, which"
+            " --layout vlm keeps"
+        )
     return 0
 
 
