@@ -41,12 +41,14 @@ demo: $(RUNTIME)  ## corpus, stage 1 at tp=2, stages 2 and 3 at dp=2, evaluation
 	launch/local.sh 2 demo_stage1 --parallel.tp 2 --out $(DEMO)/stage1
 	launch/local.sh 2 demo_stage2 --init $(DEMO)/stage1 --out $(DEMO)/stage2 \
 	    --data.mixture '[["pictograms", 0.78], ["digits", 0.2], ["photos", 0.02]]'
-	[[ -e $(DEMO)/language/config.json ]] || \
-	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language --steps 120
-	launch/local.sh 2 demo_stage3 --init $(DEMO)/stage2 --out $(DEMO)/stage3
-	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json
+	@# One core learns a language while the other measures the encoder.
+	{ [[ -e $(DEMO)/language/config.json ]] || \
+	    python -m tools.make_demo_language_model tiny --corpus $(DEMO)/corpus --out $(DEMO)/language --steps 120; } & \
+	python -m cogvit.evaluate $(DEMO)/stage1 --tasks distill --out $(DEMO)/eval.json; \
 	python -m cogvit.evaluate $(DEMO)/stage2 --tasks knn,linear,zeroshot,retrieval \
-	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json
+	    --prompts $(DEMO)/corpus/digits.json --out $(DEMO)/eval.json; \
+	wait $$!
+	launch/local.sh 2 demo_stage3 --init $(DEMO)/stage2 --out $(DEMO)/stage3
 	python -m cogvit.evaluate $(DEMO)/stage3 --tasks caption,vqa,perplexity --out $(DEMO)/eval.json
 	python -m cogvit.report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/stage3 --evaluation $(DEMO)/eval.json \
 	    --out $(DEMO)/report.html

@@ -129,7 +129,8 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
     layouts = legal_layouts(config, world, per_node)
     layouts = [one for one in layouts if all(getattr(one.parallel, name) == size for name, size in fixed.items())]
     if not layouts:
-        asked = replace(config.parallel, tp=fixed.get("tp", 1), pp=fixed.get("pp", 1))
+        own = config.parallel
+        asked = replace(own, tp=fixed.get("tp", own.tp), pp=fixed.get("pp", own.pp))
         check_run(replace(config, parallel=asked), world)  # says why
         raise ConfigError(f"{arguments.preset} has no legal layout on {nodes} x {per_node}; try other --tp and --pp")
     loads = stage.loads(config)
@@ -154,13 +155,13 @@ def plan(arguments: Arguments, config: RunConfig) -> int:
 
 def table(predictions: list[Prediction], world: int, cluster: Cluster) -> str:
     """Return a line for each layout."""
-    lines = [f"{'tp':>4}{'pp':>4}{'dp':>6}{'memory':>10}{'sent':>11}{'bubble':>8}{'launch':>10}{'step':>11}{'MFU':>7}"]
+    lines = [f"{'tp':>4}{'pp':>4}{'dp':>6}{'memory':>10}{'sent':>13}{'bubble':>8}{'launch':>10}{'step':>11}{'MFU':>7}"]
     for one in predictions:
         seconds, layout = one.seconds, one.layout
         full = "" if one.memory_bytes <= cluster.memory_bytes else "  does not fit"
         lines.append(
             f"{layout.tp:>4}{layout.pp:>4}{world // (layout.tp * layout.pp):>6}"
-            f"{one.memory_bytes / 1e9:>7.1f} GB{one.sent.all / 1e9:>8.2f} GB{seconds.bubble / seconds.step:>8.1%}"
+            f"{one.memory_bytes / 1e9:>7.1f} GB{one.sent.all / 1e9:>10.2f} GB{seconds.bubble / seconds.step:>8.1%}"
             f"{1000 * one.launch_s:>7,.0f} ms{1000 * seconds.step:>8,.0f} ms{one.mfu:>7.1%}{full}"
         )
     return "\n".join(lines)

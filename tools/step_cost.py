@@ -93,14 +93,12 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     tp, pp = layout.tp, layout.pp
     dp = world // (tp * pp)
     micro = max(pp, *(math.ceil(load.tokens / (dp * load.pack_tokens)) for load in loads))
-    # Of two towers all embeddings come first, without gradients, unless one microbatch holds everything.
-    first_pass = len(loads) > 1 and (micro > 1 or pp > 1)
     fused = config.fusion != "off"
     rate = cluster.flops * cluster.attained
     products = attention = moved = launched = 0.0
     for load in loads:
         ways = dp * (1 if load.whole else tp * pp)
-        forwards = 1 + first_pass + (load.memory.recompute == "full")
+        forwards = 1 + load.runs_twice(pp, micro) + (load.memory.recompute == "full")
         again = load.memory.recompute == "selective"  # fc1 and attention
         mlp = (2 if load.gated else 1) * load.hidden / (4 * load.width + (3 if load.gated else 2) * load.hidden)
         products += load.product_flops * (forwards + again * mlp + _PRODUCT_BACKWARD) / (ways * rate)
@@ -117,7 +115,7 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
     ways_of = [1 if load.whole else tp * pp for load in loads]
     held = sum(load.learned / ways for load, ways in zip(loads, ways_of, strict=True))
     frozen = sum(load.frozen / ways for load, ways in zip(loads, ways_of, strict=True))
-    sent, loss_s = _sent(config, loads, dp, micro, held, first_pass=first_pass), _loss_s(config, loads, dp, rate)
+    sent, loss_s = _sent(config, loads, dp, micro, held), _loss_s(config, dp, rate)
     compute_s = products + attention + moved
     muon_s = sum(
         load.muon_flops / (rate * (dp if load.whole else pp * dp * (tp if config.optim.muon_tp == "sharded" else 1)))
@@ -147,13 +145,16 @@ def predict(config: RunConfig, loads: list[Load], world: int, per_node: int, clu
 
 
 def _memory_bytes(config: RunConfig, loads: list[Load], dp: int, micro: int, held: float, *, fused: bool) -> float:
-    """Parameters and whole gradients; master, moments and averaged gradients in shares; buckets; what is kept."""
+    """Parameters and whole gradients; master, moments and averaged gradients in shares; buckets; what is kept.
+
+    What one pass runs is kept together; what runs twice is kept alone, in its second pass.
+    """
     layout = config.parallel
     memory = _FP32_BYTES * held * (2 + (2 + _MOMENTS[config.optim.name]) / dp)
     memory += _FP32_BYTES * min(_BUCKETS * config.zero.reduce_bucket_elements, held) * (dp > 1)
     under_way = min(layout.pp, micro)
-    most = 0.0
-    for load in loads:  # one tower after the other
+    together = most_alone = 0.0
+    for load in loads:
         tp, pp = (1, 1) if load.whole else (layout.tp, layout.pp)
         block = kept_bytes(load, tp, sequence=layout.sequence, fused=fused, precision=config.precision)
         kept = 0.0 if load.memory.offload else block * load.depth / pp * (1 if load.whole else under_way)
@@ -162,11 +163,14 @@ def _memory_bytes(config: RunConfig, loads: list[Load], dp: int, micro: int, hel
             kept += load.memory.recompute_blocks * kept_bytes(
                 plain, tp, sequence=layout.sequence, fused=fused, precision=config.precision
             )
-        most = max(most, kept)
-    return memory + most
+        if load.runs_twice(layout.pp, micro):
+            most_alone = max(most_alone, kept)
+        else:
+            together += kept
+    return memory + max(together, most_alone)
 
 
-def _sent(config: RunConfig, loads: list[Load], dp: int, micro: int, held: float, *, first_pass: bool) -> Sent:
+def _sent(config: RunConfig, loads: list[Load], dp: int, micro: int, held: float) -> Sent:
     layout = config.parallel
     tp, pp = layout.tp, layout.pp
     half = 2 if config.precision == "bf16" else 4
@@ -174,13 +178,14 @@ def _sent(config: RunConfig, loads: list[Load], dp: int, micro: int, held: float
     for load in (load for load in loads if not load.whole):
         row = load.pack_tokens * load.width
         # Two sums over tensor ranks in every block's forward and in its backward.
+        first_pass = load.runs_twice(pp, micro)
         forwards = 1 + first_pass + (load.memory.recompute == "full")
         tensor += 2 * (forwards + 1) * micro * load.depth / pp * row * half * 2 * (tp - 1) / tp
         border = row * (2 if layout.pipeline_messages == "bf16" else 4) / (tp if layout.sequence else 1)
         pipeline += (2 + first_pass) * micro * border * (pp > 1)
     share = (dp - 1) / dp
     gradient_bytes = 2 if config.zero.gradient_messages == "bf16" else 4
-    pairs = config.data.global_batch_images * config.proj_dim * _FP32_BYTES * (len(loads) > 1)
+    pairs = config.data.global_batch_images * config.proj_dim * _FP32_BYTES * (config.objective == "contrast")
     return Sent(
         tensor=tensor,
         pipeline=pipeline,
@@ -210,9 +215,9 @@ def muon_bytes(load: Load, tp: int, pp: int, dp: int) -> float:
     return 2 * _FP32_BYTES * (away + start * (tp - 1) / tp) / dp
 
 
-def _loss_s(config: RunConfig, loads: list[Load], dp: int, rate: float) -> float:
+def _loss_s(config: RunConfig, dp: int, rate: float) -> float:
     """Of stage 2: three products of a rank's images with all texts, in fp32 at an eighth of the rate of bf16."""
-    if len(loads) < 2:
+    if config.objective != "contrast":
         return 0.0
     pairs = config.data.global_batch_images
     return 3 * 2.0 * (pairs / dp) * pairs * config.proj_dim / (rate / 8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,7 +138,7 @@ class ContrastStage(ReadsShards):
         return model, Contrast(config.contrast, groups, locked_towers(config))
 
     def loads(self, config: RunConfig) -> list[Load]:
-        """Both towers; a text encoder of transformers whole."""
+        """Both towers, whose embeddings come first, all of them; a text encoder of transformers whole."""
         from cogvit.stages.cost import tower_load, vision_load
 
         shape, module = text_tower(config)
@@ -146,7 +146,7 @@ class ContrastStage(ReadsShards):
         text = tower_load(
             config, shape, module, shape.max_tokens, pack_tokens=config.data.text_tokens_per_pack, whole=whole
         )
-        return [vision_load(config), text]
+        return [replace(load, runs_first="unless_at_once") for load in (vision_load(config), text)]
 
     def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
         """Nothing that the losses do not say."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from cogvit.config import ActivationConfig, RunConfig
+from cogvit.model.adapter import fitted_adapter
 from cogvit.model.config import CogViTConfig, TextConfig
 from cogvit.model.eva import EvaEncoder, second_encoder
 from cogvit.model.expert import is_grown
@@ -43,6 +45,13 @@ class Load:
     memory: ActivationConfig
     whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
     frozen: int = 0  # of the parameters, those that have neither gradients nor moments
+    runs_first: Literal["never", "in_pipelines", "unless_at_once"] = (
+        "never"  # a forward for the others, without gradients
+    )
+
+    def runs_twice(self, pp: int, micro: int) -> bool:
+        """Whether a step of so many microbatches runs it once more, before all others, without gradients."""
+        return (pp > 1 and self.runs_first != "never") or (micro > 1 and self.runs_first == "unless_at_once")
 
     @property
     def learned(self) -> int:
@@ -157,6 +166,33 @@ def language_load(config: RunConfig, shape: LanguageShape) -> Load:
         memory=config.memory.language,
         whole=not ours,
         frozen=count_parameters(module) - sum(p.numel() for _, p in learned),
+    )
+
+
+def adapter_load(config: RunConfig, shape: LanguageShape) -> Load:
+    """Return the adapter's load, which lies whole on every tensor rank: one block with the language model's width."""
+    data, pooled = config.data, config.adapter.spatial_pool**2
+    with torch.device("meta"):
+        adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
+    parameters = count_parameters(adapter)
+    images = max([data.global_batch_images, *(size for _, size in data.batch_schedule)])
+    tokens = images * -(-_largest_patches(config) // pooled)
+    learns = config.optim.adapter.lr_mult > 0.0
+    return Load(
+        parameters=parameters,
+        matrices=(),
+        depth=1,
+        width=shape.embed_dim,
+        hidden=shape.embed_dim,
+        gated=False,
+        tokens=tokens,
+        pack_tokens=-(-data.tokens_per_pack // pooled),
+        product_flops=2.0 * tokens * sum(p.numel() for p in adapter.parameters() if p.ndim > 1),
+        attention_flops=0.0,
+        muon_flops=0.0,
+        memory=ActivationConfig(),
+        whole=True,
+        frozen=0 if learns else parameters,
     )
 
 

@@ -143,12 +143,18 @@ class LanguageStage(ReadsShards):
         return model, Watched(config.adapter.spatial_pool, framed=model.framed)
 
     def loads(self, config: RunConfig) -> list[Load]:
-        """The encoders and, where it is there, the language model; the adapter counts with nothing."""
-        from cogvit.stages.cost import cross_load, language_load, vision_load
+        """The encoders and, where it is there, the language model with the adapter that its width decides."""
+        from cogvit.stages.cost import adapter_load, cross_load, language_load, vision_load
 
-        there = Path(config.language.path or "?").is_dir()
+        vision = vision_load(config)
         second = [cross_load(config)] if config.cross.image_size else []
-        return [vision_load(config), *second, *([language_load(config, language_shape(config))] if there else [])]
+        if not Path(config.language.path or "?").is_dir():
+            return [vision, *second]
+        shape = language_shape(config)
+        language = language_load(config, shape)
+        if vision.learned and not language.whole:  # its visual tokens have to be on the first stage, all of them
+            vision = replace(vision, runs_first="in_pipelines")
+        return [vision, *second, adapter_load(config, shape), language]
 
     def concern(self, config: RunConfig, step: int, values: dict[str, float]) -> str:
         """Say so where images are worth nothing once the rates are warm."""

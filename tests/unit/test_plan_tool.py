@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
-from cogvit.config import ParallelConfig, RunConfig, TeacherConfig, TextEncoderConfig
+from cogvit.config import ModuleConfig, ParallelConfig, RunConfig, TeacherConfig, TextEncoderConfig
 from cogvit.config.flags import load_preset
 from cogvit.model.config import CogViTConfig
 from cogvit.model.vit import CogViT
@@ -183,6 +183,33 @@ def test_a_text_encoder_of_transformers_is_counted_whole(tmp_path: Path) -> None
     assert 4 * 10**9 < alone < shared  # ZeRO's shards over four replicas, or over one
 
 
+def test_an_adapter_counts_as_what_the_fake_step_of_cogvlm2_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GB of a rank: `tests/fake_cuda/whole_step.py`, records/memory_fake_20261130.md."""
+    monkeypatch.chdir(Path(__file__).parents[2])  # the preset names a folder of the checkout
+    config = load_preset("cogvlm2_19b")
+    vision, adapter, language = loads_of(config)
+    assert adapter.whole and adapter.learned == adapter.parameters > 0.19e9
+    held = sum(load.parameters / (1 if load.whole else 4) for load in (vision, adapter, language))
+    learned = sum(load.learned / (1 if load.whole else 4) for load in (vision, adapter, language))
+    assert (held, learned) == (pytest.approx(5.04e9, rel=0.01), pytest.approx(3.03e9, rel=0.01))
+    layout = replace(config, parallel=ParallelConfig(sequence=True))
+    for tp, found_gb in ((4, 61.3), (8, 45.8)):
+        assert cost(layout, tp=tp, world=8).memory_bytes / 1e9 == pytest.approx(found_gb, rel=0.05)
+    still = replace(config, optim=replace(config.optim, adapter=ModuleConfig(lr_mult=0.0)))
+    assert loads_of(still)[1].learned == 0
+
+
+def test_towers_are_kept_together_unless_one_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    config = load_preset("cogvlm2_19b")
+    vision, _, language = loads_of(config)
+    assert [vision.runs_twice(pp, micro=8) for pp in (1, 2)] == [False, True]
+    assert not language.runs_twice(pp=2, micro=8)
+    for load in loads_of(load_preset("stage2_cogvit_l")):
+        assert [load.runs_twice(pp, micro) for pp, micro in ((1, 1), (1, 2), (2, 2))] == [False, True, True]
+    assert cost(config, world=8).seconds.loss == cost(config, world=8).sent.loss == 0.0
+
+
 def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     encoder = str(write_encoder(tmp_path, bert))
     flags = ["--nodes", "1", "--gpus-per-node", "2", "--text-encoder.path", encoder]
@@ -198,6 +225,7 @@ def test_flags_of_the_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path
         (["demo_stage2", "--node", "2"], "--node"),
         (["demo_stage2", "--nodes", "two"], "whole numbers"),
         (["demo_stage2", "--text-encoder.path", str(tmp_path / "gone")], "--text-encoder.path"),
+        (["stage3_glm4_9b", "--language.path", str(tmp_path / "gone")], "gone does not exist"),
     ):
         assert main(argv) == 2
         (line,) = capsys.readouterr().err.splitlines()
