@@ -164,7 +164,7 @@ def answered(engine: LocalEngine, request: Request) -> Answer:
     [
         ("raises", "reset of task 'raises' raised RuntimeError: no"),
         ("shows nothing", "is no message"),
-        ("says nothing", "is no message; its content is a NoneType"),
+        ("says nothing", "is no message; its role must be text, and its content text or parts"),
         ("asks nothing", "a conversation without messages asks nothing"),
         ("goes on with nothing", "step of task 'goes on with nothing' raised TypeError: 'bool' object is not iterable"),
         ("leaves", "step of task 'leaves' raised SystemExit: 3"),
