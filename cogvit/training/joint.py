@@ -131,12 +131,14 @@ def load_joint(path: Path, dtype: str = "fp32") -> VisionLanguageModel:
 def initial_joint(config: RunConfig) -> VisionLanguageModel:
     """Return the model that a run begins with, whatever it has become, without what grows on it; in eval mode.
 
+    Its prompts and answers are as long as the run's samples may be, language.max_tokens.
     Errors: as `load_joint`, and CheckpointError for a language model of another family than ours.
     """
     shape = language_shape(Path(config.language.path))
     if not isinstance(shape, LanguageConfig):
         raise CheckpointError(f"--language.path {config.language.path} is of no family of ours ({', '.join(FAMILIES)})")
-    shape, began = replace(shape, mmtp=config.mmtp), given_weights(config)
+    shape = replace(shape, mmtp=config.mmtp, max_tokens=min(shape.max_tokens, config.language.max_tokens))
+    began = given_weights(config)
     adapter = fitted_adapter(config.adapter, config.vision.embed_dim, shape)
     fresh = drawn("vision", CogViT(config.vision), config) | drawn("adapter", adapter, config)
     given: dict[str, dict[str, Tensor]] = {part: _part_of(began, part, fresh) for part in PARTS}

@@ -205,7 +205,7 @@ def test_preset_file_without_a_config_function_is_told(tmp_path: Path) -> None:
 def test_missing_preset_is_told_with_those_that_exist() -> None:
     assert "models" not in preset_names()
     with pytest.raises(
-        ConfigError, match=r"no preset 'demo_stage'; did you mean demo_stage[12]\?; presets: cogvlm2_19b"
+        ConfigError, match=r"no preset 'demo_stage'; did you mean demo_stage[12]\?; presets: cogagent_18b"
     ):
         load_preset("demo_stage")
 

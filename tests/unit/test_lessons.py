@@ -120,6 +120,17 @@ def test_an_answer_that_does_not_fit_is_refused(config: RunConfig, answers: list
         packer(short).packs(lessons(config, answers), 7, 0, 1)
 
 
+def test_an_answer_that_training_could_not_take_is_not_given(config: RunConfig) -> None:
+    short = replace(config, language=replace(config.language, max_tokens=12))
+    engine, found = LocalEngine(PlainSpeaker(initial_joint(short)), tasks_of(config.rl.tasks)), list[Answer]()
+    engine.set_weights(0, {})
+    engine.submit(Request("one-0", "one", 0, 4, Speech(max_new_tokens=5)), found.append)
+    engine.poll()
+    assert [answer.outcome for answer in found] == ["failed"] and "and an answer of 5 tokens exceed 12" in found[
+        0
+    ].reason
+
+
 def test_a_task_that_is_no_function_of_its_seed_is_said(
     config: RunConfig, answers: list[Answer], tmp_path: Path
 ) -> None:

@@ -1,19 +1,24 @@
 """What a policy is worth in tasks, and what it learns of each: rewards on episodes that no run has asked.
 
 usage: python -m tools.experiments.policy worth RUN [RUN ...] --tasks NAME,... [flags]
+       python -m tools.experiments.policy start TASKS [TASKS ...] [flags]
        python -m tools.experiments.policy learn TASKS [TASKS ...] [flags]
 
 worth             of runs of stage 3 or 4, or of directories of whole vision-language models
-learn             trains what it then measures: on each TASKS, a name of `cogvit.rl.families` or several with commas
-                  between, learned jointly, a start by the preset demo_rl_start and from it policies by demo_rl
+start             trains what it then measures: on each TASKS, a name of `cogvit.rl.families` or several with commas
+                  between, learned jointly, a start by the preset demo_rl_start
+learn             and from it policies by demo_rl
 --tasks NAME,...  worth: as --rl.tasks takes them
---work DIR        learn: episodes, runs and figures; what is there is used again (default: runs/policy)
---seeds N,...     learn: of episodes, weights and draws, each a start of its own (default: 0)
---staleness N,... learn: of each policy; above 0 a Ray actor answers (default: 0)
---samples N       learn: right answers to begin with (default: 6000)
---start-steps N   learn: of 64 of them (default: 90)
+--work DIR        start, learn: episodes, runs and figures; what is there is used again (default: runs/policy)
+--seeds N,...     start, learn: of episodes, weights and draws, each a start of its own (default: 0)
+--staleness N,... learn: of each policy; above 0 Ray actors answer (default: 0)
+--actors N        learn: so many; answers are as stale as they may be where these are faster than training (default: 1)
+--samples N       start, learn: right answers to begin with (default: 6000)
+--start-steps N,...  start, learn: of 64 of them, one number for all TASKS or one for each (default: 90)
 --steps N         learn: of the policy (default: 60)
 --answers N       learn: of each of these, 8 to a prompt (default: 96)
+--lr RATE         learn: of the policy (default: 2e-4)
+--picture FILE    learn: where the rewards of all steps are drawn, as SVG
 --prompts N       to be worth something in, of each task (default: 100)
 --group N         answers to each of these, drawn at temperature 1 (default: 8)
 --max-new-tokens N  of an answer (default: 40)
@@ -24,6 +29,7 @@ chance: what the same answers are worth to other prompts of the task.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,9 +39,9 @@ from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
 from cogvit.rl.task import tasks_of
-from tools.experiments.policy_course import Course, Exam, Worth, learn_policy, learn_start, worths
-
-_HEAD = ("reward", "pass@k", "chance")
+from tools.experiments.mmtp_record import table
+from tools.experiments.policy_course import Course, Exam, Learned, learn_start, learned, worths
+from tools.experiments.policy_record import HEAD, figures, learned_table, picture, stability_table
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,13 @@ class Arguments:
     work: str = "runs/policy"
     seeds: str = "0"
     staleness: str = "0"
+    actors: str = "1"
     samples: str = "6000"
     start_steps: str = "90"
     steps: str = "60"
     answers: str = "96"
+    lr: str = "2e-4"
+    picture: str = ""
     prompts: str = "100"
     group: str = "8"
     max_new_tokens: str = "40"
@@ -63,10 +72,12 @@ def measure(arguments: Arguments) -> int:
     match arguments.kind:
         case "worth":
             lines = worth_table(arguments.what, arguments.tasks, exam)
+        case "start":
+            lines = start_table(arguments, exam)
         case "learn":
-            lines = learn_table(arguments, exam)
+            lines = learn_tables(arguments, exam)
         case _:
-            raise ConfigError(f"{arguments.kind!r} must be worth or learn; --help explains them")
+            raise ConfigError(f"{arguments.kind!r} must be worth, start or learn; --help explains them")
     for line in lines:
         print(line, flush=True)
     return 0
@@ -77,41 +88,50 @@ def worth_table(runs: Sequence[str], tasks: str, exam: Exam) -> Iterator[str]:
     if not tasks:
         raise ConfigError("--tasks NAME,... is needed: what the runs are asked")
     tasks_of(tasks)
-    yield from _header("run", "task", *_HEAD)
-    for run in runs:
-        for source, found in worths(Path(run), tasks, exam).items():
-            yield f"| {run} | {source} | {_figures(found)} |"
+    rows = [(run, *each) for run in runs for each in worths(Path(run), tasks, exam).items()]
+    yield from table(["run", "task", *HEAD], [[run, source, *figures(found)] for run, source, found in rows])
 
 
-def learn_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
+def start_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
+    """Train starts and yield their figures. Errors: ConfigError; as training."""
+    lines = []
+    for tasks, course in courses(arguments, exam):
+        for seed in _numbers("seeds", arguments.seeds):
+            run = learn_start(Path(arguments.work), tasks, seed, course)
+            found = worths(run, tasks, exam).items()
+            lines += [[tasks, str(seed), str(course.start_steps), source, *figures(of)] for source, of in found]
+    yield from table(["tasks", "seed", "steps", "task", *HEAD], lines)
+
+
+def learn_tables(arguments: Arguments, exam: Exam) -> Iterator[str]:
     """Train policies and yield their figures. Errors: ConfigError; as training."""
-    samples, start_steps, steps, answers = (
-        _number(arguments, name) for name in ("samples", "start_steps", "steps", "answers")
-    )
-    course = Course(samples, start_steps, steps, answers, exam.max_new_tokens)
     seeds, stalenesses = _numbers("seeds", arguments.seeds), _numbers("staleness", arguments.staleness)
+    rows = list[Learned]()
+    for tasks, course in courses(arguments, exam):
+        rows += learned(Path(arguments.work), tasks, course, exam, seeds, stalenesses)
+    yield from learned_table(rows)
+    yield ""
+    yield from stability_table(rows)
+    if arguments.picture:
+        Path(arguments.picture).write_text(picture(rows))
+
+
+def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
+    """Return each TASKS with its course. Errors: ConfigError."""
     for tasks in arguments.what:
         if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:
             raise ConfigError(f"{unknown[0]!r} is no task to begin with; tasks are {', '.join(FAMILIES)}")
-    yield from _header("tasks", "seed", "staleness", "task", *(f"{name} before" for name in _HEAD), *_HEAD)
-    for tasks in arguments.what:
-        for seed in seeds:
-            start = learn_start(Path(arguments.work), tasks, seed, course)
-            before = worths(start, tasks, exam)
-            for staleness in stalenesses:
-                policy = learn_policy(start, tasks, seed, staleness, course)
-                for source, after in worths(policy, tasks, exam).items():
-                    told = f"| {tasks} | {seed} | {staleness} | {source} |"
-                    yield f"{told} {_figures(before[source])} | {_figures(after)} |"
-
-
-def _header(*names: str) -> Iterator[str]:
-    yield f"| {' | '.join(names)} |"
-    yield "|---" * len(names) + "|"
-
-
-def _figures(found: Worth) -> str:
-    return f"{found.reward:.3f} | {found.passed:.3f} | {found.chance:.3f}"
+    samples, steps, answers, actors = (_number(arguments, name) for name in ("samples", "steps", "answers", "actors"))
+    start_steps, count = _numbers("start-steps", arguments.start_steps), len(arguments.what)
+    if len(start_steps) not in (1, count) or 0 in start_steps:
+        raise ConfigError(
+            f"--start-steps {arguments.start_steps} must be one positive number or one for each of {count} TASKS"
+        )
+    each = start_steps * (count if len(start_steps) == 1 else 1)
+    return [
+        (tasks, Course(samples, own, steps, answers, exam.max_new_tokens, _rate(arguments.lr), actors))
+        for tasks, own in zip(arguments.what, each, strict=True)
+    ]
 
 
 def _number(arguments: Arguments, name: str) -> int:
@@ -119,6 +139,16 @@ def _number(arguments: Arguments, name: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ConfigError(f"--{name.replace('_', '-')} {value} must be a positive whole number")
     return int(value)
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0.0 < rate < math.inf:
+        raise ConfigError(f"--lr {value} must be a positive number")
+    return rate
 
 
 def _numbers(name: str, values: str) -> list[int]:

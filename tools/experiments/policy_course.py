@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
 from cogvit import train
-from cogvit.errors import ConfigError
+from cogvit.errors import ConfigError, DataError
+from cogvit.model.layouts.files import read_json, write_json
 from cogvit.rl.figures import PASSED
 from cogvit.rl.judge import Episode, OwnVerifier
 from cogvit.rl.local import LocalEngine
@@ -16,6 +17,7 @@ from cogvit.rl.rollout import Answer, Request, Speech
 from cogvit.rl.speaker import PlainSpeaker
 from cogvit.rl.task import NewTask, tasks_of
 from cogvit.training.joint import load_joint
+from cogvit.training.meter import read_metrics
 from tools import index_shards, make_demo_tasks
 
 _FIRST_EPISODE = (1 << 31) + (1 << 30)  # neither stage 4 nor tools.make_demo_tasks asks those from here on
@@ -31,6 +33,8 @@ class Course:
         steps: of stage 4.
         answers: of each of these.
         max_new_tokens: of an answer.
+        lr: of stage 4.
+        actors: that answer where answers may be stale.
     """
 
     samples: int
@@ -38,6 +42,8 @@ class Course:
     steps: int
     answers: int
     max_new_tokens: int
+    lr: float
+    actors: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Exam:
     group: int
     max_new_tokens: int
 
+    @property
+    def name(self) -> str:
+        """Tells it from others."""
+        return f"{self.prompts}x{self.group}x{self.max_new_tokens}"
+
 
 @dataclass(frozen=True)
 class Worth:
@@ -63,22 +74,64 @@ class Worth:
         reward: mean over answers.
         passed: share of prompts with a right answer.
         chance: what the same answers are worth to other prompts.
+        failed: prompts that could not be answered, and count with nothing.
     """
 
     reward: float
     passed: float
     chance: float
+    failed: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A policy and what it has learned of one of its tasks.
+
+    Attributes:
+        tasks: that it was trained on.
+        seed: of the run.
+        staleness: that was allowed.
+        source: of the one task.
+        before: what the start was worth in it.
+        after: what the policy is worth in it.
+        steps: the figures of each step of stage 4.
+    """
+
+    tasks: str
+    seed: int
+    staleness: int
+    source: str
+    before: Worth
+    after: Worth
+    steps: Sequence[Mapping[str, float]]
+
+
+def learned(
+    work: Path, tasks: str, course: Course, exam: Exam, seeds: Sequence[int], stalenesses: Sequence[int]
+) -> Iterator[Learned]:
+    """Train a start for each seed and policies from it, unless that is done, and yield what they have learned.
+
+    Errors: as training, and as `worths`.
+    """
+    for seed in seeds:
+        start = learn_start(work, tasks, seed, course)
+        before = worths(start, tasks, exam)
+        for staleness in stalenesses:
+            policy = learn_policy(start, tasks, seed, staleness, course)
+            steps = read_metrics(policy / "metrics.jsonl")
+            for source, after in worths(policy, tasks, exam).items():
+                yield Learned(tasks, seed, staleness, source, before[source], after, steps)
 
 
 def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     """Train stage 3 on right answers, unless that is done; returns the run's directory. Errors: as training."""
     home = work / tasks / f"seed_{seed}"
-    shown, out = home / "tasks", home / "start"
+    shown, out = home / "tasks", home / f"start_{course.start_steps}"
     if not (shown / "language" / "config.json").exists():
         _succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
         for part in ("train", "heldout"):
             _succeed(index_shards.index_shards(index_shards.Arguments(str(shown / part / "*.tar"))))
-    _train(
+    train_run(
         *("demo_rl_start", "--out", out, "--seed", seed, "--language.path", shown / "language"),
         *("--data.shards", shown / "train" / "*.tar", "--data.eval-shards", shown / "heldout" / "*.tar"),
         *("--data.mixture", "[]", "--eval.every-steps", course.start_steps),
@@ -87,36 +140,50 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     return out
 
 
-def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course) -> Path:
+def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course, name: str = "policy") -> Path:
     """Train stage 4 from a start, unless that is done; returns the run's directory. Errors: as training."""
-    out = start.with_name(f"policy_{staleness}")
-    _train(
+    answered_by = f"_by_{course.actors}" if staleness else ""
+    size = f"{course.steps}x{course.answers}_at_{course.lr:g}"
+    out = start.with_name(f"{start.name}_{name}_{size}_stale_{staleness}{answered_by}")
+    train_run(
         *("demo_rl", "--init", start, "--out", out, "--seed", seed, "--rl.tasks", tasks),
         *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
-        *("--data.global-batch-images", course.answers),
+        *("--data.global-batch-images", course.answers, "--optim.lr", course.lr),
         *("--schedule.steps", course.steps, "--checkpoint.every-steps", course.steps),
-        *("--rl.max-staleness", staleness, "--rl.actors", int(staleness > 0)),
+        *("--rl.max-staleness", staleness, "--rl.actors", course.actors if staleness else 0),
     )
     return out
 
 
 def worths(run: Path, tasks: str, exam: Exam) -> dict[str, Worth]:
-    """Return what a run or a model is worth in each task. Errors: DataError for a task that fails; as loading."""
-    speaker, found = PlainSpeaker(load_joint(run)), tasks_of(tasks)
-    return {source: worth(speaker, found, source, exam) for source in found}
+    """Return what a run or a model is worth in each task; kept beside it, in a folder `worth`.
+
+    Errors: DataError for a task whose every prompt fails; as loading.
+    """
+    found = tasks_of(tasks)
+    kept = {source: run.parent / "worth" / f"{run.name}_{source}_{exam.name}.json" for source in found}
+    if any(not path.exists() for path in kept.values()):
+        speaker = PlainSpeaker(load_joint(run))
+        for source, path in kept.items():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, asdict(worth(speaker, found, source, exam)))
+    return {source: Worth(**read_json(path)) for source, path in kept.items()}
 
 
 def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam: Exam) -> Worth:
-    """Ask a model the first episodes of a task that are kept for this."""
-    answers: list[Answer] = []
+    """Ask a model the first episodes of a task that are kept for this. Errors: DataError when none is answered."""
+    heard: list[Answer] = []
     engine = LocalEngine(speaker, tasks)
     engine.set_weights(0, {})
     speech = Speech(max_new_tokens=exam.max_new_tokens)
     for number in range(exam.prompts):
         seed = _FIRST_EPISODE + number
-        engine.submit(Request(f"{source}-{seed}", source, seed, exam.group, speech), answers.append)
+        engine.submit(Request(f"{source}-{seed}", source, seed, exam.group, speech), heard.append)
     while engine.poll():
         continue
+    answers = [answer for answer in heard if answer.outcome == "answered"]
+    if not answers:
+        raise DataError(f"task {source!r}: no prompt was answered, the last one because {heard[-1].reason}")
     rewards = [[sample.reward or 0.0 for sample in answer.samples] for answer in answers]
     judge = OwnVerifier(tasks)
     blind = [
@@ -124,11 +191,12 @@ def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam
         for answer, other in zip(answers, [*answers[1:], answers[0]], strict=True)
         for sample in answer.samples
     ]
-    passed = fmean(float(max(own, default=0.0) >= PASSED) for own in rewards)
-    return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind))
+    passed = fmean(float(max(own) >= PASSED) for own in rewards)
+    return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind), len(heard) - len(answers))
 
 
-def _train(*words: object) -> None:
+def train_run(*words: object) -> None:
+    """Run `cogvit.train` in this process. Errors: ConfigError where it ends with an error, which it has printed."""
     _succeed(train.main([str(word) for word in words]))
 
 
