@@ -20,13 +20,13 @@ def config() -> RunConfig:
     return replace(
         base,
         vision=eva2_clip_e_vision(224),
-        language=LanguageTowerConfig(max_tokens=2048, max_patches=cogvlm_17b.AT_224_PX),
+        language=LanguageTowerConfig(max_tokens=1024, max_patches=cogvlm_17b.AT_224_PX),
         cross=CrossModuleConfig(1120),
         data=replace(
             base.data,
             global_batch_images=4608,
-            tokens_per_pack=8 * cogvlm_17b.AT_224_PX,
-            images_per_pack=8,
+            tokens_per_pack=4 * cogvlm_17b.AT_224_PX,
+            images_per_pack=4,
             text_tokens_per_pack=4096,
             sizing="square",
             min_patches=0,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cogvit import CogViT
+from cogvit.config.arguments import read_arguments
 from cogvit.errors import ConfigError
 from configs.models import demo_vision
+from tools.bench._record import flags_of
 from tools.demo_corpus import digits, pictograms
 from tools.demo_corpus.sample import write_shard
-from tools.experiments.expert import Arguments, names, read_rows, report
+from tools.experiments.expert import PAPER, Arguments, drawn, names, read_rows, report
 from tools.experiments.expert_record import Row, picture, record
-from tools.experiments.expert_runs import KINDS, Found, Place
+from tools.experiments.expert_runs import KINDS, Found, Place, boxes_of
 
 FOUND = Found(
     captions=(0.5, 0.1),
@@ -40,6 +45,11 @@ def test_what_cannot_be_is_refused(arguments: Arguments, message: str) -> None:
         list(report(arguments))
 
 
+def test_a_record_names_the_flags_that_reproduce_it() -> None:
+    arguments = Arguments(language_steps="7", out="")
+    assert read_arguments(Arguments, flags_of(arguments).split()) == arguments
+
+
 def test_texts_that_are_said_to_the_bit_as_before_are_called_equal() -> None:
     forgot = replace(FOUND, nats={"en": (2.0, 1.0)})
     lines = list(record([Row("expert", (FOUND, FOUND)), Row("full", (FOUND, forgot))]))
@@ -48,6 +58,16 @@ def test_texts_that_are_said_to_the_bit_as_before_are_called_equal() -> None:
     )
     assert any("5.05 ± 3.30 (2.72)" in line for line in lines if line.startswith("| full"))
     assert picture([Row("expert", (FOUND, FOUND)), Row("full", (FOUND, forgot))]).count("<path") >= 4
+
+
+def test_a_drawn_box_lies_where_its_answer_says() -> None:
+    for seed in range(40):
+        solved = drawn(seed)
+        pixels = np.asarray(Image.open(io.BytesIO(solved.images[0])).convert("RGB"))
+        rows, columns = np.nonzero((pixels != PAPER).any(axis=-1))
+        seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        (named,) = boxes_of(solved.messages[1]["content"])
+        assert named == pytest.approx(seen, abs=0.05)  # a thousandth of 48 px
 
 
 @pytest.mark.long

@@ -48,6 +48,7 @@ from tools.make_demo_tasks import Solved, write_shard
 
 SEEDS = (0, 1, 2)
 DEPTH = 4  # layers of the language model
+PAPER = (245, 245, 240)  # behind boxes
 STEP_PX, BOX_STEPS = 4, (3, 9)  # sides of boxes: 12 to 32 px
 HELD_OUT_OF = 10  # every so many captions one is held out
 
@@ -101,7 +102,7 @@ def drawn(seed: int) -> Solved:
     width_px, height_px = (STEP_PX * draw.integers(*BOX_STEPS, 2)).tolist()
     left, top = (STEP_PX * int(draw.integers((SIDE_PX - side) // STEP_PX + 1)) for side in (width_px, height_px))
     box, data = Box(left, top, left + width_px, top + height_px), io.BytesIO()
-    image = Image.new("RGB", (SIDE_PX, SIDE_PX), (245, 245, 240))
+    image = Image.new("RGB", (SIDE_PX, SIDE_PX), PAPER)
     color = list(COLORS.values())[draw.integers(len(COLORS))]
     ImageDraw.Draw(image).rectangle((box.x0, box.y0, box.x1 - 1, box.y1 - 1), fill=color)
     image.save(data, "PNG")

@@ -43,8 +43,10 @@ def _mean(pairs: Sequence[Sequence[float]], place: int) -> float:
 def record(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the tables line by line."""
     languages = list(rows[0].found[0].nats)
-    yield f"Mean of {len(rows[0].found)} seeds ± their standard deviation; in brackets the same shown another picture,"
-    yield "and of texts alone the perplexity before the run."
+    yield (
+        f"Mean of {len(rows[0].found)} seeds ± their standard deviation; in brackets the same shown another picture,"
+        " and of texts alone the perplexity before the run."
+    )
     yield ""
     perplexities = [f"texts alone, {language}" for language in languages]
     yield from table(

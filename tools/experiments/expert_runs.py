@@ -134,7 +134,6 @@ def make_run(place: Place, run: Run, steps: int) -> Found:
             *("--data.shards", place.shown, "--data.eval-shards", place.asked, "--data.zh-fraction", "0"),
             *("--data.index-dir", str(place.index)),
             *("--data.mixture", '[["digits", 0.3], ["boxes", 0.7]]', "--data.global-batch-images", "32"),
-            *("--optim.name", "muon", "--optim.lr", "4e-3", "--optim.adamw-lr", "2e-3", "--optim.expert.lr-mult", "1"),
             *("--schedule.steps", str(steps)),
             *("--eval.every-steps", str(max(steps // EVALUATIONS, 1)), "--checkpoint.every-steps", str(steps)),
             *_TRAINS[run.kind],
