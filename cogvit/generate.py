@@ -3,13 +3,14 @@
 usage: python -m cogvit.generate RUN_OR_EXPORT --prompt TEXT [--image FILE[,FILE...]] [--video FILE] [flags]
 
 RUN_OR_EXPORT is a run of stage 3, or a directory that VisionLanguageModel.from_pretrained reads: ours, a GLM-OCR of
-transformers, or a released CogVLM, CogVLM2 or CogAgent.
+transformers, or a released CogVLM, CogVLM2, CogAgent or GLM-4V-9B.
 
 --prompt TEXT         the question
 --image FILE,...      pictures that stand before it, of CogVLM and its family before all of the conversation
 --video FILE          mp4, avi or webm that stands behind the pictures, as frames with their times
 --history FILE        what was said before: a JSON list of {"role": "user" or "assistant", "content": TEXT}
---template NAME       how CogVLM's family is asked: base, chat, vqa; of CogAgent chat_old too (default: as released)
+--template NAME       how CogVLM's family is asked: base, chat, vqa; of CogAgent chat_old too, of GLM-4V base and chat
+                      (default: as released)
 --dtype NAME          of the weights, fp32 or bf16 (default: fp32)
 --max-new-tokens N    longest answer, in tokens (default: 256)
 --temperature T       0 takes the most likely token, 1 draws as the model says (default: 0)
@@ -70,7 +71,7 @@ def generate(arguments: Arguments) -> int:
         model.questions = _questions(model, arguments.template)
     if model.tokenizer is None:
         raise ConfigError(f"{arguments.run_or_export} has no tokenizer; copy one beside the language model")
-    images = [name for name in arguments.image.split(",") if name]
+    images = _images(arguments.image)
     parts: list[dict[str, Any]] = [{"type": "image", "image": Path(name)} for name in images]
     parts += [{"type": "video", "video": arguments.video}] if arguments.video else []
     messages = [*before, {"role": "user", "content": [*parts, {"type": "text", "text": arguments.prompt}]}]
@@ -85,6 +86,11 @@ def generate(arguments: Arguments) -> int:
     if drafted is not None:
         print(drafted, file=sys.stderr)
     return 0
+
+
+def _images(files: str) -> list[str]:
+    """The pictures' files; a name may hold commas where it is the only one."""
+    return [files] if Path(files).is_file() else [name for name in files.split(",") if name]
 
 
 def _history(file: str) -> list[dict[str, Any]]:

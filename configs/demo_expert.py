@@ -17,12 +17,11 @@ def config() -> RunConfig:
         adapter=AdapterConfig("conv"),
         expert=ExpertConfig(1, qkv_bias=True),
         optim=OptimConfig(
-            name="adamw",
-            lr=2e-3,
+            lr=4e-3,
+            adamw_lr=2e-3,
             weight_decay=0.01,
             vision=ModuleConfig(lr_mult=0.5),
             language=ModuleConfig(lr_mult=0.0),
-            expert=ModuleConfig(lr_mult=0.5),
         ),
         schedule=ScheduleConfig(steps=120, warmup_steps=10),
     )

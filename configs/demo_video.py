@@ -6,6 +6,8 @@ python -m tools.index_shards 'runs/demo/videos/heldout/*.tar'
 launch/local.sh 2 demo_video --out runs/demo/video
 """
 
+from dataclasses import replace
+
 from cogvit.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,7 +25,7 @@ def config() -> RunConfig:
     """Return the preset."""
     return RunConfig(
         objective="language",
-        vision=demo_vision(),
+        vision=replace(demo_vision(), depth=2),
         adapter=AdapterConfig("glm"),
         language=LanguageTowerConfig(path="runs/demo/videos/language", max_tokens=96, max_patches=24),
         video=VideoConfig(frames=6),
@@ -41,8 +43,8 @@ def config() -> RunConfig:
             canonical_shares=2,
             full_packs=False,
         ),
-        optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=0.01),
-        schedule=ScheduleConfig(steps=480, warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=120),
-        eval=EvalConfig(every_steps=120),
+        optim=OptimConfig(lr=4e-3, adamw_lr=2e-3),
+        schedule=ScheduleConfig(steps=300, warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=100),
+        eval=EvalConfig(every_steps=50),
     )

@@ -69,7 +69,7 @@ def open_counts(
 ) -> TokenCounts:
     """Return the counts as they are stored beside the corpus, or made now.
 
-    Errors: DataError when a text cannot be read as it was indexed.
+    Errors: DataError when a text cannot be read as it was indexed, or names the sample that has no form as tokens.
     """
     told = [spec.tokenizer, spec.prompts, wording.field, asdict(spec.video)]
     question = json.dumps([VERSION, corpus.content, corpus.identity(), *told])
@@ -80,8 +80,7 @@ def open_counts(
             log.warning("counting the tokens of %s texts; the next start finds them", f"{sum(sizes):,}")
         counted = [np.zeros(0, np.uint32)]
         for shard in range(corpus.num_shards):
-            texts = _texts(corpus, shard, wording, reader)
-            counted.append(np.array([len(dialogs.read(text)) for text in texts], np.uint32))
+            counted.append(np.array([*_lengths(corpus, shard, dialogs, wording, reader)], np.uint32))
         return pa.table({"tokens": np.concatenate(counted)})
 
     table = stored(corpus.path, KIND, question, make)
@@ -111,10 +110,14 @@ def read_text(
     return asked_about(wording.prompts.get(language, ""), texts[number])
 
 
-def _texts(corpus: Corpus, shard: int, wording: Wording, reader: ShardReader) -> Iterator[Conversation]:
-    """The texts of a shard in the order of `Corpus.lengths`."""
+def _lengths(corpus: Corpus, shard: int, dialogs: DialogReader, wording: Wording, reader: ShardReader) -> Iterator[int]:
+    """The tokens of the texts of a shard in the order of `Corpus.lengths`."""
     first = int(corpus.first[shard])
     for place, entry in enumerate(corpus.rows_of(shard)):
         for language, count in zip(LANGUAGES, entry["num_captions"].tolist(), strict=True):
             for number in range(count):
-                yield read_text(corpus, first + place, language, number, wording, reader)
+                text = read_text(corpus, first + place, language, number, wording, reader)
+                try:
+                    yield len(dialogs.read(text))
+                except DataError as error:
+                    raise DataError(f"{corpus.name(first + place)}: {error}") from None

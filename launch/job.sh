@@ -170,6 +170,7 @@ start_ray() {
     }
     RAY_ADDRESS=$HEAD_ADDRESS:$RAY_PORT
     export RAY_FILES=$RAY_TMPDIR/cogvit-ray-$SLURM_JOB_ID RAY_PORT RAY_ADDRESS RAY_CPUS RAY_GPUS RAY_STORE_BYTES
+    export RAY_BEHIND_GPUS=$TASKS_PER_NODE
     rm -f "$LOGS"/ray-*.log
     local ray=("${SRUN[@]}" --kill-on-bad-exit=0 --cpu-bind=none) end=$((SECONDS + RAY_START_S)) others=$((NODES - 1))
     start_head() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -18,18 +19,20 @@ def clip(
     size_hw_px: tuple[int, int] = (48, 64),
     turned: int = 0,
     times: Sequence[int] = (),
+    aspect: int = 1,
     options: dict[str, str] | None = None,
 ) -> bytes:
     """A video whose n-th frame is gray 10 n below and white above.
 
     turned: counterclockwise, in degrees, that it is to be shown. times: of its frames, in units of 1 / rate.
-    options: of encoder and container.
+    aspect: width of a pixel over its height. options: of encoder and container.
     """
     height_px, width_px = size_hw_px
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if turned:
             stream.set_display_rotation(turned)
         output.start_encoding()  # what is written even without a frame

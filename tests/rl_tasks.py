@@ -38,6 +38,13 @@ class Twice:
         return len("".join(self.said)) / 100
 
 
+WRONG_TALKS: dict[str, list[Message]] = {
+    "asks nothing": [],
+    "shows nothing": [{"role": "user"}],
+    "says nothing": [{"role": "user", "content": None}],
+}
+
+
 class Bad(Twice):
     """Does one thing wrong: what, its source says."""
 
@@ -47,8 +54,8 @@ class Bad(Twice):
     def reset(self, seed: int) -> Sequence[Message]:
         if self.source == "raises":
             raise RuntimeError("no\nway")
-        if self.source == "shows nothing":
-            return [{"role": "user"}]
+        if self.source in WRONG_TALKS:
+            return WRONG_TALKS[self.source]
         return super().reset(seed)
 
     def step(self, text: str) -> Sequence[Message] | None:
@@ -56,6 +63,8 @@ class Bad(Twice):
             raise SystemExit(3)
         while self.source == "hangs":
             time.sleep(0.01)
+        if self.source == "goes on with nothing":
+            return True  # type: ignore[return-value]
         return ask(picture(16, 16), "More?") if self.source == "endless" else super().step(text)
 
     def verify(self, answer: str) -> Any:
@@ -67,7 +76,8 @@ class Bad(Twice):
 
 
 BAD = (
-    "raises", "shows nothing", "leaves", "hangs", "endless", "judge hangs", "judge raises", "nan", "words",
+    "raises", *WRONG_TALKS, "goes on with nothing", "leaves", "hangs", "endless", "judge hangs", "judge raises", "nan",
+    "words",
 )  # fmt: skip
 TASKS: dict[str, NewTask] = {**FAMILIES, "twice": Twice} | {source: partial(Bad, source) for source in BAD}
 

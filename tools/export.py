@@ -43,6 +43,7 @@ from cogvit.model.fixed import write_program
 from cogvit.model.interop import write_text_side
 from cogvit.model.layouts import released
 from cogvit.model.packing import Grid
+from cogvit.model.pretrained import has_tokenizer
 from cogvit.model.vit import CogViT
 from cogvit.model.vlm import VisionLanguageModel
 from cogvit.training.joint import load_joint
@@ -59,7 +60,7 @@ LAYOUTS: dict[str, str] = {  # and who loads them
     "torch_export": "torch.export.load",
     **{name: "VisionLanguageModel.from_pretrained" for name in released.LAYOUTS},
 }
-_BESIDE = ("*.py", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "MODEL_LICENSE*")  # of a released directory
+_BESIDE = ("*.py", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "MODEL_LICENSE*")  # of a release
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def export_released(source: Path, out: Path, layout: released.Layout) -> int:
     Errors: CheckpointError when the source is none or the layout does not hold it.
     """
     model = load_joint(source) if is_run(source) else VisionLanguageModel.from_pretrained(source)
+    if has_tokenizer(source):  # it is copied as it is
+        model.tokenizer = None
     try:
         model.save_pretrained(out, layout=layout)
         for path in () if is_run(source) else (path for pattern in _BESIDE for path in source.glob(pattern)):
@@ -132,6 +135,11 @@ def export_released(source: Path, out: Path, layout: released.Layout) -> int:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{source} -> {out}: {num_parameters:,} parameters; load them with {LAYOUTS[layout]}({str(out)!r})")
+    if is_run(source):
+        print(
+            f"there it is asked in the words of {layout}, and not by the chat template that it was trained with, which"
+            " --layout vlm keeps"
+        )
     return 0
 
 

@@ -104,7 +104,7 @@ def make_tiny(out: Path, corpus: str, steps: int, seed: int) -> None:
         raise ConfigError("--corpus DIR is needed: what tools.make_demo_corpus wrote")
     start_s, texts = time.monotonic(), read_captions(Path(corpus))
     tokenizer = train_tokenizer([text for own in texts.values() for text in own])
-    samples = [sample for language, own in texts.items() for sample in encode(tokenizer, language, own)]
+    samples = [sample for language, own in texts.items() for sample in encode(tokenizer, QUESTIONS[language], own)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CausalLM(tiny_shape(tokenizer))
@@ -150,9 +150,9 @@ def train_tokenizer(texts: list[str]) -> Any:
     return fast
 
 
-def encode(tokenizer: Any, language: str, texts: list[str]) -> Iterator[Sample]:
-    """Yield captions as the template has them, as answers to the language's question."""
-    asked = [{"role": "user", "content": QUESTIONS[language]}]
+def encode(tokenizer: Any, question: str, texts: list[str]) -> Iterator[Sample]:
+    """Yield texts as the template has them, as answers to a question."""
+    asked = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ended = [text + tokenizer.eos_token for text in texts]

@@ -2,9 +2,10 @@
 
 usage: python -m tools.make_demo_videos --out DIR [--train N] [--heldout N] [--seed N]
 
-Each video shows a circle and a square, one after the other. Half of the questions ask which came first; the answer
-needs the order of the frames and no times. The others ask when one of them appeared, in whole seconds; the rate of each
-video is drawn so that the number of a frame says nothing of its time.
+Each video shows a circle, in a warm color, and a square, in a cold one, one after the other. Half of the questions ask
+which came first; the answer needs the order of the frames and no times. The others ask when one of them appeared, in
+whole seconds; the rate of each video is drawn by itself, so that neither the number of a frame nor the times of all
+frames say the answer.
 
 --out DIR     new directory, for DIR/train/*.tar, DIR/heldout/*.tar and DIR/language: a tiny language model of random
               weights with a tokenizer of the words that occur
@@ -38,10 +39,11 @@ from tools.make_demo_language_model import tiny_shape, train_tokenizer
 
 SIDE_PX = 64
 SHOWN_FRAMES = 6  # that --video.frames takes, evenly; between two of them lies another one
-LONGEST_S = 8  # of an answer; from one second on
+LONGEST_PERIOD_S = 8  # from one shown frame to the next, in whole seconds from one on
 SHAPES = ("circle", "square")
 SOURCES = ("order", "time")  # kinds of questions
-COLORS = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "black")
+# Of its own for each shape: at 16 px an encoder that begins with nothing does not tell a circle from a square by form.
+COLORS = {"circle": ("crimson", "darkorange", "deeppink"), "square": ("royalblue", "seagreen", "teal")}
 SHARD_VIDEOS = 1000
 
 
@@ -60,7 +62,7 @@ class Story:
     """What happens in a video, and a question about it."""
 
     places: tuple[int, int]  # the shown frame in which circle and square appear
-    period_s: Fraction  # from one shown frame to the next
+    period_s: int  # from one shown frame to the next
     source: str  # order or time
     question: str
     answer: str
@@ -98,8 +100,9 @@ def write_part(directory: Path, count: int, draw: np.random.Generator) -> None:
 
 def write_language_model(directory: Path, seed: int) -> None:
     """Write the demo's language model with four layers instead of sixteen, and weights that nobody has trained."""
+    longest_s = LONGEST_PERIOD_S * (SHOWN_FRAMES - 1)
     pairs = [
-        spoken(source, asked, second) for source in SOURCES for asked in range(2) for second in range(1, LONGEST_S)
+        spoken(source, asked, second) for source in SOURCES for asked in range(2) for second in range(1, longest_s + 1)
     ]
     tokenizer = train_tokenizer([text for pair in pairs for text in pair])
     with torch.random.fork_rng():
@@ -117,14 +120,14 @@ def spoken(source: str, asked: int, seconds: int) -> tuple[str, str]:
 
 
 def story(draw: np.random.Generator) -> Story:
-    """Draw what happens: the time that is asked for and the place of its frame are independent of each other."""
+    """Draw what happens: the rate and the places of the shapes are independent of each other."""
     first, second = draw.choice(SHOWN_FRAMES - 1, 2, replace=False) + 1
-    places, asked, seconds = (int(first), int(second)), int(draw.integers(2)), int(draw.integers(LONGEST_S)) + 1
+    places, asked, period_s = (int(first), int(second)), int(draw.integers(2)), int(draw.integers(LONGEST_PERIOD_S)) + 1
     source = SOURCES[draw.integers(2)]
-    question, answer = spoken(source, asked, seconds)
+    question, answer = spoken(source, asked, period_s * places[asked])
     if source == "order":
         answer = SHAPES[int(places[1] < places[0])]
-    return Story(places, Fraction(seconds, places[asked]), source, question, answer)
+    return Story(places, period_s, source, question, answer)
 
 
 def conversation(shown: Story) -> bytes:
@@ -142,7 +145,7 @@ def film(shown: Story, draw: np.random.Generator) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         # Every frame by itself: what is left of earlier ones would tell the order of frames that were shuffled.
-        stream = output.add_stream("mpeg4", rate=2 / shown.period_s, options={"g": "1"})
+        stream = output.add_stream("mpeg4", rate=Fraction(2, shown.period_s), options={"g": "1"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = SIDE_PX, SIDE_PX, "yuv420p", 1
         drawn = list(pictures(shown, draw))
         for number in range(2 * SHOWN_FRAMES - 1):
@@ -154,10 +157,10 @@ def film(shown: Story, draw: np.random.Generator) -> bytes:
 def pictures(shown: Story, draw: np.random.Generator) -> Iterator[Image.Image]:
     """Yield the shown frames."""
     figures = []
-    for _ in SHAPES:
+    for shape in SHAPES:
         side = int(draw.integers(SIDE_PX // 2, SIDE_PX * 3 // 4))
         left, top = draw.integers(2, SIDE_PX - side - 2, 2).tolist()
-        figures.append((left, top, side, COLORS[draw.integers(len(COLORS))]))
+        figures.append((left, top, side, COLORS[shape][draw.integers(len(COLORS[shape]))]))
     for place in range(SHOWN_FRAMES):
         canvas = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
         brush = ImageDraw.Draw(canvas)

@@ -199,7 +199,8 @@ def _syntax(hint: Any) -> Syntax:
         legal = {str(arg): arg for arg in args}
         return Syntax(legal.__getitem__, "|".join(legal), f"one of {', '.join(legal)}")
     if origin is tuple:
-        return Syntax(json.loads, "JSON", "a JSON list")
+        example = {str: '["NAME"]', tuple[str, float]: '[["NAME", 1.0]]'}.get(args[0])
+        return Syntax(json.loads, "JSON", "a JSON list" + (f", such as '{example}'" if example else ""))
     if hint is bool:
         return Syntax(lambda text: _TRUTH[text.lower()], "[true|false]", "true or false")
     if hint is str:  # a shell expands ~ where it begins a word, and in --out=~/x it does not

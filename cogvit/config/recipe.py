@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from cogvit.config.fields import RunConfig
+from cogvit.config.reinforcement import task_file
 from cogvit.config.tree import to_json
 
 # What may differ between a run and its resumption: how it is executed, never what it computes. Stages have more.
@@ -68,15 +68,22 @@ def files_of(config: RunConfig) -> dict[str, str]:
 
 
 def prompts_hash(config: RunConfig) -> str:
-    """Return a hash of what decides a run's prompts beside the policy's weights: the code of a user's tasks too."""
+    """Return a hash of what decides a run's prompts and rewards beside the policy's weights: a user's code too."""
     own, digest = config.rl, hashlib.blake2b(digest_size=8)
-    settings = (own.tasks, own.mixture, own.group, own.max_new_tokens, own.temperature, config.data.global_batch_images)
-    digest.update(repr((*settings, config.seed)).encode())
-    for name in own.tasks.split(","):
-        path = Path(name.strip().rpartition(":")[0])
-        if path.is_file():
-            digest.update(path.read_bytes())
+    tasks, judges = own.tasks.split(","), [name for name, _ in own.judge]
+    settings = (",".join(map(_placeless, tasks)), own.mixture, own.group, own.max_new_tokens, own.temperature)
+    weights = [(_placeless(name), weight) for name, weight in own.judge]
+    digest.update(repr((*settings, config.data.global_batch_images, config.seed, *weights)).encode())
+    for file in map(task_file, (*tasks, *judges)):
+        if file is not None and file[0].is_file():
+            digest.update(file[0].read_bytes())
     return digest.hexdigest()
+
+
+def _placeless(name: str) -> str:
+    """The name of a task or judge without the place of its file, which does not matter."""
+    file = task_file(name)
+    return name.strip() if file is None else f":{file[1]}"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

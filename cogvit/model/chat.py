@@ -46,18 +46,20 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message], video: VideoConfig)
     """Return a conversation as the prompt of its next answer.
 
     video: which frames of videos are shown.
-    Errors: DataError when a message or part is none, an image or video cannot be read, a text holds the image token,
-    or the tokenizer has no chat template or image token.
+    Errors: DataError when there is no message, one or a part of it is none, an image or video cannot be read, a text
+    holds the image token, or the tokenizer has no image token or no chat template that takes the conversation.
     """
     check_template(tokenizer)
     token_id, images = image_token_id(tokenizer), []
     plain: list[dict[str, Any]] = []
+    if not messages:
+        raise DataError("a conversation without messages asks nothing")
     for message in messages:
         parts = [one for part in message_parts(message) for one in shown_parts(part, video)]
         images += [rgb_image(part["image"]) for part in parts if part["type"] == "image"]
         shown = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         plain.append(in_plain_parts(tokenizer, message["role"], shown))
-    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    text = rendered(tokenizer, plain, asks=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids.count(token_id) != len(images):
         raise DataError(
@@ -65,6 +67,18 @@ def read_prompt(tokenizer: Any, messages: Sequence[Message], video: VideoConfig)
             " their own, and texts must not spell the token"
         )
     return Prompt(ids, images)
+
+
+def rendered(tokenizer: Any, plain: Sequence[Mapping[str, Any]], *, asks: bool) -> str:
+    """Return messages as the chat template writes them; asks: with what stands before the next answer.
+
+    Errors: DataError when the template refuses them, as many do a system message or two questions in a row.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asks))
+    except Exception as error:  # a template is a program: it raises what jinja2 has, and what Python has
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"the chat template refuses the conversation: {reason}") from None
 
 
 def check_template(tokenizer: Any) -> None:
@@ -88,13 +102,12 @@ def message_parts(message: Message) -> Iterator[dict[str, Any]]:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise DataError(f"{str(message)[:60]!r} is no message; expected {{'role': ..., 'content': ...}}")
     content = message["content"]
-    if isinstance(content, str):
-        yield {"type": "text", "text": content}
-        return
-    for part in content:
+    if not isinstance(message["role"], str) or not isinstance(content, Sequence):
+        raise DataError(f"{str(message)[:60]!r} is no message; its role must be text, and its content text or parts")
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         match part:
             case {"type": "text", "text": str(text)}:
-                yield {"type": "text", "text": text}
+                yield {"type": "text", "text": _encodable(text)}
             case {"type": "image", "image": image}:
                 yield {"type": "image", "image": image}
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
@@ -105,6 +118,15 @@ def message_parts(message: Message) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{str(part)[:60]!r} is no part of a message; expected a text, image, image_url or video part"
                 )
+
+
+def _encodable(text: str) -> str:
+    """Return a text. Errors: DataError when it holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{text[:60]!r} is no text that UTF-8 has; it holds half a surrogate pair") from None
+    return text
 
 
 def _spelt(part: Mapping[str, Any], tokenizer: Any) -> str:

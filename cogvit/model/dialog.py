@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cogvit.errors import DataError
-from cogvit.model.chat import IMAGE_TOKEN, check_template, image_token_id, in_plain_parts
+from cogvit.model.chat import IMAGE_TOKEN, check_template, image_token_id, in_plain_parts, rendered
 from cogvit.model.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DialogReader:
     def _read(self, conversation: Conversation) -> Dialog:
         """Return a conversation's tokens.
 
-        Errors: DataError when the template does not repeat a conversation as it was, or has other images than it.
+        Errors: DataError when the template refuses a conversation, does not repeat it as it was, or has other images.
         """
         ids: list[int] = []
         answer: list[bool] = []
@@ -116,8 +116,8 @@ class DialogReader:
         done = ""
         for number, turn in enumerate(conversation):
             if turn.role == "assistant":
-                before = self._rendered(plain[:number], asks=True)
-                after = self._rendered(plain[: number + 1], asks=False)
+                before = rendered(self._tokenizer, plain[:number], asks=True)
+                after = rendered(self._tokenizer, plain[: number + 1], asks=False)
                 if not (before.startswith(done) and after.startswith(before)):
                     raise DataError(
                         "the chat template writes earlier turns of a conversation otherwise than the last one; answers"
@@ -126,9 +126,6 @@ class DialogReader:
                 yield before[len(done) :], False
                 yield after[len(before) :], True
                 done = after
-
-    def _rendered(self, plain: list[dict[str, Any]], *, asks: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asks))
 
 
 def _typed(turn: Turn) -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from cogvit.batch import PackedText
 from cogvit.config import RunConfig, TextEncoderConfig
 from cogvit.errors import CheckpointError, ConfigError
+from cogvit.model import byte_pairs
 from cogvit.model.config import TextConfig
+from cogvit.model.layouts.files import read_json
 
 _CHECKPOINT_FILES = ["*.json", "*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -241,15 +243,26 @@ def load_tokenizer(directory: Path) -> Any:
 
     Errors: CheckpointError when its files are damaged.
     """
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         return None
     import transformers
 
+    if byte_pairs.has_ranks(directory):  # whose own code is not run
+        said = read_json(directory / byte_pairs.CONFIG)
+        named = {name: said[name] for name in ("eos_token", "pad_token") if isinstance(said.get(name), str)}
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=byte_pairs.read_tokenizer(directory), clean_up_tokenization_spaces=False, **named
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises a bare Exception on damaged files
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"the tokenizer of {directory} does not load: {reason}") from None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds the files of a tokenizer."""
+    return any((directory / name).exists() for name in _TOKENIZER_FILES)
 
 
 def resolve(path: str, what: str) -> Path:

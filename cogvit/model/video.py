@@ -25,6 +25,7 @@ from cogvit.model.config import VideoConfig
 
 if TYPE_CHECKING:  # as in images.py
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     from cogvit.model.images import Pixels
 
@@ -221,4 +222,15 @@ def shown_parts(part: dict[str, Any], cfg: VideoConfig) -> Iterator[dict[str, An
         reader.close()
     for time_ms, frame in zip(times_ms.tolist(), frames, strict=True):
         yield from ({"type": "text", "text": text} for text in [time_text(time_ms, cfg)] if text)
-        yield {"type": "image", "image": frame}
+        yield {"type": "image", "image": _as_shown(frame, measured)}
+
+
+def _as_shown(frame: Pixels, measured: Measured) -> Image | Pixels:
+    """A frame as wide as players show it: as training resizes it."""
+    height_px, width_px = frame.shape[:2]
+    shown_px = round(height_px * measured.width_px / measured.height_px)
+    if abs(shown_px - width_px) * 50 <= width_px:  # a frame that was halved has lost a row or a column
+        return frame
+    from PIL import Image as pillow
+
+    return pillow.fromarray(frame).resize((shown_px, height_px), pillow.Resampling.BILINEAR)

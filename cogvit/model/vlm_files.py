@@ -116,7 +116,7 @@ def save_released(root: Path, parts: VlmParts, layout: released.Layout | None) -
     if not isinstance(parts.language, CausalLM):
         raise CheckpointError(f"layout {layout} cannot hold a language model of family {parts.language.cfg.family}")
     assert isinstance(vision, EvaEncoder)
-    questions = parts.questions or Questions("chat", instruct=cross is not None)
+    questions = parts.questions or Questions("chat", "cogvlm" if cross is None else "cogagent")
     adapter = adapter_config(parts.adapter)
     shape = CogShape(parts.language.cfg, vision.cfg, adapter, parts.image_token_id, questions, cross)
     fitting = released.fitting_layout(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ from torch import nn
 from cogvit.errors import ConfigError
 from cogvit.parallel.mesh import Mesh
 
-_MEMORY = Path("/proc/meminfo")
+_MEMORY, _OWN_GROUPS, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of a control group that limits memory, by the name of its hierarchy: its folder, the files of the limit and of what is
+# taken, and what of that can be had back.
+_GROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 class Reference:
@@ -65,8 +71,9 @@ class Earlier:
 
 
 def check_room(module: nn.Module, mesh: Mesh, copies: int) -> None:
-    """Look whether this machine's memory takes so many copies of its ranks' weights; collective over all ranks.
+    """Look whether this machine, container or job has memory for so many copies of its ranks' weights.
 
+    Collective over all ranks.
     Errors: ConfigError on every rank.
     """
     own = copies * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
@@ -83,9 +90,25 @@ def check_room(module: nn.Module, mesh: Mesh, copies: int) -> None:
 
 
 def free_bytes() -> int | None:
-    """Return what this machine's memory still takes; None where the system does not say."""
-    try:
+    """Return what the memory of this machine, container or job still takes; None where the system does not say."""
+    free = [*_free_in_groups()]
+    with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    return min(free, default=None)
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Yield what each control group of this process that limits memory still takes; all above it limit it too."""
+    own = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
+    for kind, path in (line.split(":", 2)[1:] for line in own):
+        if kind not in _GROUP_FILES:
+            continue
+        folder, limit, taken, idle = _GROUP_FILES[kind]
+        names = Path(path.lstrip("/")).parts
+        for depth in range(len(names) + 1):
+            group = Path(_GROUPS / folder, *names[:depth])
+            with suppress(OSError, KeyError, ValueError):  # there is no limit, or no such group in this container
+                most, now = (int((group / name).read_text()) for name in (limit, taken))
+                rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield max(0, most - now + int(rows[idle]))

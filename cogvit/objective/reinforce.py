@@ -30,6 +30,7 @@ from cogvit.parallel.schedule import Schedule
 from cogvit.parallel.vocabulary import rows_with_weight
 
 EFFECT = "image_effect"
+OTHERS = "other_images"
 GAP = "logprob_gap"
 
 
@@ -42,13 +43,20 @@ class Pack:
     source: Tensor  # [R] int64
 
 
+class Others(NamedTuple):
+    """A pack with other images."""
+
+    logprob_R: Tensor
+    questions: Tensor  # of each source
+
+
 class Seen(NamedTuple):
     """Sums over a pack: what the last stage reports of it."""
 
     loss: Tensor  # 0-dim, over its answers
     report: dict[str, Tensor]  # 0-dim each, as `policy_loss`
     gap: Tensor  # 0-dim, the largest
-    effect: Tensor  # [2, sources]: nats that other images cost, and tokens that were scored with them
+    effect: Tensor  # [3, sources]: nats that other images cost; tokens and questions that were scored with them
 
 
 class Reinforce:
@@ -80,7 +88,8 @@ class Reinforce:
 
         "loss", "clipped", "ratio" and "kl" are means over answers; "logprob_gap" in nats, the largest of all tokens
         that were compared (minus infinity where there are none); "image_effect_SOURCE" in nats a token, by
-        which other images lower the log-probability of the first pack's answers (NaN where it has none).
+        which other images lower the log-probability of the first pack's answers (NaN where it has none), and
+        "other_images_SOURCE", to how many questions.
         """
         num_answers = _count_answers(micro, schedule)
         packs, other = self._packs(model, micro, schedule), self._other(model, micro, schedule)
@@ -128,17 +137,25 @@ class Reinforce:
             for pack, logprob_R in zip(packs, found or [pack.answers.logprob for pack in packs], strict=True)
         ]
 
-    def _other(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Tensor]:
-        """The first pack's log-probabilities with other images, on the last stage."""
+    def _other(self, model: JointModel, micro: Sequence[Batch], schedule: Schedule) -> list[Others]:
+        """The first pack with other images, on the last stage."""
         shown = [with_other_images(micro[0], self._spatial_pool)]
-        return forward_passes(model, shown, schedule, self._speak(model, shown))
+        found, questions = forward_passes(model, shown, schedule, self._speak(model, shown)), self._questions(micro[0])
+        return [Others(logprob_R, questions) for logprob_R in found]
 
-    def _seen(self, logprob_R: Tensor, pack: Pack, other_R: Tensor | None) -> Seen:
+    def _questions(self, batch: Batch) -> Tensor:
+        """How many questions of each source a pack's answers are to."""
+        source, key = _answers(batch).source, _sequence(batch).key
+        asked = torch.stack([source, key])[:, source >= 0].unique(dim=1)
+        return torch.bincount(asked[0], minlength=len(self._sources))
+
+    def _seen(self, logprob_R: Tensor, pack: Pack, other: Others | None) -> Seen:
         loss, report = policy_loss(logprob_R, pack.answers, self._clipping)
         now_R = logprob_R.detach()
-        effect = now_R.new_zeros(2, len(self._sources))
-        if other_R is not None:
-            effect.index_add_(1, pack.source, torch.stack([now_R - other_R, torch.ones_like(now_R)]))
+        effect = now_R.new_zeros(3, len(self._sources))
+        if other is not None:
+            effect[:2].index_add_(1, pack.source, torch.stack([now_R - other.logprob_R, torch.ones_like(now_R)]))
+            effect[2] = other.questions
         return Seen(loss, report, _gap(now_R, pack, 0), effect)
 
     def _earlier_gaps(
@@ -158,15 +175,16 @@ class Reinforce:
     ) -> dict[str, Tensor]:
         names = ["clipped", "ratio", *(["kl"] if self._reference is not None else [])]
         device, sources = schedule.mesh.device, len(self._sources)
-        blank = torch.zeros(1 + len(names) + 2 * sources, device=device)
+        blank = torch.zeros(1 + len(names) + 3 * sources, device=device)
         rows = [torch.cat([torch.stack([one.loss, *(one.report[name] for name in names)]), one.effect.flatten()])
                 for one in seen]  # fmt: skip
         sums = reduce_terms(torch.stack([blank, *rows]).sum(0), schedule)
         gap = torch.stack([blank.new_full((), -torch.inf), *gaps, *(one.gap for one in seen)]).max()
         gap = schedule.mesh.all_reduce(gap, dist.ReduceOp.MAX)
-        means, (cost, tokens) = sums[: 1 + len(names)] / num_answers, sums[1 + len(names) :].unflatten(0, (2, sources))
+        means, (cost, tokens, asked) = sums[: 1 + len(names)] / num_answers, sums[1 + len(names) :].view(3, sources)
         terms = dict(zip(["loss", *names], means, strict=True)) | {GAP: gap}
-        return terms | {f"{EFFECT}_{name}": value for name, value in zip(self._sources, cost / tokens, strict=True)}
+        terms |= {f"{EFFECT}_{name}": value for name, value in zip(self._sources, cost / tokens, strict=True)}
+        return terms | {f"{OTHERS}_{name}": count for name, count in zip(self._sources, asked, strict=True)}
 
 
 def _pack(batch: Batch) -> Pack:

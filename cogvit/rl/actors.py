@@ -86,12 +86,14 @@ class Patience:
     """How long one waits, in seconds.
 
     Attributes:
-        answer_s: for an actor to start, for all answers to a request, or for what they are worth.
+        answer_s: for all answers to a request, or for what they are worth.
         verify_s: for what one episode is worth.
+        start_s: for an actor to start.
     """
 
     answer_s: float = 600.0
     verify_s: float = 30.0
+    start_s: float = 600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -136,10 +138,11 @@ class RayRollouts:
         self._calls = 0
         threads = max(1, int(players.cpus))
         directory, fail = os.getcwd(), self._events.put
+        limits_s = (patience.answer_s, patience.start_s)
         player = (new_player, threads, directory)
-        self._players = Crew("rollout", RolloutActor, player, players, patience.answer_s, fail)
+        self._players = Crew("rollout", RolloutActor, player, players, *limits_s, fail)
         judge = (new_judge, patience.verify_s, directory)
-        self._judges = Crew("judge", JudgeActor, judge, judges, patience.answer_s, fail)
+        self._judges = Crew("judge", JudgeActor, judge, judges, *limits_s, fail)
 
     def set_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Put weights into the object store; actors take them with their next request."""

@@ -72,11 +72,13 @@ class Taken:
             staleness 0, or there are no more prompts.
         entries: of the ledger: what was aborted, failed or stale.
         waited_s: for these.
+        whole_s: since the step before had its own, training included; the first one has only waited.
     """
 
     answers: tuple[Answer, ...]
     entries: tuple[Entry, ...]
     waited_s: float
+    whole_s: float
 
 
 class Collector:
@@ -96,6 +98,7 @@ class Collector:
         self._paused: list[Answer] = []
         self._entries: list[Entry] = []
         self._step = 0
+        self._taken_s: float | None = None  # when the step before had its answers
 
     def take(self, step: int) -> Taken:
         """Return what a step trains on; the engine has its weights, whose version is the step.
@@ -105,21 +108,22 @@ class Collector:
         began_s, quota, self._step = time.monotonic(), self._quota, step
         self._ask(quota.on_their_way - len(self._numbers))
         late = False
-        while self._go_on() and not late:
-            if quota.max_staleness and len(self._ready) >= quota.prompts:
+        while self._go_on():  # what is ready now may be trained
+            late = 0.0 < quota.abort_after_s <= time.monotonic() - began_s and bool(self._ready)
+            if late or (quota.max_staleness and len(self._ready) >= quota.prompts):
                 break
             self._engine.poll(_POLL_S)
             if quota.max_staleness:
                 self._ask(quota.on_their_way - len(self._numbers))
-            late = 0.0 < quota.abort_after_s <= time.monotonic() - began_s and bool(self._ready)
-        waited_s = time.monotonic() - began_s
+        now_s = time.monotonic()
+        waited_s, whole_s, self._taken_s = now_s - began_s, now_s - (self._taken_s or began_s), now_s
         self._ready.sort(key=lambda answer: self._numbers[answer.request.id])
         answers, self._ready = self._ready[: quota.prompts], self._ready[quota.prompts :]
         last = max((self._numbers.pop(answer.request.id) for answer in answers), default=-1)
         if late or quota.abort_after_fraction < 1.0:
             self._engine.abort([one for one, number in self._numbers.items() if late or number < last])
         entries, self._entries = self._entries, []
-        return Taken(tuple(answers), tuple(entries), waited_s)
+        return Taken(tuple(answers), tuple(entries), waited_s, whole_s)
 
     def _ask(self, count: int) -> None:
         """Ask for new prompts, as long as there are some."""

@@ -89,7 +89,8 @@ class Crew:
         actor_class: has a method `ready`, and others that return a Report.
         arguments: of the class.
         place: what they take.
-        limit_s: how long an actor may be at one piece of work, or take to start.
+        limit_s: how long an actor may be at one piece of work.
+        start_s: how long it may take to start.
         fail: takes an error that ends it all.
     """
 
@@ -100,13 +101,14 @@ class Crew:
         arguments: tuple[Any, ...],
         place: Place,
         limit_s: float,
+        start_s: float,
         fail: Callable[[CogViTError], None],
     ) -> None:
         import ray
 
         options = {"num_cpus": place.cpus, "num_gpus": place.gpus, "scheduling_strategy": "SPREAD", "max_restarts": 0}
         remote = ray.remote(concurrency_groups={"control": 1})(actor_class).options(**options)
-        self._name, self._limit_s, self._fail = name, limit_s, fail
+        self._name, self._limit_s, self._start_s, self._fail = name, limit_s, start_s, fail
         self._start: Callable[[], Any] = lambda: remote.remote(*arguments)
         self._waiting: deque[Work] = deque()
         self._events: SimpleQueue[tuple[_Lane, int, Any] | None] = SimpleQueue()
@@ -148,11 +150,11 @@ class Crew:
         if lane.starts == _MOST_LOSSES:
             raise TeacherUnavailable(f"{lane.starts} {self._name} actors in a row were lost before they were ready")
         lane.actor, lane.ready, lane.work, lane.starts = self._start(), False, None, lane.starts + 1
-        self._watch(lane, lane.actor.ready.remote())
+        self._watch(lane, lane.actor.ready.remote(), self._start_s)
 
-    def _watch(self, lane: _Lane, reply: Any) -> None:
+    def _watch(self, lane: _Lane, reply: Any, limit_s: float) -> None:
         lane.call += 1
-        lane.deadline_s = time.monotonic() + self._limit_s
+        lane.deadline_s = time.monotonic() + limit_s
         call = lane.call
         reply.future().add_done_callback(lambda future: self._events.put((lane, call, future)))
 
@@ -160,7 +162,7 @@ class Crew:
         for lane in self._lanes:
             if lane.ready and lane.work is None and self._waiting:
                 lane.work = self._waiting.popleft()
-                self._watch(lane, lane.work.send(lane.actor))
+                self._watch(lane, lane.work.send(lane.actor), self._limit_s)
 
     def _run(self) -> None:
         try:
@@ -214,7 +216,7 @@ class Crew:
         now_s = time.monotonic()
         for lane in self._lanes:
             if (lane.work or not lane.ready) and lane.deadline_s <= now_s:
-                self._lose(lane, f"was silent for {self._limit_s:g} s")
+                self._lose(lane, f"was silent for {self._limit_s if lane.ready else self._start_s:g} s")
 
     def _lose(self, lane: _Lane, why: str) -> None:
         """Replace an actor that died or hangs, and give its work out again, unless it has cost too many."""

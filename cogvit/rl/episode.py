@@ -117,11 +117,15 @@ class _Scene:
 
     def step(self, text: str, task_s: float) -> None:
         """Let the task hear an answer."""
-        after = patient(f"step of task {self.task.source!r}", task_s, self.task.step, text)
+        after = patient(f"step of task {self.task.source!r}", task_s, lambda: _heard(self.task.step(text)))
         if after is None:
             self.over = True
         else:
             self.talk = [*self.talk, {"role": "assistant", "content": text}, *after]
+
+
+def _heard(after: Sequence[Message] | None) -> list[Message] | None:
+    return None if after is None else list(after)
 
 
 def _joined(before: Turn | None, said: Said, version: int) -> Turn:

@@ -15,9 +15,10 @@ def figures(taken: Taken, version: int) -> dict[str, float]:
 
     "reward" is the mean over prompts, "pass_SOURCE" the share of prompts of which at least one answer is right (pass@k,
     k answers each), "staleness" by how many steps the weights that answered were older, a mean over tokens,
-    "answer_length_tokens" the mean length of an answer, "equal_groups" the share of prompts whose answers are all worth
-    the same, which teach nothing; "aborted_prompts", "failed_prompts" and "stale_prompts" what else became of prompts,
-    "rollout_s" how long the step waited.
+    "answer_length_tokens" the mean length of all that was said in an episode, "equal_groups" the share of prompts whose
+    answers are all worth the same, which teach nothing; "aborted_prompts", "failed_prompts" and "stale_prompts" what
+    else became of prompts, "rollout_s" how long the step waited; "answers_per_s" and "rollout_tokens_per_s" are those
+    of whole steps, training included: where answers come while a step trains, it hardly waits.
     """
     rewards = [[sample.reward or 0.0 for sample in answer.samples] for answer in taken.answers]
     found = {"reward": fmean(map(fmean, rewards))}
@@ -39,7 +40,7 @@ def figures(taken: Taken, version: int) -> dict[str, float]:
             "answer_length_tokens": tokens / len(samples),
             "equal_groups": fmean(float(max(own) == min(own)) for own in rewards),
             "rollout_s": taken.waited_s,
-            "answers_per_s": len(samples) / max(taken.waited_s, 1e-9),
-            "rollout_tokens_per_s": tokens / max(taken.waited_s, 1e-9),
+            "answers_per_s": len(samples) / max(taken.whole_s, 1e-9),
+            "rollout_tokens_per_s": tokens / max(taken.whole_s, 1e-9),
         }
     )

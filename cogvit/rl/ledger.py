@@ -35,10 +35,16 @@ class Entry:
 
 
 def append(path: Path, entries: Iterable[Entry]) -> None:
-    """Add entries behind those of a ledger; the file is made where there is none."""
+    """Add entries behind those of a ledger; the file is made where there is none.
+
+    Errors: DataError when it cannot be written: without it a run does not know what it has asked.
+    """
     lines = "".join(f"{json.dumps(asdict(entry))}\n" for entry in entries)
-    with path.open("a") as file:
-        file.write(lines)
+    try:
+        with path.open("a") as file:
+            file.write(lines)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read(path: Path) -> list[Entry]:
@@ -46,18 +52,25 @@ def read(path: Path) -> list[Entry]:
 
     Errors: DataError names a line that is no entry.
     """
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     return [_entry(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def rewind(path: Path, step: int) -> None:
-    """Forget what became known after a step, from which a run goes on."""
-    if path.exists():
-        kept = [entry for entry in read(path) if entry.step <= step]
-        new = path.with_suffix(".new")
-        new.write_text("")
-        append(new, kept)
-        new.replace(path)
+    """Forget what became known after a step, from which a run goes on.
+
+    Behind that a crash may have left anything. Errors: DataError names a line before it that is no entry.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")[:-1]
+    while lines and not _is_known(lines[-1], step):
+        lines.pop()
+    entries = (_entry(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    append(new, [entry for entry in entries if entry.step <= step])
+    new.replace(path)
 
 
 def faults(entries: Sequence[Entry], issued: Iterable[str]) -> list[str]:
@@ -73,13 +86,28 @@ def faults(entries: Sequence[Entry], issued: Iterable[str]) -> list[str]:
     return found + [f"{request} was never issued" for request in known.keys() - set(issued)]
 
 
-def _entry(line: str, place: str) -> Entry:
+def _is_known(line: bytes, step: int) -> bool:
+    """Whether a line says what became known by a step."""
     try:
-        values = json.loads(line)
-        entry = Entry(**values)
-    except (TypeError, ValueError):
-        names = ", ".join(field.name for field in fields(Entry))
-        raise DataError(f"{place} is no entry of a ledger: {line[:60]!r}; expected {names}") from None
+        return _entry(line, "").step <= step
+    except DataError:
+        return False
+
+
+def _entry(line: bytes, place: str) -> Entry:
+    try:
+        entry = Entry(**json.loads(line))
+        _check_types(entry)
+    except (TypeError, ValueError, RecursionError):
+        names, told = ", ".join(field.name for field in fields(Entry)), line[:60].decode(errors="replace")
+        raise DataError(f"{place} is no entry of a ledger: {told!r}; expected {names}") from None
     if entry.end not in ENDS:
         raise DataError(f"{place}: end {entry.end!r} is none of {', '.join(ENDS)}")
     return entry
+
+
+def _check_types(entry: Entry) -> None:
+    """Errors: TypeError."""
+    texts, numbers = (entry.id, entry.source), (entry.version, entry.step)
+    if not (all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)):
+        raise TypeError

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from cogvit.config.reinforcement import task_file
 from cogvit.errors import ConfigError
 from cogvit.model.chat import Message
 from cogvit.rl.families import FAMILIES
+from cogvit.rl.foreign import from_file
 
 _METHODS = {"reset": ("seed",), "step": ("text",), "verify": ("answer",)}
+_SOURCE = re.compile(r"[\w.-]+")  # a part of a metric's name
 
 
 @runtime_checkable
@@ -49,7 +51,8 @@ def tasks_of(names: str) -> dict[str, NewTask]:
     """
     found: dict[str, NewTask] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        make: Any = _from_file(name) if ":" in name else FAMILIES.get(name)
+        file = task_file(name)
+        make: Any = FAMILIES.get(name) if file is None else _from_file(name, *file)
         if make is None:
             raise ConfigError(f"--rl.tasks {name} is unknown; tasks are {', '.join(FAMILIES)} and FILE.py:NAME")
         source = make.source
@@ -61,30 +64,17 @@ def tasks_of(names: str) -> dict[str, NewTask]:
     return found
 
 
-def _from_file(name: str) -> Any:
-    path, _, class_name = name.rpartition(":")
-    task: Any = getattr(_module(Path(path), name), class_name, None)
+def _from_file(name: str, path: Path, class_name: str) -> Any:
+    task = from_file(f"--rl.tasks {name}", path, class_name)
     if not inspect.isclass(task):
         raise ConfigError(f"--rl.tasks {name}: {path} has no class {class_name}")
     lacking = [f"{method}({', '.join(names)})" for method, names in _METHODS.items() if not _takes(task, method)]
     source: object = getattr(task, "source", None)
-    if not isinstance(source, str) or not source:
-        lacking.insert(0, "source = 'NAME'")
+    if not isinstance(source, str) or not _SOURCE.fullmatch(source):
+        lacking.insert(0, "source = 'NAME' of letters, digits and ._-")
     if lacking:
         raise ConfigError(f"--rl.tasks {name}: the class lacks {', '.join(lacking)}")
     return task
-
-
-def _module(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path) if path.is_file() else None
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--rl.tasks {name}: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"--rl.tasks {name}: {path} does not load: {type(error).__name__}: {error}") from None
-    return module
 
 
 def _takes(task: type, method: str) -> bool:

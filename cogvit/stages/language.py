@@ -241,6 +241,11 @@ def _check_images(config: RunConfig) -> None:
         f"stage 3 needs --data.sizing glm and --data.grid-multiple {pool}, the adapter's spatial_pool; they are"
         f" {data.sizing} and {data.grid_multiple}",
     )
+    require(
+        not data.flip and data.crop == 1.0,
+        "--data.flip and --data.crop change what stage 3's answers say of an image: its words, sides and boxes; leave"
+        " them off",
+    )
     rows, columns = config.vision.base_grid
     require(
         not square or (rows % pool == 0 and rows * columns <= own.max_patches),

@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.evaluation.examples import Example
     from cogvit.evaluation.subject import Subject
     from cogvit.parallel.mesh import Mesh
-    from cogvit.rl.judge import OwnVerifier
+    from cogvit.rl.actors import Patience
+    from cogvit.rl.judge import Judge
     from cogvit.rl.local import Player
     from cogvit.rl.rollout import RolloutEngine
     from cogvit.rl.rounds import Asking
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # a configuration is checked before any of these is imported
     from cogvit.training.objective import Objective
 
 _JOINT = LanguageStage()  # whose model it trains
+_ANSWER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class PolicyStage:
     def completed(self, config: RunConfig) -> RunConfig:
         """Nothing is left open; looks for the tasks, --init and the tokenizer, for the errors that they may have."""
         from cogvit.model.language_config import FAMILIES, LanguageConfig
+        from cogvit.rl.judge import check_judges
         from cogvit.rl.prompts import weights_of
         from cogvit.rl.task import tasks_of
         from cogvit.stages.language import language_shape
@@ -88,6 +91,7 @@ class PolicyStage:
             isinstance(language_shape(config), LanguageConfig),
             f"--language.path {config.language.path} is none of {', '.join(FAMILIES)}, which alone answer tasks",
         )
+        check_judges([name for name, _ in config.rl.judge])
         sources = tuple(tasks_of(config.rl.tasks))
         for source in (*weights_of(config, sources), *config.rl.without_images):
             require(source in sources, f"{source!r} is no source of --rl.tasks {config.rl.tasks}: {', '.join(sources)}")
@@ -188,7 +192,10 @@ def _asking(config: RunConfig, start: DataPosition, device: torch.device, stack:
 
     own, ledger = config.rl, Path(config.out) / LEDGER
     if start.plan_hash != prompts_hash(config):
-        raise DataError(f"--rl.tasks {own.tasks}: the code of a task is not that with which {config.out} began")
+        raise DataError(
+            f"--rl.tasks {own.tasks}: the code of a task or judge is not that with which {config.out} began; put it"
+            f" back, or go on from its weights in another --out: --init {config.out}"
+        )
     ended = ended_requests(ledger, start.step)
     engine = stack.enter_context(closing(_rollouts(config, device)))
     quota = Quota(
@@ -203,23 +210,31 @@ def _asking(config: RunConfig, start: DataPosition, device: torch.device, stack:
 
 def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:
     """Return who answers: this process on its device, or actors of the Ray cluster that it has joined."""
-    from cogvit.rl.actors import Patience, RayRollouts
+    from cogvit.rl.actors import RayRollouts
     from cogvit.rl.crew import Place
     from cogvit.rl.local import LocalEngine
     from cogvit.rl.task import tasks_of
 
     own = config.rl
     if not own.actors:
-        tasks, speaker = tasks_of(own.tasks), _speaker(config, device)
-        return LocalEngine(speaker, tasks, task_s=own.task_s, verify_s=own.task_s)
+        return LocalEngine(
+            _speaker(config, device), tasks_of(own.tasks), _judge(config), task_s=own.task_s, verify_s=own.task_s
+        )
     return RayRollouts(
         partial(_player, config),
         partial(_judge, config),
         Place(own.actors, own.actor_cpus, own.actor_gpus),
         Place(own.judges),
         versions_kept=own.max_staleness + 1,
-        patience=Patience(verify_s=own.task_s),
+        patience=patience_of(config),
     )
+
+
+def patience_of(config: RunConfig) -> Patience:
+    """Return how long one waits: half of a step's limit for an answer, so that another actor can take over in time."""
+    from cogvit.rl.actors import Patience
+
+    return Patience(config.parallel.step_timeout_s / 2 or _ANSWER_S, config.rl.task_s)
 
 
 def _speaker(config: RunConfig, device: torch.device | str) -> PlainSpeaker:
@@ -238,9 +253,9 @@ def _player(config: RunConfig) -> Player:
     return Player(speaker, tasks_of(config.rl.tasks), config.rl.task_s)
 
 
-def _judge(config: RunConfig) -> OwnVerifier:
-    """Return what an actor judges by."""
-    from cogvit.rl.judge import OwnVerifier
+def _judge(config: RunConfig) -> Judge:
+    """Return what says what episodes are worth."""
+    from cogvit.rl.judge import judge_of
     from cogvit.rl.task import tasks_of
 
-    return OwnVerifier(tasks_of(config.rl.tasks))
+    return judge_of(config.rl.judge, tasks_of(config.rl.tasks))

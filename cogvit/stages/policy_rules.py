@@ -48,8 +48,9 @@ def _check_data(config: RunConfig) -> None:
     )
     require(data.loading == "in_process", f"--data.loading {data.loading} is of shards; stage 4 has none")
     require(not data.batch_schedule, "data.batch_schedule is of shards; stage 4 has one batch size")
-    for source, weight in config.rl.mixture:
-        require(0.0 < weight < math.inf, f"rl.mixture gives {source!r} the weight {weight}; weights are positive")
+    for field in ("mixture", "judge"):
+        for name, weight in getattr(config.rl, field):
+            require(0.0 < weight < math.inf, f"rl.{field} gives {name!r} the weight {weight}; weights are positive")
 
 
 def _check_rollouts(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from cogvit.config.recipe import Difference, files_of
 from cogvit.errors import ConfigError
 from cogvit.training.checkpoint import folder_in, list_checkpoints
 from cogvit.training.folder import Folder
-from cogvit.training.identity import Identity, identity_of, read_identity, write_identity
+from cogvit.training.identity import PLANNED, Identity, identity_of, read_identity, write_identity
 from cogvit.training.lock import check_free, run_lock
 from cogvit.training.optim import Module, lr_at, module_schedule
 
@@ -177,7 +177,7 @@ def _owner(folder: Folder, flag: str = "--checkpoint.dir") -> RunConfig | None:
 def _judged(start: Start, owner: RunConfig, folder: Folder, flag: str) -> list[Difference]:
     """Return the differences that leave a run the same. Errors: ConfigError names those that do not."""
     found = [one for one in start.compare(owner, start.config) if one.field != "checkpoint.dir"]
-    named = [one for one in found if one.field == "data.shards" or one.field in files_of(start.config)]
+    named = [one for one in found if one.field in PLANNED or one.field in files_of(start.config)]
     before = read_identity(folder) if named else {}
     now = identity_of(start.config, start.plan_hash, [one.field for one in named])
     same = [one for one in named if before.get(one.field, "") == now.get(one.field)]

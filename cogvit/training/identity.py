@@ -13,15 +13,18 @@ from cogvit.training.checkpoint import folder_of, list_checkpoints
 from cogvit.training.folder import Folder
 
 IDENTITY = "identity.json"  # beside config.json: field -> hash
-_SHARDS = "data.shards"
+PLANNED = ("data.shards", "rl.tasks", "rl.judge")  # fields that the plan's hash is of
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 Identity = dict[str, str]  # field -> hash of what it names; nothing for what is known by its name alone
 
 
 def identity_of(config: RunConfig, plan_hash: str, fields: Iterable[str] | None = None) -> Identity:
-    """Hash what a run is made of, or of it the fields that are asked for; shards by the plan over their images."""
-    found = {_SHARDS: plan_hash}
+    """Hash what a run is made of, or of it the fields that are asked for.
+
+    plan_hash: of the images of its shards, or of its prompts.
+    """
+    found = dict.fromkeys(PLANNED, plan_hash)
     for field, path in files_of(config).items():
         if fields is None or field in fields:
             digest = _hash_of(Path(path), weights=field != "data.tokenizer")

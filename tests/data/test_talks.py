@@ -30,6 +30,7 @@ from data_pipeline.talks import lay
 from data_pipeline.topology import Seat, topology_of
 from tests.conversations import PATCH_PX, indexed, said, stage3, talk, write_language_model, write_talks
 from tests.data.corpus import picture, write_tar
+from tests.language import PLAIN
 
 IMAGE = 3  # the image token
 
@@ -166,6 +167,16 @@ def test_a_longer_sample_loses_its_end_and_images_there_are_counted(tmp_path: Pa
     (step,) = take(index, config, 1)
     assert (step.cut_captions, step.dropped, step.decoded) == (4, 4, 4)
     assert all(len(value[0]) <= 28 and len(value[4]) == 1 for value in contents(step.micro).values())
+
+
+def test_a_sample_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    """As many templates do a system message; a message of jinja2's says no sample."""
+    write_tar(tmp_path / "a.tar", [*talk("fine", said("a", "one")), *talk("told", said("refuse me", "one"))])
+    language, index = write_language_model(tmp_path / "language"), indexed(tmp_path)
+    template = "{% if messages[0].content == 'refuse me' %}{{ raise_exception('not that') }}{% endif %}" + PLAIN
+    (language / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=r"a\.tar.*told.*: the chat template refuses the conversation: not that$"):
+        take(index, stage3("", language, global_batch_images=1), 1)
 
 
 def test_an_image_behind_the_last_answer_is_dropped_and_counted(tmp_path: Path, language: Path) -> None:

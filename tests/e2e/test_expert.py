@@ -115,8 +115,11 @@ def released(base: RunConfig, pool: Pool, tmp_path_factory: pytest.TempPathFacto
     return run(pool, 1, config, directory / "run")
 
 
-def test_a_run_of_the_released_make_becomes_a_released_directory(released: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_released_make_becomes_a_released_directory(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(ExportArguments(str(released), str(tmp_path / "cogvlm2"), "cogvlm2")) == 0
+    assert "in the words of cogvlm2, and not by the chat template that it was trained with" in capsys.readouterr().out
     one, other = load_joint(released), VisionLanguageModel.from_pretrained(tmp_path / "cogvlm2")
     ids, images = one.prompt(conversation(picture(30, 41)))
     torch.testing.assert_close(one(ids[None], [images]), other(ids[None], [images]), rtol=1e-5, atol=1e-5)

@@ -146,7 +146,7 @@ def test_presets_of_the_guide_are_those_that_exist() -> None:
     )  # fmt: skip
     for guide in ("README.md", "configs/README.md"):
         rows = [line.split("|")[1] for line in (ROOT / guide).read_text().splitlines() if line.startswith("| `")]
-        named = {name for row in rows for name in re.findall(r"`((?:demo|stage|rl|cogvlm)\w+)`", row)}
+        named = {name for row in rows for name in re.findall(r"`((?:demo|stage|rl|cogvlm|cogagent)\w+)`", row)}
         assert named == set(done.stdout.split())
 
 

@@ -176,6 +176,8 @@ def test_run_and_exports_answer_alike(straight: Path, tmp_path: Path) -> None:
         (["--language.max-patches", "500"], "--language.max-patches 500 must be from 4 to"),
         (["--adapter.spatial-pool", "3"], "stage 3 needs --data.sizing glm and --data.grid-multiple 3"),
         (["--data.sizing", "naflex"], "stage 3 needs --data.sizing glm"),
+        (["--data.flip", "true"], "--data.flip and --data.crop change what stage 3's answers say"),
+        (["--data.crop", "0.5"], "--data.flip and --data.crop change what stage 3's answers say"),
         (["--adapter.kind", "linear"], "--adapter.kind linear: must be one of mlp, glm, swiglu, conv"),
         (["--contrast.loss", "ring"], "--contrast.loss is of Stage 2"),
         (

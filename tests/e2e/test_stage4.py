@@ -80,6 +80,9 @@ def test_a_killed_rank_ends_with_the_same_bits(base: RunConfig, straight: Path, 
     argv = [preset(tmp_path, base), "--out", str(out := tmp_path / "run")]
     with pytest.raises(ChildProcessError, match="-9"):
         pool.run(train_until_killed, 1, (argv, str(out / "metrics.jsonl"), 3), timeout_s=150.0)
+    folder = base.rl.tasks.partition("/one.py")[0]
+    respelt = base.rl.tasks.replace(folder, f"{folder}/language/..")
+    argv[0] = preset(tmp_path, replace(base, rl=replace(base.rl, tasks=respelt)))
     assert pool.run(train_on_rank, 1, (argv,), timeout_s=150.0) == [0]
     assert losses(out) == losses(straight) and losses(out, "reward") == losses(straight, "reward")
     assert digests(out) == digests(straight)

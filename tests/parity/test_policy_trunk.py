@@ -19,7 +19,7 @@ from cogvit.errors import ConfigError
 from cogvit.objective.blindness import with_other_images
 from cogvit.objective.language import JointModel
 from cogvit.objective.policy import Answers, Clipping, PolicyLoss, policy_loss
-from cogvit.objective.reference import Earlier, Reference, check_room
+from cogvit.objective.reference import Earlier, Reference, check_room, free_bytes
 from cogvit.objective.reinforce import Reinforce
 from cogvit.parallel.convert import fill
 from cogvit.parallel.encoder import VisionStage
@@ -129,6 +129,8 @@ def plain_terms(
         cost.index_add_(0, batch.answers.source[answer_R], effect_R)
         tokens.index_add_(0, batch.answers.source[answer_R], torch.ones_like(effect_R))
     effects = {f"image_effect_{name}": x for name, x in zip(SOURCES, (cost / tokens).tolist(), strict=True)}
+    asked = torch.cat([batch.answers.source for batch in first])  # each answers a question of its own
+    effects |= {f"other_images_{name}": float((asked == number).sum()) for number, name in enumerate(SOURCES)}
     loss = torch.stack(losses).sum() / count
     means = {name: value / count for name, value in sums.items()}
     return loss, {"loss": float(loss.detach()), **means, **effects, "logprob_gap": gap}
@@ -167,6 +169,31 @@ def refusal_of_a_small_machine(rank: int, world: int, memory: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "limit", "taken", "idle"),
+    [
+        ("0::", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_the_limit_of_a_job_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, folder: str, limit: str, taken: str, idle: str
+) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 3000 kB\n")
+    for name, path in (("_MEMORY", "meminfo"), ("_OWN_GROUPS", "own"), ("_GROUPS", "groups")):
+        monkeypatch.setattr(cogvit.objective.reference, name, tmp_path / path)
+    assert free_bytes() == 3000 * 1024
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{kind}/slurm/job_7/task\n")
+    job = tmp_path / "groups" / folder / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (job / limit).write_text("900000\n")
+    (job / taken).write_text("500000\n")
+    (job / "memory.stat").write_text(f"anon 1\n{idle} 100000\n")
+    assert free_bytes() == 500000
+    (job / limit).write_text("max\n")
+    assert free_bytes() == 3000 * 1024
 
 
 def test_a_reference_that_does_not_fit_is_refused(pool: Pool, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_tiny_model_answers_with_a_caption(corpus: Path, tmp_path: Path) -> 
     en = QUESTIONS["en"], CAPTIONS[0][0]
     spoken = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), en, strict=True)]
     whole = tokenizer.apply_chat_template(spoken, tokenize=False)
-    (ids, asked_tokens), *_ = encode(tokenizer, "en", [CAPTIONS[0][0]])
+    (ids, asked_tokens), *_ = encode(tokenizer, QUESTIONS["en"], [CAPTIONS[0][0]])
     assert tokenizer.decode(ids) == whole
     assert tokenizer.decode(ids[asked_tokens:]) == CAPTIONS[0][0] + "<|endoftext|>"
     answers = {}

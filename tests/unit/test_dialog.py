@@ -54,6 +54,17 @@ def test_the_vocabulary_is_not_copied_for_each_conversation(monkeypatch: pytest.
     assert len(reader.read(TALK).ids) and not copies
 
 
+def test_a_template_may_refuse_a_conversation() -> None:
+    """As many do a system message: jinja2 has errors of its own, and a template may have a mistake."""
+    for template, reason in (("{{ raise_exception('no system message') }}", "no system"), ("{{ 1 + 'a' }}", "unsup")):
+        tokenizer = tiny_tokenizer(template)
+        message = {"role": "system", "content": "Be brief."}
+        with pytest.raises(DataError, match=f"the chat template refuses the conversation: {reason}"):
+            read_prompt(tokenizer, [message], VideoConfig())
+        with pytest.raises(DataError, match=f"the chat template refuses the conversation: {reason}"):
+            DialogReader(tokenizer, ()).read(TALK)
+
+
 def test_a_template_that_forgets_is_refused() -> None:
     with pytest.raises(DataError, match="writes earlier turns of a conversation otherwise"):
         DialogReader(tiny_tokenizer(FORGETFUL), ()).read(TALK)

@@ -110,7 +110,8 @@ def test_members_given_as_json_have_flags_too() -> None:
         (["--vision.layer-scale-init", "x"], r"must be a number or none"),
         (["--parallel.sequence=maybe"], r"must be true or false"),
         (["--optim.name", "lion"], r"--optim\.name lion: must be one of muon, adamw, sgd"),
-        (["--data.mixture", "web"], r"--data\.mixture web: must be a JSON list"),
+        (["--data.mixture", "web"], r"--data\.mixture web: must be a JSON list, such as '\[\[\"NAME\", 1\.0\]\]'"),
+        (["--rl.without-images", "web"], r"web: must be a JSON list, such as '\[\"NAME\"\]'"),
         (["--data.mixture", '[["web"]]'], r"data\.mixture\[0\]"),
         (["--teachers.members", '[{"nme": "x"}]'], r"unknown configuration field teachers\.members\[0\]\.nme"),
         (["--vision.num-heads", "7"], "num_heads=7 does not divide embed_dim=1024"),
@@ -204,7 +205,7 @@ def test_preset_file_without_a_config_function_is_told(tmp_path: Path) -> None:
 def test_missing_preset_is_told_with_those_that_exist() -> None:
     assert "models" not in preset_names()
     with pytest.raises(
-        ConfigError, match=r"no preset 'demo_stage'; did you mean demo_stage[12]\?; presets: cogvlm2_19b"
+        ConfigError, match=r"no preset 'demo_stage'; did you mean demo_stage[12]\?; presets: cogagent_18b"
     ):
         load_preset("demo_stage")
 

@@ -11,7 +11,7 @@ from cogvit import VisionLanguageModel
 from cogvit.config.arguments import run_command
 from cogvit.generate import Arguments, generate
 from cogvit.model.config import VideoConfig
-from cogvit.model.video import VideoReader
+from cogvit.model.video import VideoReader, shown_parts
 from tests.clips import clip, sound
 from tests.language import QUESTION, conversation, picture, tiny_vlm
 
@@ -26,6 +26,11 @@ def export(tmp_path: Path) -> Path:
     for number, size_px in enumerate([(16, 24), (40, 24)]):
         picture(*size_px, seed=number).save(tmp_path / f"{number}.png")
     return tmp_path / "export"
+
+
+def test_a_name_may_hold_commas(export: Path) -> None:
+    (export.parent / "0.png").rename(export.parent / "a, b.png")
+    assert run(str(export), "--prompt", "a", "--image", str(export.parent / "a, b.png"), "--max-new-tokens=1") == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -63,6 +68,15 @@ def test_a_video_is_asked_about_as_frames_with_times(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err == told
 
 
+def test_a_video_of_wide_pixels_is_shown_as_players_do(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(clip(2, aspect=2))
+    frames = [part for part in shown_parts({"type": "video", "video": tmp_path / "a.mp4"}, VideoConfig(times=False))]
+    assert [frame["image"].size for frame in frames] == [(128, 48)] * 2  # as it is measured for training
+    (tmp_path / "b.mp4").write_bytes(clip(1, aspect=2, turned=90))
+    (turned,) = shown_parts({"type": "video", "video": tmp_path / "b.mp4"}, VideoConfig(times=False))
+    assert turned["image"].size == (24, 64)
+
+
 def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_vlm(eos_ids=(0,))
     model.save_glm_ocr_full(tmp_path)
@@ -81,11 +95,20 @@ def test_a_glm_ocr_of_transformers_is_asked_too(tmp_path: Path, capsys: pytest.C
         (["--prompt", "a", "--video", "none.mp4"], "the video none.mp4 cannot be read: No such file"),
         (["--prompt", "a", "--max-new-tokens", "5000"], "exceed the model's max_tokens=512"),
         (["--prompt", "<|image|>"], "1 <|image|> for 0 images"),
+        (["--prompt", "a\udcff"], "it holds half a surrogate pair"),
+        (["--prompt", "a", "--history", '[{"role": "user", "content": 5}]'], "its content text or parts"),
+        (["--prompt", "a", "--history", '[{"role": "user", "content": null}]'], "its content text or parts"),
+        (["--prompt", "a", "--history", '[{"role": ["user"], "content": "a"}]'], "its role must be text"),
+        (["--prompt", "a", "--history", '[{"role": "user", "content": "\\ud800"}]'], "half a surrogate pair"),
     ],
 )
 def test_mistakes_are_one_line(
     export: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
+    if "--history" in flags:
+        file = export.parent / "history.json"
+        file.write_text(flags[-1])
+        flags = [*flags[:-1], str(file)]
     assert run(str(export), *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -191,6 +191,17 @@ def test_released_shapes_are_those_of_our_modules(
         assert state[name].numel() == sum(map(math.prod, theirs.values())), name
 
 
+def test_groups_of_heads_are_those_of_the_released_code_where_nobody_says_them(tmp_path: Path) -> None:
+    directory = cog_directory("cogvlm2", tmp_path / "a", num_attention_heads=8, num_multi_query_heads=8)
+    values = json.loads((directory / "config.json").read_text())
+    del values["num_multi_query_heads"]
+    (directory / "config.json").write_text(json.dumps(values))
+    model = VisionLanguageModel.from_pretrained(directory)
+    assert model.language.cfg.num_kv_heads == 8
+    model.save_pretrained(tmp_path / "b", layout="cogvlm2")
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_that_was_never_released_is_written_and_read(tmp_path: Path, layout: Layout) -> None:
     model = VisionLanguageModel.from_pretrained(cog_directory(layout, tmp_path / "source", torch.float32))
@@ -221,6 +232,7 @@ def changed(directory: Path, change: Any) -> None:
         ("cogvlm", lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), r"lm_head\.weight has shape \(2, 2\)"),
         ("cogagent", lambda t: t.pop(f"{_EVA_L}blocks.2.mlp.w3.bias"), r"blocks\.2\.mlp\.w3\.bias is missing"),
         ("cogagent", lambda t: t.pop(f"{_EVA_L}patch_embed.proj.weight"), "is no encoder of 128 channels"),
+        ("cogagent", lambda t: t.update({"model.cross_vision.pos_embed": torch.ones(())}), r"pos_embed has shape \(\)"),
         ("cogvlm", lambda t: t["lm_head.weight"].fill_(math.nan), r"NaN or infinite values in lm_head\.weight"),
         ("cogvlm", lambda t: t.update({"lm_head.weight": torch.zeros(32, 64, dtype=torch.int8)}), "is I8, no float"),
         ("cogvlm", lambda t: t["model.layers.1.self_attn.rotary_emb.inv_freq"].mul_(2), "differs between blocks"),
@@ -261,6 +273,10 @@ def test_another_glm_is_refused_in_one_line(tmp_path: Path, change: dict[str, An
         ({"vision_config": {"patch_size": 14}}, "vision_config.hidden_size, vision_config.num_hidden_layers"),
         ({"hidden_act": "relu"}, "hidden_act must be 'silu'"),
         ({"pad_token_id": 40}, "image_token_id=40 must be in the vocabulary, 0 to 31"),
+        ({"pad_token_id": [1]}, r"pad_token_id=\[1\] must be a whole number"),
+        ({"pad_token_id": True}, "pad_token_id=True must be a whole number"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id='x' must be a whole number"),
+        ({"bos_token_id": 1.5}, "bos_token_id=1.5 must be a whole number"),
     ],
 )
 def test_bad_configurations_are_named_in_one_line(tmp_path: Path, values: dict[str, Any], message: str) -> None:
@@ -282,6 +298,27 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"00000000 no tensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         VisionLanguageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"weight_map": ["a"]}, "weight_map must say in which file each weight is"),
+        ({"weight_map": {}}, "weight_map must say in which file each weight is"),
+        ({}, "weight_map must say in which file each weight is"),
+        ({"weight_map": {"a": 5}}, "5 is no file beside it"),
+        ({"weight_map": {"a": "../other/model.safetensors"}}, "'../other/model.safetensors' is no file beside it"),
+    ],
+)
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    """One elsewhere would be written over by an export of what was read."""
+    cog_directory("cogvlm", tmp_path / "other")
+    source = cog_directory("cogvlm", tmp_path / "source")
+    (source / "model.safetensors.index.json").write_text(json.dumps(said))
+    for read in (VisionLanguageModel.from_pretrained, CausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=message) as error:
+            read(source)
+        assert "\n" not in str(error.value)
 
 
 def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogvit.config import DataConfig, ReinforcementConfig, RunConfig
+from cogvit.config import DataConfig, ParallelConfig, ReinforcementConfig, RunConfig
+from cogvit.config.recipe import prompts_hash
 from cogvit.errors import ConfigError, DataError, PolicyFault
 from cogvit.rl import ledger
 from cogvit.rl.collect import Taken
@@ -23,6 +24,7 @@ from cogvit.rl.prompts import prompts
 from cogvit.rl.rollout import Answer, Request, Sample, Span, Turn
 from cogvit.rl.rounds import ended_requests
 from cogvit.stages import read_run
+from cogvit.stages.policy import patience_of
 from cogvit.stages.policy_rules import check_policy
 
 WEIGHTS = {"digits": 2.0, "counting": 1.0}
@@ -62,20 +64,60 @@ def test_a_ledger_is_rewound_to_the_step_that_a_run_goes_on_from(tmp_path: Path)
         ended_requests(path, 5)
 
 
+def test_a_run_is_the_same_wherever_the_file_of_its_task_lies(tmp_path: Path) -> None:
+    def told(tasks: str, *judge: tuple[str, float]) -> str:
+        return prompts_hash(replace(GOOD, rl=replace(GOOD.rl, tasks=tasks, judge=judge)))
+
+    for folder, code in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(f"class Own:\n    hours = {code}\n")
+    a, b, c = (f"{tmp_path / folder / 'own.py'}:Own" for folder in "abc")
+    assert told(f"digits,{a}") == told(f"digits, {tmp_path}/c/../b/own.py:Own") == told(f"digits,{b}")
+    assert told("digits", (a, 1.0)) == told("digits", (b, 1.0))
+    others = (
+        told("digits", (a, 1.0)),
+        told("digits", (a, 2.0)),
+        told("digits", (c, 1.0)),
+        told("digits", ("task", 1.0)),
+    )
+    assert len({told(a), told(c), told("digits"), told(a.replace(":Own", ":Other")), *others}) == 8
+
+
+def test_an_actor_is_replaced_before_its_step_is_over() -> None:
+    for limit_s, waits_s in ((600.0, 300.0), (0.0, 600.0)):
+        config = replace(GOOD, parallel=ParallelConfig(step_timeout_s=limit_s))
+        assert patience_of(config).answer_s == waits_s
+
+
 def look(guard: PolicyGuard, *steps: dict[str, float]) -> None:
     for number, values in enumerate(steps, 1):
         guard.check(number, values)
 
 
+def seen(effect: float, questions: float = 2.0) -> dict[str, float]:
+    return {"image_effect_digits": effect, "other_images_digits": questions}
+
+
 def test_the_guard_waits_for_three_blind_steps_of_a_source() -> None:
     guard = PolicyGuard(GOOD, ["digits", "counting"])
-    blind, seeing = {"image_effect_digits": 0.0}, {"image_effect_digits": -0.2}
-    unmeasured = {"image_effect_digits": float("nan"), "image_effect_counting": 1.0}
+    blind, seeing = seen(0.0), seen(-0.2)
+    unmeasured = {**seen(float("nan"), 0.0), "image_effect_counting": 1.0}
     look(guard, blind, blind, seeing, blind, unmeasured, blind)
     with pytest.raises(PolicyFault, match="step 7: the policy does not look"):
         guard.check(7, blind)
     look(PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, min_image_effect=0.0)), ["digits"]), *[blind] * 5)
     look(PolicyGuard(replace(GOOD, rl=replace(GOOD.rl, without_images=("digits",))), ["digits"]), *[blind] * 5)
+
+
+def test_the_guard_knows_a_policy_that_is_sure_of_itself() -> None:
+    """Two pictures of which the same is true change hardly anything; 48 do not all come in such pairs."""
+    guard = PolicyGuard(GOOD, ["digits"])
+    look(guard, *[seen(1e-9)] * 23)
+    with pytest.raises(PolicyFault, match="for 24 steps other images have changed answers to 48 questions of digits"):
+        guard.check(24, seen(1e-9))
+    look(guard := PolicyGuard(GOOD, ["digits"]), seen(1e-9, 40.0), seen(1e-9, 40.0))
+    with pytest.raises(PolicyFault, match="for 3 steps"):
+        guard.check(3, seen(1e-9, 40.0))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +148,9 @@ def answer(source: str, rewards: list[float], version: int) -> Answer:
 
 def test_figures_are_means_over_prompts() -> None:
     answers = (answer("a", [0.0, 1.0], 3), answer("a", [0.2, 0.2], 3), answer("b", [0.5, 1.0], 2))
-    found = figures(Taken(answers, (Entry("a-9", "a", 3, 4, "aborted"),), 2.0), 4)
-    assert (found["aborted_prompts"], found["failed_prompts"], found["answers_per_s"]) == (1.0, 0.0, 3.0)
+    found = figures(Taken(answers, (Entry("a-9", "a", 3, 4, "aborted"),), 0.5, 2.0), 4)
+    assert (found["aborted_prompts"], found["failed_prompts"], found["rollout_s"]) == (1.0, 0.0, 0.5)
+    assert (found["answers_per_s"], found["rollout_tokens_per_s"]) == (3.0, 12.0)  # of the whole step
     assert found["reward"] == pytest.approx((0.5 + 0.2 + 0.75) / 3)
     assert (found["reward_a"], found["pass_a"]) == (pytest.approx(0.35), 0.5)
     assert (found["reward_b"], found["pass_b"]) == (0.75, 1.0)
@@ -129,6 +172,7 @@ BAD = [
     ({"max_new_tokens": 4096}, r"--rl\.max-new-tokens 4096 must be below"),
     ({"temperature": 0.0}, r"rl\.temperature=0\.0 must be positive"),
     ({"mixture": (("digits", 0.0),)}, r"rl\.mixture gives 'digits' the weight 0\.0"),
+    ({"judge": (("task", -1.0),)}, r"rl\.judge gives 'task' the weight -1\.0"),
     ({"max_logprob_gap": 0.0}, r"rl\.max_logprob_gap=0\.0 must be positive"),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,9 @@ from cogvit.errors import CheckpointError, ConfigError, DataError
 from cogvit.model.expert import is_expert
 from cogvit.model.language_config import ExpertConfig
 from cogvit.rl import examples
-from cogvit.rl.collect import Collector, Quota, Taken
 from cogvit.rl.episode import conversations, play
 from cogvit.rl.families import FAMILIES
-from cogvit.rl.judge import Episode, Weighted
-from cogvit.rl.ledger import Entry
+from cogvit.rl.judge import Episode, Weighted, check_judges, judge_of
 from cogvit.rl.local import LocalEngine
 from cogvit.rl.rollout import Answer, Request, Sample, Span, Speech
 from cogvit.rl.speaker import Asked, PlainSpeaker, Said
@@ -166,6 +164,9 @@ def answered(engine: LocalEngine, request: Request) -> Answer:
     [
         ("raises", "reset of task 'raises' raised RuntimeError: no"),
         ("shows nothing", "is no message"),
+        ("says nothing", "is no message; its role must be text, and its content text or parts"),
+        ("asks nothing", "a conversation without messages asks nothing"),
+        ("goes on with nothing", "step of task 'goes on with nothing' raised TypeError: 'bool' object is not iterable"),
         ("leaves", "step of task 'leaves' raised SystemExit: 3"),
         ("hangs", "step of task 'hangs' has not returned in 0.3 s"),
         ("endless", "task 'endless' has not ended after 3 answers"),
@@ -261,79 +262,50 @@ def test_judges_are_apart_from_tasks(model: VisionLanguageModel) -> None:
     assert len(conversations(TASKS["twice"], 5, texts)) == 2
 
 
-def prompts(*sources: str) -> Iterator[Request]:
-    speech = replace(SPEECH, max_new_tokens=2)
-    return iter([Request(f"{n}", source, n, 2, speech) for n, source in enumerate(sources)])
+JUDGES = """
+def brief(episode):
+    return float(len(episode.texts[-1]) < 900)
+
+class Source:
+    def __init__(self, name="digits"):
+        self.name = name
+
+    def __call__(self, episode):
+        return float(episode.source == self.name)
+
+class Unmade(Source):
+    def __init__(self):
+        raise OSError("no model")
+
+class Nothing:
+    def judge(self, episode):
+        return 1.0
+
+def pair(one, other):
+    return 1.0
+"""
 
 
-def ids(taken: Taken) -> list[str]:
-    return [answer.request.id for answer in taken.answers]
-
-
-def test_a_synchronous_step_takes_its_prompts_in_order(model: VisionLanguageModel) -> None:
-    engine = LocalEngine(PlainSpeaker(model), TASKS)
-    collector = Collector(engine, prompts("digits", "raises", "twice", "digits", "twice", "nan", "digits"), Quota(3))
-    engine.set_weights(4, {})
-    first = collector.take(4)
-    assert ids(first) == ["0", "2"] and first.entries == (Entry("1", "raises", -1, 4, "failed"),)
-    engine.set_weights(5, {})
-    assert ids(collector.take(5)) == ["3", "4"]
-    engine.set_weights(6, {})
-    assert ids(collector.take(6)) == ["6"] and collector.take(6).answers == ()
-
-
-def test_answers_that_are_too_old_are_stale(model: VisionLanguageModel) -> None:
-    engine = LocalEngine(PlainSpeaker(model), TASKS)
-    collector = Collector(engine, prompts(*["digits"] * 7), Quota(2, max_staleness=1))
-    engine.set_weights(0, {})
-    assert ids(collector.take(0)) == ["0", "1"]
-    while engine.poll():  # the other two that are on their way
-        continue
-    engine.set_weights(2, {})
-    taken = collector.take(2)
-    assert ids(taken) == ["4", "5"] and {answer.versions for answer in taken.answers} == {(2,)}
-    assert taken.entries == tuple(Entry(n, "digits", 0, 2, "stale") for n in "23")
-
-
-class Overtaking(LocalEngine):
-    """Answers the second request that waits, and notes what it should interrupt."""
-
-    aborted: tuple[str, ...] = ()
-
-    def poll(self, timeout_s: float = 0.0) -> int:
-        self._waiting.rotate(-1)
-        return super().poll(timeout_s)
-
-    def abort(self, ids: Collection[str]) -> None:
-        self.aborted = tuple(sorted(ids))
-
-
-def test_what_was_overtaken_is_interrupted(model: VisionLanguageModel) -> None:
-    engine = Overtaking(PlainSpeaker(model), TASKS)
-    quota = Quota(2, max_staleness=2, abort_after_fraction=0.5)
-    engine.set_weights(0, {})
-    taken = Collector(engine, prompts(*["digits"] * 9), quota).take(0)
-    assert ids(taken) == ["1", "3"] and engine.aborted == ("0", "2")  # and not 4 and 5, which came later
-
-
-def test_a_run_in_which_all_fails_ends(model: VisionLanguageModel) -> None:
-    collector = Collector(LocalEngine(PlainSpeaker(model), TASKS), prompts(*["raises"] * 20), Quota(3, max_staleness=1))
-    with pytest.raises(DataError, match=r"12 requests have failed one after the other, the last one \(11\) because"):
-        collector.take(0)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ((0,), "0 prompts a step must be at least 1"),
-        ((1, 0, 0.5), "--rl.abort-after-fraction and --rl.abort-after-s let answers go on by newer weights"),
-        ((1, 1, 0.0), "must be in"),
-        ((1, 1, 1.0, -1.0), "must be in"),
-    ],
-)
-def test_quotas_that_cannot_be(values: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Quota(*values)
+def test_judges_are_named_with_weights(model: VisionLanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(JUDGES)
+    alone = answered(LocalEngine(PlainSpeaker(model), TASKS, judge_of([], TASKS)), ask("twice"))
+    weights = [("task", 1.0), (f"{path}:brief", 2.0), (f"{path}:Source", 1.0)]
+    several = answered(LocalEngine(PlainSpeaker(model), TASKS, judge_of(weights, TASKS)), ask("twice"))
+    for one, other in zip(alone.samples, several.samples, strict=True):
+        assert other.reward == pytest.approx((one.reward + 2.0 + 0.0) / 4)
+    for name, message in (
+        ("taste", "taste is unknown; judges are task and FILE.py:NAME"),
+        (f"{path}:Nothing", "is no function of an episode"),
+        (f"{path}:pair", "is no function of an episode"),
+        (f"{path}:none", "is no function of an episode"),
+        (f"{tmp_path}/none.py:one", "none.py is no Python file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_judges([name])
+    check_judges([f"{path}:Unmade"])
+    with pytest.raises(ConfigError, match="Unmade cannot be made: OSError: no model"):
+        judge_of([(f"{path}:Unmade", 1.0)], TASKS)
 
 
 def test_the_guides_task_is_a_file_of_thirty_lines(model: VisionLanguageModel) -> None:

@@ -139,6 +139,9 @@ class Parity:
     def verify(self, answer):
         return float(answer == ("yes" if self.seed % 2 == 0 else "no"))
 
+class Spaced(Parity):
+    source = "par ity"
+
 class Silent:
     source = "silent"
 
@@ -154,6 +157,43 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     assert [played(found["parity"](), seed, "yes") for seed in (2, 3)] == [1.0, 0.0]
 
 
+DATED = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Dated:
+    day: int = 3
+    source = "dated"
+
+    def reset(self, seed): return [{"role": "user", "content": "?"}]
+
+    def step(self, text): return None
+
+    def verify(self, answer): return 0.0
+
+
+with open("starts", "a") as file:
+    file.write("x")
+"""
+
+
+def test_a_tasks_file_is_a_module_that_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dated.py").write_text(DATED.replace('"dated"', f'"{folder}"'))
+    names = "one/dated.py:Dated,~/two/dated.py:Dated"
+    for _ in range(3):
+        found = tasks_of(names)
+    assert list(found) == ["one", "two"] and (tmp_path / "starts").read_text() == "xx"
+    for new_task in found.values():
+        assert pickle.loads(pickle.dumps(new_task())) == new_task()
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -164,13 +204,20 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         ("own.py:Missing", "has no class Missing"),
         ("own.py:Silent", r"the class lacks reset\(seed\), step\(text\), verify\(answer\)"),
         ("broken.py:Task", "does not load: ZeroDivisionError: division by zero"),
+        ("reads.py:Task", "reads.py does not load: FileNotFoundError"),
+        ("leaves.py:Task", "does not load: SystemExit: 0"),
+        ("own.txt:Parity", "does not load: ImportError: its name does not end in .py"),
+        ("own.py:Spaced", "the class lacks source = 'NAME' of letters, digits and"),
     ],
 )
 def test_tasks_that_cannot_be_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, message: str
 ) -> None:
     (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.txt").write_text(OWN)
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "reads.py").write_text("open('none')")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message) as raised:
         tasks_of(names)
@@ -193,3 +240,24 @@ def test_a_ledger_is_read_audited_and_rewound(tmp_path: Path) -> None:
     path.write_text('{"id": "a"}\n')
     with pytest.raises(DataError, match=r"ledger\.jsonl:1 is no entry"):
         ledger.read(path)
+
+
+def test_what_a_crash_leaves_in_a_ledger_behind_the_checkpoint_goes(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger.append(path, [Entry("a", "digits", 0, 1, "trained"), Entry("b", "digits", 0, 2, "trained")])
+    good = path.read_bytes()
+    for damage in (b"\0" * 40 + b"\n", b"\n", b"\xff\xfe\n", b"[1]\n", good.replace(b'"step": 2', b'"step": "2"')[50:]):
+        path.write_bytes(good + damage + b'{"id":')
+        with pytest.raises(DataError, match=r"ledger\.jsonl:3 is no entry"):
+            ledger.read(path)
+        ledger.rewind(path, 2)
+        assert path.read_bytes() == good
+        path.write_bytes(damage + good)
+        with pytest.raises(DataError, match=r"ledger\.jsonl:1 is no entry"):
+            ledger.rewind(path, 2)
+
+
+def test_a_ledger_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"ledger\.jsonl cannot be written: Is a directory"):
+        ledger.append(tmp_path / "ledger.jsonl", [])

@@ -38,4 +38,6 @@ def run_benchmark(argv: list[str], usage: str, kind: type[Flags], report: Callab
 
 def flags_of(arguments: Recorded) -> str:
     """Return the flags that reproduce a record, `--out` left out."""
-    return " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "out" and value)
+    return " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(arguments).items() if name != "out" and value
+    )

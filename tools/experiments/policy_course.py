@@ -131,7 +131,7 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
         _succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
         for part in ("train", "heldout"):
             _succeed(index_shards.index_shards(index_shards.Arguments(str(shown / part / "*.tar"))))
-    _train(
+    train_run(
         *("demo_rl_start", "--out", out, "--seed", seed, "--language.path", shown / "language"),
         *("--data.shards", shown / "train" / "*.tar", "--data.eval-shards", shown / "heldout" / "*.tar"),
         *("--data.mixture", "[]", "--eval.every-steps", course.start_steps),
@@ -140,12 +140,12 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     return out
 
 
-def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course) -> Path:
+def learn_policy(start: Path, tasks: str, seed: int, staleness: int, course: Course, name: str = "policy") -> Path:
     """Train stage 4 from a start, unless that is done; returns the run's directory. Errors: as training."""
     answered_by = f"_by_{course.actors}" if staleness else ""
     size = f"{course.steps}x{course.answers}_at_{course.lr:g}"
-    out = start.with_name(f"{start.name}_policy_{size}_stale_{staleness}{answered_by}")
-    _train(
+    out = start.with_name(f"{start.name}_{name}_{size}_stale_{staleness}{answered_by}")
+    train_run(
         *("demo_rl", "--init", start, "--out", out, "--seed", seed, "--rl.tasks", tasks),
         *("--language.path", start.with_name("tasks") / "language", "--rl.max-new-tokens", course.max_new_tokens),
         *("--data.global-batch-images", course.answers, "--optim.lr", course.lr),
@@ -195,7 +195,8 @@ def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam
     return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind), len(heard) - len(answers))
 
 
-def _train(*words: object) -> None:
+def train_run(*words: object) -> None:
+    """Run `cogvit.train` in this process. Errors: ConfigError where it ends with an error, which it has printed."""
     _succeed(train.main([str(word) for word in words]))
 
 

@@ -269,10 +269,23 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def read_ids(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ids that begin, end and fill up texts, as the fields of a shape, from a config.json's."""
-    eos = values.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return {"eos_ids": eos_ids, "bos_id": values.get("bos_token_id"), "pad_id": values.get("pad_token_id")}
+    """Return the ids that begin, end and fill up texts, as the fields of a shape, from a config.json's.
+
+    Errors: CheckpointError names one that is no whole number.
+    """
+    eos, pad = values.get("eos_token_id"), read_id(values, "pad_token_id")
+    ends = [read_id({"eos_token_id": one}, "eos_token_id") for one in (eos if isinstance(eos, list) else [eos])]
+    eos_ids = tuple(one for one in ends if one is not None)
+    # Some say by -1 that there is none.
+    return {"eos_ids": eos_ids, "bos_id": read_id(values, "bos_token_id"), "pad_id": None if pad == -1 else pad}
+
+
+def read_id(values: Mapping[str, Any], name: str) -> int | None:
+    """Return a token's id from a config.json. Errors: CheckpointError when it is no whole number."""
+    found = values.get(name)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        raise CheckpointError(f"{name}={found!r} must be a whole number")
+    return found
 
 
 def special_ids(cfg: LanguageConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cogvit.errors import CheckpointError
 from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.eva import EvaConfig
 from cogvit.model.language_config import LanguageConfig
-from cogvit.model.layouts.causal_lm import special_ids
+from cogvit.model.layouts.causal_lm import read_ids, special_ids
 from cogvit.model.layouts.parts import Parts, Shapes
 from cogvit.model.questions import Questions
 
@@ -66,15 +66,12 @@ def read_language(values: Mapping[str, Any], **own: Any) -> LanguageConfig:
     sizes = read_sizes(values, _LANGUAGE, "")
     if values.get("hidden_act", "silu") != "silu" or values.get("tie_word_embeddings"):
         raise CheckpointError("hidden_act must be 'silu' and tie_word_embeddings false, as released")
-    eos = values.get("eos_token_id")
     return LanguageConfig(
         "llama",
         **{"num_kv_heads": sizes["num_heads"], "expert": ExpertConfig(1), **own, **sizes},
         head_dim=sizes["embed_dim"] // max(sizes["num_heads"], 1),
         eps=float(values.get("rms_norm_eps", 1e-5)),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_id=values.get("bos_token_id"),
-        pad_id=values.get("pad_token_id"),
+        **read_ids(values),
     )
 
 

@@ -18,6 +18,7 @@ from cogvit.model.config import AdapterConfig
 from cogvit.model.eva import EvaConfig
 from cogvit.model.language_config import CrossConfig
 from cogvit.model.layouts import cogvlm
+from cogvit.model.layouts.causal_lm import read_id
 from cogvit.model.layouts.cog import CogShape, Linear, config_values, read_language, read_vision, with_biases
 from cogvit.model.layouts.parts import Parts, Shapes
 from cogvit.model.questions import Questions
@@ -38,8 +39,8 @@ def read_shape(values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]])
         language,
         read_vision(values, output_position=True),
         adapter,
-        values.get("pad_token_id") or 0,
-        Questions(values.get("template_version", "chat"), instruct=True),
+        read_id(values, "pad_token_id") or 0,
+        Questions(values.get("template_version", "chat"), "cogagent"),
         _read_cross(values, stored, cross.encoder_dim),
     )
 
@@ -135,7 +136,7 @@ def _read_cross(values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]
             f"{_ROOT}* is no encoder of {encoder_dim} channels and two blocks or more: patch_embed.proj.weight has"
             f" shape {kernel}, blocks.0.mlp.w1.weight {gate}, and there are {blocks} blocks"
         )
-    side = math.isqrt(max(stored.get("model.cross_vision.pos_embed", (0,))[0], 0))
+    side = math.isqrt(next(iter(stored.get("model.cross_vision.pos_embed", ())), 0))
     image_size = values.get("cross_image_size", side * kernel[-1])
     heads = encoder_dim // _HEAD_DIM
     return EvaConfig("l", image_size, kernel[-1], encoder_dim, blocks - 1, heads, gate[0], output_position=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cogvit.model.config import AdapterConfig
+from cogvit.model.layouts.causal_lm import read_id
 from cogvit.model.layouts.cog import (
     CogShape,
     adapter_parts,
@@ -28,7 +29,7 @@ def read_shape(values: Mapping[str, Any]) -> CogShape:
     language = read_language(values, max_tokens=values.get("max_position_embeddings", 2048), rope_base=10000.0)
     questions = Questions(values.get("template_version", "chat"))
     adapter = AdapterConfig("swiglu", language.mlp_dim, 1)
-    return CogShape(language, read_vision(values), adapter, values.get("pad_token_id") or 0, questions)
+    return CogShape(language, read_vision(values), adapter, read_id(values, "pad_token_id") or 0, questions)
 
 
 def write_shape(shape: CogShape) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from cogvit.errors import CheckpointError
 from cogvit.model.config import AdapterConfig, ExpertConfig
 from cogvit.model.layouts import cogvlm
+from cogvit.model.layouts.causal_lm import read_id
 from cogvit.model.layouts.cog import CogShape, config_values, read_language, read_vision
 from cogvit.model.layouts.parts import Parts, Shapes
 from cogvit.model.questions import Questions
@@ -25,7 +26,7 @@ def read_shape(values: Mapping[str, Any]) -> CogShape:
         raise CheckpointError(f"num_multi_query_heads={kv_heads!r} must be a whole number of 1 or more")
     own = {"num_kv_heads": kv_heads, "rope_base": 500000.0, "expert": ExpertConfig(1, qkv_bias=True)}
     language = read_language(values, max_tokens=values.get("max_position_embeddings", 8192), **own)
-    token_id = values.get("pad_token_id")
+    token_id = read_id(values, "pad_token_id")
     token_id = min(_PAD_ID, language.vocab_size - 1) if token_id is None else token_id
     questions = Questions(values.get("template_version", "chat"))
     return CogShape(language, read_vision(values), AdapterConfig("conv", language.mlp_dim, 2), token_id, questions)

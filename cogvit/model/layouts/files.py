@@ -14,6 +14,7 @@ from torch import Tensor
 from cogvit.errors import CheckpointError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # where they are split
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,7 +55,7 @@ def read_weights(directory: Path, *prefixes: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, Tensor] = {}
-    for path in _files(directory):
+    for path in (directory / name for name in part_names(directory)):
         try:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -73,7 +74,7 @@ def weight_places(directory: Path) -> dict[str, Path]:
     from safetensors import SafetensorError, safe_open
 
     places: dict[str, Path] = {}
-    for path in _files(directory):
+    for path in (directory / name for name in part_names(directory)):
         try:
             with safe_open(path, framework="pt") as file:
                 places |= dict.fromkeys(file.keys(), path)
@@ -84,12 +85,21 @@ def weight_places(directory: Path) -> dict[str, Path]:
     return places
 
 
-def _files(directory: Path) -> list[Path]:
-    """model.safetensors, or its parts where it is split."""
-    index = directory / f"{WEIGHTS}.index.json"
+def part_names(directory: Path) -> list[str]:
+    """Return the files of a directory that hold weights: model.safetensors, or its parts where it is split.
+
+    Errors: CheckpointError when the index names none, or one that lies elsewhere.
+    """
+    index = directory / INDEX
     if not index.exists():
-        return [directory / WEIGHTS]
-    return sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
+        return [WEIGHTS]
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f"{index}: weight_map must say in which file each weight is")
+    foreign = [name for name in named.values() if not isinstance(name, str) or Path(name).name != name]
+    if foreign:
+        raise CheckpointError(f"{index}: {foreign[0]!r} is no file beside it")
+    return sorted(set(named.values()))
 
 
 def check_numbers(directory: Path, weights: Mapping[str, Tensor]) -> None:

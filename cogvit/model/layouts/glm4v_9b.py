@@ -15,7 +15,7 @@ from typing import Any
 from cogvit.errors import CheckpointError
 from cogvit.model.config import AdapterConfig
 from cogvit.model.language_config import LanguageConfig
-from cogvit.model.layouts.causal_lm import read_ids, special_ids
+from cogvit.model.layouts.causal_lm import read_id, read_ids, special_ids
 from cogvit.model.layouts.cog import CogShape, adapter_parts, read_sizes, read_vision, vision_parts, vision_values
 from cogvit.model.layouts.parts import Parts, Shapes
 from cogvit.model.questions import Questions
@@ -62,13 +62,13 @@ def read_shape(values: Mapping[str, Any]) -> CogShape:
         qkv_bias=True,
         **read_ids(values),
     )
-    token_id = values.get("boi_token_id")
+    token_id = read_id(values, "boi_token_id")
     return CogShape(
         language,
         read_vision(values),
         AdapterConfig("wide_conv", language.mlp_dim, 2),
         language.vocab_size - 1 if token_id is None else token_id,
-        Questions("base"),
+        Questions("chat", "glm4v"),
     )
 
 

@@ -22,6 +22,7 @@ from cogvit.model.layouts.shards import Stored, planned, stored_tensors, tensors
 Layout = Literal["cogvlm", "cogvlm2", "cogagent", "glm4v_9b"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _INV_FREQ = "inv_freq"
+_CONVOLUTION = "model.vision.conv.weight"  # of CogVLM2's adapter
 _GENERATION = "generation_config.json"
 
 
@@ -115,6 +116,8 @@ def read(directory: Path, layout: Layout, dtype: torch.dtype) -> tuple[CogShape,
     missing, extra and misshaped weight.
     """
     values, stored = read_json(directory / CONFIG), stored_tensors(directory)
+    if layout == "cogvlm" and _CONVOLUTION in stored:  # whose config.json left its groups of heads to their default
+        layout = "cogvlm2"
     shapes = {name: entry.shape for name, entry in stored.items()}
     try:
         shape = read_shape(layout, values | read_generation(directory), shapes)

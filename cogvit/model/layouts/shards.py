@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from cogvit.errors import CheckpointError
-from cogvit.model.layouts.files import CONFIG, WEIGHTS, read_json, write_json
+from cogvit.model.layouts.files import CONFIG, INDEX, WEIGHTS, part_names, write_json
 
-INDEX = f"{WEIGHTS}.index.json"
 _SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,10 +32,8 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
     Errors: CheckpointError when a file is missing or damaged, or a tensor is no float of 16 bits or more.
     """
-    files, found = [WEIGHTS], {}
-    if (directory / INDEX).exists():
-        files = sorted({str(name) for name in read_json(directory / INDEX).get("weight_map", {}).values()})
-    for file in files:
+    found = {}
+    for file in part_names(directory):
         with _opened(directory / file) as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 part = opened.get_slice(name)
