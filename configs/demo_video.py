@@ -43,7 +43,7 @@ def config() -> RunConfig:
             canonical_shares=2,
             full_packs=False,
         ),
-        optim=OptimConfig(lr=4e-3, adamw_lr=2e-3),
+        optim=OptimConfig(lr=4e-3, adamw_lr=2e-3, weight_decay=0.01),
         schedule=ScheduleConfig(steps=300, warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=100),
         eval=EvalConfig(every_steps=50),

@@ -23,7 +23,7 @@ PRESET, TP, DP = "cogvlm2_19b", 4, 2
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_1344_px_and_8k_tokens_fit_80_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -32,7 +32,7 @@ def test_1344_px_and_8k_tokens_fit_80_gb(tmp_path: Path, monkeypatch: pytest.Mon
     root = Path(__file__).parents[2]
     words = [str(tmp_path / "guard.so"), PRESET, "--tp", str(TP), "--dp", str(DP)]
     command = [sys.executable, "-m", "tests.fake_cuda.whole_step", *words]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=870)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["total_gb"] < 80.0 and not found["waits"] and list(found["products"]) == ["torch.bfloat16"]
