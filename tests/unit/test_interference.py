@@ -38,3 +38,5 @@ def test_tables_hold_changes_beside_the_start() -> None:
     assert [line for line in lines if line.startswith("| digits")] == [row] * len(WAYS)
     (everything, _) = [line for line in lines if line.startswith("| all")]
     assert everything == "| all | +0.000 ± 0.141 | -0.200 ± 0.000 | -0.100 ± 0.071 |"
+    alone = list(record(["digits", "counting"], found[:1]))
+    assert alone[0] == "One seed. The starts:" and "| all | +0.100 | -0.200 | -0.050 |" in alone

@@ -115,10 +115,10 @@ def go_on(start: Path, way: str, tasks: Sequence[str], seed: int, course: Course
 
 def record(tasks: Sequence[str], found: Sequence[Seen]) -> Iterator[str]:
     """Yield the tables: what starts are worth, and for each way what it has changed, means over the seeds."""
-    yield f"Mean of {len(found)} seeds ± their standard deviation. The starts:"
+    yield f"{f'Mean of {len(found)} seeds ± their standard deviation' if len(found) > 1 else 'One seed'}. The starts:"
     yield ""
     lines = [
-        [name, *(spread([getattr(one.start[task], field) for one in found]) for task in tasks)]
+        [name, *(_spread([getattr(one.start[task], field) for one in found]) for task in tasks)]
         for name, field in (("reward", "reward"), ("pass@k", "passed"), ("chance", "chance"))
     ]
     yield from table(["start", *tasks], lines)
@@ -138,7 +138,11 @@ def record(tasks: Sequence[str], found: Sequence[Seen]) -> Iterator[str]:
 
 
 def _change(values: Sequence[float]) -> str:
-    return f"{'+' if fmean(values) >= 0.0 else ''}{spread(values)}"
+    return f"{'+' if fmean(values) >= 0.0 else ''}{_spread(values)}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return spread(values) if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def _number(arguments: Arguments, name: str) -> int:
