@@ -190,7 +190,8 @@ def nats_a_token(model: VisionLanguageModel, asked: Sequence[Asked]) -> float:
         rows, learned = [], []
         for one in part:
             grids = [model.token_grid(image) for image in one.images]
-            laid = lay(dialogs.read(one.learned), dialogs.image_id, grids, model.language.cfg.max_tokens)
+            dialog, framed = dialogs.read(one.learned), model.frame is not None
+            laid = lay(dialog, dialogs.image_id, grids, model.language.cfg.max_tokens, framed=framed)
             rows.append(torch.from_numpy(laid.ids))
             learned.append(torch.from_numpy(laid.answer))
         ids_S, answer_S = torch.cat(rows), torch.cat(learned)

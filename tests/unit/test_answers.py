@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from cogvit.config import RunConfig
 from cogvit.evaluation.answers import answer_results, answers, exact, exams, nats_a_token
 from cogvit.evaluation.cider import cider, words
-from cogvit.model.config import VideoConfig
+from cogvit.model.config import ExpertConfig, VideoConfig
 from cogvit.model.dialog import Turn
+from cogvit.model.frame import ImageFrame
 from data_pipeline.token_counts import Wording
 from tests.conversations import indexed, write_talks
-from tests.language import tiny_vlm
+from tests.language import scramble, tiny_vlm
 
 PROMPTS = dict(RunConfig().language.prompts)
 WORDING = Wording(PROMPTS, "", VideoConfig())
@@ -61,8 +62,12 @@ def test_what_can_be_asked_of_held_out_samples(tmp_path: Path) -> None:
     )
 
 
-def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tmp_path: Path) -> None:
-    index, model = indexed(write_talks(tmp_path, captions=6, talks=2)), tiny_vlm()
+@pytest.mark.parametrize("every", [0, 1])
+def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tmp_path: Path, every: int) -> None:
+    index, model = indexed(write_talks(tmp_path, captions=6, talks=2)), tiny_vlm(expert=ExpertConfig(every))
+    if every:  # learned tokens around each image
+        model.frame = ImageFrame(model.language.cfg.embed_dim)
+        scramble(model.frame)
     found = list(exams(index, WORDING))
     asked = [one for exam in found for one in exam.asked]
     together = answers(model, asked)
