@@ -151,7 +151,7 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
         _note(f"held-out images are not compared with the training images: {error}")
         return subject
     samples, trained_on = [], []
-    for held_out in subject.samples:
+    for held_out in filter(len, subject.samples):
         left = unseen(held_out, train)
         if len(left) < len(held_out):
             _note(
@@ -160,7 +160,7 @@ def apart_from_training(subject: Subject, arguments: Arguments) -> Subject:
             )
         samples += [left] if len(left) else []
         trained_on += [] if len(left) else [held_out.source]
-    if not samples:
+    if trained_on and not samples:  # without both, nothing is held out but videos or texts alone
         raise DataError("every held-out image is a training image too, byte for byte; hold out others (--data PATTERN)")
     return replace(subject, samples=tuple(samples), trained_on=tuple(trained_on))
 

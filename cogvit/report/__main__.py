@@ -61,8 +61,9 @@ def report(arguments: Arguments) -> int:
                 raise
             print(f"no pictures of {run}: {error}", file=sys.stderr)
             continue
-        caption = f"{run.name}: held-out images and their patch features; color is the first three principal components"
-        pictures[caption] = feature_picture(subject)
+        if len(subject.heldout):  # and not videos or texts alone
+            caption = f"{run.name}: held-out images and their patch features; color is the first three principal"
+            pictures[f"{caption} components"] = feature_picture(subject)
         if subject.config is not None:
             stage = stage_of(subject.config)
             if shown := stage.examples(subject):

@@ -10,14 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from cogvit.config import RunConfig
+from cogvit.evaluate import Arguments, evaluate
 from cogvit.evaluation.answers import answer_results, answers, exact, exams, nats_a_token
 from cogvit.evaluation.cider import cider, words
+from cogvit.evaluation.results import read_evaluation
 from cogvit.model.config import ExpertConfig, VideoConfig
 from cogvit.model.dialog import Turn
 from cogvit.model.frame import ImageFrame
 from data_pipeline.token_counts import Wording
-from tests.conversations import indexed, write_talks
-from tests.language import scramble, tiny_vlm
+from tests.conversations import indexed, said, talk, write_talks
+from tests.data.corpus import write_tar
+from tests.language import tiny_vlm
+from tests.plain_vit import scramble
 
 PROMPTS = dict(RunConfig().language.prompts)
 WORDING = Wording(PROMPTS, "", VideoConfig())
@@ -71,10 +75,10 @@ def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tm
     found = list(exams(index, WORDING))
     asked = [one for exam in found for one in exam.asked]
     together = answers(model, asked)
-    for one, said in list(zip(asked, together, strict=True))[::4]:
+    for one, told in list(zip(asked, together, strict=True))[::4]:
         parts = [{"type": "image", "image": image} for image in one.images]
         texts = [{"type": "text", "text": part} for turn in one.turns for part in turn.parts if part]
-        assert model.generate([{"role": "user", "content": [*parts, *texts]}], 64) == said
+        assert model.generate([{"role": "user", "content": [*parts, *texts]}], 64) == told
     one = asked[0]
     ids, images = model.prompt(
         [
@@ -94,3 +98,15 @@ def test_several_answers_are_those_of_one_by_one_and_nats_are_those_of_logits(tm
     gap = results["perplexity_captions_en"]
     assert gap["nats_gap"]["value"] == pytest.approx(gap["nats"]["chance"] - gap["nats"]["value"])
     assert set(results["caption_captions_en"]) == {"exact", "cider"} and set(results["vqa_talks"]) == {"exact"}
+
+
+def test_held_out_texts_without_an_image_are_not_taken_for_training_images(tmp_path: Path) -> None:
+    for part in ("train", "heldout"):
+        talks = [talk(f"{part}_{n}", said(f"What is {n}?", "a number")) for n in range(3)]
+        write_tar(tmp_path / part / "talks-00000.tar", [member for members in talks for member in members])
+        indexed(tmp_path / part)
+    tiny_vlm().save_pretrained(tmp_path / "model")
+    train, heldout, out = (str(tmp_path / name) for name in ("train", "heldout", "eval.json"))
+    asked = Arguments(str(tmp_path / "model"), "vqa", heldout, train, out=out)
+    assert evaluate(asked) == 0
+    assert set(read_evaluation(Path(out))) == {"vqa_default"}
