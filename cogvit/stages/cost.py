@@ -45,9 +45,8 @@ class Load:
     memory: ActivationConfig
     whole: bool = False  # no stage and no tensor rank shares it: every rank of the last stage has it
     frozen: int = 0  # of the parameters, those that have neither gradients nor moments
-    runs_first: Literal["never", "in_pipelines", "unless_at_once"] = (
-        "never"  # a forward for the others, without gradients
-    )
+    # When a forward without gradients comes before all others, for embeddings that the rest of the step reads.
+    runs_first: Literal["never", "in_pipelines", "unless_at_once"] = "never"
 
     def runs_twice(self, pp: int, micro: int) -> bool:
         """Whether a step of so many microbatches runs it once more, before all others, without gradients."""

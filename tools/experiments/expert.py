@@ -43,6 +43,7 @@ from tools.bench._record import flags_of, run_benchmark
 from tools.experiments.expert_record import Row, picture, record
 from tools.experiments.expert_runs import KINDS, Found, Place, Run, make_run
 from tools.experiments.interleaved import write_json
+from tools.experiments.policy_course import succeed
 from tools.make_demo_language_model import QUESTIONS, encode, read_captions, tiny_shape, train, train_tokenizer
 from tools.make_demo_tasks import Solved, write_shard
 
@@ -79,7 +80,7 @@ def prepare(place: Place, boxes: int, steps: int) -> None:
         write_shard(place.boxes / "heldout" / "tasks-00000.tar", [drawn(boxes + number) for number in range(held)])
         write_shard(place.boxes / "train" / "tasks-00000.tar", [drawn(number) for number in range(boxes)])
     for pattern in (place.shown, place.asked):
-        _succeed(index_shards.index_shards(index_shards.Arguments(pattern, str(place.index))))
+        succeed(index_shards.index_shards(index_shards.Arguments(pattern, str(place.index))))
     captions = read_captions(place.corpus)
     learned = {language: [one for n, one in enumerate(own) if n % HELD_OUT_OF] for language, own in captions.items()}
     held_out = {language: own[::HELD_OUT_OF] for language, own in captions.items()}
@@ -167,12 +168,6 @@ def report(arguments: Arguments) -> Iterator[str]:
     yield from record(rows)
     if arguments.out:
         Path(arguments.out).with_suffix(".svg").write_text(picture(rows))
-
-
-def _succeed(status: int) -> None:
-    """Errors: ConfigError where a command has ended with an error, which it has printed."""
-    if status:
-        raise ConfigError("a command failed; its reason stands above")
 
 
 if __name__ == "__main__":

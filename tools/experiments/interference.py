@@ -30,7 +30,17 @@ from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
 from tools.experiments.mmtp_record import spread, table
-from tools.experiments.policy_course import Course, Exam, Worth, learn_policy, learn_start, train_run, worths
+from tools.experiments.policy_course import (
+    Course,
+    Exam,
+    Worth,
+    learn_policy,
+    learn_start,
+    positive,
+    train_run,
+    whole_numbers,
+    worths,
+)
 
 WAYS = ("policy", "answers")
 ALL = "all"  # tasks, one beside the other
@@ -73,14 +83,14 @@ def measure(arguments: Arguments) -> int:
     if unknown := [name for name in tasks if name not in FAMILIES]:
         raise ConfigError(f"--tasks {unknown[0]} is unknown; tasks are {', '.join(FAMILIES)}")
     numbers = {
-        name: _number(arguments, name) for name in ("samples", "start_steps", "steps", "answers", "prompts", "group")
+        name: positive(name, getattr(arguments, name))
+        for name in ("samples", "start_steps", "steps", "answers", "prompts", "group")
     }
     start, each = (numbers["samples"], numbers["start_steps"]), (numbers["steps"], numbers["answers"])
     course = Course(*start, *each, _LONGEST_ANSWER, _RATE, actors=1)
     exam = Exam(numbers["prompts"], numbers["group"], _LONGEST_ANSWER)
-    if not all(seed.isdigit() for seed in arguments.seeds.split(",")):
-        raise ConfigError(f"--seeds {arguments.seeds} must be whole numbers with commas between")
-    found = [seen(Path(arguments.work), tasks, int(seed), course, exam) for seed in arguments.seeds.split(",")]
+    seeds = whole_numbers("seeds", arguments.seeds)
+    found = [seen(Path(arguments.work), tasks, seed, course, exam) for seed in seeds]
     for line in record(tasks, found):
         print(line, flush=True)
     return 0
@@ -143,13 +153,6 @@ def _change(values: Sequence[float]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     return spread(values) if len(values) > 1 else f"{values[0]:.3f}"
-
-
-def _number(arguments: Arguments, name: str) -> int:
-    value = getattr(arguments, name)
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} {value} must be a positive whole number")
-    return int(value)
 
 
 if __name__ == "__main__":

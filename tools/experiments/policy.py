@@ -40,7 +40,16 @@ from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
 from cogvit.rl.task import tasks_of
 from tools.experiments.mmtp_record import table
-from tools.experiments.policy_course import Course, Exam, Learned, learn_start, learned, worths
+from tools.experiments.policy_course import (
+    Course,
+    Exam,
+    Learned,
+    learn_start,
+    learned,
+    positive,
+    whole_numbers,
+    worths,
+)
 from tools.experiments.policy_record import HEAD, figures, learned_table, picture, stability_table
 
 
@@ -68,7 +77,7 @@ class Arguments:
 
 def measure(arguments: Arguments) -> int:
     """Print the figures; returns the exit status."""
-    exam = Exam(*(_number(arguments, name) for name in ("prompts", "group", "max_new_tokens")))
+    exam = Exam(*(positive(name, getattr(arguments, name)) for name in ("prompts", "group", "max_new_tokens")))
     match arguments.kind:
         case "worth":
             lines = worth_table(arguments.what, arguments.tasks, exam)
@@ -96,7 +105,7 @@ def start_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
     """Train starts and yield their figures. Errors: ConfigError; as training."""
     lines = []
     for tasks, course in courses(arguments, exam):
-        for seed in _numbers("seeds", arguments.seeds):
+        for seed in whole_numbers("seeds", arguments.seeds):
             run = learn_start(Path(arguments.work), tasks, seed, course)
             found = worths(run, tasks, exam).items()
             lines += [[tasks, str(seed), str(course.start_steps), source, *figures(of)] for source, of in found]
@@ -105,7 +114,7 @@ def start_table(arguments: Arguments, exam: Exam) -> Iterator[str]:
 
 def learn_tables(arguments: Arguments, exam: Exam) -> Iterator[str]:
     """Train policies and yield their figures. Errors: ConfigError; as training."""
-    seeds, stalenesses = _numbers("seeds", arguments.seeds), _numbers("staleness", arguments.staleness)
+    seeds, stalenesses = whole_numbers("seeds", arguments.seeds), whole_numbers("staleness", arguments.staleness)
     rows = list[Learned]()
     for tasks, course in courses(arguments, exam):
         rows += learned(Path(arguments.work), tasks, course, exam, seeds, stalenesses)
@@ -121,8 +130,10 @@ def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
     for tasks in arguments.what:
         if unknown := [name for name in tasks.split(",") if name not in FAMILIES]:
             raise ConfigError(f"{unknown[0]!r} is no task to begin with; tasks are {', '.join(FAMILIES)}")
-    samples, steps, answers, actors = (_number(arguments, name) for name in ("samples", "steps", "answers", "actors"))
-    start_steps, count = _numbers("start-steps", arguments.start_steps), len(arguments.what)
+    samples, steps, answers, actors = (
+        positive(name, getattr(arguments, name)) for name in ("samples", "steps", "answers", "actors")
+    )
+    start_steps, count = whole_numbers("start-steps", arguments.start_steps), len(arguments.what)
     if len(start_steps) not in (1, count) or 0 in start_steps:
         raise ConfigError(
             f"--start-steps {arguments.start_steps} must be one positive number or one for each of {count} TASKS"
@@ -134,13 +145,6 @@ def courses(arguments: Arguments, exam: Exam) -> list[tuple[str, Course]]:
     ]
 
 
-def _number(arguments: Arguments, name: str) -> int:
-    value = getattr(arguments, name)
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} {value} must be a positive whole number")
-    return int(value)
-
-
 def _rate(value: str) -> float:
     try:
         rate = float(value)
@@ -149,12 +153,6 @@ def _rate(value: str) -> float:
     if not 0.0 < rate < math.inf:
         raise ConfigError(f"--lr {value} must be a positive number")
     return rate
-
-
-def _numbers(name: str, values: str) -> list[int]:
-    if not all(value.isdigit() for value in values.split(",")):
-        raise ConfigError(f"--{name} {values} must be whole numbers with commas between")
-    return [int(value) for value in values.split(",")]
 
 
 if __name__ == "__main__":

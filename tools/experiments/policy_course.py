@@ -128,9 +128,9 @@ def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     home = work / tasks / f"seed_{seed}"
     shown, out = home / "tasks", home / f"start_{course.start_steps}"
     if not (shown / "language" / "config.json").exists():
-        _succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
+        succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
         for part in ("train", "heldout"):
-            _succeed(index_shards.index_shards(index_shards.Arguments(str(shown / part / "*.tar"))))
+            succeed(index_shards.index_shards(index_shards.Arguments(str(shown / part / "*.tar"))))
     train_run(
         *("demo_rl_start", "--out", out, "--seed", seed, "--language.path", shown / "language"),
         *("--data.shards", shown / "train" / "*.tar", "--data.eval-shards", shown / "heldout" / "*.tar"),
@@ -197,10 +197,24 @@ def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam
 
 def train_run(*words: object) -> None:
     """Run `cogvit.train` in this process. Errors: ConfigError where it ends with an error, which it has printed."""
-    _succeed(train.main([str(word) for word in words]))
+    succeed(train.main([str(word) for word in words]))
 
 
-def _succeed(status: int) -> None:
+def succeed(status: int) -> None:
     """Errors: ConfigError where a command has ended with an error, which it has printed."""
     if status:
         raise ConfigError("a command failed; its reason stands above")
+
+
+def positive(flag: str, value: str) -> int:
+    """Return the number of a flag. Errors: ConfigError when it is no positive whole number."""
+    if not value.isdigit() or int(value) < 1:
+        raise ConfigError(f"--{flag.replace('_', '-')} {value} must be a positive whole number")
+    return int(value)
+
+
+def whole_numbers(flag: str, values: str) -> list[int]:
+    """Return the numbers of a flag. Errors: ConfigError when they are no whole numbers with commas between."""
+    if not all(value.isdigit() for value in values.split(",")):
+        raise ConfigError(f"--{flag} {values} must be whole numbers with commas between")
+    return [int(value) for value in values.split(",")]
