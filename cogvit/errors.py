@@ -27,6 +27,12 @@ class TeacherUnavailable(CogViTError):
     exit_status = 75
 
 
+class AskedToLeave(CogViTError):
+    """Somebody asked the run to stop while it waited for what its next step needs; it saved what was done."""
+
+    exit_status = 75
+
+
 class NonFiniteStep(CogViTError):
     """A loss or gradient was NaN or infinite; nothing was updated."""
 

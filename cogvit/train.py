@@ -179,7 +179,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
         watchdog = resources.enter_context(Watchdog(stacks, config.parallel.step_timeout_s))
         held, concern = partial(held_out, config, corpus, intake, targets), partial(stage.concern, config)
         evaluation = Evaluation(config.eval.every_steps, config.eval.steps, held, config.schedule.steps, concern)
-        rounds = stage.rounds(config, engine, state.position)
+        rounds = stage.rounds(config, engine, state.position, lambda: stop.requested)
         batches = rounds or closing(rank_batches(config, corpus.train, intake, targets, state.position))
         state = train(
             engine,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from cogvit.errors import ConfigError, DataError
+from cogvit.errors import AskedToLeave, ConfigError, DataError
 from cogvit.rl.ledger import Entry
 from cogvit.rl.rollout import Answer, Request, RolloutEngine
 
@@ -88,10 +88,17 @@ class Collector:
         engine: who answers.
         prompts: what is asked, in order; ids are unique.
         quota: what a step takes.
+        leaving: whether somebody asked the run to stop, which is asked between answers.
     """
 
-    def __init__(self, engine: RolloutEngine, prompts: Iterator[Request], quota: Quota) -> None:
-        self._engine, self._prompts, self._quota = engine, prompts, quota
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        prompts: Iterator[Request],
+        quota: Quota,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._engine, self._prompts, self._quota, self._leaving = engine, prompts, quota, leaving
         self._numbers: dict[str, int] = {}  # of what was asked for and has no end, in order
         self._asked, self._failures = 0, 0
         self._ready: list[Answer] = []
@@ -103,7 +110,8 @@ class Collector:
     def take(self, step: int) -> Taken:
         """Return what a step trains on; the engine has its weights, whose version is the step.
 
-        Errors: DataError when requests fail one after the other; as the engine's `poll`.
+        Errors: AskedToLeave, and whoever goes on asks the same again; DataError when requests fail one after the other;
+        as the engine's `poll`.
         """
         began_s, quota, self._step = time.monotonic(), self._quota, step
         self._ask(quota.on_their_way - len(self._numbers))
@@ -112,6 +120,8 @@ class Collector:
             late = 0.0 < quota.abort_after_s <= time.monotonic() - began_s and bool(self._ready)
             if late or (quota.max_staleness and len(self._ready) >= quota.prompts):
                 break
+            if self._leaving():
+                raise AskedToLeave(f"asked to stop while step {step + 1} waits for answers")
             self._engine.poll(_POLL_S)
             if quota.max_staleness:
                 self._ask(quota.on_their_way - len(self._numbers))

@@ -40,5 +40,5 @@ def prompts(config: RunConfig, weights: Mapping[str, float], ended: Collection[s
 
 
 def episode_seed(seed: int, number: int) -> int:
-    """Return the seed of the episode of a prompt."""
-    return int(mix(torch.tensor(number), seed, _SEED_SALT)) % _EPISODES
+    """Return the seed of the episode of a prompt; runs of other seeds have others."""
+    return int(mix(torch.tensor(seed), _SEED_SALT, number)) % _EPISODES

@@ -21,7 +21,7 @@ from cogvit.stages.language import LanguageStage
 from cogvit.stages.policy_rules import check_policy
 
 if TYPE_CHECKING:  # a configuration is checked before any of these is imported
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import nn
@@ -149,7 +149,9 @@ class PolicyStage:
         return pixels
 
     @contextmanager
-    def rounds(self, config: RunConfig, engine: Engine, start: DataPosition) -> Iterator[Generator[StepBatch]]:
+    def rounds(
+        self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]
+    ) -> Iterator[Generator[StepBatch]]:
         """The policy's own answers, of which each step gets those to new prompts."""
         from cogvit.model.chat import image_token_id
         from cogvit.model.pretrained import load_tokenizer
@@ -174,7 +176,7 @@ class PolicyStage:
         with ExitStack() as stack:
             asking, failure = None, None
             try:
-                asking = _asking(config, start, mesh.device, stack) if mesh.is_writer else None
+                asking = _asking(config, start, mesh.device, leaving, stack) if mesh.is_writer else None
             except CogViTError as error:
                 failure = error
             mesh.raise_together(failure)
@@ -183,7 +185,9 @@ class PolicyStage:
             yield batches
 
 
-def _asking(config: RunConfig, start: DataPosition, device: torch.device, stack: ExitStack) -> Asking:
+def _asking(
+    config: RunConfig, start: DataPosition, device: torch.device, leaving: Callable[[], bool], stack: ExitStack
+) -> Asking:
     """Return what the writer has; whoever answers ends with the stack."""
     from cogvit.rl.collect import Collector, Quota
     from cogvit.rl.prompts import prompts, weights_of
@@ -205,7 +209,7 @@ def _asking(config: RunConfig, start: DataPosition, device: torch.device, stack:
         abort_after_s=own.abort_after_s,
     )
     asked = prompts(config, weights_of(config, [*tasks_of(own.tasks)]), ended)
-    return Asking(engine, Collector(engine, asked, quota), ledger)
+    return Asking(engine, Collector(engine, asked, quota, leaving), ledger)
 
 
 def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,10 +101,11 @@ class Stage(Protocol):
         ...
 
     def rounds(
-        self, config: RunConfig, engine: Engine, start: DataPosition
+        self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]
     ) -> AbstractContextManager[Generator[StepBatch]] | None:
         """Return the batches of a stage that makes its own samples, from a position on; None where shards have them.
 
+        leaving: whether somebody asked this rank to stop; batches that take long to make then raise AskedToLeave.
         Collective over all ranks. Errors on entry: ConfigError, DataError or TeacherUnavailable, on all ranks.
         """
         ...
@@ -130,6 +131,8 @@ class ReadsShards:
         """Nothing stops them but what the engine finds."""
         return lambda step, values: None
 
-    def rounds(self, config: RunConfig, engine: Engine, start: DataPosition) -> None:
+    def rounds(
+        self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]
+    ) -> None:
         """They make no samples."""
         return

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvit.batch import Batch, PackedSequence, SharpImages, StepBatch, move, pad_step
-from cogvit.errors import CogViTError, TeacherUnavailable
+from cogvit.errors import AskedToLeave, CogViTError, TeacherUnavailable
 from cogvit.parallel.mesh import Mesh
 from cogvit.training.checkpoint import Checkpoints
 from cogvit.training.chrono import Chrono
@@ -122,6 +122,9 @@ def train(
         checkpoints.save(state, engine)
         checkpoints.finish()
         raise
+    except AskedToLeave:
+        watchdog.rest()
+        checkpoints.save(state, engine)
     watchdog.rest()
     checkpoints.finish()
     return state

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import cogvit.model.vlm
 import cogvit.parallel.language
 from cogvit.config import ParallelConfig, RunConfig
 from cogvit.rl import ledger
+from cogvit.rl.rounds import LEDGER
 from cogvit.rl.speaker import PlainSpeaker
 from cogvit.training.joint import load_joint
 from cogvit.training.meter import read_metrics
@@ -52,7 +56,7 @@ def test_a_run_says_what_its_answers_are_worth_and_loses_none(base: RunConfig, s
         assert line["images"] <= 4 * 4  # an image of a prompt lies once in a pack, however many answer
         assert line["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert any(line["image_effect_one"] != 0.0 for line in lines) and lines[-1]["grad_norm"] > 0.0
-    entries = ledger.read(straight / "ledger.jsonl")
+    entries = ledger.read(straight / LEDGER)
     issued = [f"{source}-{number}" for number, source in enumerate(["one", "two"] * 8)]
     assert not ledger.faults(entries, issued) and {entry.end for entry in entries} == {"trained"}
     assert [entry.version for entry in entries] == [step for step in range(4) for _ in range(4)]
@@ -86,11 +90,39 @@ def test_a_killed_rank_ends_with_the_same_bits(base: RunConfig, straight: Path, 
     assert pool.run(train_on_rank, 1, (argv,), timeout_s=150.0) == [0]
     assert losses(out) == losses(straight) and losses(out, "reward") == losses(straight, "reward")
     assert digests(out) == digests(straight)
-    assert (out / "ledger.jsonl").read_text() == (straight / "ledger.jsonl").read_text()
-    (out / "ledger.jsonl").write_text("")
+    assert (out / LEDGER).read_text() == (straight / LEDGER).read_text()
+    (out / LEDGER).write_text("")
     (out / "checkpoints" / "step_00000004" / "manifest.json").unlink()
     status, told = pool.run(refusal, 1, (argv,), timeout_s=150.0)[0]
     assert status == 2 and "does not reach to step 2" in told
+
+
+def asked_to_leave(rank: int, world: int, argv: list[str], last: int) -> int:
+    """Train, and be sent SIGTERM while an answer is given, which must be the last one; the process ends with it."""
+    speak, number = PlainSpeaker.speak, count(1)
+
+    def spoken(*args: object) -> list:
+        assert (now := next(number)) <= last, "somebody has asked the run to leave"
+        if now == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return speak(*args)
+
+    PlainSpeaker.speak = spoken
+    return train_on_rank(rank, world, argv)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_is_asked_to_leave_does_not_wait_for_a_steps_answers(
+    base: RunConfig, straight: Path, pool: Pool, tmp_path: Path, world: int
+) -> None:
+    argv = [preset(tmp_path, base), "--out", str(out := tmp_path / "run")]
+    first_of_step_2 = 2 * 1 + 2 * 2 + 1  # a step asks twice for one answer and twice for two
+    assert pool.run(asked_to_leave, world, (argv, first_of_step_2), timeout_s=150.0) == [75] * world
+    assert len(read_metrics(out / "metrics.jsonl")) == 1 and {one.step for one in ledger.read(out / LEDGER)} == {1}
+    assert pool.run(train_on_rank, world, (argv,), timeout_s=150.0) == [0] * world
+    if world == 1:
+        assert digests(out) == digests(straight)
+        assert (out / LEDGER).read_text() == (straight / LEDGER).read_text()
 
 
 def unseen(x_SD: Tensor, visual_ED: Tensor | None, visual_row_S: Tensor) -> Tensor:
@@ -139,7 +171,7 @@ def test_a_policy_that_does_not_look_or_is_not_itself_stops_its_run(
 def test_an_actor_answers_as_the_first_rank_does(base: RunConfig, straight: Path, pool: Pool, tmp_path: Path) -> None:
     out = run(pool, 1, replace(base, rl=replace(base.rl, actors=1)), tmp_path / "run")
     assert losses(out) == losses(straight) and digests(out) == digests(straight)
-    assert (out / "ledger.jsonl").read_text() == (straight / "ledger.jsonl").read_text()
+    assert (out / LEDGER).read_text() == (straight / LEDGER).read_text()
 
 
 @pytest.mark.long
@@ -150,7 +182,7 @@ def test_answers_of_older_weights_are_trained_once(base: RunConfig, pool: Pool, 
     with pytest.raises(ChildProcessError, match="-9"):
         pool.run(train_until_killed, 1, (argv, str(out / "metrics.jsonl"), 5), timeout_s=200.0)
     assert pool.run(train_on_rank, 1, (argv,), timeout_s=200.0) == [0]
-    lines, entries = read_metrics(out / "metrics.jsonl"), ledger.read(out / "ledger.jsonl")
+    lines, entries = read_metrics(out / "metrics.jsonl"), ledger.read(out / LEDGER)
     assert max(line.get("logprob_gap", 0.0) for line in lines) <= LARGEST_GAP
     assert max(line["staleness"] for line in lines) > 0.0
     trained = [entry.id for entry in entries if entry.end == "trained"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cogvit import VisionLanguageModel
-from cogvit.errors import ConfigError, DataError
+from cogvit.errors import AskedToLeave, ConfigError, DataError
 from cogvit.rl.collect import Collector, Quota, Taken
 from cogvit.rl.ledger import Entry
 from cogvit.rl.local import LocalEngine
@@ -105,6 +105,15 @@ def test_what_was_overtaken_is_interrupted(model: VisionLanguageModel) -> None:
     engine.set_weights(0, {})
     taken = Collector(engine, prompts(*["digits"] * 9), quota).take(0)
     assert ids(taken) == ["1", "3"] and engine.aborted == ("0", "2")  # and not 4 and 5, which came later
+
+
+def test_who_is_asked_to_leave_answers_no_further_request(model: VisionLanguageModel) -> None:
+    engine, asked = LocalEngine(PlainSpeaker(model), TASKS), iter([False, True])
+    collector = Collector(engine, prompts(*["digits"] * 3), Quota(3), lambda: next(asked))
+    engine.set_weights(0, {})
+    with pytest.raises(AskedToLeave, match="step 1 waits"):
+        collector.take(0)
+    assert engine.poll() == 1 and engine.poll() == 1 and engine.poll() == 0  # one of three was answered before
 
 
 def test_a_run_in_which_all_fails_ends(model: VisionLanguageModel) -> None:
