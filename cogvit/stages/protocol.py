@@ -131,8 +131,6 @@ class ReadsShards:
         """Nothing stops them but what the engine finds."""
         return lambda step, values: None
 
-    def rounds(
-        self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]
-    ) -> None:
+    def rounds(self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]) -> None:
         """They make no samples."""
         return

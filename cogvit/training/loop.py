@@ -46,6 +46,10 @@ class Workload:
     dropped: int  # images whose place in a conversation was cut off
 
 
+# What to say of a step's figures; nothing where all is well.
+Concern = Callable[[int, dict[str, float]], str]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Evaluation during training: held-out global batches, made anew for each pass."""
@@ -54,7 +58,7 @@ class Evaluation:
     steps: int
     batches: Callable[[], Generator[StepBatch]]
     last: int  # step of the run, which an evaluation follows too
-    concern: Callable[[int, dict[str, float]], str]  # what to say of a step's figures; nothing where all is well
+    concern: Concern
 
     def due(self, step: int) -> bool:
         """Whether a step is followed by an evaluation."""
@@ -103,9 +107,7 @@ def train(
                 meter.record(state.step, values)
             guard(state.step, values)
             if mesh.is_writer:
-                tell_trouble(report, spikes, state.step, values)
-                if concern := evaluation.concern(state.step, values):
-                    print(concern, file=sys.stderr, flush=True)
+                tell_trouble(report, spikes, evaluation.concern, state.step, values)
             leaving = stop.agreed(mesh.agree_max)
             if leaving or checkpoints.due(state.step) or evaluation.due(state.step) or state.step == steps:
                 start_s = time.perf_counter()
@@ -117,14 +119,12 @@ def train(
             if state.step == first_step + 1 and watchdog.timeout_s > 0:
                 mesh.shorten_timeouts(watchdog.timeout_s + _STACKS_FIRST_S)
             watchdog.feed()
-    except TeacherUnavailable:
+    except (AskedToLeave, TeacherUnavailable) as error:
         watchdog.rest()
         checkpoints.save(state, engine)
         checkpoints.finish()
-        raise
-    except AskedToLeave:
-        watchdog.rest()
-        checkpoints.save(state, engine)
+        if isinstance(error, TeacherUnavailable):
+            raise
     watchdog.rest()
     checkpoints.finish()
     return state
@@ -150,11 +150,12 @@ def advance(
     return state, {**step_values(report, work, seconds=seconds, data_s=data_s), **batch.figures}, report
 
 
-def tell_trouble(report: StepReport, spikes: SpikeLog, step: int, values: dict[str, float]) -> None:
-    """Print what somebody should look at: a step that was skipped, or a loss that stands out."""
-    line = f"skipped {report.skipped}" if report.skipped else spikes.record(step, values)
-    if line:
-        print(line, file=sys.stderr, flush=True)
+def tell_trouble(report: StepReport, spikes: SpikeLog, concern: Concern, step: int, values: dict[str, float]) -> None:
+    """Print what somebody should look at: a step that was skipped, a loss that stands out, what a stage has to say."""
+    trouble = f"skipped {report.skipped}" if report.skipped else spikes.record(step, values)
+    for line in (trouble, concern(step, values)):
+        if line:
+            print(line, file=sys.stderr, flush=True)
 
 
 def take(source: Iterator[StepBatch], mesh: Mesh, deliver: Deliver = tuple) -> StepBatch:

@@ -102,7 +102,8 @@ def asked_to_leave(rank: int, world: int, argv: list[str], last: int) -> int:
     speak, number = PlainSpeaker.speak, count(1)
 
     def spoken(*args: object) -> list:
-        assert (now := next(number)) <= last, "somebody has asked the run to leave"
+        now = next(number)
+        assert now <= last, "somebody has asked the run to leave"
         if now == last:
             os.kill(os.getpid(), signal.SIGTERM)
         return speak(*args)
