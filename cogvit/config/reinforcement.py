@@ -40,6 +40,9 @@ class ReinforcementConfig:
     loss: Literal["grpo", "gspo"] = option("grpo", "ratios of tokens, or of whole answers")
     clip_low: float = option(0.2, "how far a ratio may fall below 1; GSPO's authors take 3e-4")
     clip_high: float = option(0.2, "how far a ratio may rise above 1; GSPO's authors take 4e-4")
+    dual_clip: float = option(
+        3.0, "the ratio from which an answer that is worse than its group teaches nothing more; 0: however large"
+    )
     kl_weight: float = option(
         0.0, "of the divergence from the weights that the run began with, which then wait in host memory; 0: without"
     )

@@ -1,7 +1,8 @@
 """What a policy learns from answers and their rewards: advantages in a group, and the clipped losses of GRPO and GSPO.
 
 Shape letters beyond the project's: A answers of a batch, R tokens of all answers.
-Source: GRPO, arXiv 2402.03300; GSPO, arXiv 2507.18071; the estimate of the divergence, "k3", is Schulman's.
+Source: GRPO, arXiv 2402.03300; GSPO, arXiv 2507.18071; the second clip, arXiv 1912.09729; the estimate of the
+divergence, "k3", is Schulman's.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ class Clipping:
         low: how far the ratio may fall below 1.
         high: how far it may rise above 1.
         kl_weight: of the divergence from a reference policy, in nats a token; 0 has no reference.
+        dual: the ratio from which an answer worse than its group teaches nothing more, above 1 + high; 0: never.
     """
 
     kind: PolicyLoss = "grpo"
     low: float = 0.2
     high: float = 0.2
     kl_weight: float = 0.0
+    dual: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("grpo", "gspo"):
@@ -38,6 +41,8 @@ class Clipping:
             raise ValueError(
                 f"low={self.low} must be in (0, 1], high={self.high} above 0 and kl_weight={self.kl_weight} at least 0"
             )
+        if self.dual and not self.dual > 1.0 + self.high:
+            raise ValueError(f"dual={self.dual} must be above 1 + high={1.0 + self.high:g}, or 0")
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,12 @@ def policy_loss(logprob_R: Tensor, answers: Answers, clipping: Clipping) -> tupl
     ratio_R, advantage_R = moved_R.exp(), answers.advantage[answers.answer]
     free_R = ratio_R * advantage_R
     held_R = ratio_R.clamp(1.0 - clipping.low, 1.0 + clipping.high) * advantage_R
-    loss_R = -torch.minimum(free_R, held_R)
+    gain_R = torch.minimum(free_R, held_R)
+    if clipping.dual:  # the smaller of the two has no floor where a bad answer has become many times as likely
+        gain_R = torch.where(advantage_R < 0.0, gain_R.maximum(clipping.dual * advantage_R), gain_R)
+    loss_R = -gain_R
     report = {
-        "clipped": mean((held_R < free_R).to(ratio_R.dtype)).sum().detach(),
+        "clipped": mean((gain_R != free_R).to(ratio_R.dtype)).sum().detach(),
         "ratio": mean(ratio_R).sum().detach(),
     }
     if answers.reference is not None and clipping.kl_weight > 0.0:

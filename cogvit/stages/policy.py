@@ -118,7 +118,7 @@ class PolicyStage:
         check_room(model, mesh, copies=(own.kl_weight > 0.0) + own.max_staleness)
         # Before a checkpoint is loaded: what the run began with.
         reference = Reference(model) if own.kl_weight > 0.0 else None
-        clipping = Clipping(own.loss, own.clip_low, own.clip_high, own.kl_weight)
+        clipping = Clipping(own.loss, own.clip_low, own.clip_high, own.kl_weight, own.dual_clip)
         sources = [*weights_of(config, [*tasks_of(own.tasks)])]
         earlier = Earlier(model, own.max_staleness) if own.max_staleness else None
         pool = config.adapter.spatial_pool

@@ -16,6 +16,10 @@ def check_policy(config: RunConfig) -> None:
     require(own.loss in ("grpo", "gspo"), f"--rl.loss {own.loss} must be grpo or gspo")
     require(0.0 < own.clip_low <= 1.0, f"rl.clip_low={own.clip_low} must be in (0, 1]")
     require(0.0 < own.clip_high < math.inf, f"rl.clip_high={own.clip_high} must be positive")
+    require(
+        own.dual_clip == 0.0 or 1.0 + own.clip_high < own.dual_clip < math.inf,
+        f"rl.dual_clip={own.dual_clip} must be above 1 + rl.clip_high={1.0 + own.clip_high:g}; 0 turns it off",
+    )
     for name in ("kl_weight", "min_image_effect"):
         value = getattr(own, name)
         require(0.0 <= value < math.inf, f"rl.{name}={value} must be finite and not negative; 0 turns it off")

@@ -29,9 +29,9 @@ def answers_of(seed: int) -> tuple[Tensor, Answers]:
 
 
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_a_loss_is_that_of_a_loop(kind: PolicyLoss, kl_weight: float) -> None:
-    clipping = Clipping(kind, low=0.2, high=0.3, kl_weight=kl_weight)
+@pytest.mark.parametrize(("kl_weight", "dual"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1.5)])
+def test_a_loss_is_that_of_a_loop(kind: PolicyLoss, kl_weight: float, dual: float) -> None:
+    clipping = Clipping(kind, low=0.2, high=0.3, kl_weight=kl_weight, dual=dual)
     for seed in range(10):
         new, answers = answers_of(seed)
         loss, report = policy_loss(new, answers, clipping)
@@ -46,8 +46,11 @@ def test_a_loss_is_that_of_a_loop(kind: PolicyLoss, kl_weight: float) -> None:
             for row, move in zip(rows, moved, strict=True):
                 ratio = math.exp(move)
                 clipped = min(max(ratio, 0.8), 1.3)
-                expected -= min(ratio * worth, clipped * worth) / length
-                held += (clipped * worth < ratio * worth) / length
+                gain = min(ratio * worth, clipped * worth)
+                if dual and worth < 0.0:
+                    gain = max(gain, dual * worth)
+                expected -= gain / length
+                held += (gain != ratio * worth) / length
                 apart = float(answers.reference[row] - new.detach()[row])
                 expected += kl_weight * (math.exp(apart) - apart - 1.0) / length
         assert float(loss.detach()) == pytest.approx(expected) and float(report["clipped"]) == pytest.approx(held)
@@ -72,7 +75,15 @@ def test_what_is_clipped_teaches_nothing() -> None:
     assert new.grad is not None and new.grad.tolist() == [0.0, -0.5]
 
 
-@pytest.mark.parametrize("options", [{"kind": "ppo"}, {"low": 0.0}, {"high": -1.0}, {"kl_weight": -0.1}])
+def test_a_bad_answer_that_has_become_many_times_as_likely_has_no_say() -> None:
+    answer, old = torch.arange(2), torch.zeros(2)
+    for dual, expected in ((0.0, math.e**5), (3.0, 0.0)):
+        new = torch.tensor([5.0, 0.5], requires_grad=True)
+        policy_loss(new, Answers(answer, old, torch.tensor([-1.0, -1.0])), Clipping(dual=dual))[0].backward()
+        assert new.grad is not None and new.grad.tolist() == pytest.approx([expected, math.e**0.5])
+
+
+@pytest.mark.parametrize("options", [{"kind": "ppo"}, {"low": 0.0}, {"high": -1.0}, {"kl_weight": -0.1}, {"dual": 1.1}])
 def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Clipping(**options)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -168,6 +169,8 @@ BAD = [
     ({"abort_after_fraction": 0.5}, r"--rl\.abort-after-fraction puts answers off"),
     ({"abort_after_fraction": 0.0}, r"--rl\.abort-after-fraction 0\.0 must be in \(0, 1\]"),
     ({"clip_low": 2.0}, r"rl\.clip_low=2\.0"),
+    ({"dual_clip": 1.1}, r"rl\.dual_clip=1\.1 must be above 1 \+ rl\.clip_high=1\.2"),
+    ({"dual_clip": math.inf}, r"rl\.dual_clip=inf"),
     ({"kl_weight": float("nan")}, r"rl\.kl_weight=nan"),
     ({"max_new_tokens": 4096}, r"--rl\.max-new-tokens 4096 must be below"),
     ({"temperature": 0.0}, r"rl\.temperature=0\.0 must be positive"),
