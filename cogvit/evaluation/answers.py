@@ -131,14 +131,14 @@ def answer_examples(model: VisionLanguageModel, found: Sequence[Exam]) -> list[E
         chosen = [exam.asked[place] for place in np.linspace(0, len(exam.asked) - 1, _SHOWN + 2).astype(int)[1:-1]]
         for one, said in zip(chosen, answers(model, chosen), strict=True):
             question = " ".join(part for turn in one.turns for part in turn.parts if part)
-            png = _png(one.images) if one.images else None
+            png = strip(one.images) if one.images else None
             right = exact([said], [one.right]) == 1.0
             shown.append(Example(Item(question, png), (Item(said, right=right), Item(f"({one.right[0]})"))))
     return shown
 
 
-def _png(images: Images) -> bytes:
-    """Several images side by side."""
+def strip(images: Sequence[Image.Image]) -> bytes:
+    """Return several images side by side, as PNG."""
     spread_px = [round(image.width * images[0].height / image.height) for image in images]
     strip, data = Image.new("RGB", (sum(spread_px), images[0].height)), io.BytesIO()
     for place, (image, width_px) in enumerate(zip(images, spread_px, strict=True)):

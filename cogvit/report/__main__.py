@@ -9,8 +9,9 @@ usage: python -m cogvit.report RUN [RUN ...] [flags]
 --follow           serve the page on this machine while the runs go on, without pictures, instead of writing it
 --port N           of --follow (default: 8642; 0: a free one)
 
-Curves, throughput, pictures of patch features, what is found or said of held-out images (in the last run of a stage),
-figures, configurations and versions. A run whose checkpoint or held-out shards are missing gets no pictures.
+Curves, throughput, pictures of patch features, what is found or said of held-out images or in new episodes (in the last
+run of a stage), figures, configurations and versions. A run whose checkpoint or held-out shards are missing gets no
+pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from cogvit import checkout  # noqa: F401  before what lies beside cogvit
+from cogvit.config import load_config
 from cogvit.config.arguments import run_command
 from cogvit.errors import CogViTError, ConfigError
 from cogvit.evaluation.examples import Example, feature_picture
@@ -29,6 +31,7 @@ from cogvit.evaluation.subject import load_subject
 from cogvit.report.live import REFRESH_S, page_server, serve
 from cogvit.report.page import report_page, write_report
 from cogvit.stages import stage_of
+from cogvit.training.restore import is_run
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,35 @@ def report(arguments: Arguments) -> int:
     runs = [Path(run) for run in arguments.runs]
     for run in runs:
         try:
-            subject = load_subject(run, arguments.data, arguments.index_dir)
+            drawn, shown = pictures_of(run, arguments)
         except CogViTError as error:
             if arguments.data:
                 raise
             print(f"no pictures of {run}: {error}", file=sys.stderr)
             continue
-        if len(subject.heldout):  # and not videos or texts alone
-            caption = f"{run.name}: held-out images and their patch features; color is the first three principal"
-            pictures[f"{caption} components"] = feature_picture(subject)
-        if subject.config is not None:
-            stage = stage_of(subject.config)
-            if shown := stage.examples(subject):
-                examples[stage.shows] = shown
+        pictures |= drawn
+        examples |= shown
     out = Path(arguments.out) if arguments.out else runs[-1] / "report.html"
     write_report(out, runs, evaluation, pictures, examples)
     print(out)
     return 0
+
+
+def pictures_of(run: Path, arguments: Arguments) -> tuple[dict[str, bytes], dict[str, list[Example]]]:
+    """Return the pictures of a run or an export by their captions, and its examples by what they are called.
+
+    Errors: CheckpointError, ConfigError or DataError where a checkpoint or held-out shards are missing.
+    """
+    config = load_config(run / "config.json") if is_run(run) else None
+    stage = None if config is None else stage_of(config)
+    if stage is not None and config is not None and stage.reads == "answers" and not arguments.data:
+        return {}, {stage.shows: stage.episodes(run, config)}
+    subject, pictures = load_subject(run, arguments.data, arguments.index_dir), dict[str, bytes]()
+    if len(subject.heldout):  # and not videos or texts alone
+        caption = f"{run.name}: held-out images and their patch features; color is the first three principal"
+        pictures[f"{caption} components"] = feature_picture(subject)
+    shown = [] if stage is None else stage.examples(subject)
+    return pictures, {} if stage is None or not shown else {stage.shows: shown}
 
 
 def live_server(arguments: Arguments) -> ThreadingHTTPServer:

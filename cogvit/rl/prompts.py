@@ -12,6 +12,7 @@ from cogvit.draws import mix
 from cogvit.rl.rollout import Request, Speech
 
 _SEED_SALT = 0x65706973  # "epis"
+FIRST_UNASKED_EPISODE = (1 << 31) + (1 << 30)  # from here on neither runs nor tools.make_demo_tasks ask
 _EPISODES = (1 << 31) - 1  # seeds are below it: numpy's and Python's generators take them all
 
 
@@ -25,8 +26,7 @@ def prompts(config: RunConfig, weights: Mapping[str, float], ended: Collection[s
 
     weights: of the sources. ended: ids of requests.
     """
-    own = config.rl
-    speech = Speech(seed=config.seed, max_new_tokens=own.max_new_tokens, temperature=own.temperature)
+    speech = speech_of(config)
     owed = dict.fromkeys(weights, 0.0)
     total = sum(weights.values())
     for number in count():
@@ -36,7 +36,13 @@ def prompts(config: RunConfig, weights: Mapping[str, float], ended: Collection[s
         owed[source] -= 1.0
         request_id = f"{source}-{number}"
         if request_id not in ended:
-            yield Request(request_id, source, episode_seed(config.seed, number), own.group, speech)
+            yield Request(request_id, source, episode_seed(config.seed, number), config.rl.group, speech)
+
+
+def speech_of(config: RunConfig) -> Speech:
+    """Return how a run's answers are drawn."""
+    own = config.rl
+    return Speech(seed=config.seed, max_new_tokens=own.max_new_tokens, temperature=own.temperature)
 
 
 def episode_seed(seed: int, number: int) -> int:

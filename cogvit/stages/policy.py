@@ -52,7 +52,7 @@ class PolicyStage:
     """Encoder, adapter and language model as a policy, and tasks that ask it."""
 
     title: str = "Stage 4: policy"
-    shows: str = ""
+    shows: str = "What is said in new episodes, several times each, and what that is worth"
     fields: tuple[str, ...] = (
         "rl.", "language.", "adapter.", "memory.language.", "optim.adapter.", "optim.language.",
         "data.text_tokens_per_pack",
@@ -143,6 +143,21 @@ class PolicyStage:
     def examples(self, subject: Subject) -> list[Example]:
         """None: it is asked by its tasks."""
         return []
+
+    def episodes(self, run: Path, config: RunConfig) -> list[Example]:
+        """What it answers to prompts that no run has asked."""
+        from cogvit.evaluation.episodes import episode_examples
+        from cogvit.rl.local import LocalEngine
+        from cogvit.rl.prompts import speech_of
+        from cogvit.rl.speaker import PlainSpeaker
+        from cogvit.rl.task import tasks_of
+        from cogvit.training.joint import load_joint
+
+        own, tasks = config.rl, tasks_of(config.rl.tasks)
+        speaker = PlainSpeaker(load_joint(run))
+        engine = LocalEngine(speaker, tasks, _judge(config), task_s=own.task_s, verify_s=own.task_s)
+        engine.set_weights(0, {})
+        return episode_examples(engine, tasks, speech_of(config))
 
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """The image as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -114,6 +115,13 @@ class Stage(Protocol):
         """Return answers on held-out images for the report."""
         ...
 
+    def episodes(self, run: Path, config: RunConfig) -> list[Example]:
+        """Return what a run's newest checkpoint answers in a stage that makes its own samples; else nothing.
+
+        Errors: as loading it.
+        """
+        ...
+
     @property
     def legend(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
         """What the colors mean that `shade` tints with: (words, (red, green, blue))."""
@@ -130,6 +138,10 @@ class ReadsShards:
     def guard(self, config: RunConfig) -> Guard:
         """Nothing stops them but what the engine finds."""
         return lambda step, values: None
+
+    def episodes(self, run: Path, config: RunConfig) -> list[Example]:
+        """They make no samples."""
+        return []
 
     def rounds(self, config: RunConfig, engine: Engine, start: DataPosition, leaving: Callable[[], bool]) -> None:
         """They make no samples."""

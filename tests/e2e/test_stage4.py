@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import cogvit.model.vlm
 import cogvit.parallel.language
+import cogvit.report.__main__ as report
 from cogvit.config import ParallelConfig, RunConfig
 from cogvit.rl import ledger
 from cogvit.rl.rounds import LEDGER
@@ -61,6 +63,17 @@ def test_a_run_says_what_its_answers_are_worth_and_loses_none(base: RunConfig, s
     assert not ledger.faults(entries, issued) and {entry.end for entry in entries} == {"trained"}
     assert [entry.version for entry in entries] == [step for step in range(4) for _ in range(4)]
     assert load_joint(straight).language.cfg.vocab_size == 288
+
+
+def test_a_report_shows_what_a_policy_says_and_what_that_is_worth(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.report(report.Arguments((str(straight),), str(tmp_path / "report.html"))) == 0
+    page = (tmp_path / "report.html").read_text()
+    shown = page.partition("<h2>What is said in new episodes")[2].partition("</section>")[0]
+    assert shown.count('<div class="example">') == 2 * 3 and shown.count("data:image/png") == 2 * 3
+    assert len(re.findall(r"\([01]\.\d\d\)</span>", shown)) == 2 * 3 * 4 and shown.count("What is two?") == 3 + 3
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

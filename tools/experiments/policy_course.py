@@ -13,14 +13,13 @@ from cogvit.model.layouts.files import read_json, write_json
 from cogvit.rl.figures import PASSED
 from cogvit.rl.judge import Episode, OwnVerifier
 from cogvit.rl.local import LocalEngine
+from cogvit.rl.prompts import FIRST_UNASKED_EPISODE
 from cogvit.rl.rollout import Answer, Request, Speech
 from cogvit.rl.speaker import PlainSpeaker
 from cogvit.rl.task import NewTask, tasks_of
 from cogvit.training.joint import load_joint
 from cogvit.training.meter import read_metrics
 from tools import index_shards, make_demo_tasks
-
-_FIRST_EPISODE = (1 << 31) + (1 << 30)  # neither stage 4 nor tools.make_demo_tasks asks those from here on
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam
     engine.set_weights(0, {})
     speech = Speech(max_new_tokens=exam.max_new_tokens)
     for number in range(exam.prompts):
-        seed = _FIRST_EPISODE + number
+        seed = FIRST_UNASKED_EPISODE + number
         engine.submit(Request(f"{source}-{seed}", source, seed, exam.group, speech), heard.append)
     while engine.poll():
         continue
