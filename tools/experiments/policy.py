@@ -13,11 +13,11 @@ learn             and from it policies by demo_rl
 --seeds N,...     start, learn: of episodes, weights and draws, each a start of its own (default: 0)
 --staleness N,... learn: of each policy; above 0 Ray actors answer (default: 0)
 --actors N        learn: so many; answers are as stale as they may be where these are faster than training (default: 1)
---samples N       start, learn: right answers to begin with (default: 6000)
---start-steps N,...  start, learn: of 64 of them, one number for all TASKS or one for each (default: 90)
---steps N         learn: of the policy (default: 60)
---answers N       learn: of each of these, 8 to a prompt (default: 96)
---lr RATE         learn: of the policy (default: 2e-4)
+--samples N       start, learn: right answers to begin with (default: 12000)
+--start-steps N,...  start, learn: of 64 of them, one number for all TASKS or one for each (default: 200)
+--steps N         learn: of the policy (default: 100)
+--answers N       learn: of each of these, 8 to a prompt (default: 192)
+--lr RATE         learn: of the policy (default: 1e-4)
 --picture FILE    learn: where the rewards of all steps are drawn, as SVG
 --prompts N       to be worth something in, of each task (default: 100)
 --group N         answers to each of these, drawn at temperature 1 (default: 8)
@@ -63,11 +63,11 @@ class Arguments:
     seeds: str = "0"
     staleness: str = "0"
     actors: str = "1"
-    samples: str = "6000"
-    start_steps: str = "90"
-    steps: str = "60"
-    answers: str = "96"
-    lr: str = "2e-4"
+    samples: str = "12000"
+    start_steps: str = "200"
+    steps: str = "100"
+    answers: str = "192"
+    lr: str = "1e-4"
     picture: str = ""
     prompts: str = "100"
     group: str = "8"

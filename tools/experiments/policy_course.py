@@ -124,7 +124,7 @@ def learned(
 
 def learn_start(work: Path, tasks: str, seed: int, course: Course) -> Path:
     """Train stage 3 on right answers, unless that is done; returns the run's directory. Errors: as training."""
-    home = work / tasks / f"seed_{seed}"
+    home = work / tasks / f"seed_{seed}_of_{course.samples}"
     shown, out = home / "tasks", home / f"start_{course.start_steps}"
     if not (shown / "language" / "config.json").exists():
         succeed(make_demo_tasks.make(make_demo_tasks.Arguments(str(shown), tasks, str(course.samples), str(seed))))
