@@ -15,8 +15,8 @@ from cogvit.errors import PolicyFault
 from cogvit.objective.reinforce import EFFECT, GAP, OTHERS
 
 _PATIENCE_STEPS = 3  # in a row, of those in which a source was measured
-# Among them, unless the effect is nothing at all: a policy that is sure of itself says the same of two images of which
-# the same is true, and of yes and no that is every other pair.
+# Among them, unless the effect is nothing at all while answers are wrong: a policy that is sure of itself says the same
+# of two images of which the same is true, and of yes and no that is every other pair.
 _PATIENCE_QUESTIONS = 48
 _LARGEST_GAP = {"fp32": 1e-3, "bf16": 1.0}  # nats a token
 
@@ -51,7 +51,10 @@ class PolicyGuard:
             if abs(effect) >= self._least:
                 self._blind[source] = _Blind()
                 continue
-            self._blind[source] = blind = blind.more(effect, values[f"{OTHERS}_{source}"])
+            self._blind[source] = blind = blind.more(
+                values[f"{OTHERS}_{source}"],
+                at_all=effect != 0.0 or values.get(f"reward_{source}") == 1.0,
+            )
             if self._least > 0.0 and blind.is_sure:
                 raise PolicyFault(
                     f"step {step}: the policy does not look: for {blind.steps} steps other images have changed answers"
@@ -68,16 +71,16 @@ class _Blind:
     Attributes:
         steps: in a row in which other images changed nothing that counts.
         questions: that were asked in them.
-        at_all: whether they changed anything.
+        at_all: whether they changed anything, or every answer of a step was right, which is not to be had blind.
     """
 
     steps: int = 0
     questions: float = 0.0
     at_all: bool = False
 
-    def more(self, effect: float, questions: float) -> _Blind:
+    def more(self, questions: float, *, at_all: bool) -> _Blind:
         """Return it with another such step."""
-        return _Blind(self.steps + 1, self.questions + questions, self.at_all or effect != 0.0)
+        return _Blind(self.steps + 1, self.questions + questions, self.at_all or at_all)
 
     @property
     def is_sure(self) -> bool:

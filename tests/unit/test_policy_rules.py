@@ -45,7 +45,8 @@ def test_prompts_are_a_function_of_the_seed_and_mixed_by_weight() -> None:
     assert Counter(one.source for one in first) == {"digits": 200, "counting": 100}
     assert len({one.id for one in first}) == len({one.seed for one in first}) == 300
     assert [(one.id, one.seed) for one in asked(0, 300)] == [(one.id, one.seed) for one in first]
-    assert not {one.seed for one in asked(1, 300)} & {one.seed for one in first}
+    for other in (1, 31, 62):
+        assert not {one.seed for one in asked(other, 300)} & {one.seed for one in first}
 
 
 def test_prompts_that_have_ended_are_not_asked_again() -> None:
@@ -116,6 +117,10 @@ def test_the_guard_knows_a_policy_that_is_sure_of_itself() -> None:
     look(guard, *[seen(1e-9)] * 23)
     with pytest.raises(PolicyFault, match="for 24 steps other images have changed answers to 48 questions of digits"):
         guard.check(24, seen(1e-9))
+    solved = {**seen(0.0), "reward_digits": 1.0}
+    look(guard := PolicyGuard(GOOD, ["digits"]), *[solved] * 23)
+    with pytest.raises(PolicyFault, match="to 48 questions"):
+        guard.check(24, solved)
     look(guard := PolicyGuard(GOOD, ["digits"]), seen(1e-9, 40.0), seen(1e-9, 40.0))
     with pytest.raises(PolicyFault, match="for 3 steps"):
         guard.check(3, seen(1e-9, 40.0))
