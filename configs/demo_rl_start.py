@@ -28,7 +28,7 @@ def config() -> RunConfig:
         data=DataConfig(
             shards="runs/demo_rl/tasks/train/*.tar",
             eval_shards="runs/demo_rl/tasks/heldout/*.tar",
-            mixture=(("digits", 0.45), ("counting", 0.05), ("reading", 0.5)),  # dots are soon counted, and nothing left
+            mixture=(("digits", 0.35), ("counting", 0.04), ("reading", 0.61)),  # dots are soon counted, and nothing left
             global_batch_images=64,
             tokens_per_pack=1152,
             images_per_pack=36,
@@ -41,7 +41,7 @@ def config() -> RunConfig:
             canonical_shares=2,
         ),
         optim=OptimConfig(lr=4e-3, adamw_lr=2e-3),
-        schedule=ScheduleConfig(steps=250, warmup_steps=20, kind="constant"),
-        checkpoint=CheckpointConfig(every_steps=125),
+        schedule=ScheduleConfig(steps=300, warmup_steps=20, kind="constant"),
+        checkpoint=CheckpointConfig(every_steps=150),
         eval=EvalConfig(every_steps=50),
     )

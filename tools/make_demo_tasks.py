@@ -7,7 +7,7 @@ language model of random weights with a tokenizer of the words that occur. No ep
 
 --out DIR         new directory
 --tasks NAME,...  of `cogvit.rl.families` (default: digits,counting,reading)
---samples N       to train on; a fiftieth as many are held out (default: 20000)
+--samples N       to train on; a fiftieth as many are held out (default: 36000)
 --seed N          of episodes and weights (default: 0)
 """
 
@@ -42,7 +42,7 @@ class Arguments:
 
     out: str = ""
     tasks: str = "digits,counting,reading"
-    samples: str = "20000"
+    samples: str = "36000"
     seed: str = "0"
 
 

@@ -40,10 +40,10 @@ from data_pipeline.caption import parse_metadata
 from data_pipeline.shards import expand_shards, read_members
 from tools import index_shards
 from tools.bench._record import flags_of, run_benchmark
+from tools.experiments.commands import succeed
 from tools.experiments.expert_record import Row, picture, record
 from tools.experiments.expert_runs import KINDS, Found, Place, Run, make_run
 from tools.experiments.interleaved import write_json
-from tools.experiments.policy_course import succeed
 from tools.make_demo_language_model import QUESTIONS, encode, read_captions, tiny_shape, train, train_tokenizer
 from tools.make_demo_tasks import Solved, write_shard
 

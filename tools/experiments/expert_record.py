@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cogvit.report.chart import Series, running_mean, svg_picture
 from tools.experiments.expert_runs import Found
-from tools.experiments.mmtp_record import spread, table
+from tools.experiments.tables import spread, table
 
 _EVERY = 5  # steps between two points of a curve
 

@@ -29,18 +29,16 @@ from statistics import fmean
 from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
-from tools.experiments.mmtp_record import spread, table
+from tools.experiments.commands import positive, train_run, whole_numbers
 from tools.experiments.policy_course import (
     Course,
     Exam,
     Worth,
     learn_policy,
     learn_start,
-    positive,
-    train_run,
-    whole_numbers,
     worths,
 )
+from tools.experiments.tables import spread, table
 
 WAYS = ("policy", "answers")
 ALL = "all"  # tasks, one beside the other

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cogvit.report.chart import Series, running_mean, svg_picture
 from tools.experiments.heads import DEPTHS, PLACES, Found
+from tools.experiments.tables import spread, table
 
 _LOSSES = ("loss", *(f"loss_mtp_{depth}" for depth in range(1, DEPTHS + 1)))
 _EVERY = 4  # steps between two points of a curve
@@ -36,12 +37,6 @@ class Row:
             spread([one.places[place][depth] for one in self.found]) if labels[depth] else "-"
             for depth in range(len(labels))
         ]
-
-
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Return the mean of the seeds and their standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
 
 def record(rows: Sequence[Row]) -> Iterator[str]:
@@ -87,14 +82,6 @@ def beside(way: str, rows: Sequence[Row]) -> Iterator[list[str]]:
             each = [100 * (one.held_out[depth] / base.held_out[depth] - 1) for one, base in pairs]
             cells.append(f"{statistics.mean(each):+.1f} ({', '.join(f'{value:+.1f}' for value in each)})")
         yield [row.kind, *cells]
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield a table of Markdown."""
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
-    for line in lines:
-        yield f"| {' | '.join(line)} |"
 
 
 def picture(rows: Sequence[Row]) -> str:

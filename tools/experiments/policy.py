@@ -39,18 +39,17 @@ from cogvit.config.arguments import run_command
 from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
 from cogvit.rl.task import tasks_of
-from tools.experiments.mmtp_record import table
+from tools.experiments.commands import positive, whole_numbers
 from tools.experiments.policy_course import (
     Course,
     Exam,
     Learned,
     learn_start,
     learned,
-    positive,
-    whole_numbers,
     worths,
 )
 from tools.experiments.policy_record import HEAD, figures, learned_table, picture, stability_table
+from tools.experiments.tables import table
 
 
 @dataclass(frozen=True)

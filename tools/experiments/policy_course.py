@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from cogvit import train
-from cogvit.errors import ConfigError, DataError
+from cogvit.errors import DataError
 from cogvit.model.layouts.files import read_json, write_json
 from cogvit.rl.figures import PASSED
 from cogvit.rl.judge import Episode, OwnVerifier
@@ -20,6 +19,7 @@ from cogvit.rl.task import NewTask, tasks_of
 from cogvit.training.joint import load_joint
 from cogvit.training.meter import read_metrics
 from tools import index_shards, make_demo_tasks
+from tools.experiments.commands import succeed, train_run
 
 
 @dataclass(frozen=True)
@@ -192,28 +192,3 @@ def worth(speaker: PlainSpeaker, tasks: Mapping[str, NewTask], source: str, exam
     ]
     passed = fmean(float(max(own) >= PASSED) for own in rewards)
     return Worth(fmean(reward for own in rewards for reward in own), passed, fmean(blind), len(heard) - len(answers))
-
-
-def train_run(*words: object) -> None:
-    """Run `cogvit.train` in this process. Errors: ConfigError where it ends with an error, which it has printed."""
-    succeed(train.main([str(word) for word in words]))
-
-
-def succeed(status: int) -> None:
-    """Errors: ConfigError where a command has ended with an error, which it has printed."""
-    if status:
-        raise ConfigError("a command failed; its reason stands above")
-
-
-def positive(flag: str, value: str) -> int:
-    """Return the number of a flag. Errors: ConfigError when it is no positive whole number."""
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError(f"--{flag.replace('_', '-')} {value} must be a positive whole number")
-    return int(value)
-
-
-def whole_numbers(flag: str, values: str) -> list[int]:
-    """Return the numbers of a flag. Errors: ConfigError when they are no whole numbers with commas between."""
-    if not all(value.isdigit() for value in values.split(",")):
-        raise ConfigError(f"--{flag} {values} must be whole numbers with commas between")
-    return [int(value) for value in values.split(",")]

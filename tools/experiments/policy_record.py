@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from cogvit.report.chart import Series, svg_picture
-from tools.experiments.mmtp_record import spread, table
 from tools.experiments.policy_course import Learned, Worth
+from tools.experiments.tables import spread, table
 
 HEAD = ("reward", "pass@k", "chance")
 _NEIGHBORS = 5  # steps that a curve's point is the mean of

@@ -80,6 +80,7 @@ from data_pipeline.loader import image_of
 from tools.bench._record import flags_of, run_benchmark
 from tools.experiments import squeezenet
 from tools.experiments.clipart import CLASSES, FOLDS, SOURCE, make_corpus
+from tools.experiments.commands import succeed
 from tools.precompute_features import plan_job, run_job
 
 REQUIRED_POINTS = 5.0
@@ -160,12 +161,6 @@ def prepare(arguments: Arguments, work: Path) -> None:
     if job.shards:  # in this process: one teacher on one machine needs no Ray
         teacher = load_teacher(TEACHER.path, "fp32", parts=tuple(TEACHER.parts))
         run_job(job, LocalFeatures({TEACHER.name: teacher}, image_of))
-
-
-def succeed(status: int) -> None:
-    """Raise ConfigError where a command of ours has ended with an error, which it has printed."""
-    if status:
-        raise ConfigError("a command failed; its reason stands above")
 
 
 def figures_of(work: Path, seed: int, steps: int, visible_weight: float) -> Figures:
