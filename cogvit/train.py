@@ -140,6 +140,14 @@ def set_out(state: TrainState, start: Start, elapsed_s: float) -> TrainState:
     return replace(state, chrono=after_restart(state.chrono, start.out, state.step, elapsed_s))
 
 
+def leave(state: TrainState, start: Start, *, speaks: bool) -> int:
+    """Return the status of a run that was asked to stop; one process says what is kept."""
+    if speaks:
+        kept = f"step {state.step} of {start.config.schedule.steps} is saved" if state.step else "no step was done"
+        print(f"asked to stop: {kept}; the same command goes on", flush=True)
+    return REQUEUE_STATUS
+
+
 def run(start: Start, corpus: Corpus, device: torch.device) -> int:
     """Train to the end or to a requested stop; returns 0 or 75. Heavy libraries are imported from here on."""
     launched_s, config = time.monotonic(), start.config
@@ -196,7 +204,7 @@ def run(start: Start, corpus: Corpus, device: torch.device) -> int:
             spikes=SpikeLog(out / "logs" / "spikes.jsonl", config.guard.spike_factor),
             guard=stage.guard(config),
         )
-    return 0 if state.step >= config.schedule.steps else REQUEUE_STATUS
+    return 0 if state.step >= config.schedule.steps else leave(state, start, speaks=mesh.is_writer)
 
 
 if __name__ == "__main__":

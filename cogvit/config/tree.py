@@ -77,4 +77,12 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}={value!r} is not of type {getattr(hint, '__name__', hint)}")
+    raise ConfigError(f"{where}={value!r} is not of type {_told(hint)}")
+
+
+def _told(hint: Any) -> str:
+    """A type in words: lists as JSON has them."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is not tuple:
+        return str(getattr(hint, "__name__", hint))
+    return f"list of {_told(args[0])}" if args[-1] is Ellipsis else f"[{', '.join(map(_told, args))}]"

@@ -154,10 +154,11 @@ def _run(run: Run) -> str:
 
 def _rollout_charts(run: Run) -> list[str]:
     """What a policy's answers were like; nothing of a run that gave none."""
-    lost = ("aborted_prompts", "failed_prompts", "stale_prompts", "equal_groups")
+    lost = ("aborted_prompts", "failed_prompts", "stale_prompts")
     return [
         line_chart("Reward", [run.series(name) for name in run.names("reward")]),
         line_chart("Prompts with a right answer (pass@k)", [run.series(name) for name in run.names("pass_")]),
+        line_chart("Prompts whose answers are all worth the same", [run.series(one) for one in run.names("equal_")]),
         line_chart("Staleness, steps", [run.series(name) for name in run.names("staleness")]),
         line_chart("Length of answers, tokens", [run.series(name) for name in run.names("answer_length")]),
         line_chart("Prompts put off, failed or stale", [run.series(name) for name in lost if run.names(name)]),
@@ -171,9 +172,12 @@ def _cards(run: Run) -> list[str]:
     last = run.rows[-max(1, len(run.rows) // 20) :]
     totals = {name: sum(row.get(name, 0.0) for row in run.rows) for name in ("images", "tokens", "seconds")}
     rates = {name: median(row.get(name, 0.0) for row in run.rows) for name in ("images_per_s", "tokens_per_s")}
+    # The loss of a policy is about 0 however good it is.
+    kind = "reward" if any("reward" in row for row in last) else "loss"
+    final = {f"final {kind}": number(mean(row[kind] for row in last if kind in row))}
     figures = {
         "steps": f"{run.rows[-1]['step']:.0f}",
-        "final loss": number(mean(row["loss"] for row in last)),
+        **final,
         "images": number(totals["images"]),
         "tokens": number(totals["tokens"]),
         "images/s": number(rates["images_per_s"]),

@@ -99,6 +99,8 @@ def _found(name: str) -> Any:
     if file is None:
         raise ConfigError(f"--rl.judge {name} is unknown; judges are {OWN} and FILE.py:NAME")
     found = from_file(f"--rl.judge {name}", *file)
+    if found is None:
+        raise ConfigError(f"--rl.judge {name}: {file[0]} has no {file[1]}")
     called, arguments = found, 1
     if inspect.isclass(found):  # its own method, and not that of all classes, which makes one
         own = (vars(above).get("__call__") for above in found.__mro__)
@@ -106,7 +108,9 @@ def _found(name: str) -> Any:
     try:
         inspect.signature(called).bind(*[None] * arguments)
     except (TypeError, ValueError):
-        raise ConfigError(f"--rl.judge {name} is no function of an episode, nor a class of such") from None
+        raise ConfigError(
+            f"--rl.judge {name} is no function of an episode, its one argument, nor a class of such"
+        ) from None
     return found
 
 

@@ -65,6 +65,7 @@ class LocalEngine:
         judge: says what episodes are worth; None asks the tasks.
         task_s: how long a call of a task may take.
         verify_s: how long a judge may take for an episode.
+        stop: whether to interrupt an answer, which is asked between tokens.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class LocalEngine:
         *,
         task_s: float = 30.0,
         verify_s: float = 30.0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._player = Player(speaker, tasks, task_s)
+        self._player, self._stop = Player(speaker, tasks, task_s), stop
         self._judge, self._verify_s = judge or OwnVerifier(tasks), verify_s
         self._waiting: deque[tuple[Request, Callback]] = deque()
 
@@ -93,7 +95,7 @@ class LocalEngine:
         if not self._waiting:
             return 0
         request, callback = self._waiting.popleft()
-        callback(self._judged(self._player.answer(request, lambda: False)))
+        callback(self._judged(self._player.answer(request, self._stop)))
         return 1
 
     def abort(self, ids: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from cogvit.config import RunConfig
 from cogvit.draws import mix
+from cogvit.errors import ConfigError
 from cogvit.rl.rollout import Request, Speech
 
 _SEED_SALT = 0x65706973  # "epis"
@@ -17,8 +18,14 @@ _EPISODES = (1 << 31) - 1  # seeds are below it: numpy's and Python's generators
 
 
 def weights_of(config: RunConfig, sources: Sequence[str]) -> dict[str, float]:
-    """Return the sources' weights in the mixture, all of them positive."""
-    return dict(config.rl.mixture) or dict.fromkeys(sources, 1.0)
+    """Return the sources' weights in the mixture, all of them positive.
+
+    Errors: ConfigError names a source that a mixture leaves out: nobody would ask its task.
+    """
+    weights = dict(config.rl.mixture) or dict.fromkeys(sources, 1.0)
+    if left_out := [source for source in sources if source not in weights]:
+        raise ConfigError(f"--rl.mixture gives {left_out[0]!r} no weight; name it, or leave its task out of --rl.tasks")
+    return weights
 
 
 def prompts(config: RunConfig, weights: Mapping[str, float], ended: Collection[str]) -> Iterator[Request]:

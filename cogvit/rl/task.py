@@ -54,7 +54,8 @@ def tasks_of(names: str) -> dict[str, NewTask]:
         file = task_file(name)
         make: Any = FAMILIES.get(name) if file is None else _from_file(name, *file)
         if make is None:
-            raise ConfigError(f"--rl.tasks {name} is unknown; tasks are {', '.join(FAMILIES)} and FILE.py:NAME")
+            lacks = f"names no class; pass {name}:NAME" if name.endswith(".py") else "is unknown"
+            raise ConfigError(f"--rl.tasks {name} {lacks}; tasks are {', '.join(FAMILIES)} and FILE.py:NAME")
         source = make.source
         if source in found:
             raise ConfigError(f"--rl.tasks {names} has two tasks of the source {source!r}; each needs its own")

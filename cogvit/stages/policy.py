@@ -157,7 +157,7 @@ class PolicyStage:
         speaker = PlainSpeaker(load_joint(run))
         engine = LocalEngine(speaker, tasks, _judge(config), task_s=own.task_s, verify_s=own.task_s)
         engine.set_weights(0, {})
-        return episode_examples(engine, tasks, speech_of(config))
+        return episode_examples(engine, tasks, speech_of(config), own.task_s)
 
     def shade(self, pixels: NDArray[np.uint8], key: int, config: RunConfig) -> NDArray[np.uint8]:
         """The image as it is."""
@@ -216,7 +216,7 @@ def _asking(
             f" back, or go on from its weights in another --out: --init {config.out}"
         )
     ended = ended_requests(ledger, start.step)
-    engine = stack.enter_context(closing(_rollouts(config, device)))
+    engine = stack.enter_context(closing(_rollouts(config, device, leaving)))
     quota = Quota(
         prompts=config.data.global_batch_images // own.group,
         max_staleness=own.max_staleness,
@@ -227,7 +227,7 @@ def _asking(
     return Asking(engine, Collector(engine, asked, quota, leaving), ledger)
 
 
-def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:
+def _rollouts(config: RunConfig, device: torch.device, leaving: Callable[[], bool]) -> RolloutEngine:
     """Return who answers: this process on its device, or actors of the Ray cluster that it has joined."""
     from cogvit.rl.actors import RayRollouts
     from cogvit.rl.crew import Place
@@ -236,9 +236,8 @@ def _rollouts(config: RunConfig, device: torch.device) -> RolloutEngine:
 
     own = config.rl
     if not own.actors:
-        return LocalEngine(
-            _speaker(config, device), tasks_of(own.tasks), _judge(config), task_s=own.task_s, verify_s=own.task_s
-        )
+        speaker, tasks = _speaker(config, device), tasks_of(own.tasks)
+        return LocalEngine(speaker, tasks, _judge(config), task_s=own.task_s, verify_s=own.task_s, stop=leaving)
     return RayRollouts(
         partial(_player, config),
         partial(_judge, config),

@@ -18,7 +18,8 @@ def check_policy(config: RunConfig) -> None:
     require(0.0 < own.clip_high < math.inf, f"rl.clip_high={own.clip_high} must be positive")
     require(
         own.dual_clip == 0.0 or 1.0 + own.clip_high < own.dual_clip < math.inf,
-        f"rl.dual_clip={own.dual_clip} must be above 1 + rl.clip_high={1.0 + own.clip_high:g}; 0 turns it off",
+        f"--rl.dual-clip {own.dual_clip:g} must be above {1.0 + own.clip_high:g} (1 + rl.clip_high) and finite; 0 turns"
+        " it off",
     )
     for name in ("kl_weight", "min_image_effect"):
         value = getattr(own, name)

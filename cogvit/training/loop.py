@@ -85,10 +85,11 @@ def train(
     spikes: SpikeLog,
     guard: Guard = lambda step, values: None,
 ) -> TrainState:
-    """Train until `steps` or until the ranks agree to stop; the returned state is saved.
+    """Train until `steps` or until the ranks agree to stop; the returned state is saved, or that of the start.
 
     Errors: NonFiniteStep, DataError and PolicyFault pass through, and the last checkpoint stays as it is;
-    TeacherUnavailable too, after a save. CheckpointError when the last save could not be written.
+    TeacherUnavailable too, after a save unless no step was done. CheckpointError when the last save could not be
+    written.
     """
     mesh, first_step = engine.mesh, state.step
     source = iter(batches)
@@ -121,8 +122,9 @@ def train(
             watchdog.feed()
     except (AskedToLeave, TeacherUnavailable) as error:
         watchdog.rest()
-        checkpoints.save(state, engine)
-        checkpoints.finish()
+        if state.step:  # before the first there is nothing to keep, and the directory stays free
+            checkpoints.save(state, engine)
+            checkpoints.finish()
         if isinstance(error, TeacherUnavailable):
             raise
     watchdog.rest()

@@ -184,6 +184,7 @@ def summary(values: dict[str, float]) -> str:
     losses = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("loss", "eval_loss"))]
     formats = {
         "reward": "reward {:.3f}",
+        "equal_groups": "equal {:.0%}",
         "lr": "lr {:.1e}",
         "grad_norm": "grad {:.3g}",
         "images_per_s": "{:.1f} img/s",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -110,8 +112,11 @@ def test_a_killed_rank_ends_with_the_same_bits(base: RunConfig, straight: Path, 
     assert status == 2 and "does not reach to step 2" in told
 
 
-def asked_to_leave(rank: int, world: int, argv: list[str], last: int) -> int:
-    """Train, and be sent SIGTERM while an answer is given, which must be the last one; the process ends with it."""
+def asked_to_leave(rank: int, world: int, argv: list[str], last: int) -> tuple[int, str]:
+    """Train, and be sent SIGTERM while an answer is given, which must be the last one; the process ends with it.
+
+    Returns the exit status and the last line that was printed.
+    """
     speak, number = PlainSpeaker.speak, count(1)
 
     def spoken(*args: object) -> list:
@@ -122,7 +127,19 @@ def asked_to_leave(rank: int, world: int, argv: list[str], last: int) -> int:
         return speak(*args)
 
     PlainSpeaker.speak = spoken
-    return train_on_rank(rank, world, argv)
+    with redirect_stdout(io.StringIO()) as printed:
+        status = train_on_rank(rank, world, argv)
+    return status, printed.getvalue().strip().rpartition("\n")[2]
+
+
+def test_a_run_that_leaves_before_its_first_step_takes_no_directory(
+    base: RunConfig, pool: Pool, tmp_path: Path
+) -> None:
+    argv = [preset(tmp_path, base), "--out", str(out := tmp_path / "run")]
+    told = "asked to stop: no step was done; the same command goes on"
+    assert pool.run(asked_to_leave, 1, (argv, 1), timeout_s=150.0) == [(75, told)]
+    assert not [*(out / "checkpoints").glob("*")] and not (out / "logs" / "newest_checkpoint").exists()
+    assert not read_metrics(out / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -131,7 +148,8 @@ def test_a_run_that_is_asked_to_leave_does_not_wait_for_a_steps_answers(
 ) -> None:
     argv = [preset(tmp_path, base), "--out", str(out := tmp_path / "run")]
     first_of_step_2 = 2 * 1 + 2 * 2 + 1  # a step asks twice for one answer and twice for two
-    assert pool.run(asked_to_leave, world, (argv, first_of_step_2), timeout_s=150.0) == [75] * world
+    said = ["asked to stop: step 1 of 4 is saved; the same command goes on", *[""] * (world - 1)]
+    assert pool.run(asked_to_leave, world, (argv, first_of_step_2), timeout_s=150.0) == [(75, one) for one in said]
     assert len(read_metrics(out / "metrics.jsonl")) == 1 and {one.step for one in ledger.read(out / LEDGER)} == {1}
     assert pool.run(train_on_rank, world, (argv,), timeout_s=150.0) == [0] * world
     if world == 1:

@@ -21,7 +21,7 @@ from cogvit.rl.collect import Taken
 from cogvit.rl.figures import figures
 from cogvit.rl.guard import PolicyGuard
 from cogvit.rl.ledger import Entry
-from cogvit.rl.prompts import prompts
+from cogvit.rl.prompts import prompts, weights_of
 from cogvit.rl.rollout import Answer, Request, Sample, Span, Turn
 from cogvit.rl.rounds import ended_requests
 from cogvit.stages import read_run
@@ -47,6 +47,13 @@ def test_prompts_are_a_function_of_the_seed_and_mixed_by_weight() -> None:
     assert [(one.id, one.seed) for one in asked(0, 300)] == [(one.id, one.seed) for one in first]
     for other in (1, 31, 62):
         assert not {one.seed for one in asked(other, 300)} & {one.seed for one in first}
+
+
+def test_a_task_that_a_mixture_leaves_out_is_told() -> None:
+    mixed = replace(GOOD, rl=replace(GOOD.rl, mixture=(("digits", 2.0),)))
+    assert weights_of(mixed, ["digits"]) == {"digits": 2.0}
+    with pytest.raises(ConfigError, match=r"--rl\.mixture gives 'counting' no weight; name it, or leave its task out"):
+        weights_of(mixed, ["digits", "counting"])
 
 
 def test_prompts_that_have_ended_are_not_asked_again() -> None:
@@ -174,8 +181,8 @@ BAD = [
     ({"abort_after_fraction": 0.5}, r"--rl\.abort-after-fraction puts answers off"),
     ({"abort_after_fraction": 0.0}, r"--rl\.abort-after-fraction 0\.0 must be in \(0, 1\]"),
     ({"clip_low": 2.0}, r"rl\.clip_low=2\.0"),
-    ({"dual_clip": 1.1}, r"rl\.dual_clip=1\.1 must be above 1 \+ rl\.clip_high=1\.2"),
-    ({"dual_clip": math.inf}, r"rl\.dual_clip=inf"),
+    ({"dual_clip": 1.1}, r"--rl\.dual-clip 1\.1 must be above 1\.2 \(1 \+ rl\.clip_high\)"),
+    ({"dual_clip": math.inf}, r"--rl\.dual-clip inf must be .* finite"),
     ({"kl_weight": float("nan")}, r"rl\.kl_weight=nan"),
     ({"max_new_tokens": 4096}, r"--rl\.max-new-tokens 4096 must be below"),
     ({"temperature": 0.0}, r"rl\.temperature=0\.0 must be positive"),

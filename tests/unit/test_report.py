@@ -159,6 +159,17 @@ def test_key_figures_come_from_the_metrics(page: str) -> None:
     assert "No step was recorded." in page  # stage 2
 
 
+def test_a_policy_is_known_by_its_reward_and_not_by_its_loss(tmp_path: Path) -> None:
+    out = make_run(tmp_path / "run", CONFIG, 0)
+    with Meter(out, CONFIG, writer=True, start_step=0) as meter:
+        meter.record(1, {"loss": 1e-9, "reward": 0.25, "equal_groups": 0.5, "failed_prompts": 0.0})
+    write_report(tmp_path / "report.html", [out], {}, {})
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>0.25</b><span>final reward</span>" in page and "final loss" not in page
+    lost = page.partition("<b>Prompts put off, failed or stale</b>")[2].partition("</figure>")[0]
+    assert "failed_prompts" in lost and "equal_groups" not in lost and "all worth the same</b>" in page
+
+
 def test_empty_parts_are_left_out(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", [make_run(tmp_path / "run", CONFIG, 1)], {}, {})
     text = (tmp_path / "report.html").read_text()

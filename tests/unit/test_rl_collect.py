@@ -116,6 +116,14 @@ def test_who_is_asked_to_leave_answers_no_further_request(model: VisionLanguageM
     assert engine.poll() == 1 and engine.poll() == 1 and engine.poll() == 0  # one of three was answered before
 
 
+def test_who_is_asked_to_leave_waits_for_no_more_than_a_token(model: VisionLanguageModel) -> None:
+    stop, leaving = iter([False, False, True, True]), iter([False, True])  # one of two tokens is said
+    engine = LocalEngine(PlainSpeaker(model), TASKS, stop=lambda: next(stop))
+    engine.set_weights(0, {})
+    with pytest.raises(AskedToLeave, match="step 1 waits"):
+        Collector(engine, prompts("digits"), Quota(1), lambda: next(leaving)).take(0)
+
+
 def test_a_run_in_which_all_fails_ends(model: VisionLanguageModel) -> None:
     collector = Collector(LocalEngine(PlainSpeaker(model), TASKS), prompts(*["raises"] * 20), Quota(3, max_staleness=1))
     with pytest.raises(DataError, match=r"12 requests have failed one after the other, the last one \(11\) because"):

@@ -298,7 +298,7 @@ def test_judges_are_named_with_weights(model: VisionLanguageModel, tmp_path: Pat
         ("taste", "taste is unknown; judges are task and FILE.py:NAME"),
         (f"{path}:Nothing", "is no function of an episode"),
         (f"{path}:pair", "is no function of an episode"),
-        (f"{path}:none", "is no function of an episode"),
+        (f"{path}:none", "own.py has no none"),
         (f"{tmp_path}/none.py:one", "none.py is no Python file"),
     ):
         with pytest.raises(ConfigError, match=message):

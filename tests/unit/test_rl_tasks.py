@@ -202,6 +202,7 @@ def test_a_tasks_file_is_a_module_that_runs_once(tmp_path: Path, monkeypatch: py
         ("digits,digits", "two tasks of the source 'digits'"),
         ("none.py:Task", "none.py is no Python file"),
         ("own.py:Missing", "has no class Missing"),
+        ("own.py", "own.py names no class; pass own.py:NAME"),
         ("own.py:Silent", r"the class lacks reset\(seed\), step\(text\), verify\(answer\)"),
         ("broken.py:Task", "does not load: ZeroDivisionError: division by zero"),
         ("reads.py:Task", "reads.py does not load: FileNotFoundError"),
