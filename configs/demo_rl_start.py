@@ -28,7 +28,7 @@ def config() -> RunConfig:
         data=DataConfig(
             shards="runs/demo_rl/tasks/train/*.tar",
             eval_shards="runs/demo_rl/tasks/heldout/*.tar",
-            mixture=(("digits", 0.35), ("counting", 0.04), ("reading", 0.61)),  # dots are soon counted, and nothing left
+            mixture=(("digits", 0.35), ("counting", 0.04), ("reading", 0.61)),  # dots are soon counted
             global_batch_images=64,
             tokens_per_pack=1152,
             images_per_pack=36,

@@ -85,11 +85,10 @@ def train(
     spikes: SpikeLog,
     guard: Guard = lambda step, values: None,
 ) -> TrainState:
-    """Train until `steps` or until the ranks agree to stop; the returned state is saved, or that of the start.
+    """Train until `steps` or until the ranks agree to stop; the returned state is saved once a step was done.
 
     Errors: NonFiniteStep, DataError and PolicyFault pass through, and the last checkpoint stays as it is;
-    TeacherUnavailable too, after a save unless no step was done. CheckpointError when the last save could not be
-    written.
+    TeacherUnavailable too, after a save. CheckpointError when the last save could not be written.
     """
     mesh, first_step = engine.mesh, state.step
     source = iter(batches)
