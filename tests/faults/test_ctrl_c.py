@@ -16,7 +16,7 @@ import pytest
 from cogvit.training.checkpoint import folder_of, latest, read_state
 from cogvit.training.meter import read_metrics
 from tests.e2e.corpus import write_shards
-from tests.faults.test_kills import FLAGS, STEPS, assert_same, train
+from tests.faults.test_kills import FLAGS, SAVED_EVERY, STEPS, assert_same, train
 from tests.pool import Pool
 
 ROOT = Path(__file__).parents[2]
@@ -67,11 +67,12 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(pool: Pool, tmp_path: Path) ->
     stopped = last_saved(disturbed)
     assert stopped == last_recorded(disturbed) < 6
 
-    # A disk that does not answer: the note of step 6's checkpoint waits for a reader, and step 9's save for the note.
+    # A disk that does not answer: the note of the next checkpoint waits for a reader, and the save after it for the note.
+    waits = stopped - stopped % SAVED_EVERY + SAVED_EVERY
     note = disturbed / "logs" / ".newest_checkpoint.partial"
     os.mkfifo(note)
     with two_ranks([*argv, str(disturbed)]) as job:
-        wait_for_step(job, disturbed, 9)
+        wait_for_step(job, disturbed, waits + SAVED_EVERY)
         os.killpg(job.pid, signal.SIGINT)
         time.sleep(2.5)
         assert job.poll() is None
@@ -80,7 +81,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(pool: Pool, tmp_path: Path) ->
         assert job.wait(timeout=60) == 75
         assert time.monotonic() - start_s < 10
     note.unlink()
-    assert last_saved(disturbed) == 6
+    assert last_saved(disturbed) == waits
 
     ended = pool.run(train, 2, ([*argv, str(disturbed)], -1, 0.0), timeout_s=120)
     assert [status for status, _ in ended] == [0, 0] and last_saved(disturbed) == STEPS

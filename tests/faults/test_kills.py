@@ -20,9 +20,11 @@ from tests.e2e.corpus import write_shards
 from tests.pool import Pool
 
 STEPS = 12
+SAVED_EVERY = 3
 FLAGS = (
     "demo_stage2", "--data.global-batch-images", "16", "--data.tokens-per-pack", "256", "--data.images-per-pack", "12",
-    "--eval.every-steps", "0", "--log.wandb", "off", "--schedule.steps", str(STEPS), "--checkpoint.every-steps", "3",
+    "--eval.every-steps", "0", "--log.wandb", "off", "--schedule.steps", str(STEPS),
+    "--checkpoint.every-steps", str(SAVED_EVERY),
 )  # fmt: skip
 
 
