@@ -67,7 +67,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(pool: Pool, tmp_path: Path) ->
     stopped = last_saved(disturbed)
     assert stopped == last_recorded(disturbed) < 6
 
-    # A disk that does not answer: the note of the next checkpoint waits for a reader, and the save after it for the note.
+    # A disk that does not answer: the next checkpoint's note waits for a reader, and the save after it for the note.
     waits = stopped - stopped % SAVED_EVERY + SAVED_EVERY
     note = disturbed / "logs" / ".newest_checkpoint.partial"
     os.mkfifo(note)
