@@ -140,10 +140,10 @@ def answer_examples(model: VisionLanguageModel, found: Sequence[Exam]) -> list[E
 def strip(images: Sequence[Image.Image]) -> bytes:
     """Return several images side by side, as PNG."""
     spread_px = [round(image.width * images[0].height / image.height) for image in images]
-    strip, data = Image.new("RGB", (sum(spread_px), images[0].height)), io.BytesIO()
+    row, data = Image.new("RGB", (sum(spread_px), images[0].height)), io.BytesIO()
     for place, (image, width_px) in enumerate(zip(images, spread_px, strict=True)):
-        strip.paste(image.resize((width_px, strip.height)), (sum(spread_px[:place]), 0))
-    strip.save(data, "PNG")
+        row.paste(image.resize((width_px, row.height)), (sum(spread_px[:place]), 0))
+    row.save(data, "PNG")
     return data.getvalue()
 
 

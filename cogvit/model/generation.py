@@ -75,7 +75,7 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, step: int, first_row: int
     kept_BV = mass_BV - likely_BV < sampling.top_p  # the first one always
     mass_BV = torch.where(kept_BV, mass_BV, mass_BV.new_tensor(math.inf))
     row_B = first_row + torch.arange(len(logits_BV), device=logits_BV.device)
-    draw_B = uniform(mix(torch.tensor(sampling.seed, device=row_B.device), _SAMPLING_SALT, row_B), step).double()
+    draw_B = uniform(mix(row_B, _SAMPLING_SALT, sampling.seed), step).double()
     total_B = (likely_BV * kept_BV).sum(1)
     place_B = (mass_BV <= (draw_B * total_B).unsqueeze(1)).sum(1).clamp(max=kept_BV.sum(1) - 1)
     return id_BV.gather(1, place_B.unsqueeze(1)).squeeze(1)

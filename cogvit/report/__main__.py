@@ -79,8 +79,8 @@ def pictures_of(run: Path, arguments: Arguments) -> tuple[dict[str, bytes], dict
     """
     config = load_config(run / "config.json") if is_run(run) else None
     stage = None if config is None else stage_of(config)
-    if stage is not None and config is not None and stage.reads == "answers" and not arguments.data:
-        return {}, {stage.shows: stage.episodes(run, config)}
+    if stage is not None and config is not None and not arguments.data and (shown := stage.episodes(run, config)):
+        return {}, {stage.shows: shown}
     subject, pictures = load_subject(run, arguments.data, arguments.index_dir), dict[str, bytes]()
     if len(subject.heldout):  # and not videos or texts alone
         caption = f"{run.name}: held-out images and their patch features; color is the first three principal"

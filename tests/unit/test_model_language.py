@@ -124,6 +124,9 @@ def test_draws_follow_the_probabilities_and_the_seed_alone() -> None:
     torch.testing.assert_close(share, probability, atol=0.03, rtol=0.0)
     assert torch.equal(drawn, next_tokens(logits, Sampling(1, temperature=1.0), step=0))
     assert not torch.equal(drawn, next_tokens(logits, Sampling(1, temperature=1.0, seed=1), step=0))
+    later = next_tokens(logits[:-1], Sampling(1, temperature=1.0, seed=31), step=0)
+    same = next_tokens(logits[:-1], Sampling(1, temperature=1.0), step=0, first_row=1)
+    assert not torch.equal(later, same)  # nor is another seed the draws of the rows behind
     assert not torch.equal(drawn, next_tokens(logits, Sampling(1, temperature=1.0), step=1))
     among_two = next_tokens(logits, Sampling(1, temperature=1.0, top_p=0.79), step=0).bincount(minlength=4) / 4000
     torch.testing.assert_close(among_two, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0.0)

@@ -40,14 +40,7 @@ from cogvit.errors import ConfigError
 from cogvit.rl.families import FAMILIES
 from cogvit.rl.task import tasks_of
 from tools.experiments.commands import positive, whole_numbers
-from tools.experiments.policy_course import (
-    Course,
-    Exam,
-    Learned,
-    learn_start,
-    learned,
-    worths,
-)
+from tools.experiments.policy_course import Course, Exam, Learned, learn_start, learned, worths
 from tools.experiments.policy_record import HEAD, figures, learned_table, picture, stability_table
 from tools.experiments.tables import table
 
